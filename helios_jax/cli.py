@@ -1,0 +1,285 @@
+"""helios <command>: parses flags, resolves names, and calls in.
+
+Every command that takes a config takes `--config=NAME` (one that is shipped), `--config=FILE.py`,
+and `--config.section.field=value` for each of its settings. Bad input ends with one line and exit
+code 2.
+"""
+
+import importlib.resources
+import json
+import os
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from absl import flags, logging
+from ml_collections import config_flags
+
+from helios_jax import config
+from helios_jax.config import UserError, nearest, require
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    argv = list(sys.argv[1:] if argv is None else argv)
+    logging.use_absl_handler()
+    logging.set_verbosity(logging.INFO)
+    logging.get_absl_handler().setFormatter(None)
+    os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '2')
+    try:
+        command = argv.pop(0) if argv else ''
+        require(
+            command in COMMANDS,
+            f'helios {command}: no such command.{nearest(command, COMMANDS)} There are: '
+            f'{", ".join(COMMANDS)}.',
+        )
+        COMMANDS[command](argv)
+    except UserError as error:
+        print(f'helios: {" ".join(str(error).split())}', file=sys.stderr)
+        sys.exit(2)
+
+
+def parse(flag_values: flags.FlagValues, argv: Sequence[str]) -> list[str]:
+    """Parses a command's flags; returns its positional arguments.
+
+    Raises:
+      UserError: an unknown flag or setting, or a value of another type.
+    """
+    if '--help' in argv or '-h' in argv:
+        print(flag_values.main_module_help() or flag_values.get_help())
+        sys.exit(0)
+    try:
+        return flag_values(['helios', *argv])[1:]
+    except (flags.Error, AttributeError, KeyError, TypeError, ValueError) as error:
+        raise UserError(str(error.args[0] if error.args else error)) from error
+
+
+def config_flag(flag_values: flags.FlagValues) -> None:
+    config_flags.DEFINE_config_file(
+        'config', 'tiny', 'A shipped config, or a file.', flag_values=flag_values
+    )
+
+
+def config_file(argv: Sequence[str]) -> list[str]:
+    """Replaces `--config=NAME` by the file that ships under that name.
+
+    Raises:
+      UserError: no such file.
+    """
+    shipped = Path(str(importlib.resources.files('helios_jax.configs')))
+    names = sorted(path.stem for path in shipped.glob('*.py') if path.stem != '__init__')
+    resolved = [a for a in argv if not a.startswith('--config=')]
+    values = [a.removeprefix('--config=') for a in argv if a.startswith('--config=')] or ['tiny']
+    path = Path(values[-1])
+    if values[-1] in names:
+        path = shipped / f'{values[-1]}.py'
+    require(
+        path.is_file(),
+        f'--config={values[-1]}: no such file, and no shipped config.{nearest(values[-1], names)} '
+        f'There are: {", ".join(names)}.',
+    )
+    return [f'--config={path}', *resolved]
+
+
+def train_command(argv: Sequence[str]) -> None:
+    """Trains: --config --workdir [--dry_run [--num_devices]]."""
+    values = flags.FlagValues()
+    config_flag(values)
+    flags.DEFINE_string('workdir', '', 'Where the run is kept.', flag_values=values)
+    flags.DEFINE_bool('dry_run', False, 'Describe the run, touch nothing.', flag_values=values)
+    flags.DEFINE_integer('num_devices', 1, 'Devices of the dry run.', flag_values=values)
+    parse(values, config_file(argv))
+    cfg = config.from_dict(values.config)
+    if values.dry_run:
+        dry_run(cfg, values.num_devices)
+        return
+    require(bool(values.workdir), '--workdir is missing; name a directory for the run.')
+    from helios_jax.parallel import cluster
+
+    cluster.start()
+    from helios_jax.train import loop
+
+    loop.train(cfg, values.workdir)
+
+
+def dry_run(cfg: config.Config, num_devices: int) -> None:
+    os.environ['JAX_PLATFORMS'] = 'cpu'
+    from helios_jax.data import tokenizer
+    from helios_jax.train.dry_run import describe
+
+    vocab_size = cfg.model.vocab_size or tokenizer.load(cfg.data.tokenizer).vocab_size
+    print(describe(cfg.resolve(vocab_size), num_devices))
+
+
+def checkpoint_flags(values: flags.FlagValues) -> None:
+    flags.DEFINE_string('checkpoint', '', "A run's workdir.", flag_values=values)
+    flags.DEFINE_string('step', 'latest', 'latest, best, or a number.', flag_values=values)
+    flags.DEFINE_string(
+        'yarn', '', "Reads past the trained length: 'dynamic', or a factor.", flag_values=values
+    )
+    flags.DEFINE_bool('json', False, 'One JSON object instead of text.', flag_values=values)
+
+
+def restore(values: flags.FlagValues) -> Any:
+    require(bool(values.checkpoint), "--checkpoint is missing; name a run's workdir.")
+    from helios_jax import api
+
+    return api.restore(values.checkpoint, values.step, rope=yarn(values.yarn))
+
+
+def yarn(value: str) -> dict[str, Any]:
+    if value in ('', 'dynamic'):
+        return {'scaling': value} if value else {}
+    try:
+        return {'scaling': 'static', 'factor': float(value)}
+    except ValueError:
+        raise UserError(f"--yarn={value} must be 'dynamic' or a factor such as 4.") from None
+
+
+def eval_command(argv: Sequence[str]) -> None:
+    """Bits per byte of a checkpoint: --checkpoint [--step --text --row_length --rows --yarn --json]."""
+    values = flags.FlagValues()
+    checkpoint_flags(values)
+    flags.DEFINE_string('text', '', 'Corpus to read instead of the held-out split.', flag_values=values)
+    flags.DEFINE_integer('row_length', 0, "Tokens a row; 0: the run's.", flag_values=values)
+    flags.DEFINE_integer('rows', 0, 'Rows to read; 0: all.', flag_values=values)
+    flags.DEFINE_integer('batch_rows', 16, 'Rows at a time.', flag_values=values)
+    parse(values, argv)
+    from helios_jax.evaluate.held_out import held_out
+
+    figures = held_out(
+        restore(values),
+        text=values.text,
+        row_length=values.row_length,
+        num_rows=values.rows,
+        batch_rows=values.batch_rows,
+    )
+    show(figures, values.json)
+
+
+def generate_command(argv: Sequence[str]) -> None:
+    """Continues a prompt: --checkpoint --prompt [--temperature --top_k --top_p --seed …]."""
+    values = flags.FlagValues()
+    checkpoint_flags(values)
+    flags.DEFINE_multi_string('prompt', [''], 'Text to continue; may repeat.', flag_values=values)
+    flags.DEFINE_integer('max_tokens', 256, 'Tokens to add at most.', flag_values=values)
+    flags.DEFINE_float('temperature', 0.8, '0 is greedy.', flag_values=values)
+    flags.DEFINE_integer('top_k', 0, 'Only the k likeliest; 0: all.', flag_values=values)
+    flags.DEFINE_float('top_p', 1.0, 'Only the likeliest of this mass.', flag_values=values)
+    flags.DEFINE_integer('seed', 0, 'Of the draws.', flag_values=values)
+    flags.DEFINE_multi_string('stop', [], 'Text to stop before; may repeat.', flag_values=values)
+    parse(values, argv)
+    from helios_jax.evaluate.generate import complete
+
+    texts = complete(
+        restore(values),
+        values.prompt,
+        stop=values.stop,
+        max_tokens=values.max_tokens,
+        temperature=values.temperature,
+        top_k=values.top_k,
+        top_p=values.top_p,
+        seed=values.seed,
+    )
+    for prompt, text in zip(values.prompt, texts, strict=True):
+        print(json.dumps({'prompt': prompt, 'text': text}) if values.json else prompt + text)
+
+
+def data_command(argv: Sequence[str]) -> None:
+    """data prepare --config | data tokenizer --corpus --vocab_size --output."""
+    action = argv[0] if argv else ''
+    require(
+        action in ('prepare', 'tokenizer'),
+        f'helios data {action}: no such action.{nearest(action, ("prepare", "tokenizer"))} '
+        'There are: prepare, tokenizer.',
+    )
+    from helios_jax.data import pipeline, tokenizer
+
+    values = flags.FlagValues()
+    if action == 'tokenizer':
+        flags.DEFINE_string('corpus', 'python_stdlib', 'As data.corpus.', flag_values=values)
+        flags.DEFINE_integer('vocab_size', 32768, 'Tokens.', flag_values=values)
+        flags.DEFINE_string('output', 'tokenizer.json', 'File to write.', flag_values=values)
+        parse(values, argv[1:])
+        pipeline.train_tokenizer(values.corpus, values.vocab_size, values.output)
+        print(f'{values.output}: {values.vocab_size} tokens')
+        return
+    config_flag(values)
+    flags.DEFINE_bool('json', False, 'One JSON object a line.', flag_values=values)
+    parse(values, config_file(argv[1:]))
+    cfg = config.from_dict(values.config)
+    prepared = pipeline.prepare(cfg.data, tokenizer.load(cfg.data.tokenizer))
+    for row in pipeline.summary(prepared):
+        show(row, values.json)
+
+
+def ckpt_command(argv: Sequence[str]) -> None:
+    """ckpt ls DIR: the checkpoints of a run."""
+    values = flags.FlagValues()
+    flags.DEFINE_bool('json', False, 'One JSON object a line.', flag_values=values)
+    arguments = parse(values, argv)
+    require(
+        len(arguments) == 2 and arguments[0] == 'ls',
+        f'helios ckpt {" ".join(arguments)}: write helios ckpt ls DIR.',
+    )
+    from helios_jax import api, checkpoint
+
+    for row in checkpoint.list_steps(api.checkpoint_directory(arguments[1])):
+        show(row, values.json)
+
+
+def explain_command(argv: Sequence[str]) -> None:
+    """explain [FIELD]: what a setting means, and its default."""
+    described = config.describe()
+    name = argv[0].removeprefix('config.') if argv else ''
+    chosen = {n: d for n, d in described.items() if n == name or n.startswith(f'{name}.') or not name}
+    require(bool(chosen), f'{name}: no such setting.{nearest(name, described)}')
+    for setting, (default, comment) in chosen.items():
+        print(f'{setting} = {default}\n    {comment}')
+
+
+def bench_command(argv: Sequence[str]) -> None:
+    """bench compile | train | torch_peer: measurements, each with its own flags."""
+    benches = ('compile', 'torch_peer', 'train')
+    name = argv[0] if argv else ''
+    require(
+        name in benches,
+        f'helios bench {name}: no such measurement.{nearest(name, benches)} '
+        f'There are: {", ".join(benches)}.',
+    )
+    if name == 'compile':
+        compile_bench(argv[1:])
+        return
+    module = importlib.import_module(f'helios_jax.bench.{name}')
+    module.main(list(argv[1:]))
+
+
+def compile_bench(argv: Sequence[str]) -> None:
+    values = flags.FlagValues()
+    config_flag(values)
+    flags.DEFINE_string('topology', 'v5p:2x2x4', 'What to compile for.', flag_values=values)
+    flags.DEFINE_bool('json', False, 'One JSON object.', flag_values=values)
+    parse(values, config_file(argv))
+    os.environ['JAX_PLATFORMS'] = 'cpu'
+    from helios_jax.bench import compile as compiling
+
+    show(compiling.measure(config.from_dict(values.config), values.topology), values.json)
+
+
+def show(values: dict[str, Any], as_json: bool) -> None:
+    if as_json:
+        print(json.dumps(values))
+        return
+    text = lambda v: f'{v:.4f}' if isinstance(v, float) else str(v)  # noqa: E731
+    print('  '.join(f'{name}={text(value)}' for name, value in values.items()))
+
+
+COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {
+    'train': train_command,
+    'eval': eval_command,
+    'generate': generate_command,
+    'data': data_command,
+    'ckpt': ckpt_command,
+    'explain': explain_command,
+    'bench': bench_command,
+}

@@ -1,0 +1,228 @@
+"""Where text comes from: the documents of a corpus.
+
+A corpus is `python_stdlib`, a glob of files (JSONL records or whole files, .gz or not), or
+`tfds:NAME`; a mixture is 'a=0.7,b=0.3'.
+"""
+
+import gzip
+import io
+import json
+import os
+import re
+import sysconfig
+import tokenize
+from collections.abc import Iterator
+from fractions import Fraction
+from typing import Any, NamedTuple
+
+import fsspec
+import tensorflow_datasets as tfds
+from etils import epath
+from tensorflow_datasets.core import constants, read_only_builder, registered
+
+from helios_jax.config import UserError, nearest
+from helios_jax.data import records
+
+STDLIB = 'python_stdlib'
+TFDS_PREFIX = 'tfds:'
+# Tests are most of the bytes and missing from many installs; site-packages is not the library.
+STDLIB_LEAVES_OUT = {'test', 'tests', 'idle_test', 'site-packages', 'dist-packages'}
+
+
+class Document(NamedTuple):
+    prompt: str  # read, never a target; '' for plain text
+    text: str
+
+
+def parse(spec: str) -> list[tuple[str, Fraction]]:
+    """The corpora of `data.corpus` with their shares, which add up to 1.
+
+    Raises:
+      UserError: a mixture with a part that has no weight, or a weight of 0.
+    """
+    parts = [part.strip() for part in spec.split(',')]
+    weighted = [re.fullmatch(r'(.+)=(\d+\.?\d*|\.\d+)', part) for part in parts]
+    if not any(weighted):
+        return [(spec, Fraction(1))]
+    mixture = []
+    for part, match in zip(parts, weighted, strict=True):
+        if match is None or Fraction(match[2]) == 0:
+            raise UserError(
+                f'data.corpus={spec!r}: {part!r} needs a weight above 0, such as {part}=0.3.'
+            )
+        mixture.append((match[1], Fraction(match[2])))
+    total = sum(weight for _, weight in mixture)
+    return [(corpus, weight / total) for corpus, weight in mixture]
+
+
+def texts(spec: str) -> Iterator[str]:
+    """Every document of `data.corpus`, one corpus after the other, prompts joined to the text."""
+    for corpus, _ in parse(spec):
+        for document in read(corpus):
+            yield document.prompt + document.text
+
+
+def read(corpus: str) -> Iterator[Document]:
+    """The documents of one corpus in a fixed order, empty ones left out.
+
+    Raises:
+      UserError: nothing there, a file that is not text, a malformed record.
+    """
+    if corpus.startswith(TFDS_PREFIX):
+        documents = _read_tfds(corpus)
+    else:
+        documents = (document for path in _files(corpus) for document in _read_file(corpus, path))
+    for document in documents:
+        if document.text or document.prompt:
+            yield document
+
+
+def state(corpus: str) -> Any:
+    """What tells whether a corpus has changed, without reading its text."""
+    if corpus.startswith(TFDS_PREFIX):
+        info = _tfds_builder(corpus).info
+        return [corpus, json.loads(info.as_json), info.metadata or {}]
+    stats = [(path, path.stat()) for path in _files(corpus)]
+    return [corpus, [(os.fspath(path), stat.length, stat.mtime) for path, stat in stats]]
+
+
+def _files(corpus: str) -> list[epath.Path]:
+    """The files of a glob, or of the standard library, sorted."""
+    if corpus == STDLIB:
+        return _stdlib_files()
+    path = epath.Path(corpus).expanduser()
+    matches = [path] if path.is_file() else _glob(os.fspath(path))
+    files = sorted(match for match in matches if match.is_file())
+    if not files:
+        raise UserError(_no_files(corpus, path))
+    return files
+
+
+def _stdlib_files() -> list[epath.Path]:
+    files = []
+    for folder, folders, names in os.walk(sysconfig.get_paths()['stdlib']):
+        folders[:] = [name for name in folders if name not in STDLIB_LEAVES_OUT]
+        for name in names:
+            # The interpreter's build writes _sysconfigdata*.
+            if name.endswith('.py') and not name.startswith('_sysconfigdata'):
+                files.append(epath.Path(folder) / name)
+    return sorted(files)
+
+
+def _glob(pattern: str) -> list[epath.Path]:
+    """What matches, local or in a bucket; epath itself refuses `**`."""
+    scheme, separator, _ = pattern.rpartition('://')
+    filesystem, path = fsspec.core.url_to_fs(pattern)
+    return [epath.Path(scheme + separator + match) for match in filesystem.glob(path)]
+
+
+def _no_files(corpus: str, path: epath.Path) -> str:
+    if path.is_dir():
+        return f'data.corpus={corpus!r} is a directory; name its files, such as {corpus}/**/*.txt.'
+    return (
+        f'data.corpus={corpus!r} matches no file; it must be {STDLIB}, a glob of files or '
+        f'tfds:NAME.{nearest(corpus, [STDLIB])}'
+    )
+
+
+def _read_file(corpus: str, path: epath.Path) -> Iterator[Document]:
+    suffixes = path.suffixes[-2:] if path.suffix == '.gz' else path.suffixes[-1:]
+    with path.open('rb') as raw:
+        file = gzip.GzipFile(fileobj=raw) if path.suffix == '.gz' else raw
+        try:
+            if '.jsonl' in suffixes:
+                for number, line in enumerate(file, 1):
+                    if line.strip():
+                        yield _record(line, f'{path}:{number}')
+            else:
+                yield Document('', _decode(file.read(), path, stdlib=corpus == STDLIB))
+        except (gzip.BadGzipFile, EOFError) as error:
+            raise UserError(f'{path} is not a whole gzip file: {error}') from None
+
+
+def _decode(content: bytes, path: epath.Path, *, stdlib: bool) -> str:
+    encoding = 'utf-8'
+    if stdlib:  # sources may declare another one
+        encoding, _ = tokenize.detect_encoding(io.BytesIO(content).readline)
+    try:
+        text = content.decode(encoding)
+        offset = content.find(b'\0')
+    except UnicodeDecodeError as error:
+        offset = error.start
+    if offset >= 0:
+        raise UserError(
+            f'{path} is not UTF-8 text: byte {content[offset]:#04x} at offset {offset}; convert '
+            'the file or leave it out of data.corpus.'
+        )
+    return text
+
+
+def _record(line: bytes, place: str) -> Document:
+    """The document of a JSONL line: {"text": …} or {"prompt": …, "completion": …}."""
+    try:
+        record = json.loads(line)
+    except ValueError as error:
+        raise UserError(f'{place} is not a JSON record: {error}') from None
+    for prompt, text in ((None, 'text'), ('prompt', 'completion')):
+        fields = [name for name in (prompt, text) if name]
+        if isinstance(record, dict) and all(isinstance(record.get(n), str) for n in fields):
+            document = Document(record[prompt] if prompt else '', record[text])
+            try:
+                f'{document.prompt}{document.text}'.encode()
+            except UnicodeEncodeError:
+                raise UserError(f'{place} has half a surrogate pair, which is no text.') from None
+            return document
+    raise UserError(
+        f'{place} must have the string "text", or the strings "prompt" and "completion".'
+    )
+
+
+def _tfds_builder(corpus: str) -> tfds.core.DatasetBuilder:
+    """The prepared data set of `tfds:NAME`, or of `tfds:` and the directory of one version."""
+    name = corpus.removeprefix(TFDS_PREFIX)
+    try:
+        if (epath.Path(name).expanduser() / 'dataset_info.json').exists():
+            builder = tfds.builder_from_directory(epath.Path(name).expanduser())
+        else:
+            builder = read_only_builder.builder_from_files(name)
+    except registered.DatasetNotFoundError:
+        raise UserError(
+            f'data.corpus={corpus!r}: no prepared data set of this name in '
+            f'{constants.DATA_DIR}; prepare it as array_record, or set TFDS_DATA_DIR.'
+        ) from None
+    formats = [stored.value for stored in builder.info.available_file_formats()]
+    if 'array_record' not in formats:
+        raise UserError(
+            f'data.corpus={corpus!r} is stored as {", ".join(formats)} in {builder.data_dir}; '
+            'prepare it with file_format=array_record.'
+        )
+    return tfds.builder_from_directory(builder.data_dir, file_format='array_record')
+
+
+def _read_tfds(corpus: str) -> Iterator[Document]:
+    info = _tfds_builder(corpus).info
+    if 'train' not in info.splits:
+        raise UserError(
+            f"data.corpus={corpus!r} has no split 'train', only {', '.join(info.splits)}."
+        )
+    named = {
+        name: feature
+        for name, feature in info.features.items()
+        if isinstance(feature, tfds.features.Text)
+    }
+    if 'text' not in named and len(named) != 1:
+        raise UserError(
+            f"data.corpus={corpus!r} has no text feature called 'text'; its features are "
+            f'{", ".join(info.features)}.'
+        )
+    feature = 'text' if 'text' in named else next(iter(named))
+    source = records.Records(info, 'train')
+    for shard in range(len(source.shard_lengths)):
+        for number, example in enumerate(source.shard(shard)):
+            try:
+                yield Document('', example[feature].decode())
+            except UnicodeDecodeError as error:
+                raise UserError(
+                    f'data.corpus={corpus!r}: record {number} of shard {shard} is not UTF-8 text: '
+                    f'byte offset {error.start}.'
+                ) from None

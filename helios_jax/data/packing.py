@@ -1,0 +1,285 @@
+"""Documents to rows of T tokens, cached as a TFDS data set of rows.
+
+`best_fit`: a document is BOS … EOS; one longer than the row is cut into pieces that each start
+with BOS, and pieces fill rows best-fit-decreasing. `concatenate`: the documents, each followed by
+EOS, form one stream that is cut like one long document. Both work within one shard of documents,
+so the number of workers changes nothing.
+
+Neither this module nor what it imports knows of jax: worker processes start without it.
+"""
+
+import concurrent.futures
+import dataclasses
+import itertools
+import json
+import multiprocessing
+import os
+import sys
+import tempfile
+import time
+import types
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any, NamedTuple
+from unittest import mock
+
+import numpy as np
+import tensorflow_datasets as tfds
+from etils import epath
+from jaxtyping import Bool, UInt32
+
+from helios_jax.data import records
+from helios_jax.data.corpora import Document
+from helios_jax.data.documents import Documents
+from helios_jax.data.tokenizer import Tokenizer
+
+FORMAT = 1  # of the stored rows; part of their fingerprint
+NAME = 'helios_rows'
+SPLIT = 'rows'
+ENCODED_AT_ONCE = 256  # documents
+STALE_SECONDS = 3600.0  # age at which the unfinished file of a dead process is removed
+
+
+class Piece(NamedTuple):
+    """Tokens that stay together: BOS and what follows it, T at most."""
+
+    tokens: UInt32[np.ndarray, 'tokens']
+    num_bytes: UInt32[np.ndarray, 'tokens']  # of source text; 0 for BOS, EOS and prompts
+    is_target: Bool[np.ndarray, 'tokens']  # False for prompts
+
+
+@dataclasses.dataclass(frozen=True)
+class Packer:
+    """How the documents of a shard become rows.
+
+    Attributes:
+      row_length: T, tokens.
+      packing: 'best_fit' or 'concatenate'.
+    """
+
+    tokenizer: Tokenizer
+    row_length: int
+    packing: str
+
+    def rows(self, documents: Iterable[Document]) -> list[list[Piece]]:
+        """The segments of each row, in the order of the documents that open the rows."""
+        streams = self._streams(documents)
+        if self.packing == 'concatenate':
+            streams = iter([Piece(*map(np.concatenate, zip(*streams, strict=True)))])
+        pieces = [piece for stream in streams for piece in self._cut(stream)]
+        rows = best_fit([len(piece.tokens) for piece in pieces], self.row_length)
+        return [[pieces[index] for index in row] for row in rows]
+
+    def _streams(self, documents: Iterable[Document]) -> Iterator[Piece]:
+        """Each document's tokens and EOS, uncut, without BOS."""
+        remaining = iter(documents)
+        while chunk := list(itertools.islice(remaining, ENCODED_AT_ONCE)):
+            prompts = self.tokenizer.encode_with_bytes([d.prompt for d in chunk])
+            texts = self.tokenizer.encode_with_bytes([d.text for d in chunk])
+            for (prompt, _), (text, num_bytes) in zip(prompts, texts, strict=True):
+                eos = np.array([self.tokenizer.eos_id], np.uint32)
+                yield Piece(
+                    np.concatenate([prompt, text, eos]),
+                    np.concatenate([np.zeros_like(prompt), num_bytes, np.zeros_like(eos)]),
+                    np.arange(len(prompt) + len(text) + 1) >= len(prompt),
+                )
+
+    def _cut(self, stream: Piece) -> Iterator[Piece]:
+        bos = Piece(
+            np.array([self.tokenizer.bos_id], np.uint32), np.zeros(1, np.uint32), np.array([True])
+        )
+        step = self.row_length - 1
+        for start in range(0, len(stream.tokens), step):
+            parts = zip(bos, stream, strict=True)
+            yield Piece(*(np.concatenate([b, s[start : start + step]]) for b, s in parts))
+
+
+def best_fit(lengths: Sequence[int], capacity: int) -> list[list[int]]:
+    """Best-fit-decreasing bin packing.
+
+    Args:
+      lengths: from 1 to `capacity`; equal ones are taken in their order.
+    Returns:
+      The indices in each bin, ascending; bins ascending by their first index.
+    """
+    bins: list[list[int]] = []
+    with_room: list[list[int]] = [[] for _ in range(capacity + 1)]  # bins by the room left
+    occupied = 0  # bit r says that with_room[r] has a bin
+    for index in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
+        length = lengths[index]
+        fitting = occupied >> length
+        if fitting:
+            room = length + (fitting & -fitting).bit_length() - 1
+            chosen = with_room[room].pop()
+            occupied &= ~(int(not with_room[room]) << room)
+        else:
+            room, chosen = capacity, len(bins)
+            bins.append([])
+        bins[chosen].append(index)
+        if room > length:
+            with_room[room - length].append(chosen)
+            occupied |= 1 << (room - length)
+    return sorted(sorted(row) for row in bins)
+
+
+def pack(
+    documents: Documents, packer: Packer, cache_dir: epath.Path, num_workers: int
+) -> epath.Path:
+    """Packs one split into `cache_dir`, unless it is there; what a killed run finished is kept.
+
+    Args:
+      num_workers: processes; 0 takes every core.
+    Returns:
+      The directory of a TFDS data set of rows, whose metadata has `fingerprint`, `num_tokens`
+      (without padding), `num_bytes` (of text that is a target) and `row_length`.
+    """
+    fingerprint = records.digest(
+        FORMAT, documents.fingerprint, documents.split, packer.tokenizer.fingerprint,
+        packer.row_length, packer.packing,
+    )  # fmt: skip
+    directory = cache_dir / 'rows' / fingerprint
+    if (directory / 'dataset_info.json').exists():
+        return directory
+    directory.mkdir(parents=True, exist_ok=True)
+    shards = _run(_ShardJob(documents, packer, directory), documents, num_workers)
+    metadata = tfds.core.MetadataDict(
+        fingerprint=fingerprint,
+        corpus=documents.corpus,
+        split=documents.split,
+        tokenizer=packer.tokenizer.name,
+        packing=packer.packing,
+        row_length=packer.row_length,
+        num_tokens=sum(shard['num_tokens'] for shard in shards),
+        num_bytes=sum(shard['num_text_bytes'] for shard in shards),
+    )
+    _write_info(directory, _features(packer, documents), metadata, shards)
+    for path in directory.iterdir():
+        stale = path.name.endswith('.part') and path.stat().mtime < time.time() - STALE_SECONDS
+        if stale or path.name.endswith('.stats.json'):
+            path.unlink(missing_ok=True)
+    return directory
+
+
+@dataclasses.dataclass(frozen=True)
+class _ShardJob:
+    """Packs shard `index` of the documents; carries what a worker process needs."""
+
+    documents: Documents
+    packer: Packer
+    directory: epath.Path
+
+    def __call__(self, index: int) -> dict[str, int]:
+        path = self.directory / records.shard_name(NAME, SPLIT, index)
+        stats_path = self.directory / f'{path.name}.stats.json'
+        if path.exists():
+            return json.loads(stats_path.read_text())
+        info = tfds.builder_from_directory(self.documents.directory).info
+        source = records.Records(info, self.documents.split)
+        rows = self.packer.rows(
+            Document(example['prompt'].decode(), example['text'].decode())
+            for example in source.shard(index)
+        )
+        features = _features(self.packer, self.documents)
+        counts = {
+            'num_tokens': sum(len(piece.tokens) for row in rows for piece in row),
+            'num_text_bytes': sum(_num_bytes(piece) for row in rows for piece in row),
+        }
+        with records.shard(path, (_stored(row, features) for row in rows)) as written:
+            # The shard's own name comes last: where it stands, so do its numbers.
+            records.write_text(stats_path, json.dumps(counts | written))
+        return counts | written
+
+
+def _run(job: _ShardJob, documents: Documents, num_workers: int) -> list[dict[str, int]]:
+    """Every shard's numbers, in order, whichever process packed it."""
+    info = tfds.builder_from_directory(documents.directory).info
+    num_shards = info.splits[documents.split].num_shards
+    # A process takes seconds to start: each gets two shards or more.
+    num_workers = max(1, min(num_workers or os.cpu_count() or 1, num_shards // 2))
+    description = f'Packing {documents.corpus} ({documents.split})'
+    with records.progress(description, num_shards) as advance:
+        shards = []
+        for shard in _map(job, num_shards, num_workers):
+            shards.append(shard)
+            advance(1)
+    return shards
+
+
+def _map(job: _ShardJob, num_shards: int, num_workers: int) -> Iterator[dict[str, int]]:
+    if num_workers == 1:
+        yield from map(job, range(num_shards))
+        return
+    pool = concurrent.futures.ProcessPoolExecutor(
+        num_workers,
+        mp_context=multiprocessing.get_context('spawn'),  # a fork of a process with jax deadlocks
+        initializer=_one_thread_each,
+    )
+    try:
+        # A worker imports its parent's __main__, which may be unguarded or import jax.
+        with mock.patch.dict(sys.modules, {'__main__': types.ModuleType('__main__')}):
+            results = [pool.submit(job, index) for index in range(num_shards)]
+        for result in results:
+            yield result.result()
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def _one_thread_each() -> None:
+    os.environ['TOKENIZERS_PARALLELISM'] = 'false'
+
+
+def _features(packer: Packer, documents: Documents) -> tfds.features.FeaturesDict:
+    """What a row stores; segment ids and positions are rebuilt from the segments' lengths."""
+
+    def array(dtype: Any) -> tfds.features.Tensor:
+        return tfds.features.Tensor(shape=(None,), dtype=dtype, encoding='bytes')
+
+    features = {
+        'tokens': array(np.min_scalar_type(packer.tokenizer.vocab_size - 1)),
+        'segment_lengths': array(np.min_scalar_type(packer.row_length)),
+        'num_bytes': tfds.features.Scalar(np.int64),
+    }
+    if documents.num_prompts:
+        features['loss_mask'] = array(np.uint8)
+    return tfds.features.FeaturesDict(features)
+
+
+def _num_bytes(piece: Piece) -> int:
+    return int(piece.num_bytes.sum(dtype=np.int64))
+
+
+def _stored(row: list[Piece], features: tfds.features.FeaturesDict) -> records.Stored:
+    def array(name: str, values: Any) -> bytes:
+        return np.asarray(values).astype(features[name].np_dtype).tobytes()
+
+    stored: dict[str, bytes | int] = {
+        'tokens': array('tokens', np.concatenate([piece.tokens for piece in row])),
+        'segment_lengths': array('segment_lengths', [len(piece.tokens) for piece in row]),
+        'num_bytes': sum(map(_num_bytes, row)),
+    }
+    if 'loss_mask' in features:
+        stored['loss_mask'] = array('loss_mask', np.concatenate([p.is_target for p in row]))
+    return stored
+
+
+def _write_info(
+    directory: epath.Path,
+    features: tfds.features.FeaturesDict,
+    metadata: tfds.core.MetadataDict,
+    shards: list[dict[str, int]],
+) -> None:
+    """Writes TFDS's description, dataset_info.json last: with it the data set is complete."""
+    identity = tfds.core.DatasetIdentity(
+        name=NAME, version=tfds.core.Version(f'{FORMAT}.0.0'), data_dir=os.fspath(directory),
+        module_name=__name__,
+    )  # fmt: skip
+    info = tfds.core.DatasetInfo(builder=identity, features=features, metadata=metadata)
+    info.set_file_format('array_record')
+    split = records.split_info(directory, NAME, SPLIT, shards)
+    info.set_splits(tfds.core.SplitDict([split]))
+    with tempfile.TemporaryDirectory() as temporary:
+        info.write_to_directory(temporary)
+        files = sorted(
+            epath.Path(temporary).iterdir(), key=lambda file: file.name == 'dataset_info.json'
+        )
+        for file in files:
+            records.write_text(directory / file.name, file.read_text())

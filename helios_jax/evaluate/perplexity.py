@@ -1,0 +1,64 @@
+"""Held-out loss and bits per byte, the figure that compares across tokenizers."""
+
+import functools
+import math
+from collections.abc import Iterable
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, PyTree
+
+from helios_jax.config import require
+from helios_jax.data.pipeline import Batch
+from helios_jax.model.loss import cross_entropy, next_tokens
+from helios_jax.model.transformer import Transformer
+
+
+@functools.partial(jax.jit, static_argnames=('model', 'eos_id', 'packed'))
+def batch_sums(
+    variables: PyTree, batch: Batch, *, model: Transformer, eos_id: int, packed: bool
+) -> dict[str, Float[Array, '']]:
+    """Sums over a batch: nats of all targets, nats of text (not EOS), targets, bytes of text."""
+    segment_ids = batch.segment_ids if packed else None
+    hidden, _ = model.apply(variables, batch.tokens, batch.positions, segment_ids)
+    head = model.apply(variables, method='unembedding_weight')
+    targets, weights = next_tokens(batch.tokens, batch.segment_ids, batch.loss_mask)
+    nll = cross_entropy(hidden, head, targets, weights, model.model.vocab_size).nll
+    text = weights * (targets != eos_id)
+    return {
+        'nats': jnp.sum(nll * weights),
+        'text_nats': jnp.sum(nll * text),
+        'targets': jnp.sum(weights),
+        'bytes': jnp.sum(batch.num_bytes).astype(jnp.float32),
+    }
+
+
+def evaluate(
+    model: Transformer, variables: PyTree, batches: Iterable[Batch], *, eos_id: int, packed: bool
+) -> dict[str, float]:
+    """`loss` (nats per target), `perplexity`, `bits_per_byte`, `targets` and `bytes` of the batches.
+
+    Args:
+      variables: 'params', and 'router' for a mixture of experts.
+      batches: global arrays, on the mesh that is set.
+      packed: whether attention keeps to segments; False for rows that are one stream.
+    Raises:
+      UserError: the batches hold no text.
+    """
+    totals: dict[str, float] = {}
+    for batch in batches:
+        sums = batch_sums(variables, batch, model=model, eos_id=eos_id, packed=packed)
+        for name, value in jax.device_get(sums).items():
+            totals[name] = totals.get(name, 0.0) + float(value)
+    require(
+        totals.get('targets', 0) > 0 and totals['bytes'] > 0,
+        'the text to evaluate on has no token to predict; give longer documents.',
+    )
+    loss = totals['nats'] / totals['targets']
+    return {
+        'loss': loss,
+        'perplexity': math.exp(min(loss, 700)),
+        'bits_per_byte': totals['text_nats'] / math.log(2) / totals['bytes'],
+        'targets': totals['targets'],
+        'bytes': totals['bytes'],
+    }

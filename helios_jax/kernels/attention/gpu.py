@@ -1,0 +1,166 @@
+"""Attention on NVIDIA: cuDNN's fused kernels, rotated outside the kernel.
+
+Plain causal rows go through jax's public function. Packed rows have no public way: jax's private
+one takes where each segment starts and how long it is, skips what lies outside the segments, and
+leaves those rows of its results unwritten. It sizes its softmax statistics [B·M N T] by the most
+segments M that a row may have, so M is a small constant and longer lists take several calls.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+from jax._src.cudnn import fused_attention_stablehlo as cudnn
+from jaxtyping import Bool, Float, Int, Num
+
+from helios_jax.kernels.attention.rotation import rotate
+
+MAX_SEGMENTS = 32  # of a row, M, in one call; above 1, or jax takes the rows for unpacked
+PACKED_CUDNN = 90600  # 9.6
+# Before this version the private function strides over keys with the queries' head count.
+GROUPED_PACKING = (0, 11, 2)
+
+
+def attention(
+    q: Float[Array, 'B T N H'],
+    k: Float[Array, 'B S K H'],
+    v: Float[Array, 'B S K H'],
+    *,
+    positions: Num[Array, 'B T'],
+    segment_ids: Int[Array, 'B T'] | None,
+    key_positions: Num[Array, 'B S'] | None,
+    key_segment_ids: Int[Array, 'B S'] | None,
+    frequencies: Float[Array, 'R'],
+    query_scale: float | Float[Array, ''],
+    scale: float,
+    window: int,
+    softcap: float,
+) -> Float[Array, 'B T N H']:
+    """As `kernels.attention.attention`, on one device's arrays.
+
+    Raises:
+      NotImplementedError: `key_positions`, a soft cap, a dtype other than bfloat16 and float16, a
+        head size that cuDNN refuses, no cuDNN; packed rows on a GPU older than Hopper.
+    """
+    B, T, N, H = q.shape
+    if key_positions is not None:
+        raise NotImplementedError('cannot take key_positions: it masks by index.')
+    if softcap:
+        raise NotImplementedError('has no soft cap.')
+    if q.dtype not in (jnp.bfloat16, jnp.float16):
+        raise NotImplementedError(f'cannot take {q.dtype}: only bfloat16 and float16.')
+    if B * T * N * H >= 2**31:
+        raise NotImplementedError(f'counts elements in int32: q {q.shape} has too many.')
+    plain = segment_ids is None and key_segment_ids is None
+    try:
+        version = cudnn.check_cudnn_version()
+    except RuntimeError as error:
+        raise NotImplementedError(f'needs cuDNN: {error}') from error
+    if version < PACKED_CUDNN and not plain:
+        raise NotImplementedError(f'needs cuDNN {PACKED_CUDNN} for packed rows, not {version}.')
+
+    q = rotate(q, positions, frequencies, query_scale).astype(q.dtype)
+    k = rotate(k, positions, frequencies).astype(k.dtype)
+    if plain:
+        return jax.nn.dot_product_attention(
+            q,
+            k,
+            v,
+            scale=scale,
+            is_causal=True,
+            local_window_size=(window - 1, 0) if window else None,
+            implementation='cudnn',
+        )
+    segments = segment_ids if key_segment_ids is None else key_segment_ids
+    out = packed(q, k, v, segments, scale, window)
+    if segment_ids is None:
+        return out
+    return jnp.where((segment_ids != 0)[:, :, None, None], out, 0)
+
+
+def packed(
+    q: Float[Array, 'B T N H'],
+    k: Float[Array, 'B T K H'],
+    v: Float[Array, 'B T K H'],
+    segment_ids: Int[Array, 'B T'],
+    scale: float,
+    window: int,
+) -> Float[Array, 'B T N H']:
+    """Causal attention within runs of equal segment id, zeros where the id is 0.
+
+    A row of at most MAX_SEGMENTS runs takes one call; where a row has more, all take as many calls
+    as the longest list needs.
+    """
+    T, N, K = q.shape[1], q.shape[2], k.shape[2]
+    if N != K and jax.__version_info__ < GROUPED_PACKING:
+        k, v = (jnp.repeat(x, N // K, axis=2) for x in (k, v))
+    runs = run_index(segment_ids)
+    call = functools.partial(call_cudnn, scale=scale, window=window)
+
+    def one(q: Array, k: Array, v: Array, runs: Array) -> Array:
+        # Masked on the way in too: what the kernel leaves unwritten in dq, dk and dv becomes zero.
+        live = ((runs >= 0) & (runs < MAX_SEGMENTS))[:, :, None, None]
+        return jnp.where(live, call(*(jnp.where(live, x, 0) for x in (q, k, v)), runs), 0)
+
+    def several(q: Array, k: Array, v: Array, runs: Array) -> Array:
+        def add(total: Array, first: Array) -> tuple[Array, None]:
+            return total + some(q, k, v, runs - first), None
+
+        @functools.partial(jax.checkpoint, prevent_cse=False)
+        def some(q: Array, k: Array, v: Array, runs: Array) -> Array:
+            skip = lambda q, *_: jnp.zeros_like(q)  # noqa: E731
+            return jax.lax.cond(jnp.any(runs >= 0), one, skip, q, k, v, runs)
+
+        return jax.lax.scan(add, jnp.zeros_like(q), jnp.arange(0, T, MAX_SEGMENTS))[0]
+
+    if T <= MAX_SEGMENTS:
+        return one(q, k, v, runs)
+    # Masking padding out here, not in the branch, lets it fuse with the rotation.
+    live = (runs >= 0)[:, :, None, None]
+    q, k, v = (jnp.where(live, x, 0) for x in (q, k, v))
+    out = jax.lax.cond(jnp.max(runs) < MAX_SEGMENTS, call, several, q, k, v, runs)
+    return jnp.where(live, out, 0)
+
+
+def run_index(segment_ids: Int[Array, 'B T']) -> Int[Array, 'B T']:
+    """Numbers the runs of equal non-zero ids of each row 0, 1, …; padding gets −1."""
+    live = segment_ids != 0
+    before = jnp.pad(segment_ids[:, :-1], ((0, 0), (1, 0)))
+    return jnp.where(live, jnp.cumsum(live & (segment_ids != before), axis=1) - 1, -1)
+
+
+def call_cudnn(
+    q: Float[Array, 'B T N H'],
+    k: Float[Array, 'B T K H'],
+    v: Float[Array, 'B T K H'],
+    runs: Int[Array, 'B T'],
+    *,
+    scale: float,
+    window: int,
+) -> Float[Array, 'B T N H']:
+    """Attention within runs 0 … MAX_SEGMENTS−1; other rows of the result may hold anything."""
+    starts, lengths = extents(runs, MAX_SEGMENTS)
+    offsets = jnp.pad(starts, ((0, 0), (0, 1)), constant_values=-1)
+    return cudnn.dot_product_attention(
+        q,
+        k,
+        v,
+        q_seqlen=lengths,
+        kv_seqlen=lengths,
+        q_offsets=offsets,
+        kv_offsets=offsets,
+        scale=scale,
+        mask_type=cudnn.MaskType.PADDING_CAUSAL,
+        sliding_window_length=window or None,
+    )
+
+
+def extents(runs: Int[Array, 'B T'], M: int) -> tuple[Int[Array, 'B M'], Int[Array, 'B M']]:
+    """First index and length in tokens of runs 0 … M−1 of each row; −1 where there is none."""
+    T = runs.shape[1]
+    member: Bool[Array, 'B T M'] = runs[:, :, None] == jnp.arange(M)[None, None]
+    at = jnp.arange(T, dtype=jnp.int32)[None, :, None]
+    starts = jnp.min(jnp.where(member, at, T), axis=1)
+    lengths = jnp.sum(member, axis=1, dtype=jnp.int32)
+    return jnp.where(lengths > 0, starts, -1), jnp.where(lengths > 0, lengths, -1)

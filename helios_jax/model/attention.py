@@ -1,0 +1,185 @@
+"""The attention sublayer: projections, optional q/k norms, the kernel's door, the cache.
+
+Keys are cached after their norm and before rotation, because with dynamic YaRN the rotation of a
+key depends on the query that reads it.
+"""
+
+from functools import partial
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
+from jax.sharding import PartitionSpec
+from jaxtyping import Array, Float, Int
+
+from helios_jax import config
+from helios_jax.kernels.attention import attention
+from helios_jax.model import rope
+from helios_jax.model.layers import Einsum, RMSNorm
+from helios_jax.parallel.sharding import constrain, spec
+
+
+class Attention(nn.Module):
+    model: config.Model
+    window: int = 0  # 0: full
+    platform: str = ''  # compiled for another platform than the running one: 'tpu'; '' is ours
+
+    @nn.compact
+    def __call__(
+        self,
+        x: Float[Array, 'B T D'],
+        positions: Int[Array, 'B T'],
+        segment_ids: Int[Array, 'B T'] | None,
+        cache_length: int = 0,
+    ) -> Float[Array, 'B T D']:
+        """Causal attention within segments; `segment_ids=None` means one segment a row.
+
+        With `cache_length` S > 0 the collection 'cache' holds the S newest-to-be keys and values:
+        those of x are written at their positions, and x attends to all that the cache holds.
+        """
+        model, dtype = self.model, x.dtype
+        D, N, K, H = model.embed_dim, model.num_heads, model.num_kv_heads, model.head_dim
+        q = Einsum((D, N, H), ('embed', 'heads', 'head_dim'), D, dtype, name='q')(
+            'btd,dnh->btnh', x
+        )
+        k = Einsum((D, K, H), ('embed', 'kv_heads', 'head_dim'), D, dtype, name='k')(
+            'btd,dkh->btkh', x
+        )
+        v = Einsum((D, K, H), ('embed', 'kv_heads', 'head_dim'), D, dtype, name='v')(
+            'btd,dkh->btkh', x
+        )
+        if model.qk_norm:
+            q = RMSNorm(name='q_norm')(q, model.norm_eps)
+            k = RMSNorm(name='k_norm')(k, model.norm_eps)
+        q = checkpoint_name(constrain(q, 'batch', 'length', 'heads', 'head_dim'), 'q')
+        k = checkpoint_name(constrain(k, 'batch', 'length', 'kv_heads', 'head_dim'), 'k')
+        v = checkpoint_name(constrain(v, 'batch', 'length', 'kv_heads', 'head_dim'), 'v')
+        keys: dict[str, Array] = {}
+        if cache_length:
+            k, v = self.update_cache(k, v, positions, segment_ids, cache_length)
+            slots = jnp.arange(cache_length, dtype=positions.dtype)[None]
+            keys['key_positions'] = jnp.broadcast_to(slots, (x.shape[0], cache_length))
+            # Every slot up to a query's position has been written; causality hides the others.
+            keys['key_segment_ids'] = jnp.ones_like(keys['key_positions'])
+            segment_ids = jnp.ones_like(positions) if segment_ids is None else segment_ids
+        # Initialising needs shapes alone, and its tiny batch fits neither mesh nor kernel.
+        out = q
+        if not self.is_initializing():
+            out = self.attend(q, k, v, positions, segment_ids, keys)
+        out = checkpoint_name(out, 'attention_output')
+        return Einsum((N, H, D), ('heads', 'head_dim', 'embed'), N * H, dtype, name='out')(
+            'btnh,nhd->btd', out
+        )
+
+    @nn.nowrap
+    def update_cache(
+        self, k: Array, v: Array, positions: Array, segment_ids: Array | None, length: int
+    ) -> tuple[Array, Array]:
+        """Writes k and v at their positions (padding nowhere); returns all S keys and values."""
+        rows = jnp.arange(k.shape[0])[:, None]
+        slots = positions if segment_ids is None else jnp.where(segment_ids > 0, positions, length)
+        written = []
+        for name, new in (('k', k), ('v', v)):
+            shape = (new.shape[0], length, *new.shape[2:])
+            cache = self.variable('cache', name, jnp.zeros, shape, new.dtype)
+            cache.value = cache.value.at[rows, slots].set(new, mode='drop')
+            written.append(cache.value)
+        return written[0], written[1]
+
+    @nn.nowrap
+    def attend(
+        self,
+        q: Float[Array, 'B T N H'],
+        k: Float[Array, 'B S K H'],
+        v: Float[Array, 'B S K H'],
+        positions: Int[Array, 'B T'],
+        segment_ids: Int[Array, 'B T'] | None,
+        keys: dict[str, Array],
+    ) -> Float[Array, 'B T N H']:
+        """One call of the kernel, or one for each bucket of dynamic YaRN that has queries."""
+        tables = rope.tables(self.model.rope, self.model.head_dim, k.shape[1])
+        attend = partial(
+            _attend_sharded,
+            model=self.model,
+            window=self.window,
+            platform=self.platform,
+        )
+        if len(tables.query_scale) == 1:
+            return attend(
+                q, k, v, positions, segment_ids, keys, tables.frequencies[0], tables.query_scale[0]
+            )
+        segments = jnp.ones_like(positions) if segment_ids is None else segment_ids
+        keys = {'key_segment_ids': segments} | keys
+        trained = self.model.rope.trained_length
+        buckets = jnp.ceil(jnp.log2(jnp.maximum(1, (positions + 1) / trained)))
+
+        def add_bucket(total: Array, table: tuple[Array, Array, Array]) -> tuple[Array, None]:
+            bucket, frequencies, query_scale = table
+            # Queries of other buckets are padding to this call: they come out as zeros.
+            ids = jnp.where(buckets == bucket, segments, 0)
+            out = jax.lax.cond(
+                jnp.any(ids > 0),
+                lambda: attend(q, k, v, positions, ids, keys, frequencies, query_scale),
+                lambda: jnp.zeros_like(q),
+            )
+            return total + out, None
+
+        numbers = jnp.arange(len(tables.query_scale), dtype=buckets.dtype)
+        out, _ = jax.lax.scan(add_bucket, jnp.zeros_like(q), (numbers, *tables))
+        return out
+
+
+def _attend_sharded(
+    q: Array,
+    k: Array,
+    v: Array,
+    positions: Array,
+    segment_ids: Array | None,
+    keys: dict[str, Array],
+    frequencies: Any,
+    query_scale: Any,
+    *,
+    model: config.Model,
+    window: int,
+    platform: str,
+) -> Array:
+    """The kernel on each device's rows and heads; keys are gathered over the context axis."""
+    arrays = {'positions': positions, **keys}
+    if segment_ids is not None:
+        arrays['segment_ids'] = segment_ids
+    mesh = jax.sharding.get_abstract_mesh()
+    context = not mesh.empty and mesh.shape['context'] > 1
+    if context and 'key_positions' not in arrays:
+        arrays['key_positions'] = positions
+        if segment_ids is not None:
+            arrays.setdefault('key_segment_ids', segment_ids)
+
+    def local(q: Array, k: Array, v: Array, arrays: dict, frequencies: Any, scale: Any) -> Array:
+        return attention(
+            q,
+            k,
+            v,
+            **arrays,
+            frequencies=frequencies,
+            query_scale=scale,
+            window=window,
+            softcap=model.attention_softcap,
+            implementation=model.attention,
+            platform=platform or None,
+        )
+
+    frequencies, query_scale = jnp.asarray(frequencies), jnp.asarray(query_scale)
+    if mesh.empty:
+        return local(q, k, v, arrays, frequencies, query_scale)
+    rows = spec(('batch',))[0]
+    kv = PartitionSpec(rows, None, *spec(('kv_heads', 'head_dim')))
+    token = {name: PartitionSpec(rows, None if 'key' in name else 'context') for name in arrays}
+    heads = spec(('batch', 'length', 'heads', 'head_dim'))
+    return jax.shard_map(
+        local,
+        in_specs=(heads, kv, kv, token, PartitionSpec(), PartitionSpec()),
+        out_specs=heads,
+        check_vma=False,
+    )(q, k, v, arrays, frequencies, query_scale)

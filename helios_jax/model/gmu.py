@@ -1,0 +1,128 @@
+"""Gated Memory Units: what replaces the residual connection.
+
+    g = σ(W_b (W_x x̂ + W_u ū) + b)        y = x + g ⊙ (û − x)
+
+x is the stream, x̂ the sublayer's normalised input, u its output, û = RMSNorm(u) with a learnt
+scale and ū without. b starts at −ln l for the l-th sublayer, so g = 1/(l+1) and the stream is the
+running mean of the embedding and of every output so far. RMSNorm reads only the stream's direction,
+so with u instead of û the network starts as exactly the pre-norm residual network, and the gates
+learn from there. The price is two skinny matmuls a sublayer.
+
+Descends from Highway Networks (1505.00387), GTrXL (1910.06764), ReZero (2003.04887), LayerScale
+(2103.17239), Hyper-Connections (2409.19606) and Review Residuals (2606.31859). Another GMU, which
+gates a memory shared between SSM layers, is unrelated.
+"""
+
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
+from jaxtyping import Array, Float
+
+from helios_jax import config
+from helios_jax.model.layers import Einsum, RMSNorm, float32_or_wider, normalize
+
+
+def follows_stream(gmu: config.GMU) -> bool:
+    """Whether the stream is the residual stream divided by the sublayer's index at the start."""
+    return gmu.kind == 'convex' and gmu.bias == 'depth'
+
+
+def input_eps(model: config.Model, index: Any) -> Any:
+    """eps of the norm that reads the stream below sublayer `index` (1 … 2L; 2L+1 is the last norm).
+
+    The stream is 1/index of the residual stream there, and eps follows its square; with a fixed eps
+    the two networks drift apart with depth.
+    """
+    return model.norm_eps / index**2 if follows_stream(model.gmu) else model.norm_eps
+
+
+def mix(
+    kind: str,
+    x: Float[Array, 'B T D'],
+    update: Float[Array, 'B T D'],
+    gate: Float[Array, '...'],
+) -> Float[Array, 'B T D']:
+    """Joins a sublayer's output to the stream in float32; returns x.dtype. gate lies in [0, 1]."""
+    wide, update = float32_or_wider(x), float32_or_wider(update)
+    if kind in ('convex', 'highway'):
+        wide = wide + gate * (update - wide)
+    else:
+        wide = wide + gate * update
+    return wide.astype(x.dtype)
+
+
+class GatedMemoryUnit(nn.Module):
+    model: config.Model
+    name_prefix: str  # 'attention' or 'mlp': which sublayer's gate the memory system names
+
+    @nn.compact
+    def __call__(
+        self,
+        x: Float[Array, 'B T D'],
+        x_hat: Float[Array, 'B T D'],
+        update: Float[Array, 'B T D'],
+        index: Any,
+    ) -> Float[Array, 'B T D']:
+        """Mixes the stream x with `update` = F(x̂) of sublayer `index` (from 1, may be traced)."""
+        gmu = self.model.gmu
+        gate = self.gate(x_hat, update, index)
+        if gmu.normalizes:
+            update = RMSNorm(name='output_norm')(update, self.model.norm_eps)
+        return mix(gmu.kind, x, update, gate)
+
+    @nn.nowrap
+    def gate(self, x_hat: Array, update: Array, index: Any) -> Array:
+        """g, or what stands in its place: float32, broadcastable to [B, T, D]."""
+        gmu, dim = self.model.gmu, self.model.embed_dim
+        if gmu.kind == 'residual':
+            return jnp.ones((1, 1, 1), jnp.float32)
+        if gmu.kind == 'layerscale':
+            return self.vector('scale', nn.initializers.constant(gmu.layerscale), dim)
+        if gmu.kind == 'rezero':
+            return self.vector('scale', nn.initializers.zeros, 1)
+        logits = self.logits(x_hat, update)
+        width = dim if logits is None else logits.shape[-1]
+        if gmu.bias == 'depth':
+            bias_init = lambda key, shape, dtype: jnp.full(shape, -jnp.log(index), dtype)  # noqa: E731
+        else:
+            bias_init = nn.initializers.constant(float(gmu.bias))
+        bias = self.vector('bias', bias_init, width)
+        if logits is None:
+            return jax.nn.sigmoid(bias)
+        logits = checkpoint_name(logits, f'{self.name_prefix}_gate')
+        gate = jax.nn.sigmoid(float32_or_wider(logits) + bias)
+        # one gate serves a run of D / width neighbouring channels
+        return jnp.repeat(gate, dim // width, axis=-1) if 1 < width < dim else gate
+
+    @nn.nowrap
+    def logits(self, x_hat: Array, update: Array) -> Array | None:
+        """The gate before its bias, [B, T, D, D/H or 1]; None for a static gate."""
+        model, gmu = self.model, self.model.gmu
+        dim, dtype = model.embed_dim, x_hat.dtype
+        if gmu.gate == 'static':
+            return None
+        low_rank = gmu.gate == 'low_rank'
+        width = {
+            'low_rank': model.gate_rank, 'full': dim, 'per_head': dim // model.head_dim, 'scalar': 1,
+        }[gmu.gate]  # fmt: skip
+        # The matrix that comes last starts at zero, so that g starts as b says.
+        project = lambda name: Einsum(  # noqa: E731
+            (dim, width), ('embed', 'gate'), dim, dtype, zeros=not low_rank, name=name
+        )
+        hidden = project('from_input')('btd,dr->btr', x_hat)
+        if gmu.kind != 'highway':
+            normalized = normalize(update, model.norm_eps).astype(dtype)
+            hidden = hidden + project('from_output')('btd,dr->btr', normalized)
+        if not low_rank:
+            return hidden
+        out = Einsum((width, dim), ('gate', 'gate_embed'), width, dtype, zeros=True, name='out')
+        return out('btr,rd->btd', hidden)
+
+    @nn.nowrap
+    def vector(self, name: str, init: Any, size: int) -> Float[Array, '1 1 W']:
+        axis = 'gate_embed' if size == self.model.embed_dim else 'gate'
+        value = self.param(name, nn.with_logical_partitioning(init, (axis,)), (size,), jnp.float32)
+        return value.reshape(1, 1, size)

@@ -1,0 +1,93 @@
+"""The layers that everything else is made of. Every matmul weight is an `Einsum`."""
+
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float, Int
+
+from helios_jax.parallel.sharding import Axes
+
+
+def precision(dtype: DTypeLike) -> jax.lax.Precision | None:
+    """float32 means float32: the accelerators' default would round its operands."""
+    return jax.lax.Precision.HIGHEST if dtype == jnp.float32 else None
+
+
+def float32_or_wider(x: Array) -> Array:
+    return x.astype(jnp.promote_types(x.dtype, jnp.float32))
+
+
+class Einsum(nn.Module):
+    """A weight and the product with it; parameters are float32, the product takes `dtype`.
+
+    The cast happens where the weight is used: its gradient then crosses the network in `dtype`,
+    half the bytes of float32 in bfloat16.
+    """
+
+    shape: tuple[int, ...]
+    axes: Axes
+    fan_in: int
+    dtype: DTypeLike
+    zeros: bool = False
+
+    def setup(self) -> None:
+        init: Any = nn.initializers.normal(self.fan_in**-0.5)
+        if self.zeros:
+            init = nn.initializers.zeros
+        self.w = self.param(
+            'w', nn.with_logical_partitioning(init, self.axes), self.shape, jnp.float32
+        )
+
+    def __call__(self, equation: str, x: Array) -> Array:
+        weight = self.weight()
+        return jnp.einsum(
+            equation, x.astype(self.dtype), weight, precision=precision(self.dtype)
+        )
+
+    def weight(self) -> Array:
+        """The weight in the compute dtype, for products that are not one einsum."""
+        return self.w.astype(self.dtype)
+
+
+def normalize(x: Float[Array, '*B D'], eps: Any) -> Float[Array, '*B D']:
+    """x / √(mean x² + eps) along the last axis, in float32 (Zhang & Sennrich, 1910.07467)."""
+    x = float32_or_wider(x)
+    return x * jax.lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + eps)
+
+
+class RMSNorm(nn.Module):
+    """RMS normalisation with a learnt scale, in float32; returns x.dtype.
+
+    `eps` comes with the call because it follows the stream's scale (see gmu.py).
+    """
+
+    axis: str = 'norm'
+
+    @nn.compact
+    def __call__(self, x: Float[Array, '*B D'], eps: Any) -> Float[Array, '*B D']:
+        scale = self.param(
+            'scale',
+            nn.with_logical_partitioning(nn.initializers.ones, (self.axis,)),
+            (x.shape[-1],),
+            jnp.float32,
+        )
+        scale = scale.reshape((1,) * (x.ndim - 1) + scale.shape)
+        return (normalize(x, eps) * scale).astype(x.dtype)
+
+
+class Embed(nn.Module):
+    """Token embeddings, N(0, 1), kept in float32 and read in `dtype`."""
+
+    vocab_size: int
+    embed_dim: int
+    dtype: DTypeLike
+
+    def setup(self) -> None:
+        init = nn.with_logical_partitioning(nn.initializers.normal(1.0), ('vocab', 'embed'))
+        self.w = self.param('w', init, (self.vocab_size, self.embed_dim), jnp.float32)
+
+    def __call__(self, tokens: Int[Array, 'B T']) -> Float[Array, 'B T D']:
+        return jnp.take(self.w.astype(self.dtype), tokens, axis=0)

@@ -1,0 +1,156 @@
+"""Cross-entropy over the vocabulary that never holds the logits of all tokens.
+
+The unembedding and the loss run together over chunks of the sequence. The gradients are made in the
+forward pass, chunk by chunk, while a chunk's logits exist: a checkpointed scan would gather the head
+twice and reduce its float32 gradient once a chunk. The head's vocabulary is split over the mesh and
+each chunk's tokens are gathered to it.
+"""
+
+from functools import partial
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+from helios_jax.model.layers import float32_or_wider, precision
+from helios_jax.parallel.sharding import constrain
+
+CHUNK_LOGITS_BYTES = 2**28  # of one device's float32 logits; larger gains nothing
+
+
+class Losses(NamedTuple):
+    total: Float[Array, '']  # Σ weight · (nll + z · lse²)
+    nll: Float[Array, 'B T']  # −ln p(target) of each token, unweighted
+
+
+def next_tokens(
+    tokens: Int[Array, 'B T'],
+    segment_ids: Int[Array, 'B T'],
+    loss_mask: Bool[Array, 'B T'],
+) -> tuple[Int[Array, 'B T'], Float[Array, 'B T']]:
+    """Targets and their weights: the next token where it is of the same segment and counts."""
+    target = jnp.roll(tokens, -1, axis=1)
+    same = (jnp.roll(segment_ids, -1, axis=1) == segment_ids) & (segment_ids > 0)
+    counts = same & jnp.roll(loss_mask, -1, axis=1)
+    counts = counts & (jnp.arange(tokens.shape[1])[None] < tokens.shape[1] - 1)
+    return target, counts.astype(jnp.float32)
+
+
+def project(
+    hidden: Float[Array, 'B T D'], head: Float[Array, 'D V'], vocab_size: int
+) -> Float[Array, 'B T V']:
+    """float32 logits; those beyond vocab_size are −∞."""
+    dtype = hidden.dtype
+    wide = jnp.promote_types(dtype, jnp.float32)
+    logits = jnp.einsum(
+        'btd,dv->btv',
+        hidden,
+        head.astype(dtype),
+        preferred_element_type=wide,
+        precision=precision(dtype),
+    )
+    real = jnp.arange(head.shape[1]) < vocab_size
+    return jnp.where(real[None, None], logits, -jnp.inf)
+
+
+def _num_chunks(hidden: Array, head: Array) -> int:
+    """The smallest divisor of T that keeps a chunk's logits within bounds on each device."""
+    mesh = jax.sharding.get_abstract_mesh()
+    devices = 1 if mesh.empty else mesh.size
+    batch, length, _ = hidden.shape
+    wanted = batch * length * head.shape[1] * 4 / devices / CHUNK_LOGITS_BYTES
+    return next(c for c in range(1, length + 1) if length % c == 0 and c >= min(wanted, length))
+
+
+def _chunk(
+    hidden: Array, head: Array, targets: Array, weights: Array, vocab_size: int, z_loss: float
+) -> tuple[Array, Array, Array]:
+    """Weighted loss, nll [B C] and d loss / d logits [B C V] of one chunk, all float32."""
+    hidden = constrain(hidden, 'loss_batch', 'whole', 'stream')
+    logits = project(hidden, head, vocab_size)
+    logits = constrain(logits, 'loss_batch', 'whole', 'unembed_vocab')
+    lse = jax.nn.logsumexp(logits, axis=-1)
+    ids = jnp.arange(head.shape[1], dtype=targets.dtype)[None, None]
+    is_target = ids == targets[..., None]
+    nll = lse - jnp.sum(jnp.where(is_target, logits, 0), axis=-1)
+    loss = jnp.sum(weights * (nll + z_loss * lse**2))
+    scale = (weights * (1 + 2 * z_loss * lse))[..., None]
+    gradient = scale * jnp.exp(logits - lse[..., None]) - jnp.where(is_target, weights[..., None], 0)
+    return loss, nll, gradient
+
+
+def _split(x: Array, chunks: int) -> Array:
+    """[B, T, …] → [chunks, B, T/chunks, …]"""
+    batch, length, *rest = x.shape
+    return jnp.moveaxis(x.reshape(batch, chunks, length // chunks, *rest), 1, 0)
+
+
+def _join(x: Array) -> Array:
+    x = jnp.moveaxis(x, 0, 1)
+    return x.reshape(x.shape[0], -1, *x.shape[3:])
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(4, 5))
+def cross_entropy(
+    hidden: Float[Array, 'B T D'],
+    head: Float[Array, 'D V'],
+    targets: Int[Array, 'B T'],
+    weights: Float[Array, 'B T'],
+    vocab_size: int,
+    z_loss: float = 0.0,
+) -> Losses:
+    """−ln softmax(hidden · head)[targets], in chunks; differentiable through `total` alone.
+
+    The product takes hidden's dtype; the gradient of a float32 head is accumulated in float32.
+    """
+    chunks = _num_chunks(hidden, head)
+
+    def step(total: Array, chunk: tuple[Array, ...]) -> tuple[Array, Array]:
+        h, t, w = chunk
+        loss, nll, _ = _chunk(h, head, t, w, vocab_size, z_loss)
+        return total + loss, nll
+
+    parts = tuple(_split(x, chunks) for x in (hidden, targets, weights))
+    total, nll = jax.lax.scan(step, jnp.zeros((), weights.dtype), parts)
+    return Losses(total, _join(nll))
+
+
+def _forward(hidden, head, targets, weights, vocab_size, z_loss):  # type: ignore[no-untyped-def]
+    chunks = _num_chunks(hidden, head)
+    dtype, exact = hidden.dtype, precision(hidden.dtype)
+    wide = float32_or_wider(jnp.zeros((), dtype)).dtype
+
+    def step(carry, chunk):  # type: ignore[no-untyped-def]
+        total, d_head = carry
+        h, t, w = chunk
+        h = constrain(h, 'loss_batch', 'whole', 'stream')
+        loss, nll, gradient = _chunk(h, head, t, w, vocab_size, z_loss)
+        gradient = gradient.astype(dtype)
+        d_hidden = jnp.einsum('bcv,dv->bcd', gradient, head.astype(dtype), precision=exact)
+        d_hidden = constrain(d_hidden, 'batch', 'whole', 'stream')
+        d_head = d_head + jnp.einsum(
+            'bcd,bcv->dv', h, gradient, precision=exact, preferred_element_type=wide
+        )
+        return (total + loss, constrain(d_head, 'stream', 'unembed_vocab')), (nll, d_hidden)
+
+    parts = tuple(_split(x, chunks) for x in (hidden, targets, weights))
+    zeros = constrain(jnp.zeros(head.shape, wide), 'stream', 'unembed_vocab')
+    (total, d_head), (nll, d_hidden) = jax.lax.scan(
+        step, (jnp.zeros((), weights.dtype), zeros), parts
+    )
+    return Losses(total, _join(nll)), (_join(d_hidden), d_head.astype(head.dtype))
+
+
+def _backward(vocab_size, z_loss, residuals, cotangents):  # type: ignore[no-untyped-def]
+    d_hidden, d_head = residuals
+    scale = cotangents.total
+    return (
+        (scale * d_hidden).astype(d_hidden.dtype),
+        (scale * d_head).astype(d_head.dtype),
+        None,
+        None,
+    )
+
+
+cross_entropy.defvjp(_forward, _backward)

@@ -1,0 +1,132 @@
+"""Feed-forward sublayers: the dense SwiGLU and the top-k mixture of experts (Hydra).
+
+The router scores every expert for every token in float32 and the top X by score + balance bias
+compute; their weights are the scores without the bias, renormalised. Balance comes from the bias
+(2408.15664), from an auxiliary loss (2101.03961), or both. Nothing is dropped unless a capacity
+factor bounds the buffers (see parallel/experts.py).
+"""
+
+from typing import NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
+from jaxtyping import Array, Float, Int
+
+from helios_jax import config
+from helios_jax.model.layers import Einsum, float32_or_wider
+from helios_jax.parallel.experts import apply_experts
+from helios_jax.parallel.sharding import constrain
+
+
+class Stats(NamedTuple):
+    """What one MoE layer reports; float32."""
+
+    load: Float[Array, '*L E']  # tokens that chose each expert
+    dropped: Float[Array, '*L']  # (token, expert) pairs that found no room
+    entropy: Float[Array, '*L']  # of the mean router distribution's tokens, nats
+    balance_loss: Float[Array, '*L']  # E Σ_e f_e p_e; 1 when even
+    z_loss: Float[Array, '*L']  # mean squared log-sum-exp of the router's logits
+
+
+class SwiGLU(nn.Module):
+    """down(silu(gate x) ⊙ up x) (2002.05202)."""
+
+    embed_dim: int
+    mlp_dim: int
+
+    @nn.compact
+    def __call__(self, x: Float[Array, 'B T D']) -> Float[Array, 'B T D']:
+        D, F, dtype = self.embed_dim, self.mlp_dim, x.dtype
+        hidden = []
+        for name in ('gate', 'up'):
+            h = Einsum((D, F), ('embed', 'mlp'), D, dtype, name=name)('btd,df->btf', x)
+            hidden.append(checkpoint_name(constrain(h, 'batch', 'length', 'mlp'), 'gate_up'))
+        product = jax.nn.silu(float32_or_wider(hidden[0])).astype(dtype) * hidden[1]
+        return Einsum((F, D), ('mlp', 'embed'), F, dtype, name='down')('btf,fd->btd', product)
+
+
+def route(
+    logits: Float[Array, 'B T E'],
+    bias: Float[Array, 'E'],
+    moe: config.MoE,
+) -> tuple[Int[Array, 'B T X'], Float[Array, 'B T X'], Float[Array, 'B T E']]:
+    """Chosen experts (ties to the lower index), their weights, and all scores."""
+    if moe.scores == 'softmax':
+        scores = jax.nn.softmax(logits, axis=-1)
+    else:
+        scores = jax.nn.sigmoid(logits)
+    _, choices = jax.lax.top_k(
+        jax.lax.stop_gradient(scores) + bias.reshape(1, 1, -1), moe.num_experts_per_token
+    )
+    # Saved, so that recomputation never routes again: a tie broken otherwise would be another
+    # function in the backward pass.
+    choices = checkpoint_name(choices, 'router_choices')
+    weights = jnp.take_along_axis(scores, choices, axis=-1)
+    weights = moe.scale * weights / (weights.sum(axis=-1, keepdims=True) + 1e-20)
+    return choices, weights, scores
+
+
+def router_stats(
+    logits: Float[Array, 'B T E'],
+    scores: Float[Array, 'B T E'],
+    choices: Int[Array, 'B T X'],
+    real: Float[Array, 'B T'],
+    dropped: Float[Array, ''],
+) -> Stats:
+    """Statistics and losses of a router over the real (not padding) tokens."""
+    num_experts, num_chosen = logits.shape[-1], choices.shape[-1]
+    num_tokens = jnp.maximum(real.sum(), 1)
+    chosen = jax.nn.one_hot(choices, num_experts, dtype=jnp.float32).sum(axis=2)
+    load = jnp.einsum('bte,bt->e', chosen, real)
+    shares = scores / scores.sum(axis=-1, keepdims=True)
+    mean_share = jnp.einsum('bte,bt->e', shares, real) / num_tokens
+    fraction = load / (num_tokens * num_chosen)
+    entropy = -jnp.sum(shares * jnp.log(shares + 1e-20), axis=-1)
+    lse = jax.nn.logsumexp(logits, axis=-1)
+    return Stats(
+        load=load,
+        dropped=dropped.astype(jnp.float32),
+        entropy=jnp.sum(entropy * real) / num_tokens,
+        balance_loss=num_experts * jnp.sum(jax.lax.stop_gradient(fraction) * mean_share),
+        z_loss=jnp.sum(lse**2 * real) / num_tokens,
+    )
+
+
+class MixtureOfExperts(nn.Module):
+    model: config.Model
+
+    @nn.compact
+    def __call__(
+        self, x: Float[Array, 'B T D'], segment_ids: Int[Array, 'B T'] | None
+    ) -> tuple[Float[Array, 'B T D'], Stats]:
+        """The weighted sum of each token's experts, plus the shared ones; padding gives zeros."""
+        moe, dtype = self.model.moe, x.dtype
+        D, E, F = self.model.embed_dim, moe.num_experts, self.model.expert_mlp_dim
+        wide = float32_or_wider(x)
+        logits = Einsum((D, E), ('embed', 'experts'), D, wide.dtype, name='router')(
+            'btd,de->bte', wide
+        )
+        zeros = nn.with_logical_partitioning(jnp.zeros, ('experts',))
+        bias = self.variable('router', 'bias', zeros, (E,), jnp.float32).value
+        choices, weights, scores = route(logits, bias, moe)
+        if segment_ids is None:
+            real = jnp.ones(x.shape[:2], bool)
+        else:
+            real = segment_ids > 0
+        up_axes, down_axes = ('experts', 'embed', 'mlp'), ('experts', 'mlp', 'embed')
+        y, dropped = apply_experts(
+            x,
+            jnp.where(real[..., None], choices, E),  # E: no expert
+            weights,
+            Einsum((E, D, F), up_axes, D, dtype, name='gate').weight(),
+            Einsum((E, D, F), up_axes, D, dtype, name='up').weight(),
+            Einsum((E, F, D), down_axes, F, dtype, name='down').weight(),
+            capacity_factor=moe.capacity_factor,
+            sharded=not self.is_initializing(),
+        )
+        if moe.num_shared_experts:
+            shared = SwiGLU(D, F * moe.num_shared_experts, name='shared')
+            y = y + shared(x)
+        return y, router_stats(logits, scores, choices, real.astype(jnp.float32), dropped)

@@ -1,0 +1,69 @@
+"""Rotary frequencies, and YaRN's rescaling of them and of the queries (2104.09864, 2309.00071).
+
+    θ_i = base^(−2i/H)        θ'_i = (1 − γ_i) θ_i / s + γ_i θ_i        m = 0.1 ln s + 1
+
+γ is 1 where a frequency turns often within the trained length and 0 where it hardly turns once.
+YaRN multiplies q and k by m; we leave keys alone and multiply q by m².
+"""
+
+import math
+from typing import NamedTuple
+
+import numpy as np
+from jaxtyping import Float
+
+from helios_jax import config
+
+
+class Tables(NamedTuple):
+    """One row a bucket of query positions; bucket c holds positions below L_train · 2^c."""
+
+    frequencies: Float[np.ndarray, 'C R']  # radians per position, R = H/2
+    query_scale: Float[np.ndarray, 'C']  # m²
+
+
+def frequencies(rope: config.Rope, head_dim: int, factor: float) -> Float[np.ndarray, 'R']:
+    """θ' [H/2] for scale factor s, float32 computed in float64."""
+    half = np.arange(head_dim // 2, dtype=np.float64)
+    theta = rope.base ** (-2 * half / head_dim)
+    if factor == 1:
+        return theta.astype(np.float32)
+    if rope.ramp == 'linear_in_rotations':
+        rotations = rope.trained_length * theta / (2 * np.pi)
+        keep = (rotations - rope.beta_slow) / (rope.beta_fast - rope.beta_slow)
+    else:
+        low = max(math.floor(_dimension(rope, head_dim, rope.beta_fast)), 0)
+        high = min(math.ceil(_dimension(rope, head_dim, rope.beta_slow)), head_dim - 1)
+        keep = 1 - (half - low) / max(high - low, 0.001)
+    keep = np.clip(keep, 0, 1)
+    return ((1 - keep) * theta / factor + keep * theta).astype(np.float32)
+
+
+def _dimension(rope: config.Rope, head_dim: int, rotations: float) -> float:
+    """The (fractional) index i at which θ_i makes this many rotations over the trained length."""
+    turns = rope.trained_length / (rotations * 2 * math.pi)
+    return head_dim * math.log(turns) / (2 * math.log(rope.base))
+
+
+def attention_temperature(factor: float) -> float:
+    """YaRN's m."""
+    return 0.1 * math.log(factor) + 1 if factor > 1 else 1.0
+
+
+def tables(rope: config.Rope, head_dim: int, length: int) -> Tables:
+    """Frequencies and query scales for positions below `length`.
+
+    Only dynamic scaling has more than one bucket: the query at position t uses
+    s = 2^⌈log₂ max(1, (t+1)/L_train)⌉ and sees all its keys rotated with it, so that no output
+    depends on what comes later.
+    """
+    factors = [1.0]
+    if rope.scaling == 'static':
+        factors = [rope.factor]
+    elif rope.scaling == 'dynamic':
+        buckets = math.ceil(math.log2(max(1, length / rope.trained_length)))
+        factors = [float(2**c) for c in range(buckets + 1)]
+    scale = [attention_temperature(s) ** 2 for s in factors]
+    return Tables(
+        np.stack([frequencies(rope, head_dim, s) for s in factors]), np.asarray(scale, np.float32)
+    )

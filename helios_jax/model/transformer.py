@@ -1,0 +1,185 @@
+"""The decoder: embedding, layers scanned over repeating periods, final norm."""
+
+from collections.abc import Callable
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
+from jaxtyping import Array, Float, Int
+
+from helios_jax import config
+from helios_jax.model.attention import Attention
+from helios_jax.model.gmu import GatedMemoryUnit, input_eps
+from helios_jax.model.layers import Einsum, Embed, RMSNorm
+from helios_jax.model.loss import project
+from helios_jax.model.moe import MixtureOfExperts, Stats, SwiGLU
+from helios_jax.parallel.sharding import constrain
+
+LayerStats = dict[str, Stats]  # name of the layer in its period → what its router reports
+
+
+class Block(nn.Module):
+    """One layer: attention and feed-forward, each behind a norm and joined by a GMU."""
+
+    model: config.Model
+    kind: str
+    platform: str = ''
+
+    @nn.compact
+    def __call__(
+        self,
+        x: Float[Array, 'B T D'],
+        index: Any,
+        positions: Int[Array, 'B T'],
+        segment_ids: Int[Array, 'B T'] | None,
+        cache_length: int = 0,
+    ) -> tuple[Float[Array, 'B T D'], Stats | None]:
+        """Layer `index` (from 0; may be traced) of the stream x."""
+        model = self.model
+        x = checkpoint_name(constrain(x, 'batch', 'length', 'stream'), 'block_input')
+        window = model.window if self.kind.endswith('window') else 0
+
+        sublayer = 2 * index + 1
+        x_hat = RMSNorm(name='attention_norm')(x, input_eps(model, sublayer))
+        x_hat = checkpoint_name(x_hat, 'attention_input')
+        attention = Attention(model, window, self.platform, name='attention')
+        update = attention(x_hat, positions, segment_ids, cache_length)
+        update = checkpoint_name(update, 'attention_update')
+        x = GatedMemoryUnit(model, 'attention', name='attention_gmu')(x, x_hat, update, sublayer)
+        x = constrain(x, 'batch', 'length', 'stream')
+
+        sublayer = sublayer + 1
+        x_hat = RMSNorm(name='mlp_norm')(x, input_eps(model, sublayer))
+        x_hat = checkpoint_name(x_hat, 'mlp_input')
+        stats = None
+        if self.kind.startswith('moe'):
+            update, stats = MixtureOfExperts(model, name='moe')(x_hat, segment_ids)
+        else:
+            update = SwiGLU(model.embed_dim, model.mlp_dim, name='mlp')(x_hat)
+        update = checkpoint_name(update, 'mlp_update')
+        x = GatedMemoryUnit(model, 'mlp', name='mlp_gmu')(x, x_hat, update, sublayer)
+        return constrain(x, 'batch', 'length', 'stream'), stats
+
+
+class Layers(nn.Module):
+    """Consecutive layers of the given kinds, each rematerialised on its own."""
+
+    model: config.Model
+    kinds: tuple[str, ...]
+    platform: str
+    checkpoint_policy: Callable[..., Any] | None
+    scanned: bool
+
+    @nn.compact
+    def __call__(
+        self,
+        x: Float[Array, 'B T D'],
+        first_index: Any,
+        positions: Int[Array, 'B T'],
+        segment_ids: Int[Array, 'B T'] | None,
+        cache_length: int = 0,
+    ) -> tuple[Float[Array, 'B T D'], LayerStats]:
+        block: Any = Block
+        if self.checkpoint_policy is not None and not cache_length:
+            block = nn.remat(
+                Block,
+                policy=self.checkpoint_policy,
+                prevent_cse=not self.scanned,
+                static_argnums=(5,),  # cache_length
+            )
+        stats = {}
+        for i, kind in enumerate(self.kinds):
+            name = f'layer_{i}'
+            layer = block(self.model, kind, self.platform, name=name)
+            x, reported = layer(x, first_index + i, positions, segment_ids, cache_length)
+            if reported is not None:
+                stats[name] = reported
+        return x, stats
+
+
+class Transformer(nn.Module):
+    """Tokens to final hidden states and, through `unembed`, to logits.
+
+    Parameters are float32. `platform` names the platform to compile for where it is not the one
+    that runs ('tpu' when a topology is compiled for on a CPU).
+    """
+
+    model: config.Model
+    checkpoint_policy: Callable[..., Any] | None = None
+    platform: str = ''
+
+    def setup(self) -> None:
+        model = self.model
+        dtype = jnp.dtype(model.compute_dtype)
+        D, V = model.embed_dim, model.padded_vocab_size
+        self.embed = Embed(V, D, dtype)
+        if model.prefix_kinds:
+            self.prefix = Layers(
+                model, model.prefix_kinds, self.platform, self.checkpoint_policy, scanned=False
+            )
+        self.periods = nn.scan(
+            Layers,
+            variable_axes={'params': 0, 'router': 0, 'cache': 0},
+            split_rngs={'params': True},
+            in_axes=(0, nn.broadcast, nn.broadcast, nn.broadcast),
+            length=model.num_periods,
+            metadata_params={nn.PARTITION_NAME: 'layers'},
+        )(model, model.period_kinds, self.platform, self.checkpoint_policy, scanned=True)
+        self.final_norm = RMSNorm()
+        if not model.tied_embeddings:
+            self.unembedding = Einsum((D, V), ('stream', 'unembed_vocab'), D, dtype)
+
+    def __call__(
+        self,
+        tokens: Int[Array, 'B T'],
+        positions: Int[Array, 'B T'],
+        segment_ids: Int[Array, 'B T'] | None = None,
+        cache_length: int = 0,
+    ) -> tuple[Float[Array, 'B T D'], dict[str, LayerStats]]:
+        """Final hidden states in the compute dtype, and the routers' statistics.
+
+        Args:
+          positions: of each token in its segment, from 0.
+          segment_ids: document index per token, 0 is padding; None: one segment a row.
+          cache_length: above 0, reads and writes the collection 'cache' of this many positions.
+        """
+        model = self.model
+        x = constrain(self.embed(tokens), 'batch', 'length', 'stream')
+        args = (positions, segment_ids, cache_length)
+        reported: dict[str, LayerStats] = {}
+        first = len(model.prefix_kinds)
+        if first:
+            x, reported['prefix'] = self.prefix(x, 0, *args)
+        indices = first + len(model.period_kinds) * jnp.arange(model.num_periods)
+        x, reported['periods'] = self.periods(x, indices, *args)
+        x = self.final_norm(x, input_eps(model, 2 * model.num_layers + 1))
+        if self.is_initializing():
+            self.unembedding_weight()
+        return x, {group: stats for group, stats in reported.items() if stats}
+
+    def unembedding_weight(self) -> Float[Array, 'D V']:
+        """float32; V is padded."""
+        if self.model.tied_embeddings:
+            # Rows are N(0, 1); the head wants N(0, 1/D).
+            return self.embed.w.T * self.model.embed_dim**-0.5
+        return self.unembedding.w
+
+    def logits(
+        self,
+        tokens: Int[Array, 'B T'],
+        positions: Int[Array, 'B T'],
+        segment_ids: Int[Array, 'B T'] | None = None,
+        cache_length: int = 0,
+    ) -> Float[Array, 'B T V']:
+        """All logits, float32; those of padded vocabulary are −∞. For short inputs: training and
+        evaluation go through `loss.cross_entropy`, which never holds them all."""
+        hidden, _ = self(tokens, positions, segment_ids, cache_length)
+        return project(hidden, self.unembedding_weight(), self.model.vocab_size)
+
+
+def abstract_variables(model: Transformer) -> Any:
+    """Shapes and logical axes (boxed) of a model's variables, without computing anything."""
+    tokens = jax.ShapeDtypeStruct((1, 2), jnp.int32)
+    return jax.eval_shape(model.init, jax.random.key(0), tokens, tokens)

@@ -1,0 +1,84 @@
+"""Several processes as one run: start-up, and agreement on when to stop."""
+
+import os
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import jax
+import numpy as np
+from absl import logging
+from jax.experimental import multihost_utils
+
+from helios_jax.config import UserError
+
+START_SECONDS = 300
+
+
+def start() -> None:
+    """Joins the processes of a run, where there are several; call before anything else uses JAX.
+
+    On TPU hosts JAX finds its peers by itself. Elsewhere JAX_COORDINATOR_ADDRESS (host:port),
+    JAX_NUM_PROCESSES and JAX_PROCESS_ID name them; without them the run is a single process.
+
+    Raises:
+      UserError: the peers did not all answer in time, or a variable is missing.
+    """
+    address = os.environ.get('JAX_COORDINATOR_ADDRESS', '')
+    on_tpu_host = any(Path('/dev').glob('accel*')) or Path('/dev/vfio/0').exists()
+    wants_cpu = os.environ.get('JAX_PLATFORMS', '').startswith('cpu')
+    if not address and (wants_cpu or not on_tpu_host):
+        return
+    if address and wants_cpu:
+        jax.config.update('jax_cpu_collectives_implementation', 'gloo')
+    numbers = {}
+    if address:
+        for argument, variable in (
+            ('num_processes', 'JAX_NUM_PROCESSES'),
+            ('process_id', 'JAX_PROCESS_ID'),
+        ):
+            value = os.environ.get(variable, '')
+            if not value.isdigit():
+                raise UserError(
+                    f'{variable}={value!r} must be a number when JAX_COORDINATOR_ADDRESS is set.'
+                )
+            numbers[argument] = int(value)
+    try:
+        jax.distributed.initialize(initialization_timeout=START_SECONDS, **numbers)
+    except Exception as error:
+        raise UserError(
+            f'the processes of this run did not all join within {START_SECONDS} s '
+            f'({str(error).splitlines()[0]}); check JAX_COORDINATOR_ADDRESS={address!r} and that '
+            'every host started.'
+        ) from error
+
+
+class StopRequest:
+    """Set by SIGTERM or SIGINT; a second signal ends the process at once."""
+
+    def __init__(self) -> None:
+        self.signal = 0
+
+    def __call__(self, number: int, frame: object) -> None:
+        if self.signal:
+            raise KeyboardInterrupt
+        self.signal = number
+        logging.warning('%s: finishing this step, saving, then stopping.', signal.Signals(number).name)
+
+    def agreed(self) -> bool:
+        """Whether any process was told to stop; collective, and the same answer everywhere."""
+        if jax.process_count() == 1:
+            return self.signal != 0
+        return bool(multihost_utils.process_allgather(np.array(self.signal != 0)).any())
+
+
+@contextmanager
+def stop_on_signals() -> Iterator[StopRequest]:
+    request = StopRequest()
+    previous = {n: signal.signal(n, request) for n in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield request
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)

@@ -1,0 +1,205 @@
+"""AdamW and Muon, with every parameter's rule read from its logical axes.
+
+A matrix is a weight between the stream and a sublayer's inside: one `embed` axis on one side, heads
+or hidden units on the other, or the router's experts. Matrices decay; norms, biases, gates and both
+embeddings do not. Muon takes the matrices but for the router, each layer and each expert on its
+own, with all heads as one side; its updates are scaled to AdamW's size (Moonlight, 2502.16982), so
+that one learning rate serves both.
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import PyTree
+
+# `scale_by_shape` is in no public module of optax 0.2.8.
+from optax.contrib._muon import MuonDimensionNumbers, scale_by_muon, scale_by_shape
+
+from helios_jax.config import Optimizer, UserError
+from helios_jax.parallel.sharding import RULES, Axes
+
+MUON_MOMENTUM = 0.95
+MUON_RMS = 0.2  # of an update's elements, as AdamW's
+
+
+@dataclasses.dataclass(frozen=True)
+class Rule:
+    """How one parameter is updated; `rows` and `columns` are the axes of Muon's matrices."""
+
+    name: str
+    axes: Axes
+    shape: tuple[int, ...]
+    optimizer: str  # adamw | muon
+    decay: bool
+    rows: Axes = ()
+    columns: Axes = ()
+
+
+def is_matrix(axes: Axes) -> bool:
+    """Whether a weight with these logical axes decays.
+
+    Raises:
+      ValueError: an axis that the sharding table lacks.
+    """
+    if unknown := set(axes) - set(RULES):
+        raise ValueError(f'logical axes {axes}: unknown {", ".join(sorted(unknown))}.')
+    inside = {'heads', 'kv_heads', 'head_dim', 'mlp'}.intersection(axes)
+    outside = {'vocab', 'unembed_vocab', 'gate', 'gate_embed'}.intersection(axes)
+    return axes.count('embed') == 1 and not outside and (bool(inside) or _is_router(axes))
+
+
+def muon_dimensions(axes: Axes) -> MuonDimensionNumbers | None:
+    """Axes of the rows (inputs) and columns (outputs) of a Muon matrix; None if it is none."""
+    if not is_matrix(axes) or _is_router(axes):
+        return None
+    embed = axes.index('embed')
+    rest = [i for i, axis in enumerate(axes) if axis not in ('layers', 'experts', 'embed')]
+    if embed < min(rest):
+        return MuonDimensionNumbers((embed,), tuple(rest))
+    if embed > max(rest):
+        return MuonDimensionNumbers(tuple(rest), (embed,))
+    raise ValueError(f'logical axes {axes}: embed lies between the other axes of the matrix.')
+
+
+def rules(config: Optimizer, axes: PyTree, params: PyTree) -> list[Rule]:
+    """The rule of every parameter, in the tree's order.
+
+    Args:
+      axes: the logical axes (a tuple of names) of each array of `params`, in the same tree.
+      params: arrays or shapes.
+    """
+    table = []
+    for (path, leaf), leaf_axes in zip(
+        jax.tree_util.tree_leaves_with_path(params), _leaves(axes), strict=True
+    ):
+        if len(leaf_axes) != leaf.ndim:
+            raise ValueError(f'{path}: logical axes {leaf_axes} for shape {leaf.shape}.')
+        muon = muon_dimensions(leaf_axes) if config.name == 'muon' else None
+        table.append(
+            Rule(
+                name=jax.tree_util.keystr(path, simple=True, separator='.'),
+                axes=leaf_axes,
+                shape=tuple(leaf.shape),
+                optimizer='muon' if muon else 'adamw',
+                decay=is_matrix(leaf_axes),
+                rows=tuple(leaf_axes[i] for i in muon.reduction_axis) if muon else (),
+                columns=tuple(leaf_axes[i] for i in muon.output_axis) if muon else (),
+            )
+        )
+    return table
+
+
+def schedule(config: Optimizer, num_steps: int) -> optax.Schedule:
+    """Learning rate by the count of updates made: 0 to the peak, then down to `final_fraction`.
+
+    A run that ends within its warmup never leaves it.
+    """
+    peak, final = config.learning_rate, config.learning_rate * config.final_fraction
+    warmup = config.warmup_steps
+    rise = optax.linear_schedule(0.0, peak, max(1, warmup))
+    if config.schedule == 'cosine':
+        fall = optax.cosine_decay_schedule(peak, max(1, num_steps - warmup), config.final_fraction)
+        return optax.join_schedules([rise, fall], [warmup])
+    turn = max(warmup, round(num_steps * (1 - config.decay_fraction)))
+    fall = optax.linear_schedule(peak, final, max(1, num_steps - turn))
+    return optax.join_schedules([rise, optax.constant_schedule(peak), fall], [warmup, turn])
+
+
+def make(config: Optimizer, num_steps: int, axes: PyTree) -> optax.GradientTransformation:
+    """The optimizer of parameters with these logical axes.
+
+    Moments are computed in float32 and stored in `moments_dtype`; the learning rate follows a count
+    in the state, so that a restored state goes on exactly.
+
+    Raises:
+      UserError: moments whose decay bfloat16 would round away.
+    """
+    _check_moments(config)
+    decays = _map(is_matrix, axes)
+    direction = _adam(config)
+    if config.name == 'muon':
+        direction = _muon_and_adam(config, axes)
+    return optax.chain(
+        optax.clip_by_global_norm(config.clip_norm) if config.clip_norm else optax.identity(),
+        direction,
+        optax.add_decayed_weights(config.weight_decay, mask=decays),
+        optax.scale_by_learning_rate(schedule(config, num_steps)),
+    )
+
+
+def state_shardings(state: PyTree, shardings: PyTree[jax.sharding.NamedSharding]) -> PyTree:
+    """Where an optimizer's state lives: a moment with its parameter, the rest everywhere.
+
+    Args:
+      state: of `make(…).init`, arrays or shapes.
+      shardings: of each parameter.
+    """
+    of_parameter = dict(jax.tree_util.tree_leaves_with_path(shardings))
+    mesh = next(iter(of_parameter.values())).mesh
+    replicated = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+
+    def of(path, leaf):
+        # A moment's path ends with its parameter's, whatever optax wraps around it.
+        ends = (path[i:] for i in range(len(path)))
+        return next((of_parameter[end] for end in ends if end in of_parameter), replicated)
+
+    return jax.tree_util.tree_map_with_path(of, state)
+
+
+def _is_router(axes: Axes) -> bool:
+    return [axis for axis in axes if axis != 'layers'] == ['embed', 'experts']
+
+
+def _is_axes(leaf: object) -> bool:
+    return isinstance(leaf, tuple)
+
+
+def _leaves(axes: PyTree) -> list[Axes]:
+    return jax.tree.leaves(axes, is_leaf=_is_axes)
+
+
+def _map(function, axes: PyTree) -> PyTree:
+    return jax.tree.map(function, axes, is_leaf=_is_axes)
+
+
+def _adam(config: Optimizer) -> optax.GradientTransformation:
+    return _stored(config, optax.scale_by_adam(config.beta1, config.beta2, config.eps))
+
+
+def _muon_and_adam(config: Optimizer, axes: PyTree) -> optax.GradientTransformation:
+    # Muon sees a tree in which the other parameters are masked out, and so are their dimensions.
+    dimensions = _map(lambda leaf: muon_dimensions(leaf) or optax.MaskedNode(), axes)
+    muon = optax.chain(
+        _stored(config, scale_by_muon(beta=MUON_MOMENTUM, weight_dimension_numbers=dimensions)),
+        scale_by_shape(weight_dimension_numbers=dimensions, consistent_rms=MUON_RMS),
+    )
+    labels = _map(lambda leaf: 'muon' if muon_dimensions(leaf) else 'adamw', axes)
+    return optax.partition({'muon': muon, 'adamw': _adam(config)}, labels)
+
+
+def _stored(config: Optimizer, inner: optax.GradientTransformation) -> optax.GradientTransformation:
+    """`inner`, with its moments (`mu`, `nu`) kept in `moments_dtype` between updates."""
+
+    def cast(state, dtype):
+        moments = {name: getattr(state, name) for name in ('mu', 'nu') if hasattr(state, name)}
+        return state._replace(**optax.tree.cast(moments, dtype))
+
+    def init(params):
+        return cast(inner.init(params), config.moments_dtype)
+
+    def update(gradients, state, params=None):
+        updates, state = inner.update(gradients, cast(state, jnp.float32), params)
+        return updates, cast(state, config.moments_dtype)
+
+    return optax.GradientTransformation(init, update)
+
+
+def _check_moments(config: Optimizer) -> None:
+    beta = max(config.beta1, config.beta2)
+    if config.moments_dtype == 'bfloat16' and beta > 1 - 2**-8:
+        raise UserError(
+            f'optimizer.moments_dtype=bfloat16 has 8 bits, which a decay of {beta} never changes; '
+            'use float32, or beta1 and beta2 of at most 0.996.'
+        )

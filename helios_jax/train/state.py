@@ -1,0 +1,98 @@
+"""The training state: what a step reads and replaces, and where each part of it lives."""
+
+import dataclasses
+from typing import Any
+
+import flax.linen as nn
+import flax.struct
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array, Int, PyTree
+
+from helios_jax import config
+from helios_jax.memory.policy import checkpoint_policy
+from helios_jax.model.transformer import Transformer, abstract_variables
+from helios_jax.parallel import sharding
+from helios_jax.train import optimizer
+
+
+class TrainState(flax.struct.PyTreeNode):
+    step: Int[Array, '']  # updates made
+    params: PyTree  # float32
+    optimizer: PyTree  # optax's state
+    router: PyTree  # balance bias of each MoE layer; not trained by gradient
+
+
+@dataclasses.dataclass(frozen=True)
+class Setup:
+    """Everything a step is made from; holds no arrays."""
+
+    config: config.Config
+    mesh: jax.sharding.Mesh | jax.sharding.AbstractMesh
+    model: Transformer
+    optimizer: optax.GradientTransformation
+    axes: PyTree  # logical axes of each parameter
+    state: TrainState  # of ShapeDtypeStructs with shardings
+
+
+def create(
+    cfg: config.Config,
+    mesh: jax.sharding.Mesh | jax.sharding.AbstractMesh,
+    platform: str = '',
+) -> Setup:
+    """Builds the model and the optimizer and decides where every array lives, computing nothing.
+
+    Args:
+      cfg: resolved (`Config.resolve`).
+      platform: to compile for, where it is not the running one.
+    Raises:
+      UserError: the mesh does not divide a weight or the batch.
+    """
+    check_batch(cfg, mesh)
+    model = Transformer(cfg.model, checkpoint_policy(cfg.memory), platform)
+    boxed = abstract_variables(model)
+    variables = nn.unbox(boxed)
+    axes = sharding.logical_axes(boxed)
+    shardings = sharding.tree_shardings(mesh, axes, variables)
+    tx = optimizer.make(cfg.optimizer, cfg.train.num_steps, axes['params'])
+    moments = jax.eval_shape(tx.init, variables['params'])
+    place = lambda shape, where: jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=where)  # noqa: E731
+    state = TrainState(
+        step=place(jax.ShapeDtypeStruct((), jnp.int32), sharding.sharding(mesh, ())),
+        params=jax.tree.map(place, variables['params'], shardings['params']),
+        optimizer=jax.tree.map(
+            place, moments, optimizer.state_shardings(moments, shardings['params'])
+        ),
+        router=jax.tree.map(place, variables.get('router', {}), shardings.get('router', {})),
+    )
+    return Setup(cfg, mesh, model, tx, axes['params'], state)
+
+
+def check_batch(cfg: config.Config, mesh: Any) -> None:
+    rows = cfg.train.batch_rows // cfg.train.microbatches
+    label = f'batch of one microbatch (train.batch_rows={cfg.train.batch_rows})'
+    sharding.check(label, (rows, cfg.data.row_length), ('batch', 'length'), mesh)
+
+
+def initialize(setup: Setup) -> TrainState:
+    """Fresh state, each array made where it lives."""
+
+    def init() -> TrainState:
+        tokens = jnp.zeros((1, 2), jnp.int32)
+        key = jax.random.key(setup.config.train.seed)
+        variables = nn.unbox(setup.model.init(key, tokens, tokens))
+        params = variables['params']
+        return TrainState(
+            jnp.zeros((), jnp.int32),
+            params,
+            setup.optimizer.init(params),
+            variables.get('router', {}),
+        )
+
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, setup.state)
+    return jax.jit(init, out_shardings=shardings)()
+
+
+def num_parameters(setup: Setup) -> int:
+    return sum(leaf.size for leaf in jax.tree.leaves(setup.state.params))

@@ -1,0 +1,158 @@
+"""One training step: loss and gradient over microbatches, then the update."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array, Float, PyTree
+
+from helios_jax import config
+from helios_jax.data.pipeline import Batch
+from helios_jax.model.loss import cross_entropy, next_tokens
+from helios_jax.parallel.sharding import constrain
+from helios_jax.train import optimizer
+from helios_jax.train.state import Setup, TrainState
+
+Metrics = dict[str, Array]
+
+
+def segments(data: config.Data, batch: Batch) -> Array | None:
+    """The segment ids that attention sees: none where a row is one stream (plain causal)."""
+    return batch.segment_ids if data.packing == 'best_fit' else None
+
+
+def make_train_step(setup: Setup) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
+    """The step as a pure function; jit it with the state donated, under the setup's mesh."""
+    cfg = setup.config
+    learning_rate = optimizer.schedule(cfg.optimizer, cfg.train.num_steps)
+
+    def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
+        gradients, metrics, load = gradient(setup, state, batch)
+        updates, moments = setup.optimizer.update(gradients, state.optimizer, state.params)
+        metrics |= {
+            'gradient_norm': optax.global_norm(gradients),
+            'learning_rate': jnp.asarray(learning_rate(state.step), jnp.float32),
+        }
+        state = TrainState(
+            step=state.step + 1,
+            params=optax.apply_updates(state.params, updates),
+            optimizer=moments,
+            router=balance(cfg.model.moe, state.router, load),
+        )
+        return state, metrics
+
+    return train_step
+
+
+def gradient(
+    setup: Setup, state: TrainState, batch: Batch
+) -> tuple[PyTree, Metrics, dict[str, dict[str, Array]]]:
+    """Gradient and metrics of a whole batch, and each router's load.
+
+    The loss is the sum over all targets ÷ their number in the whole batch, so that it does not
+    depend on how rows fall into microbatches. A router's losses are means over microbatches.
+    """
+    parts = setup.config.train.microbatches
+    targets, weights = next_tokens(batch.tokens, batch.segment_ids, batch.loss_mask)
+    num_targets = jnp.maximum(weights.sum(), 1)
+    grad = jax.grad(loss, argnums=2, has_aux=True)
+
+    def of(part: Any) -> Any:
+        rows, targets, weights = part
+        return grad(setup, state.router, state.params, rows, targets, weights / num_targets)
+
+    whole = (batch, targets, weights)
+    if parts == 1:
+        gradients, (sums, load) = of(whole)
+    else:
+        # Every device cuts its own rows, so that no row moves.
+        whole = jax.tree.map(
+            lambda x: constrain(
+                x.reshape(-1, parts, *x.shape[1:]).swapaxes(0, 1),
+                'whole',
+                'batch',
+                *['length'] * (x.ndim - 1),
+            ),
+            whole,
+        )
+        first = jax.tree.map(lambda x: x[0], whole)
+        zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(of, first))
+
+        def add(total: Any, part: Any) -> tuple[Any, None]:
+            return jax.tree.map(jnp.add, total, of(part)), None
+
+        (gradients, (sums, load)), _ = jax.lax.scan(add, zeros, whole)
+    metrics = {
+        'loss': sums.pop('cross_entropy'),
+        'targets': weights.sum(),
+        'tokens': (batch.segment_ids > 0).sum(dtype=jnp.int32),
+        **{name: value / parts for name, value in sums.items()},
+    }
+    if load:
+        per_layer = jnp.concatenate([x.reshape(-1, x.shape[-1]) for x in jax.tree.leaves(load)])
+        even = per_layer.mean(axis=-1)
+        metrics['router/load_max_over_mean'] = jnp.max(per_layer.max(axis=-1) / even)
+        metrics['router/drop_fraction'] *= parts / per_layer.sum()
+    return gradients, metrics, load
+
+
+def loss(
+    setup: Setup,
+    router: PyTree,
+    params: PyTree,
+    batch: Batch,
+    targets: Array,
+    weights: Array,
+) -> tuple[Float[Array, ''], tuple[Metrics, dict[str, dict[str, Array]]]]:
+    """The microbatch's share of the loss, with what is summed over microbatches."""
+    cfg = setup.config
+    variables = {'params': params, 'router': router}
+    hidden, reported = setup.model.apply(
+        variables, batch.tokens, batch.positions, segments(cfg.data, batch)
+    )
+    head = setup.model.apply(variables, method='unembedding_weight')
+    losses = cross_entropy(hidden, head, targets, weights, cfg.model.vocab_size, cfg.train.z_loss)
+    sums = {'cross_entropy': jnp.sum(losses.nll * weights)}
+    total = losses.total
+    layers = [stats for group in reported.values() for stats in group.values()]
+    if layers:
+        moe = cfg.model.moe
+        of = lambda name: sum(jnp.sum(getattr(stats, name)) for stats in layers)  # noqa: E731
+        auxiliary = moe.router_z_loss * of('z_loss')
+        if moe.balance in ('aux', 'both'):
+            auxiliary += moe.aux_loss * of('balance_loss')
+        total += auxiliary / cfg.train.microbatches
+        num_layers = sum(stats.dropped.size for stats in layers)
+        sums |= {
+            'router/drop_fraction': of('dropped'),
+            'router/entropy': of('entropy') / num_layers,
+            'router/balance_loss': of('balance_loss') / num_layers,
+            'router/z_loss': of('z_loss') / num_layers,
+        }
+    load = {
+        group: {name: stats.load for name, stats in layer.items()}
+        for group, layer in reported.items()
+    }
+    return total, (sums, load)
+
+
+def balance(
+    moe: config.MoE, router: PyTree, load: dict[str, dict[str, Array]]
+) -> PyTree:
+    """Moves each expert's bias towards the mean load (2408.15664)."""
+    if moe.balance not in ('bias', 'both'):
+        return router
+
+    def move(bias: Array, load: Array) -> Array:
+        return bias + moe.bias_rate * jnp.sign(load.mean(axis=-1, keepdims=True) - load)
+
+    return {
+        group: {
+            name: {'moe': {'bias': move(variables['moe']['bias'], load[group][name])}}
+            for name, variables in layers.items()
+        }
+        for group, layers in router.items()
+    }
+
