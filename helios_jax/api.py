@@ -1,11 +1,11 @@
 """From a checkpoint directory to a model that is ready to use."""
 
 import dataclasses
+import logging
 from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
-from absl import logging
 from etils import epath
 from jaxtyping import PyTree
 
@@ -14,6 +14,8 @@ from helios_jax.data import tokenizer as tokenizers
 from helios_jax.model.transformer import Transformer, abstract_variables
 from helios_jax.parallel import mesh as meshes
 from helios_jax.parallel import sharding
+
+log = logging.getLogger(__name__)
 
 
 class Restored(NamedTuple):
@@ -99,7 +101,7 @@ def default_mesh(axes: PyTree, shapes: PyTree) -> jax.sharding.Mesh:
     try:
         sharding.tree_shardings(split, axes, shapes)
     except config.UserError as error:
-        logging.info('Every device holds a copy of the weights: %s', error)
+        log.info('Every device holds a copy of the weights: %s', error)
         return meshes.make(config.Mesh(data=-1, fsdp=1))
     return split
 

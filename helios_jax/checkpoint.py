@@ -14,19 +14,21 @@ processes all of them call every function here (`steps` and `tokenizer_directory
 import contextlib
 import datetime
 import json
+import logging
 import math
 from typing import Any
 
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
-from absl import logging
 from etils import epath
 from jax.experimental import multihost_utils
 from jaxtyping import PyTree
 
 from helios_jax import manifest
 from helios_jax.config import UserError, require
+
+log = logging.getLogger(__name__)
 
 FORMAT_VERSION = 1
 _MARKER = 'helios_checkpoints.json'
@@ -162,7 +164,7 @@ class Checkpoints:
                 f'checkpoint {self.directory / str(other)} exists already, and step {step} is not '
                 'after it; continue from it, or choose another directory.',
             )
-            logging.warning('Removing damaged checkpoint %s (%s).', other, damage)
+            log.warning('Removing damaged checkpoint %s (%s).', other, damage)
             self._delete(other)
         _barrier('checkpoint_way_made')
 
@@ -186,7 +188,7 @@ class Checkpoints:
                 try:
                     path.rmtree()
                 except OSError as error:  # a thread of a failed save may write into it yet
-                    logging.warning('%s is left for the next save to remove (%s).', path, error)
+                    log.warning('%s is left for the next save to remove (%s).', path, error)
 
 
 def tokenizer_directory(directory: epath.PathLike) -> epath.Path:
@@ -338,9 +340,7 @@ def _first_intact(directory: epath.Path, steps: list[int]) -> int:
         damage = manifest.damage(directory / str(step))
         if not damage:
             return step
-        logging.warning(
-            'CHECKPOINT %s IS DAMAGED: %s. Trying another.', directory / str(step), damage
-        )
+        log.warning('CHECKPOINT %s IS DAMAGED: %s. Trying another.', directory / str(step), damage)
     raise UserError(f'every checkpoint in {directory} is damaged; see the warnings above.')
 
 

@@ -7,13 +7,14 @@ code 2.
 
 import importlib.resources
 import json
+import logging
 import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from absl import flags, logging
+from absl import flags
 from ml_collections import config_flags
 
 from helios_jax import config
@@ -22,9 +23,8 @@ from helios_jax.config import UserError, nearest, require
 
 def main(argv: Sequence[str] | None = None) -> None:
     argv = list(sys.argv[1:] if argv is None else argv)
-    logging.use_absl_handler()
-    logging.set_verbosity(logging.INFO)
-    logging.get_absl_handler().setFormatter(None)
+    logging.basicConfig(format='%(message)s')
+    logging.getLogger('helios_jax').setLevel(logging.INFO)
     os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '2')
     try:
         command = argv.pop(0) if argv else ''
@@ -50,13 +50,13 @@ def parse(flag_values: flags.FlagValues, argv: Sequence[str]) -> list[str]:
         sys.exit(0)
     try:
         return flag_values(['helios', *argv])[1:]
-    except (flags.Error, AttributeError, KeyError, TypeError, ValueError) as error:
+    except (flags.Error, AttributeError, KeyError, OSError, TypeError, ValueError) as error:
         raise UserError(str(error.args[0] if error.args else error)) from error
 
 
 def config_flag(flag_values: flags.FlagValues) -> None:
     config_flags.DEFINE_config_file(
-        'config', 'tiny', 'A shipped config, or a file.', flag_values=flag_values
+        'config', None, 'A shipped config, or a file.', flag_values=flag_values
     )
 
 
@@ -140,7 +140,9 @@ def eval_command(argv: Sequence[str]) -> None:
     """Bits per byte of a checkpoint: --checkpoint [--step --text --row_length --rows --yarn --json]."""
     values = flags.FlagValues()
     checkpoint_flags(values)
-    flags.DEFINE_string('text', '', 'Corpus to read instead of the held-out split.', flag_values=values)
+    flags.DEFINE_string(
+        'text', '', 'Corpus to read instead of the held-out split.', flag_values=values
+    )
     flags.DEFINE_integer('row_length', 0, "Tokens a row; 0: the run's.", flag_values=values)
     flags.DEFINE_integer('rows', 0, 'Rows to read; 0: all.', flag_values=values)
     flags.DEFINE_integer('batch_rows', 16, 'Rows at a time.', flag_values=values)
@@ -225,14 +227,16 @@ def ckpt_command(argv: Sequence[str]) -> None:
     from helios_jax import api, checkpoint
 
     for row in checkpoint.list_steps(api.checkpoint_directory(arguments[1])):
-        show(row, values.json)
+        show(row | {'damage': row['damage'] or 'none'}, values.json)
 
 
 def explain_command(argv: Sequence[str]) -> None:
     """explain [FIELD]: what a setting means, and its default."""
     described = config.describe()
     name = argv[0].removeprefix('config.') if argv else ''
-    chosen = {n: d for n, d in described.items() if n == name or n.startswith(f'{name}.') or not name}
+    chosen = {
+        n: d for n, d in described.items() if n == name or n.startswith(f'{name}.') or not name
+    }
     require(bool(chosen), f'{name}: no such setting.{nearest(name, described)}')
     for setting, (default, comment) in chosen.items():
         print(f'{setting} = {default}\n    {comment}')

@@ -10,7 +10,7 @@ import difflib
 import math
 import re
 from collections.abc import Iterable
-from typing import Any, Self
+from typing import Any
 
 import ml_collections
 
@@ -63,9 +63,7 @@ class GMU:
             self.kind,
             ('convex', 'additive', 'residual', 'layerscale', 'rezero', 'highway'),
         )
-        one_of(
-            'model.gmu.gate', self.gate, ('low_rank', 'full', 'per_head', 'scalar', 'static')
-        )
+        one_of('model.gmu.gate', self.gate, ('low_rank', 'full', 'per_head', 'scalar', 'static'))
         one_of('model.gmu.normalize_output', self.normalize_output, ('auto', 'on', 'off'))
         require(self.rank >= 0, f'model.gmu.rank={self.rank} must be 0 or more.')
         if self.bias != 'depth':
@@ -91,7 +89,9 @@ class GMU:
 @dataclasses.dataclass(frozen=True)
 class Rope:
     base: float = 10_000.0  # θ_i = base^(−2i/H)
-    scaling: str = 'none'  # YaRN: none | static (s fixed) | dynamic (s grows with each query's position)
+    scaling: str = (
+        'none'  # YaRN: none | static (s fixed) | dynamic (s grows with each query's position)
+    )
     factor: float = 1.0  # s of static YaRN, 1 or more
     trained_length: int = 0  # L_train, tokens; 0 takes data.row_length
     ramp: str = 'linear_in_dimension'  # YaRN's ramp: linear_in_dimension (transformers) | linear_in_rotations (the paper)
@@ -121,7 +121,9 @@ class MoE:
     bias_rate: float = 1e-3  # γ, the step of the balance bias
     aux_loss: float = 1e-2  # weight of the load-balance loss
     router_z_loss: float = 1e-3  # weight of the mean squared log-sum-exp of the router's logits
-    capacity_factor: float = 0.0  # 0: dropless; above: buffers of this times the even load, the rest dropped
+    capacity_factor: float = (
+        0.0  # 0: dropless; above: buffers of this times the even load, the rest dropped
+    )
 
     def __post_init__(self) -> None:
         one_of('model.moe.scores', self.scores, ('softmax', 'sigmoid'))
@@ -145,7 +147,9 @@ class Model:
     num_kv_heads: int = 2  # K, key/value heads; must divide N
     head_dim: int = 64  # H, even
     mlp_dim: int = 768  # F, hidden size of a dense layer
-    prefix: str = ''  # layers before the period, comma-separated: dense, moe, dense_window, moe_window
+    prefix: str = (
+        ''  # layers before the period, comma-separated: dense, moe, dense_window, moe_window
+    )
     period: str = 'dense'  # layers that repeat up to num_layers, comma-separated, as in prefix
     window: int = 0  # tokens that a *_window layer sees, itself included
     qk_norm: bool = False  # RMSNorm on queries and keys before rotation
@@ -232,10 +236,14 @@ class Model:
 
 @dataclasses.dataclass(frozen=True)
 class Data:
-    corpus: str = 'python_stdlib'  # python_stdlib, a glob of files, or tfds:NAME; a mixture is 'a=0.7,b=0.3'
+    corpus: str = (
+        'python_stdlib'  # python_stdlib, a glob of files, or tfds:NAME; a mixture is 'a=0.7,b=0.3'
+    )
     tokenizer: str = 'bytes'  # bytes, a tokenizer.json, or a SentencePiece .model
     row_length: int = 256  # T, tokens
-    packing: str = 'best_fit'  # best_fit (documents apart) | concatenate (one stream, plain causal rows)
+    packing: str = (
+        'best_fit'  # best_fit (documents apart) | concatenate (one stream, plain causal rows)
+    )
     validation_fraction: float = 0.02  # of documents, chosen by their content
     cache_dir: str = '~/.cache/helios'  # where packed rows are kept; gs:// works
     num_workers: int = 0  # processes that tokenize; 0 takes every core
@@ -321,10 +329,10 @@ class Mesh:
     def __post_init__(self) -> None:
         sizes = dataclasses.asdict(self)
         for name, size in sizes.items():
-            require(size == -1 or size > 0, f'mesh.{name}={size} must be above 0, or -1 for the rest.')
-        require(
-            list(sizes.values()).count(-1) <= 1, f'mesh: only one axis may be -1, got {sizes}.'
-        )
+            require(
+                size == -1 or size > 0, f'mesh.{name}={size} must be above 0, or -1 for the rest.'
+            )
+        require(list(sizes.values()).count(-1) <= 1, f'mesh: only one axis may be -1, got {sizes}.')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -377,7 +385,7 @@ class Config:
             f'than trained_length={rope.trained_length}; use static to train at this length.',
         )
 
-    def resolve(self, vocab_size: int) -> Self:
+    def resolve(self, vocab_size: int) -> 'Config':
         """Fills what depends on other settings: V from the tokenizer, L_train from the rows."""
         model = self.model
         require(
@@ -396,7 +404,9 @@ def to_dict(config: Any) -> ml_collections.ConfigDict:
     return ml_collections.ConfigDict(dataclasses.asdict(config)).lock()
 
 
-def from_dict(values: ml_collections.ConfigDict | dict[str, Any], cls: Any = Config, path: str = 'config') -> Any:
+def from_dict(
+    values: ml_collections.ConfigDict | dict[str, Any], cls: Any = Config, path: str = 'config'
+) -> Any:
     """Rebuilds and validates the dataclass `cls` from nested mappings.
 
     Raises:
@@ -424,7 +434,9 @@ def describe(cls: Any = Config, prefix: str = '') -> dict[str, tuple[str, str]]:
 
     comments = {
         m['name']: m['comment']
-        for m in re.finditer(r'^    (?P<name>\w+): .*?  # (?P<comment>.+)$', inspect.getsource(cls), re.M)
+        for m in re.finditer(
+            r'^    (?P<name>\w+): .*?  # (?P<comment>.+)$', inspect.getsource(cls), re.M
+        )
     }
     described: dict[str, tuple[str, str]] = {}
     for field in dataclasses.fields(cls):

@@ -248,17 +248,16 @@ def _num_bytes(piece: Piece) -> int:
 
 
 def _stored(row: list[Piece], features: tfds.features.FeaturesDict) -> records.Stored:
-    def array(name: str, values: Any) -> bytes:
-        return np.asarray(values).astype(features[name].np_dtype).tobytes()
-
-    stored: dict[str, bytes | int] = {
-        'tokens': array('tokens', np.concatenate([piece.tokens for piece in row])),
-        'segment_lengths': array('segment_lengths', [len(piece.tokens) for piece in row]),
-        'num_bytes': sum(map(_num_bytes, row)),
+    arrays: dict[str, Any] = {
+        'tokens': np.concatenate([piece.tokens for piece in row]),
+        'segment_lengths': np.array([len(piece.tokens) for piece in row]),
     }
     if 'loss_mask' in features:
-        stored['loss_mask'] = array('loss_mask', np.concatenate([p.is_target for p in row]))
-    return stored
+        arrays['loss_mask'] = np.concatenate([piece.is_target for piece in row])
+    stored = {
+        name: values.astype(features[name].np_dtype).tobytes() for name, values in arrays.items()
+    }
+    return stored | {'num_bytes': sum(map(_num_bytes, row))}
 
 
 def _write_info(

@@ -23,9 +23,7 @@ from helios_jax.parallel import sharding
 PREFILL_CHUNK = 256  # tokens
 
 
-@functools.partial(
-    jax.jit, static_argnames=('model', 'cache_length'), donate_argnames=('cache',)
-)
+@functools.partial(jax.jit, static_argnames=('model', 'cache_length'), donate_argnames=('cache',))
 def extend(
     variables: PyTree,
     cache: PyTree,
@@ -67,7 +65,9 @@ def sample(
         logits = jnp.where(logits < worst, -jnp.inf, logits)
     scaled = logits / jnp.maximum(temperature, 1e-6)
     ordered = jnp.sort(scaled, axis=-1)[:, ::-1]
-    before = jnp.cumsum(jax.nn.softmax(ordered, axis=-1), axis=-1) - jax.nn.softmax(ordered, axis=-1)
+    before = jnp.cumsum(jax.nn.softmax(ordered, axis=-1), axis=-1) - jax.nn.softmax(
+        ordered, axis=-1
+    )
     worst = jnp.min(jnp.where(before < top_p, ordered, jnp.inf), axis=-1, keepdims=True)
     scaled = jnp.where(scaled < worst, -jnp.inf, scaled)
     drawn = jax.random.categorical(key, scaled, axis=-1)
@@ -101,7 +101,9 @@ def prefill(
     cache = empty_cache(model, variables, len(prompts), cache_length)
     logits = None
     for start in range(0, int(lengths.max()), chunk):
-        positions = np.broadcast_to(np.arange(start, start + chunk, dtype=np.int32), (len(prompts), chunk))
+        positions = np.broadcast_to(
+            np.arange(start, start + chunk, dtype=np.int32), (len(prompts), chunk)
+        )
         real = positions < lengths[:, None]
         tokens = np.zeros_like(positions)
         for row, prompt in enumerate(prompts):

@@ -11,7 +11,12 @@ from helios_jax.parallel import sharding
 
 
 def held_out(
-    restored: Restored, *, text: str = '', row_length: int = 0, num_rows: int = 0, batch_rows: int = 16
+    restored: Restored,
+    *,
+    text: str = '',
+    row_length: int = 0,
+    num_rows: int = 0,
+    batch_rows: int = 16,
 ) -> dict[str, float]:
     """As `perplexity.evaluate`, on `text` (a corpus such as a glob) or on the validation split.
 

@@ -27,7 +27,17 @@ PRESETS: dict[str, dict[str, str]] = {
     'full': {'block_input': 'device'},
     'minimal': {
         name: 'device'
-        for name in ('block_input', 'q', 'k', 'v', 'attention_output', 'gate_up', 'dispatched')
+        for name in (
+            'block_input',
+            'q',
+            'k',
+            'v',
+            'attention_output',
+            'attention_update',
+            'gate_up',
+            'dispatched',
+            'mlp_update',
+        )  # fmt: skip
     },
     'offload': {'block_input': 'offload'},
 }

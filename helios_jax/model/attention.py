@@ -81,7 +81,7 @@ class Attention(nn.Module):
         rows = jnp.arange(k.shape[0])[:, None]
         slots = positions if segment_ids is None else jnp.where(segment_ids > 0, positions, length)
         written = []
-        for name, new in (('k', k), ('v', v)):
+        for name, new in (('keys', k), ('values', v)):
             shape = (new.shape[0], length, *new.shape[2:])
             cache = self.variable('cache', name, jnp.zeros, shape, new.dtype)
             cache.value = cache.value.at[rows, slots].set(new, mode='drop')

@@ -43,9 +43,7 @@ class Einsum(nn.Module):
 
     def __call__(self, equation: str, x: Array) -> Array:
         weight = self.weight()
-        return jnp.einsum(
-            equation, x.astype(self.dtype), weight, precision=precision(self.dtype)
-        )
+        return jnp.einsum(equation, x.astype(self.dtype), weight, precision=precision(self.dtype))
 
     def weight(self) -> Array:
         """The weight in the compute dtype, for products that are not one einsum."""

@@ -76,7 +76,9 @@ def _chunk(
     nll = lse - jnp.sum(jnp.where(is_target, logits, 0), axis=-1)
     loss = jnp.sum(weights * (nll + z_loss * lse**2))
     scale = (weights * (1 + 2 * z_loss * lse))[..., None]
-    gradient = scale * jnp.exp(logits - lse[..., None]) - jnp.where(is_target, weights[..., None], 0)
+    gradient = scale * jnp.exp(logits - lse[..., None]) - jnp.where(
+        is_target, weights[..., None], 0
+    )
     return loss, nll, gradient
 
 

@@ -73,7 +73,7 @@ def router_stats(
     scores: Float[Array, 'B T E'],
     choices: Int[Array, 'B T X'],
     real: Float[Array, 'B T'],
-    dropped: Float[Array, ''],
+    dropped: Int[Array, ''],
 ) -> Stats:
     """Statistics and losses of a router over the real (not padding) tokens."""
     num_experts, num_chosen = logits.shape[-1], choices.shape[-1]

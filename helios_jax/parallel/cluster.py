@@ -1,5 +1,6 @@
 """Several processes as one run: start-up, and agreement on when to stop."""
 
+import logging
 import os
 import signal
 from collections.abc import Iterator
@@ -8,10 +9,11 @@ from pathlib import Path
 
 import jax
 import numpy as np
-from absl import logging
 from jax.experimental import multihost_utils
 
 from helios_jax.config import UserError
+
+log = logging.getLogger(__name__)
 
 START_SECONDS = 300
 
@@ -64,7 +66,7 @@ class StopRequest:
         if self.signal:
             raise KeyboardInterrupt
         self.signal = number
-        logging.warning('%s: finishing this step, saving, then stopping.', signal.Signals(number).name)
+        log.warning('%s: finishing this step, saving, then stopping.', signal.Signals(number).name)
 
     def agreed(self) -> bool:
         """Whether any process was told to stop; collective, and the same answer everywhere."""

@@ -8,11 +8,11 @@ checkpoint, the data from the number of samples it had consumed.
 
 import dataclasses
 import json
+import logging
 import math
 from typing import Any
 
 import jax
-from absl import logging
 from etils import epath
 from jaxtyping import PyTree
 
@@ -28,6 +28,8 @@ from helios_jax.parallel import mesh as meshes
 from helios_jax.train import metrics, report
 from helios_jax.train import state as states
 from helios_jax.train.step import make_train_step
+
+log = logging.getLogger(__name__)
 
 # Settings that may change when a run is resumed: none of them changes what a step computes.
 FREE_TO_CHANGE = (
@@ -110,10 +112,8 @@ def restore_or_initialize(run: Run) -> tuple[states.TrainState, int]:
     if abstract.router:
         collections['router'] = abstract.router
     restored = {n: checkpoint.restore(directory, step, n, t) for n, t in collections.items()}
-    counter = jax.device_put(
-        jax.numpy.asarray(step, abstract.step.dtype), abstract.step.sharding
-    )
-    logging.info('Resuming %s from step %d.', run.workdir, step)
+    counter = jax.device_put(jax.numpy.asarray(step, abstract.step.dtype), abstract.step.sharding)
+    log.info('Resuming %s from step %d.', run.workdir, step)
     state = states.TrainState(
         counter, restored['params'], restored['optimizer'], restored.get('router', {})
     )
@@ -307,14 +307,20 @@ def write_report(run: Run, state: states.TrainState, held_out: dict[str, float])
         final=figures,
         sample=f'{prompt}⟦generated from here⟧{sample}',
     )
-    logging.info('Report: %s', path)
+    log.info('Report: %s', path)
     lines = [f'{name}: {value:.4g}' for name, value in figures.items()]
     print('\n'.join([*lines, '', prompt + sample, '', f'Report: {path}']))
 
 
 def continuation(run: Run, state: states.TrainState) -> tuple[str, str]:
     """The opening of a held-out document, and what the model makes of it."""
-    row = next(iter(pipeline.eval_batches(run.data.validation, batch_rows=1, num_rows=1, num_hosts=1, host=0)))
+    row = next(
+        iter(
+            pipeline.eval_batches(
+                run.data.validation, batch_rows=1, num_rows=1, num_hosts=1, host=0
+            )
+        )
+    )
     length = min(64, max(2, run.config.data.row_length // 4))
     prompt = [int(token) for token in row.tokens[0, :length]]
     made = generate(
@@ -327,4 +333,3 @@ def continuation(run: Run, state: states.TrainState) -> tuple[str, str]:
         seed=run.config.train.seed,
     )
     return run.tokenizer.decode(prompt), run.tokenizer.decode(made[0])
-

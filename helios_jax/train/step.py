@@ -138,9 +138,7 @@ def loss(
     return total, (sums, load)
 
 
-def balance(
-    moe: config.MoE, router: PyTree, load: dict[str, dict[str, Array]]
-) -> PyTree:
+def balance(moe: config.MoE, router: PyTree, load: dict[str, dict[str, Array]]) -> PyTree:
     """Moves each expert's bias towards the mean load (2408.15664)."""
     if moe.balance not in ('bias', 'both'):
         return router
@@ -155,4 +153,3 @@ def balance(
         }
         for group, layers in router.items()
     }
-

@@ -8,7 +8,7 @@ from etils import epath
 from helios_jax.data import documents
 
 
-def write_corpus(directory: epath.Path, num_documents: int, seed: int = 0) -> str:
+def _write_corpus(directory: epath.Path, num_documents: int, seed: int = 0) -> str:
     """Writes that many text files of up to 1,700 characters, some of them not ASCII; the glob."""
     directory.mkdir(parents=True, exist_ok=True)
     rng = random.Random(seed)
@@ -19,10 +19,15 @@ def write_corpus(directory: epath.Path, num_documents: int, seed: int = 0) -> st
     return str(directory / '*.txt')
 
 
+@pytest.fixture(scope='session')
+def write_corpus():
+    return _write_corpus
+
+
 @pytest.fixture
 def corpus(tmp_path, monkeypatch) -> str:
     monkeypatch.setattr(documents, 'SHARD_BYTES', 4_000)
-    return write_corpus(epath.Path(tmp_path) / 'corpus', 61)
+    return _write_corpus(epath.Path(tmp_path) / 'corpus', 61)
 
 
 @pytest.fixture

@@ -3,6 +3,7 @@ import json
 import sys
 from fractions import Fraction
 
+import numpy as np
 import pytest
 import tensorflow_datasets as tfds
 from etils import epath
@@ -36,7 +37,12 @@ def test_mixture_needs_weights(spec):
 
 
 def test_files_and_records_gzipped_or_not(tmp_path):
-    records = [{'text': 'one'}, {'prompt': 'q', 'completion': 'a'}, {'text': ''}, {'text': '\u00e9'}]
+    records = [
+        {'text': 'one'},
+        {'prompt': 'q', 'completion': 'a'},
+        {'text': ''},
+        {'text': '\u00e9'},
+    ]
     (tmp_path / 'a.txt').write_bytes('windows\r\nlines, é'.encode())
     (tmp_path / 'b.md.gz').write_bytes(gzip.compress(b'# packed'))
     (tmp_path / 'c.jsonl').write_bytes(b'\n' + lines(*records))
@@ -99,7 +105,7 @@ class Fables(tfds.core.GeneratorBasedBuilder):
     TEXT = 'story'
 
     def _info(self):
-        features = {self.TEXT: tfds.features.Text(), 'number': tfds.features.Scalar('int64')}
+        features = {self.TEXT: tfds.features.Text(), 'number': tfds.features.Scalar(np.int64)}
         return tfds.core.DatasetInfo(builder=self, features=tfds.features.FeaturesDict(features))
 
     def _split_generators(self, dl_manager):
@@ -139,8 +145,8 @@ def test_tfds_without_text_or_train(fables):
     features.write_text(features.read_text().replace('text_feature.Text', 'scalar.Scalar'))
     stored = features.read_text()
     features.write_text(stored.replace('"text": {}', '"tensor": {"dtype": "string"}'))
-    with pytest.raises(UserError, match="no text feature called 'text'.*number"):
+    with pytest.raises(UserError, match=r"no text feature called 'text'.*number"):
         list(corpora.read(f'tfds:{fables}'))
     info.write_text(info.read_text().replace('"train"', '"training"'))
-    with pytest.raises(UserError, match="no split 'train', only.*training"):
+    with pytest.raises(UserError, match=r"no split 'train', only.*training"):
         list(corpora.read(f'tfds:{fables}'))

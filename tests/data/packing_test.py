@@ -55,7 +55,7 @@ def test_best_fit_rows_hold_every_document(row_length, docs):
     assert len(lasts) == len(docs)
     assert all(len(p.tokens) == row_length for p in pieces if p.tokens[-1] != BYTES.eos_id)
     kept = sorted(token for piece in pieces for token in piece.tokens[1:].tolist())
-    given_tokens = [list((d.prompt + d.text).encode()) + [BYTES.eos_id] for d in docs]
+    given_tokens = [[*(d.prompt + d.text).encode(), BYTES.eos_id] for d in docs]
     assert kept == sorted(token for tokens in given_tokens for token in tokens)
     assert sum(int(p.num_bytes.sum()) for p in pieces) == sum(len(d.text.encode()) for d in docs)
     assert sum(int((~p.is_target).sum()) for p in pieces) == sum(
@@ -132,8 +132,7 @@ def test_cached_rows_are_found_again(corpus, cache_dir, monkeypatch):
 def test_fingerprint_names_all_that_matters(corpus, cache_dir, tmp_path):
     tokenizer.train_bpe(['some text'] * 9, 263, epath.Path(tmp_path) / 'bpe.json')
     bpe = tokenizer.load(str(tmp_path / 'bpe.json'))
-    base = {}
-    variants = [base, {'row_length': 65}, {'packing': 'concatenate'}, {'tokenizer': bpe}]
+    variants = [{}, {'row_length': 65}, {'packing': 'concatenate'}, {'tokenizer': bpe}]
     names = {packed(corpus, cache_dir, **variant).name for variant in variants}
     names.add(packed(corpus, cache_dir, validation_fraction=0.5).name)
     splits = documents.prepare(corpus, cache_dir, 0.1)
@@ -142,12 +141,14 @@ def test_fingerprint_names_all_that_matters(corpus, cache_dir, tmp_path):
     assert len(names) == 6
 
 
+@pytest.mark.slow
 def test_number_of_workers_changes_nothing(corpus, cache_dir):
     one = packed(corpus, cache_dir, num_workers=1)
     three = packed(corpus, cache_dir / 'other', num_workers=3)
     assert one.name == three.name
     assert tfds.builder_from_directory(three).info.splits[packing.SPLIT].num_shards >= 6
     assert_same_rows(one, three)
+    assert not multiprocessing.active_children()
 
 
 def test_an_interrupted_run_is_taken_up(corpus, cache_dir, monkeypatch):
@@ -228,6 +229,7 @@ def test_workers_start_without_jax():
     assert subprocess.run([sys.executable, '-c', code]).returncode == 0
 
 
+@pytest.mark.slow
 def test_workers_do_not_run_the_callers_script(corpus, cache_dir, tmp_path):
     """A script without `if __name__ == '__main__'` may call us."""
     script = tmp_path / 'unguarded.py'
@@ -250,8 +252,3 @@ def test_workers_do_not_run_the_callers_script(corpus, cache_dir, tmp_path):
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert done.stdout.count('started') == 1
-
-
-def test_every_worker_count_leaves_no_process(corpus, cache_dir):
-    packed(corpus, cache_dir, num_workers=2)
-    assert not multiprocessing.active_children()

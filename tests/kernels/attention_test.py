@@ -16,7 +16,8 @@ from helios_jax.kernels import attention as door
 from helios_jax.kernels.attention import attention, gpu, reference, tpu
 from helios_jax.kernels.attention.rotation import rotate
 
-B, K, H = 2, 2, 8
+B, K = 2, 2
+H = 8 if jax.default_backend() == 'cpu' else 64  # accelerators' kernels want some width
 
 
 def inputs(T, S, G, seed=0):
@@ -325,7 +326,7 @@ def log(caplog):
 
 def test_auto_takes_the_reference_on_cpu_quietly(log):
     arrays, arguments = door_arguments()
-    out = attention(*arrays, **arguments)
+    out = attention(*arrays, **arguments, platform='cpu')
     expected = oracle(*inputs(19, 19, 3), **jax.tree.map(np.asarray, arguments))[0]
     np.testing.assert_allclose(out, expected, atol=3e-5)
     assert [r.levelno for r in log.records] == [logging.INFO]
@@ -414,11 +415,14 @@ def test_cudnn_traces_without_a_gpu(case, G, monkeypatch):
     assert f'sliding_window_length={window}' in text
 
 
-def test_cudnn_refuses_what_its_version_cannot():
-    arrays = [jnp.asarray(x, jnp.bfloat16) for x in inputs(19, 19, 3)[:3]]
-    arguments = DEFAULTS | {
-        'positions': jnp.asarray(plain(19)),
-        'frequencies': jnp.asarray(frequencies()),
-    }
+@pytest.mark.parametrize(('installed', 'case'), [('none', 'plain'), ('9.5', 'packed')])
+def test_cudnn_refuses_what_its_version_cannot(installed, case, monkeypatch):
+    def version():
+        if installed == 'none':
+            raise RuntimeError('cuDNN is not detected.')
+        return 90500
+
+    monkeypatch.setattr(private, 'check_cudnn_version', version)
+    arrays = inputs(19, 19, 3)
     with pytest.raises(NotImplementedError, match='cuDNN'):
-        gpu.attention(*arrays, **arguments)
+        evaluate(gpu.attention, 'bfloat16', arrays, CASES[case](19))

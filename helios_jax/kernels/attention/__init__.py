@@ -16,6 +16,8 @@ from jaxtyping import Float, Int, Num
 
 from helios_jax.kernels.attention import gpu, reference, tpu
 
+log = logging.getLogger(__name__)
+
 IMPLEMENTATIONS = {
     'reference': reference.attention,
     'splash': tpu.attention,

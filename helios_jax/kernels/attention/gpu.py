@@ -73,6 +73,7 @@ def attention(
             implementation='cudnn',
         )
     segments = segment_ids if key_segment_ids is None else key_segment_ids
+    assert segments is not None
     out = packed(q, k, v, segments, scale, window)
     if segment_ids is None:
         return out
@@ -101,7 +102,8 @@ def packed(
     def one(q: Array, k: Array, v: Array, runs: Array) -> Array:
         # Masked on the way in too: what the kernel leaves unwritten in dq, dk and dv becomes zero.
         live = ((runs >= 0) & (runs < MAX_SEGMENTS))[:, :, None, None]
-        return jnp.where(live, call(*(jnp.where(live, x, 0) for x in (q, k, v)), runs), 0)
+        q, k, v = (jnp.where(live, x, 0) for x in (q, k, v))
+        return jnp.where(live, call(q, k, v, runs), 0)
 
     def several(q: Array, k: Array, v: Array, runs: Array) -> Array:
         def add(total: Array, first: Array) -> tuple[Array, None]:

@@ -5,6 +5,8 @@ The backward pass takes two kernels: the fused one is faster but keeps a float32
 block of keys, which is quadratic in T.
 """
 
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 from jax import Array
@@ -60,12 +62,11 @@ def attention(
     queries = rotate(q, positions, frequencies, query_scale * scale).astype(q.dtype)
     keys = rotate(k, positions, frequencies).astype(k.dtype)
     heads_first = [x.swapaxes(1, 2) for x in (queries, keys, v)]
-    if segment_ids is None and key_segment_ids is None:
+    key_ids = segment_ids if key_segment_ids is None else key_segment_ids
+    if key_ids is None:
         return jax.vmap(kernel)(*heads_first).swapaxes(1, 2)
-    segment_ids = jnp.ones_like(key_segment_ids) if segment_ids is None else segment_ids
-    ids = splash.SegmentIds(
-        q=segment_ids, kv=segment_ids if key_segment_ids is None else key_segment_ids
-    )
+    segment_ids = jnp.ones_like(key_ids) if segment_ids is None else segment_ids
+    ids = splash.SegmentIds(q=segment_ids, kv=key_ids)
     out = jax.vmap(kernel)(*heads_first, ids).swapaxes(1, 2)
     # The kernel lets padding attend to padding, and averages what it masks wholly.
     return jnp.where((segment_ids != 0)[:, :, None, None], out, 0)
@@ -73,7 +74,7 @@ def attention(
 
 def make_kernel(
     T: int, N: int, window: int, softcap: float, *, wide: bool, interpret: bool
-) -> splash.SplashAttentionKernel:
+) -> Callable[..., Array]:
     """Splash attention of q [N T H], k and v [K T H]; `wide` operands take smaller blocks."""
     mask = masks.LocalMask((T, T), (window - 1, 0), 0) if window else masks.CausalMask((T, T))
     block = next(size for size in BLOCKS if T % size == 0 and not (wide and size > 512))

@@ -1,0 +1,31 @@
+"""tiny as a mixture of experts (Hydra): 8 experts, 2 a token, the first layer dense.
+
+helios train --config=tiny_hydra --workdir=runs/tiny_hydra
+"""
+
+import ml_collections
+
+from helios_jax.config import Config, Data, Memory, Model, MoE, Optimizer, Train, to_dict
+
+
+def get_config() -> ml_collections.ConfigDict:
+    return to_dict(
+        Config(
+            model=Model(
+                num_layers=4,
+                embed_dim=192,
+                num_heads=6,
+                num_kv_heads=2,
+                head_dim=32,
+                mlp_dim=512,
+                prefix='dense',
+                period='moe',
+                compute_dtype='float32',
+                moe=MoE(num_experts=8, num_experts_per_token=2, mlp_dim=256),
+            ),
+            data=Data(corpus='python_stdlib', tokenizer='bytes', row_length=256),
+            optimizer=Optimizer(learning_rate=3e-3, warmup_steps=50),
+            train=Train(num_steps=600, batch_rows=16, eval_every=200, checkpoint_every=200),
+            memory=Memory(policy='none'),
+        )
+    )

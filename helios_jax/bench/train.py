@@ -1,0 +1,133 @@
+"""Training speed on real text, beside PyTorch's in the same run.
+
+    helios bench train --config=helios_1b --config.data.tokenizer=tokenizer.json --peer
+
+Each variant (GMU kind × packing) runs in a process of its own, so that none inherits another's
+memory, and reports tokens/s, MFU, peak memory and where the time goes.
+"""
+
+import json
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+from absl import flags
+
+from helios_jax import config
+from helios_jax.bench import trace
+from helios_jax.data import pipeline, tokenizer
+from helios_jax.model import flops
+from helios_jax.parallel import mesh as meshes
+from helios_jax.parallel import sharding
+from helios_jax.train import state as states
+from helios_jax.train.step import make_train_step
+
+WARMUP_STEPS = 5
+PROFILED_STEPS = 3
+GIB = 2**30
+
+
+def measure(cfg: config.Config) -> dict[str, Any]:
+    """Runs `train.num_steps` steps after the warm-up and times them all together."""
+    mesh = meshes.make(cfg.mesh)
+    encoder = tokenizer.load(cfg.data.tokenizer)
+    cfg = cfg.resolve(encoder.vocab_size)
+    setup = states.create(cfg, mesh)
+    data = pipeline.prepare(cfg.data, encoder)
+    rows = sharding.sharding(mesh, ('batch', 'length'))
+    batches = pipeline.train_batches(data, batch_rows=cfg.train.batch_rows, seed=cfg.train.seed)
+    with jax.set_mesh(mesh), tempfile.TemporaryDirectory() as profile:
+        state = states.initialize(setup)
+        first = pipeline.to_global(next(batches), rows)
+        step = jax.jit(make_train_step(setup), donate_argnums=0).lower(state, first).compile()
+        losses, tokens, context, start = [], 0.0, 0.0, 0.0
+        total = WARMUP_STEPS + cfg.train.num_steps
+        for count in range(total + PROFILED_STEPS):
+            if count == total:
+                jax.block_until_ready(state)
+                seconds = time.perf_counter() - start
+                jax.profiler.start_trace(profile)
+            batch = next(batches)
+            if WARMUP_STEPS <= count < total:
+                tokens += int((batch.segment_ids > 0).sum())
+                context += int((batch.positions + (batch.segment_ids > 0)).sum())
+            state, metrics = step(state, pipeline.to_global(batch, rows))
+            losses.append(metrics['loss'])
+            if count == WARMUP_STEPS - 1:
+                jax.block_until_ready(state)
+                start = time.perf_counter()
+        jax.block_until_ready(state)
+        jax.profiler.stop_trace()
+        kernels = trace.kernel_seconds(Path(profile))
+    rate, device = tokens / seconds, jax.devices()[0]
+    peak = flops.peak_flops(device.device_kind) * jax.device_count()
+    return {
+        'kind': cfg.model.gmu.kind,
+        'packing': cfg.data.packing,
+        'policy': cfg.memory.policy,
+        'tokens_per_second': rate,
+        'mfu': rate * flops.flops_per_token(cfg.model, cfg.data.row_length) / peak,
+        'segment_mfu': rate * flops.segment_flops_per_token(cfg.model, context / tokens) / peak,
+        'step_ms': 1e3 * seconds / cfg.train.num_steps,
+        'first_loss': float(losses[0]),
+        'last_loss': float(losses[total - 1]),
+        'peak_gib': (device.memory_stats() or {}).get('peak_bytes_in_use', 0) / GIB,
+        'temp_gib': step.memory_analysis().temp_size_in_bytes / GIB,
+        'kernel_ms': {k: 1e3 * s / PROFILED_STEPS for k, s in trace.by_kind(kernels).items()},
+        'top_kernels_ms': {n[:80]: 1e3 * s / PROFILED_STEPS for n, s in list(kernels.items())[:25]},
+        'device': device.device_kind,
+        'jax': jax.__version__,
+    }
+
+
+def main(argv: Sequence[str]) -> None:
+    """Flags: --kinds, --packings, --peer, --json, and a config's."""
+    from helios_jax import cli
+
+    values = flags.FlagValues()
+    cli.config_flag(values)
+    flags.DEFINE_list('kinds', ['residual', 'convex'], 'GMU kinds.', flag_values=values)
+    flags.DEFINE_list('packings', ['concatenate', 'best_fit'], 'Packings.', flag_values=values)
+    flags.DEFINE_bool('peer', False, 'Measure PyTorch as well.', flag_values=values)
+    flags.DEFINE_bool('json', False, 'JSON lines alone.', flag_values=values)
+    flags.DEFINE_bool('here', False, 'One variant, in this process.', flag_values=values)
+    cli.parse(values, cli.config_file(argv))
+    cfg = config.from_dict(values.config)
+    if values.here:
+        print(json.dumps(measure(cfg)))
+        return
+    rows = []
+    for packing in values.packings:
+        for kind in values.kinds:
+            variant = [f'--config.model.gmu.kind={kind}', f'--config.data.packing={packing}']
+            rows.append(_run(['helios_jax', 'bench', 'train', *argv, *variant, '--here']))
+            print(json.dumps(rows[-1]), flush=True)
+    peer = _run(['helios_jax.bench.torch_peer', '--json']) if values.peer else {}
+    if peer:
+        print(json.dumps(peer), flush=True)
+    if values.json:
+        return
+    for row in rows:
+        ratio = row['tokens_per_second'] / peer['tokens_per_second'] if peer else float('nan')
+        print(
+            f'{row["kind"]:10} {row["packing"]:12} {row["tokens_per_second"]:9,.0f} tok/s  '
+            f'MFU {row["mfu"]:.3f}  {row["peak_gib"]:.1f} GiB  {ratio:.2f} × PyTorch'
+        )
+
+
+def _run(arguments: list[str]) -> dict[str, Any]:
+    """The JSON that a process of its own prints last."""
+    done = subprocess.run(
+        [sys.executable, '-m', *arguments], stdout=subprocess.PIPE, text=True, check=False
+    )
+    lines = done.stdout.strip().splitlines()
+    config.require(
+        done.returncode == 0 and bool(lines),
+        f'measurement {" ".join(arguments)} ended with code {done.returncode}; see its output above.',
+    )
+    return json.loads(lines[-1])
