@@ -38,7 +38,8 @@ def one_of(field: str, value: str, choices: Iterable[str]) -> None:
     choices = tuple(choices)
     require(
         value in choices,
-        f'{field}={value!r} is not one of {", ".join(map(repr, choices))}.{nearest(value, choices)}',
+        f'{field}={value!r} is not one of {", ".join(map(repr, choices))}.'
+        f'{nearest(value, choices)}',
     )
 
 
@@ -50,7 +51,7 @@ def positive(section: str, config: Any, *names: str) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class GMU:
-    kind: str = 'convex'  # how a sublayer's output joins the stream: convex | additive | residual | layerscale | rezero | highway
+    kind: str = 'convex'  # mix: convex | additive | residual | layerscale | rezero | highway
     gate: str = 'low_rank'  # what the gate depends on: low_rank | full | per_head | scalar | static
     rank: int = 0  # r of the low-rank gate; 0 takes max(16, D/64)
     bias: str = 'depth'  # the gate's initial bias: depth (−ln l), or a number such as -3
@@ -89,12 +90,10 @@ class GMU:
 @dataclasses.dataclass(frozen=True)
 class Rope:
     base: float = 10_000.0  # θ_i = base^(−2i/H)
-    scaling: str = (
-        'none'  # YaRN: none | static (s fixed) | dynamic (s grows with each query's position)
-    )
+    scaling: str = 'none'  # YaRN: none | static (fixed s) | dynamic (s grows with the position)
     factor: float = 1.0  # s of static YaRN, 1 or more
     trained_length: int = 0  # L_train, tokens; 0 takes data.row_length
-    ramp: str = 'linear_in_dimension'  # YaRN's ramp: linear_in_dimension (transformers) | linear_in_rotations (the paper)
+    ramp: str = 'linear_in_dimension'  # linear_in_dimension | linear_in_rotations (YaRN's paper)
     beta_fast: float = 32.0  # rotations over L_train above which a frequency is kept
     beta_slow: float = 1.0  # rotations over L_train below which a frequency is divided by s
 
@@ -121,9 +120,7 @@ class MoE:
     bias_rate: float = 1e-3  # γ, the step of the balance bias
     aux_loss: float = 1e-2  # weight of the load-balance loss
     router_z_loss: float = 1e-3  # weight of the mean squared log-sum-exp of the router's logits
-    capacity_factor: float = (
-        0.0  # 0: dropless; above: buffers of this times the even load, the rest dropped
-    )
+    capacity_factor: float = 0.0  # 0: dropless; above: room for this times the even load
 
     def __post_init__(self) -> None:
         one_of('model.moe.scores', self.scores, ('softmax', 'sigmoid'))
@@ -147,9 +144,7 @@ class Model:
     num_kv_heads: int = 2  # K, key/value heads; must divide N
     head_dim: int = 64  # H, even
     mlp_dim: int = 768  # F, hidden size of a dense layer
-    prefix: str = (
-        ''  # layers before the period, comma-separated: dense, moe, dense_window, moe_window
-    )
+    prefix: str = ''  # layers before the period: dense, moe, dense_window, moe_window, by commas
     period: str = 'dense'  # layers that repeat up to num_layers, comma-separated, as in prefix
     window: int = 0  # tokens that a *_window layer sees, itself included
     qk_norm: bool = False  # RMSNorm on queries and keys before rotation
@@ -236,14 +231,10 @@ class Model:
 
 @dataclasses.dataclass(frozen=True)
 class Data:
-    corpus: str = (
-        'python_stdlib'  # python_stdlib, a glob of files, or tfds:NAME; a mixture is 'a=0.7,b=0.3'
-    )
+    corpus: str = 'python_stdlib'  # python_stdlib, a glob or tfds:NAME; a mixture: 'a=0.7,b=0.3'
     tokenizer: str = 'bytes'  # bytes, a tokenizer.json, or a SentencePiece .model
     row_length: int = 256  # T, tokens
-    packing: str = (
-        'best_fit'  # best_fit (documents apart) | concatenate (one stream, plain causal rows)
-    )
+    packing: str = 'best_fit'  # best_fit (documents apart) | concatenate (one stream, all causal)
     validation_fraction: float = 0.02  # of documents, chosen by their content
     cache_dir: str = '~/.cache/helios'  # where packed rows are kept; gs:// works
     num_workers: int = 0  # processes that tokenize; 0 takes every core
@@ -381,7 +372,7 @@ class Config:
         rope = self.model.rope
         require(
             rope.scaling != 'dynamic' or self.data.row_length <= (rope.trained_length or math.inf),
-            f'model.rope.scaling=dynamic cannot train rows of {self.data.row_length} tokens, longer '
+            f'model.rope.scaling=dynamic cannot train rows of {self.data.row_length} tokens, more '
             f'than trained_length={rope.trained_length}; use static to train at this length.',
         )
 

@@ -19,6 +19,7 @@ from helios_jax.config import require
 from helios_jax.model.loss import project
 from helios_jax.model.transformer import Transformer
 from helios_jax.parallel import sharding
+from helios_jax.parallel.sharding import constrain
 
 PREFILL_CHUNK = 256  # tokens
 
@@ -51,7 +52,11 @@ def extend(
 
 @functools.partial(jax.jit, static_argnames=('top_k',))
 def sample(
-    logits: Float[Array, 'B V'], key: Array, temperature: float, top_k: int, top_p: float
+    logits: Float[Array, 'B V'],
+    key: Array,
+    temperature: Float[Array, ''] | float,
+    top_k: int,
+    top_p: Float[Array, ''] | float,
 ) -> Int[Array, 'B']:
     """Draws a token a row.
 
@@ -71,14 +76,15 @@ def sample(
     worst = jnp.min(jnp.where(before < top_p, ordered, jnp.inf), axis=-1, keepdims=True)
     scaled = jnp.where(scaled < worst, -jnp.inf, scaled)
     drawn = jax.random.categorical(key, scaled, axis=-1)
-    return jnp.where(temperature > 0, drawn, jnp.argmax(logits, axis=-1))
+    # Every process reads all of them.
+    return constrain(jnp.where(temperature > 0, drawn, jnp.argmax(logits, axis=-1)), 'whole')
 
 
 def empty_cache(
     model: Transformer, variables: PyTree, batch_size: int, cache_length: int
 ) -> PyTree:
     """Zeroed keys and values, [B, cache_length, K, H] of each layer, on the mesh that is set."""
-    tokens = jnp.zeros((batch_size, 1), jnp.int32)
+    tokens = jnp.zeros((batch_size, _parts('length')), jnp.int32)
 
     def shapes() -> PyTree:
         _, made = model.apply(
@@ -145,13 +151,14 @@ def generate(
     require(0 < top_p <= 1, f'top_p={top_p} must lie above 0 and at most 1.')
     require(top_k >= 0, f'top_k={top_k} must be 0 (all) or more.')
     wanted = len(prompts)
-    mesh = jax.sharding.get_abstract_mesh()
-    rows = 1 if mesh.empty else sharding.shards(mesh, 'batch')
-    prompts = [*prompts, *[prompts[0]] * (-wanted % rows)]
+    prompts = [*prompts, *[prompts[0]] * (-wanted % _parts('batch'))]
     longest = max(len(p) for p in prompts) + max_tokens
     # A power of two, so that a longer request seldom compiles anew.
     cache_length = max(PREFILL_CHUNK, 1 << (longest - 1).bit_length())
     chunk = min(PREFILL_CHUNK, 1 << (max(len(p) for p in prompts) - 1).bit_length())
+    # The mesh may divide the sequence: what a call reads is padded to what it divides.
+    padding = (0, 0), (0, _parts('length') - 1)
+    chunk += -chunk % _parts('length')
 
     logits, cache = prefill(model, variables, prompts, cache_length, chunk)
     positions = np.array([len(p) for p in prompts], np.int32)
@@ -171,11 +178,20 @@ def generate(
         if not alive.any() or count == max_tokens - 1:
             break
         logits, cache = extend(
-            variables, cache, tokens[:, None].astype(np.int32), positions[:, None],
-            alive[:, None].astype(np.int32), model=model, cache_length=cache_length,
-        )  # fmt: skip
+            variables,
+            cache,
+            *(np.pad(x[:, None].astype(np.int32), padding) for x in (tokens, positions, alive)),
+            model=model,
+            cache_length=cache_length,
+        )
         positions += 1
     return output[:wanted]
+
+
+def _parts(name: str) -> int:
+    """Number of parts that the mesh that is set cuts a logical axis into."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return 1 if mesh.empty else sharding.shards(mesh, name)
 
 
 def complete(

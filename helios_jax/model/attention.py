@@ -112,8 +112,10 @@ class Attention(nn.Module):
             )
         segments = jnp.ones_like(positions) if segment_ids is None else segment_ids
         keys = {'key_segment_ids': segments} | keys
-        trained = self.model.rope.trained_length
-        buckets = jnp.ceil(jnp.log2(jnp.maximum(1, (positions + 1) / trained)))
+        num_buckets = len(tables.query_scale)
+        # Counted in integers: a float logarithm may miss the powers of two.
+        starts = self.model.rope.trained_length * 2 ** jnp.arange(num_buckets - 1)
+        buckets = jnp.searchsorted(starts, positions, side='right')
 
         def add_bucket(total: Array, table: tuple[Array, Array, Array]) -> tuple[Array, None]:
             bucket, frequencies, query_scale = table
@@ -126,7 +128,7 @@ class Attention(nn.Module):
             )
             return total + out, None
 
-        numbers = jnp.arange(len(tables.query_scale), dtype=buckets.dtype)
+        numbers = jnp.arange(num_buckets, dtype=buckets.dtype)
         out, _ = jax.lax.scan(add_bucket, jnp.zeros_like(q), (numbers, *tables))
         return out
 

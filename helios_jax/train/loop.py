@@ -6,6 +6,7 @@ A run is resumed by starting it again with the same workdir: the state comes fro
 checkpoint, the data from the number of samples it had consumed.
 """
 
+import contextlib
 import dataclasses
 import json
 import logging
@@ -75,12 +76,17 @@ def train(cfg: config.Config, workdir: epath.PathLike) -> dict[str, float]:
     data = pipeline.prepare(cfg.data, tokenizer)
     checkpoints = checkpoint.Checkpoints(workdir / 'checkpoints', keep=cfg.train.keep_checkpoints)
     run = Run(workdir, setup, tokenizer, data, checkpoints)
-    with jax.set_mesh(mesh), cluster.stop_on_signals() as stop:
+    with (
+        contextlib.closing(checkpoints),
+        jax.set_mesh(mesh),
+        cluster.stop_on_signals() as stop,
+    ):
         state, samples = restore_or_initialize(run)
         save_config(run)
         state, held_out = run_steps(run, state, samples, stop)
-        checkpoints.close()
-        if int(state.step) >= cfg.train.num_steps:
+        if int(state.step) == cfg.train.num_steps:
+            # A run that ended before its report was written has only that left to do.
+            held_out = held_out or score(run, state)
             write_report(run, state, held_out)
     return held_out
 
@@ -127,22 +133,27 @@ def start_from(run: Run, state: states.TrainState, init_from: str) -> states.Tra
     saved = api.load_tokenizer(directory, checkpoint.read_metadata(directory, step))
     config.require(
         saved.fingerprint == run.tokenizer.fingerprint,
-        f'train.init_from={init_from} was trained with another tokenizer ({saved.vocab_size} tokens) '
-        f'than data.tokenizer={run.config.data.tokenizer!r} ({run.tokenizer.vocab_size} tokens); '
-        'use the one in its checkpoints/tokenizer.',
+        f'train.init_from={init_from} was trained with another tokenizer ({saved.vocab_size} '
+        f'tokens) than data.tokenizer={run.config.data.tokenizer!r} ({run.tokenizer.vocab_size} '
+        'tokens); use the one in its checkpoints/tokenizer.',
     )
     variables = api.restore_variables(run.setup.model, directory, step, run.setup.mesh)
     return state.replace(params=variables['params'], router=variables.get('router', {}))
 
 
 def check_resumable(run: Run, metadata: dict[str, Any]) -> None:
-    """Refuses to go on with other settings or other data than the run began with."""
+    """Refuses to go on with other settings or other data than the run began with, or backwards."""
+    config.require(
+        metadata['step'] <= run.config.train.num_steps,
+        f'train.num_steps={run.config.train.num_steps}, but {run.workdir} is at step '
+        f'{metadata["step"]} already; raise it to go on, or choose another workdir.',
+    )
     saved, now = _flat(metadata['config']), _flat(dataclasses.asdict(run.config))
     for name, value in now.items():
         config.require(
             name.startswith(FREE_TO_CHANGE) or saved.get(name) == value,
-            f'{name}={value!r}, but {run.workdir} was trained with {saved.get(name)!r}; set it back, '
-            'or start in another workdir (train.init_from takes its parameters along).',
+            f'{name}={value!r}, but {run.workdir} was trained with {saved.get(name)!r}; set it '
+            'back, or start in another workdir (train.init_from takes its parameters along).',
         )
     config.require(
         metadata['fingerprint'] == run.data.train.fingerprint,
@@ -172,7 +183,6 @@ def run_steps(
     )
     rows = sharding.sharding(run.setup.mesh, ('batch', 'length'))
     train_step = jax.jit(make_train_step(run.setup), donate_argnums=0)
-    saved = first if run.checkpoints.latest() == first else -1
     with metrics.MetricWriter(
         run.workdir, tensorboard=cfg.tensorboard, resume_step=first, num_steps=cfg.num_steps
     ) as writer:
@@ -182,12 +192,13 @@ def run_steps(
                 batch = pipeline.to_global(next(batches), rows)
             with profiled(run.workdir, step - first, cfg.profile_steps):
                 state, reported = train_step(state, batch)
+            # What is due at this step is done before stopping: the resumed run starts behind it.
             stopping = stop.agreed()
             due = lambda every: step == cfg.num_steps or (every and step % every == 0)  # noqa: E731, B023
-            if due(cfg.log_every) or stopping:
+            if due(cfg.log_every):
                 writer.write(step, progress.figures(step, reported))
             scores: dict[str, float] = {}
-            if due(cfg.eval_every) and not stopping:
+            if due(cfg.eval_every):
                 with progress.timer.measure('evaluation'):
                     scores = held_out = score(run, state)
                 writer.write(step, {f'eval/{name}': value for name, value in scores.items()})
@@ -195,12 +206,8 @@ def run_steps(
                 with progress.timer.measure('checkpoint'):
                     check_finite(run, step, reported)
                     save(run, state, step, scores)
-                saved = step
             if stopping:
                 break
-    config.require(
-        saved >= first, f'{run.workdir} is at step {first} already; raise train.num_steps to go on.'
-    )
     run.checkpoints.wait()
     return state, held_out
 
@@ -225,11 +232,13 @@ class Progress:
 
 def check_finite(run: Run, step: int, reported: dict[str, Any]) -> None:
     loss = float(reported['loss'])
-    config.require(
-        math.isfinite(loss),
+    if math.isfinite(loss):
+        return
+    run.checkpoints.wait()
+    raise config.UserError(
         f'the loss is {loss} at step {step}; nothing was saved since step '
         f'{max(run.checkpoints.steps(), default=0)}. Lower optimizer.learning_rate (now '
-        f'{run.config.optimizer.learning_rate}) or raise optimizer.warmup_steps, and start again.',
+        f'{run.config.optimizer.learning_rate}) or raise optimizer.warmup_steps, and start again.'
     )
 
 

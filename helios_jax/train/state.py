@@ -8,7 +8,7 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import Array, Int, PyTree
+from jaxtyping import PyTree
 
 from helios_jax import config
 from helios_jax.memory.policy import checkpoint_policy
@@ -18,7 +18,7 @@ from helios_jax.train import optimizer
 
 
 class TrainState(flax.struct.PyTreeNode):
-    step: Int[Array, '']  # updates made
+    step: Any  # updates made, an int32 scalar
     params: PyTree  # float32
     optimizer: PyTree  # optax's state
     router: PyTree  # balance bias of each MoE layer; not trained by gradient

@@ -23,6 +23,14 @@ def segments(data: config.Data, batch: Batch) -> Array | None:
     return batch.segment_ids if data.packing == 'best_fit' else None
 
 
+def num_routed(data: config.Data, batch: Batch) -> Float[Array, '']:
+    """Tokens that a router counts: all but padding, where segments tell which that is."""
+    ids = segments(data, batch)
+    if ids is None:
+        return jnp.asarray(batch.tokens.size, jnp.float32)
+    return (ids > 0).sum(dtype=jnp.float32)
+
+
 def make_train_step(setup: Setup) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
     """The step as a pure function; jit it with the state donated, under the setup's mesh."""
     cfg = setup.config
@@ -52,16 +60,19 @@ def gradient(
     """Gradient and metrics of a whole batch, and each router's load.
 
     The loss is the sum over all targets ÷ their number in the whole batch, so that it does not
-    depend on how rows fall into microbatches. A router's losses are means over microbatches.
+    depend on how rows fall into microbatches; nor does the routers' z-loss, a mean over tokens.
+    Their balance loss, no such mean, is the microbatches' own, averaged by their tokens.
     """
-    parts = setup.config.train.microbatches
+    data, parts = setup.config.data, setup.config.train.microbatches
     targets, weights = next_tokens(batch.tokens, batch.segment_ids, batch.loss_mask)
     num_targets = jnp.maximum(weights.sum(), 1)
+    num_tokens = jnp.maximum(num_routed(data, batch), 1)
     grad = jax.grad(loss, argnums=2, has_aux=True)
 
     def of(part: Any) -> Any:
         rows, targets, weights = part
-        return grad(setup, state.router, state.params, rows, targets, weights / num_targets)
+        share = num_routed(data, rows) / num_tokens
+        return grad(setup, state.router, state.params, rows, targets, weights / num_targets, share)
 
     whole = (batch, targets, weights)
     if parts == 1:
@@ -88,13 +99,13 @@ def gradient(
         'loss': sums.pop('cross_entropy'),
         'targets': weights.sum(),
         'tokens': (batch.segment_ids > 0).sum(dtype=jnp.int32),
-        **{name: value / parts for name, value in sums.items()},
+        **sums,
     }
     if load:
         per_layer = jnp.concatenate([x.reshape(-1, x.shape[-1]) for x in jax.tree.leaves(load)])
         even = per_layer.mean(axis=-1)
         metrics['router/load_max_over_mean'] = jnp.max(per_layer.max(axis=-1) / even)
-        metrics['router/drop_fraction'] *= parts / per_layer.sum()
+        metrics['router/drop_fraction'] /= per_layer.sum()
     return gradients, metrics, load
 
 
@@ -105,8 +116,14 @@ def loss(
     batch: Batch,
     targets: Array,
     weights: Array,
+    share: Float[Array, ''],
 ) -> tuple[Float[Array, ''], tuple[Metrics, dict[str, dict[str, Array]]]]:
-    """The microbatch's share of the loss, with what is summed over microbatches."""
+    """The microbatch's share of the loss, with what is summed over microbatches.
+
+    Args:
+      weights: of each target; those of the whole batch add up to 1.
+      share: of the batch's tokens, by which means over tokens are weighted.
+    """
     cfg = setup.config
     variables = {'params': params, 'router': router}
     hidden, reported = setup.model.apply(
@@ -123,13 +140,13 @@ def loss(
         auxiliary = moe.router_z_loss * of('z_loss')
         if moe.balance in ('aux', 'both'):
             auxiliary += moe.aux_loss * of('balance_loss')
-        total += auxiliary / cfg.train.microbatches
+        total += share * auxiliary
         num_layers = sum(stats.dropped.size for stats in layers)
         sums |= {
             'router/drop_fraction': of('dropped'),
-            'router/entropy': of('entropy') / num_layers,
-            'router/balance_loss': of('balance_loss') / num_layers,
-            'router/z_loss': of('z_loss') / num_layers,
+            'router/entropy': share * of('entropy') / num_layers,
+            'router/balance_loss': share * of('balance_loss') / num_layers,
+            'router/z_loss': share * of('z_loss') / num_layers,
         }
     load = {
         group: {name: stats.load for name, stats in layer.items()}

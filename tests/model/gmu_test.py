@@ -38,17 +38,16 @@ def inputs(seed=0):
     return [rng.normal(size=(B, T, D)).astype(np.float32) * s for s in (0.7, 1.1, 2.3)]
 
 
-def unit(model, perturbed, index=INDEX):
-    """A unit and its parameters, as initialised or moved away from it."""
+def arrays():
+    return [jnp.asarray(x) for x in inputs()]
+
+
+def initialize(model, index=INDEX):
+    """A unit's parameters at sublayer `index`, which may be an array of them."""
     module = GatedMemoryUnit(model, 'mlp')
-    arrays = [jnp.asarray(x) for x in inputs()]
-    variables = nn.unbox(jax.jit(module.init)(jax.random.key(1), *arrays, index))
-    if perturbed:
-        rng = np.random.default_rng(2)
-        variables = jax.tree.map(
-            lambda w: w + rng.normal(size=w.shape).astype(np.float32) * 0.4, variables
-        )
-    return module, variables
+    init = lambda index: nn.unbox(module.init(jax.random.key(1), *arrays(), index))  # noqa: E731
+    made = jax.jit(jax.vmap(init) if np.ndim(index) else init)(index)
+    return module, made.get('params', {})
 
 
 def rms(x, eps=EPS):
@@ -78,20 +77,16 @@ def formula(gmu, p, x, x_hat, u):
 
 
 @pytest.mark.parametrize(('kind', 'gate', 'normalize'), VARIANTS)
-def test_computes_its_formula_and_learns(kind, gate, normalize):
+def test_computes_its_formula_and_learns(kind, gate, normalize, random_variables):
     model = shape(kind=kind, gate=gate, normalize_output=normalize)
-    module, variables = unit(model, perturbed=True)
-    arrays = inputs()
+    module = GatedMemoryUnit(model, 'mlp')
+    variables = random_variables(module, *arrays(), INDEX)
+    run = lambda variables, *arrays: module.apply(variables, *arrays, INDEX)  # noqa: E731
+    y, vjp = jax.vjp(run, variables, *arrays())
+    gradients = vjp(jnp.asarray(np.random.default_rng(4).normal(size=y.shape), y.dtype))
 
-    @jax.jit
-    def value_and_gradients(variables, *arrays):
-        run = lambda variables, *arrays: module.apply(variables, *arrays, INDEX)  # noqa: E731
-        y, vjp = jax.vjp(run, variables, *arrays)
-        return y, vjp(jnp.cos(jnp.arange(y.size, dtype=y.dtype)).reshape(y.shape))
-
-    y, gradients = value_and_gradients(variables, *arrays)
-    params = variables.get('params', {})
-    np.testing.assert_allclose(y, formula(model.gmu, params, *arrays), atol=2e-6, rtol=2e-5)
+    expected = formula(model.gmu, variables.get('params', {}), *inputs())
+    np.testing.assert_allclose(y, expected, atol=2e-6, rtol=2e-5)
     for path, gradient in jax.tree_util.tree_leaves_with_path(gradients[0]):
         assert np.abs(gradient).min() > 0, jax.tree_util.keystr(path)
     # The stream always passes, the update always matters, x̂ only where a gate reads it.
@@ -102,64 +97,55 @@ def test_computes_its_formula_and_learns(kind, gate, normalize):
 
 @pytest.mark.parametrize('gate', GATES)
 def test_the_gate_of_a_fresh_sublayer_is_one_over_its_index_plus_one(gate):
-    module, variables = unit(shape(gate=gate, normalize_output='off'), perturbed=False)
-    x, x_hat, update = (jnp.asarray(a) for a in inputs())
-    for index in (1, 2, 7, 96):
-        fresh = nn.unbox(jax.jit(module.init)(jax.random.key(1), x, x_hat, update, index))
-        gate_value = (module.apply(fresh, x, x_hat, update, index) - x) / (update - x)
-        np.testing.assert_allclose(gate_value, 1 / (index + 1), rtol=2e-3)
-        bias = np.asarray(fresh['params']['bias'])
-        np.testing.assert_allclose(bias, -np.log(index), rtol=1e-6, atol=1e-7)
+    indices = np.array([1, 2, 7, 96])
+    module, params = initialize(shape(gate=gate, normalize_output='off'), indices)
+    x, x_hat, update = arrays()
+    for row, index in enumerate(indices):
+        fresh = {'params': jax.tree.map(lambda w, row=row: w[row], params)}
+        y = module.apply(fresh, x, x_hat, update, index)
+        np.testing.assert_allclose(y, x + (update - x) / (index + 1), rtol=1e-5, atol=1e-6)
+        bias = fresh['params']['bias']
+        np.testing.assert_allclose(bias, np.full(len(bias), -np.log(index)), rtol=1e-6, atol=1e-7)
         assert bias.dtype == np.float32
 
 
 def test_a_constant_bias_ignores_the_index():
-    model = shape(bias='-3', normalize_output='off')
-    for index in (1, 7):
-        module, variables = unit(model, perturbed=False, index=index)
-        np.testing.assert_array_equal(variables['params']['bias'], np.float32(-3))
-        x, x_hat, update = inputs()
-        y = module.apply(variables, *(jnp.asarray(a) for a in (x, x_hat, update)), index)
-        np.testing.assert_allclose(y, x + (update - x) / (1 + np.exp(3)), rtol=1e-5, atol=1e-6)
+    module, params = initialize(shape(bias='-3', normalize_output='off'), np.array([1, 7]))
+    np.testing.assert_array_equal(params['bias'], np.full((2, D), -3, np.float32))
+    x, x_hat, update = arrays()
+    fresh = {'params': jax.tree.map(lambda w: w[1], params)}
+    y = module.apply(fresh, x, x_hat, update, 7)
+    np.testing.assert_allclose(y, x + (update - x) / (1 + np.exp(3)), rtol=1e-5, atol=1e-6)
 
 
 def test_initial_values_of_the_baselines():
-    params = {kind: unit(shape(kind=kind), perturbed=False)[1] for kind in KINDS}
+    params = {kind: initialize(shape(kind=kind))[1] for kind in KINDS}
     assert not params['residual']
-    np.testing.assert_array_equal(params['rezero']['params']['scale'], np.zeros(1, np.float32))
-    np.testing.assert_array_equal(
-        params['layerscale']['params']['scale'], np.full(D, 0.1, np.float32)
-    )
+    np.testing.assert_array_equal(params['rezero']['scale'], np.zeros(1, np.float32))
+    np.testing.assert_array_equal(params['layerscale']['scale'], np.full(D, 0.1, np.float32))
     # Only convex normalises the sublayer's output unless told to.
-    assert [k for k in KINDS if 'output_norm' in params[k].get('params', {})] == ['convex']
+    assert [kind for kind in KINDS if 'output_norm' in params[kind]] == ['convex']
 
 
-@pytest.mark.parametrize('gate', ('low_rank', 'full', 'per_head', 'scalar'))
+@pytest.mark.parametrize('gate', ['low_rank', 'full', 'per_head', 'scalar'])
 def test_the_last_matrix_starts_at_zero_and_moves_first(gate):
-    module, variables = unit(shape(gate=gate), perturbed=False)
-    arrays = [jnp.asarray(x) for x in inputs()]
-
-    @jax.jit
-    def gradient(variables):
-        loss = lambda v: jnp.sum(jnp.sin(module.apply(v, *arrays, INDEX)))  # noqa: E731
-        return jax.grad(loss)(variables)
-
+    module, params = initialize(shape(gate=gate))
+    loss = lambda p: jnp.sum(jnp.sin(module.apply({'params': p}, *arrays(), INDEX)))  # noqa: E731
+    gradients = jax.grad(loss)(params)
     last = {'out'} if gate == 'low_rank' else {'from_input', 'from_output'}
-    weights, gradients = variables['params'], gradient(variables)['params']
-    for name in {'from_input', 'from_output', 'out'} & set(weights):
-        assert np.any(weights[name]['w']) == (name not in last), name
+    for name in {'from_input', 'from_output', 'out'} & set(params):
+        assert np.any(params[name]['w']) == (name not in last), name
         assert np.any(gradients[name]['w']) == (name in last), name
 
 
-def test_bfloat16_stream_is_mixed_in_float32():
-    model = shape()
-    module, variables = unit(model, perturbed=True)
-    x, x_hat, update = (jnp.asarray(a, jnp.bfloat16) for a in inputs())
-    y = module.apply(variables, x, x_hat, update, INDEX)
+def test_a_bfloat16_stream_is_rounded_once(random_variables):
+    module = GatedMemoryUnit(shape(gate='static', normalize_output='off'), 'mlp')
+    variables = random_variables(module, *arrays(), INDEX)
+    narrow = [a.astype(jnp.bfloat16) for a in arrays()]
+    y = module.apply(variables, *narrow, INDEX)
     assert y.dtype == jnp.bfloat16
-    wide = [np.asarray(a, np.float32) for a in (x, x_hat, update)]
-    expected = formula(model.gmu, variables['params'], *wide)
-    np.testing.assert_allclose(np.asarray(y, np.float32), expected, rtol=2e-2, atol=2e-2)
+    expected = formula(module.model.gmu, variables['params'], *map(np.asarray, narrow))
+    np.testing.assert_allclose(np.asarray(y, np.float64), expected, rtol=2**-9 * 1.01)
 
 
 def transformer(kind, num_layers, moe):
@@ -182,44 +168,55 @@ def transformer(kind, num_layers, moe):
     )
 
 
-def without_gates(params):
-    """The weights that the residual network has as well."""
-    return {
-        name: without_gates(value) if isinstance(value, dict) else value
-        for name, value in params.items()
-        if not name.endswith('_gmu')
-    }
+def split_gates(params):
+    """Parameters without and with nothing but the GMUs."""
+    rest, gates = {}, {}
+    for name, value in params.items():
+        if name.endswith('_gmu'):
+            gates[name] = value
+        elif isinstance(value, dict):
+            rest[name], below = split_gates(value)
+            gates |= {name: below} if below else {}
+        else:
+            rest[name] = value
+    return rest, gates
+
+
+def merge(a, b):
+    shared = {name: merge(a[name], b[name]) for name in a.keys() & b.keys()}
+    return a | b | shared
+
+
+TOKENS = jax.ShapeDtypeStruct((1, 2), jnp.int32)
+
+
+def fresh_gates(model):
+    zeros = jnp.zeros(TOKENS.shape, TOKENS.dtype)
+    make = lambda: split_gates(nn.unbox(model.init(jax.random.key(0), zeros, zeros)['params']))[1]  # noqa: E731
+    return jax.jit(make)()
 
 
 @pytest.mark.parametrize('moe', [False, True], ids=['dense', 'moe'])
 @pytest.mark.parametrize('sublayers', [4, 16, 48])
-def test_fresh_convex_network_is_the_residual_network(sublayers, moe):
+def test_fresh_convex_network_is_the_residual_network(sublayers, moe, random_variables):
     """With u instead of û the stream is the residual stream divided by l, which a norm hides."""
     convex, residual = (transformer(k, sublayers // 2, moe) for k in ('convex', 'residual'))
+    variables = random_variables(residual, TOKENS, TOKENS)
+    params = merge(variables['params'], fresh_gates(convex))
     tokens = jax.random.randint(jax.random.key(3), (2, 9), 0, 61)
     positions = jnp.tile(jnp.arange(9)[None], (2, 1))
-
-    @jax.jit
-    def both():
-        variables = nn.unbox(convex.init(jax.random.key(4), tokens, positions))
-        shared = variables | {'params': without_gates(variables['params'])}
-        return [
-            model.apply(v, tokens, positions, method='logits')[..., :61]
-            for model, v in ((convex, variables), (residual, shared))
-        ]
-
-    logits, expected = both()
+    logits, expected = (
+        jax.jit(lambda v, m=m: m.apply(v, tokens, positions, method='logits')[..., :61])(v)
+        for m, v in ((convex, variables | {'params': params}), (residual, variables))
+    )
     assert np.asarray(expected).std() > 0.3
     np.testing.assert_allclose(logits, expected, rtol=0, atol=2e-5)
 
 
 def test_fresh_gates_of_a_scanned_network_follow_the_sublayer():
-    model = transformer('convex', 6, moe=True)
-    tokens = jnp.zeros((1, 2), jnp.int32)
-    params = nn.unbox(jax.jit(model.init)(jax.random.key(0), tokens, tokens))['params']
+    gates = fresh_gates(transformer('convex', 6, moe=True))['periods']
     for layer, sublayer in itertools.product((0, 1), (0, 1)):
-        name = ('attention_gmu', 'mlp_gmu')[sublayer]
-        bias = np.asarray(params['periods'][f'layer_{layer}'][name]['bias'])
+        bias = np.asarray(gates[f'layer_{layer}'][('attention_gmu', 'mlp_gmu')[sublayer]]['bias'])
         index = 2 * (2 * np.arange(3) + layer) + sublayer + 1
         np.testing.assert_allclose(1 / (1 + np.exp(-bias[:, 0])), 1 / (index + 1), rtol=1e-6)
         np.testing.assert_array_equal(bias, np.repeat(bias[:, :1], 40, axis=1))

@@ -53,6 +53,13 @@ def attention(
     if B * T * N * H >= 2**31:
         raise NotImplementedError(f'counts elements in int32: q {q.shape} has too many.')
     plain = segment_ids is None and key_segment_ids is None
+    if T % 2:
+        # cuDNN has no backward for odd lengths. No query sees the key that is added: it comes after
+        # them all, and is padding where there are segments.
+        q, k, v, positions, segment_ids, key_segment_ids = (
+            x if x is None else jnp.pad(x, [(0, 0), (0, 1)] + [(0, 0)] * (x.ndim - 2))
+            for x in (q, k, v, positions, segment_ids, key_segment_ids)
+        )
     try:
         version = cudnn.check_cudnn_version()
     except RuntimeError as error:
@@ -63,7 +70,7 @@ def attention(
     q = rotate(q, positions, frequencies, query_scale).astype(q.dtype)
     k = rotate(k, positions, frequencies).astype(k.dtype)
     if plain:
-        return jax.nn.dot_product_attention(
+        out = jax.nn.dot_product_attention(
             q,
             k,
             v,
@@ -72,12 +79,13 @@ def attention(
             local_window_size=(window - 1, 0) if window else None,
             implementation='cudnn',
         )
+        return out[:, :T]
     segments = segment_ids if key_segment_ids is None else key_segment_ids
     assert segments is not None
     out = packed(q, k, v, segments, scale, window)
-    if segment_ids is None:
-        return out
-    return jnp.where((segment_ids != 0)[:, :, None, None], out, 0)
+    if segment_ids is not None:
+        out = jnp.where((segment_ids != 0)[:, :, None, None], out, 0)
+    return out[:, :T]
 
 
 def packed(

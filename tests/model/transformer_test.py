@@ -1,0 +1,306 @@
+"""The whole network: what it may depend on, what its scan stands for, what it counts and stores."""
+
+import dataclasses
+import functools
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from helios_jax import config
+from helios_jax.model import flops
+from helios_jax.model.gmu import input_eps
+from helios_jax.model.layers import RMSNorm
+from helios_jax.model.loss import cross_entropy
+from helios_jax.model.transformer import Block, Transformer, abstract_variables
+from helios_jax.parallel import mesh as meshes
+from helios_jax.parallel import sharding
+
+D, N, K, H, F, E, V, T = 40, 6, 2, 8, 56, 5, 61, 17
+TOKENS = jax.ShapeDtypeStruct((1, 2), jnp.int32)
+MIXED = config.Model(
+    vocab_size=V,
+    num_layers=5,
+    embed_dim=D,
+    num_heads=N,
+    num_kv_heads=K,
+    head_dim=H,
+    mlp_dim=F,
+    prefix='dense',
+    period='moe_window,dense',
+    window=3,
+    qk_norm=True,
+    compute_dtype='float32',
+    rope=config.Rope(base=100.0, scaling='dynamic', trained_length=4),
+    moe=config.MoE(num_experts=E, num_experts_per_token=2, mlp_dim=24, num_shared_experts=1),
+)
+PATTERNS = {
+    'mixed': {},
+    'dense': {'prefix': '', 'period': 'dense', 'rope': config.Rope()},
+    'tied': {'tied_embeddings': True, 'qk_norm': False},
+    'experts': {'prefix': 'moe', 'period': 'moe,moe_window', 'moe': config.MoE(num_experts=3)},
+    'long_period': {'prefix': 'dense,dense_window', 'period': 'dense,moe,moe_window'},
+}
+GATES = ('low_rank', 'full', 'per_head', 'scalar', 'static')
+GMUS = [
+    {'kind': kind, 'gate': gate, 'normalize_output': normalize}
+    for kind in ('convex', 'additive', 'highway', 'residual', 'layerscale', 'rezero')
+    for gate in (GATES if config.GMU(kind=kind).has_gate else GATES[:1])
+    for normalize in ('on', 'off')
+]
+
+
+def packed():
+    """Distinct tokens; documents of 9, 4 and 2 tokens and padding, then one of 13 and padding."""
+    tokens = np.random.default_rng(0).permutation(V)[: 2 * T].reshape(2, T).astype(np.int32)
+    positions, ids = np.zeros((2, T), np.int32), np.zeros((2, T), np.int32)
+    for row, documents in enumerate(([9, 4, 2], [13])):
+        start = 0
+        for document, length in enumerate(documents, start=1):
+            positions[row, start : start + length] = np.arange(length)
+            ids[row, start : start + length] = document
+            start += length
+    return tokens, positions, ids
+
+
+@pytest.fixture(scope='module')
+def mixed(random_variables):
+    """The network with every layer kind, its variables and its compiled logits."""
+    model = Transformer(MIXED)
+    variables = random_variables(model, TOKENS, TOKENS)
+    run = jax.jit(functools.partial(model.apply, method='logits'))
+
+    def logits(tokens, positions, ids):
+        arrays = (None if a is None else jnp.asarray(a) for a in (tokens, positions, ids))
+        return np.asarray(run(variables, *arrays))[..., :V]
+
+    return model, variables, logits
+
+
+def test_a_logit_depends_on_the_past_of_its_own_document_alone(mixed):
+    """Through every layer kind; tokens are distinct, so rows of the embedding stand for places."""
+    model, variables, _ = mixed
+    tokens, positions, ids = packed()
+
+    def of_place(embedding, t):
+        changed = variables | {'params': variables['params'] | {'embed': {'w': embedding}}}
+        arrays = (jnp.asarray(a) for a in (tokens, positions, ids))
+        logits = model.apply(changed, *arrays, method='logits')[..., :V]
+        return jnp.sum(jnp.where((jnp.arange(T) == t)[None, :, None], logits, 0) ** 2)
+
+    gradient = jax.jit(jax.grad(of_place))
+    for t in (0, 8, 9, 12, 14):
+        of_row = np.asarray(gradient(variables['params']['embed']['w'], t))
+        seen = (ids == ids[:, [t]]) & (ids > 0) & (np.arange(T) <= t)
+        # A padding token's own logits come from its own stream.
+        seen |= (ids == 0) & (np.arange(T) == t)
+        touched = np.abs(of_row).max(-1) > 0
+        np.testing.assert_array_equal(touched[tokens], seen)
+        assert touched.sum() == seen.sum()
+
+
+def test_a_packed_document_gives_the_logits_it_gives_alone(mixed):
+    _, _, logits = mixed
+    tokens, positions, ids = packed()
+    together = logits(tokens, positions, ids)
+    at = np.tile(np.arange(T, dtype=np.int32), (2, 1))
+    for row, document in ((0, 1), (0, 2), (0, 3), (1, 1)):
+        place = ids[row] == document
+        real = at < place.sum()
+        alone = np.full((2, T), 7, np.int32)
+        alone[real] = np.tile(tokens[row, place], 2)
+        alone_logits = logits(alone, at, real.astype(np.int32))
+        np.testing.assert_allclose(alone_logits[0, real[0]], together[row, place], rtol=0, atol=1e-4)
+    # And in a row of its own length, where no segments are named.
+    place = ids[1] == 1
+    unnamed = logits(tokens[1:, place], positions[1:, place], None)
+    np.testing.assert_allclose(unnamed[0], together[1, place], rtol=0, atol=1e-4)
+
+
+def test_padding_is_inert(mixed):
+    _, _, logits = mixed
+    tokens, positions, ids = packed()
+    real = ids > 0
+    first = logits(tokens, positions, ids)
+    second = logits(np.where(real, tokens, (tokens + 11) % V), positions, ids)
+    np.testing.assert_array_equal(first[real], second[real])
+    assert (first[~real] != second[~real]).any(-1).all()
+
+
+@pytest.mark.parametrize('pattern', ['mixed', 'experts', 'long_period'])
+def test_the_scan_stands_for_its_layers_one_by_one(pattern, random_variables):
+    config_ = dataclasses.replace(MIXED, **PATTERNS[pattern])
+    model = Transformer(config_)
+    variables = random_variables(model, TOKENS, TOKENS)
+    tokens, positions, ids = (jnp.asarray(a) for a in packed())
+    assert config_.layer_kinds == {
+        'mixed': ('dense', 'moe_window', 'dense', 'moe_window', 'dense'),
+        'experts': ('moe', 'moe', 'moe_window', 'moe', 'moe_window'),
+        'long_period': ('dense', 'dense_window', 'dense', 'moe', 'moe_window'),
+    }[pattern]
+
+    def unrolled(variables):
+        x = variables['params']['embed']['w'][tokens]
+        first, period = len(config_.prefix_kinds), len(config_.period_kinds)
+        for index, kind in enumerate(config_.layer_kinds):
+            repeat, place = divmod(index - first, period)
+            group, name = ('prefix', f'layer_{index}') if index < first else ('periods', f'layer_{place}')
+            layer = {
+                collection: jax.tree.map(
+                    lambda w, i=repeat, scanned=group == 'periods': w[i] if scanned else w,
+                    tree[group][name],
+                )
+                for collection, tree in variables.items()
+                if name in tree.get(group, {})
+            }
+            x, _ = Block(config_, kind).apply(layer, x, index, positions, ids)
+        norm = {'params': variables['params']['final_norm']}
+        return RMSNorm().apply(norm, x, input_eps(config_, 2 * config_.num_layers + 1))
+
+    hidden, reported = jax.jit(model.apply)(variables, tokens, positions, ids)
+    np.testing.assert_allclose(hidden, jax.jit(unrolled)(variables), rtol=0, atol=2e-5)
+    routers = sum(stats.load.size // stats.load.shape[-1] for group in reported.values() for stats in group.values())
+    assert routers == sum(kind.startswith('moe') for kind in config_.layer_kinds)
+
+
+def covering():
+    """Every layer pattern with the default unit, and every unit with one pattern."""
+    for name, change in PATTERNS.items():
+        yield pytest.param(dataclasses.replace(MIXED, **change), id=name)
+    for settings in GMUS:
+        gmu = config.GMU(rank=3, **settings)
+        yield pytest.param(dataclasses.replace(MIXED, gmu=gmu), id='-'.join(settings.values()))
+
+
+@pytest.mark.parametrize('model', covering())
+def test_parameters_are_counted_and_their_axes_known(model):
+    boxed = abstract_variables(Transformer(model))
+    shapes, axes = nn.unbox(boxed), sharding.logical_axes(boxed)
+    size = lambda tree: sum(leaf.size for leaf in jax.tree.leaves(tree))  # noqa: E731
+    counted = flops.parameters(model)
+    assert counted.total == size(shapes['params'])
+    matrices = jax.tree_util.tree_map_with_path(
+        lambda path, leaf: leaf.size if path[-1].key == 'w' else 0, shapes['params']
+    )
+    matmul = sum(jax.tree.leaves(matrices))
+    if not model.tied_embeddings:
+        matmul -= D * model.padded_vocab_size
+    assert counted.matmul == matmul
+    num_moe = sum(kind.startswith('moe') for kind in model.layer_kinds)
+    idle = model.moe.num_experts - model.moe.num_experts_per_token
+    assert counted.active_matmul == matmul - num_moe * idle * 3 * D * model.expert_mlp_dim
+    # Every parameter finds its place on a mesh, and a matrix is cut by every axis that can.
+    mesh = meshes.abstract(config.Mesh(tensor=2, fsdp=4), 8)
+    places = sharding.tree_shardings(mesh, axes, shapes)
+    jax.tree.map(lambda leaf, place: place.shard_shape(leaf.shape), shapes, places)
+    q = places['params']['periods']['layer_0']['attention']['q']['w'].spec
+    assert q == jax.sharding.PartitionSpec(None, 'fsdp', 'tensor', None)
+
+
+def test_a_fresh_network_has_the_variances_it_was_promised():
+    model = Transformer(dataclasses.replace(MIXED, num_layers=3))
+    zeros = jnp.zeros((1, 2), jnp.int32)
+    variables = nn.unbox(jax.jit(model.init)(jax.random.key(3), zeros, zeros))
+    fan_in = {'embed': 1, 'down': 24, 'out': N * H}
+    for path, leaf in jax.tree_util.tree_leaves_with_path(variables['params']):
+        *_, owner, name = ('', *(key.key for key in path))
+        label, values = jax.tree_util.keystr(path), np.asarray(leaf)
+        assert values.dtype == np.float32
+        if name == 'scale':
+            assert (values == 1).all(), label
+        elif name == 'w':
+            if 'gmu' in label and owner == 'out':
+                assert not values.any(), label
+                continue
+            wanted = fan_in.get(owner, D) ** -0.5
+            if owner == 'down':
+                wanted = {"['moe']['down']": 24, "['shared']['down']": 24, "['mlp']['down']": F}[
+                    ''.join(f'[{key.key!r}]' for key in path[-3:-1])
+                ] ** -0.5
+            error = 5 / np.sqrt(2 * values.size)  # five standard errors
+            assert abs(values.std() / wanted - 1) < error, (label, values.std(), wanted)
+            assert abs(values.mean()) < 5 * wanted / np.sqrt(values.size), label
+    assert not any(np.any(leaf) for leaf in jax.tree.leaves(variables['router']))
+
+
+def test_tied_embeddings_are_one_matrix(random_variables):
+    model = Transformer(dataclasses.replace(MIXED, tied_embeddings=True, prefix='', period='dense'))
+    variables = random_variables(model, TOKENS, TOKENS)
+    assert 'unembedding' not in variables['params']
+
+    @jax.jit
+    def run(tokens, positions, ids):
+        hidden, _ = model.apply(variables, tokens, positions, ids)
+        return hidden, model.apply(variables, tokens, positions, ids, method='logits')
+
+    hidden, logits = (np.asarray(a) for a in run(*(jnp.asarray(a) for a in packed())))
+    embedding = np.asarray(variables['params']['embed']['w'], np.float64)
+    expected = hidden.astype(np.float64) @ embedding[:V].T / np.sqrt(D)
+    np.testing.assert_allclose(logits[..., :V], expected, rtol=0, atol=1e-5)
+    assert logits.shape[-1] == MIXED.padded_vocab_size == 256
+    assert np.isneginf(logits[..., V:]).all()
+
+
+def test_bfloat16_computes_on_float32_parameters(random_variables):
+    narrow, wide = (
+        Transformer(dataclasses.replace(MIXED, compute_dtype=dtype, period='dense', prefix=''))
+        for dtype in ('bfloat16', 'float32')
+    )
+    variables = random_variables(narrow, TOKENS, TOKENS)
+    assert {leaf.dtype for leaf in jax.tree.leaves(variables)} == {jnp.dtype('float32')}
+    tokens, positions, ids = (jnp.asarray(a) for a in packed())
+
+    def evaluate(model, params):
+        hidden, _ = model.apply({'params': params}, tokens, positions, ids)
+        head = model.apply({'params': params}, method='unembedding_weight')
+        weights = jnp.where(ids > 0, 1.0, 0.0)
+        return cross_entropy(hidden, head, (tokens + 1) % V, weights, V).total, hidden
+
+    (loss, hidden), gradients = jax.jit(
+        jax.value_and_grad(functools.partial(evaluate, narrow), has_aux=True)
+    )(variables['params'])
+    assert hidden.dtype == jnp.bfloat16
+    assert loss.dtype == jnp.float32
+    assert {leaf.dtype for leaf in jax.tree.leaves(gradients)} == {jnp.dtype('float32')}
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(gradients))
+    exact = jax.jit(functools.partial(evaluate, wide))(variables['params'])[0]
+    np.testing.assert_allclose(loss, exact, rtol=1e-2)
+    assert loss != exact
+
+
+def num_equations(jaxpr):
+    inner = [num_equations(j) for eqn in jaxpr.eqns for j in jax.core.jaxprs_in_params(eqn.params)]
+    return len(jaxpr.eqns) + sum(inner)
+
+
+def test_the_program_does_not_grow_with_depth():
+    def size(num_layers, **changes):
+        model = Transformer(dataclasses.replace(MIXED, num_layers=num_layers, **changes))
+        shapes = nn.unbox(abstract_variables(model))
+        run = lambda v, t: model.apply(v, t, t, t)[0]  # noqa: E731
+        return num_equations(jax.make_jaxpr(run)(shapes, TOKENS).jaxpr)
+
+    assert size(3) == size(41) > 100
+    assert size(3) > 1.5 * size(3, prefix='', period='dense')
+
+
+@pytest.mark.parametrize(('length', 'window'), [(4096, 512), (1024, 1024), (1024, 5000), (300, 7)])
+def test_attention_flops_count_the_visible_keys(length, window):
+    model = dataclasses.replace(MIXED, window=window)  # two of five layers have a window
+    full = np.minimum(np.arange(1, length + 1), length).mean()
+    local = np.minimum(np.arange(1, length + 1), window).mean()
+    # Forward 2 · 2 FLOPs a key and channel (q·k and weights · v), backward twice that.
+    expected = 12 * N * H * (3 * full + 2 * local)
+    np.testing.assert_allclose(flops.attention_flops(model, length), expected, rtol=5e-3)
+    total = flops.flops_per_token(model, length)
+    assert total == 6 * flops.parameters(model).active_matmul + flops.attention_flops(model, length)
+
+
+def test_flops_of_a_plain_network_are_the_textbooks():
+    model = dataclasses.replace(MIXED, prefix='', period='dense', gmu=config.GMU(kind='residual'))
+    layer = D * H * (2 * N + 2 * K) + 3 * D * F
+    wanted = 6 * (5 * layer + D * 256) + 6 * 5 * 1000 * N * H
+    assert flops.flops_per_token(model, 1000) == wanted
+    assert flops.segment_flops_per_token(model, 500.0) == wanted
