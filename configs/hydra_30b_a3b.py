@@ -1,4 +1,4 @@
-"""Qwen3-30B-A3B's shape with GMUs: 128 experts, 8 a token, 3.3 billion active; v5p:4x4x2 (32 chips).
+"""Qwen3-30B-A3B's shape with GMUs: 128 experts, 8 a token, 3.3 billion active; 32 v5p chips.
 
 helios train --config=hydra_30b_a3b --workdir=gs://BUCKET/hydra_30b --config.data.corpus=tfds:NAME \
     --config.data.tokenizer=tokenizer.json

@@ -1,4 +1,4 @@
-"""Mixtral-8x7B's shape with GMUs: 46.7 billion parameters, 12.9 active; v5p:4x4x2 (32 chips).
+"""Mixtral-8x7B's shape with GMUs: 46.7 billion parameters, 12.9 active; 32 v5p chips.
 
 helios train --config=hydra_8x7b --workdir=gs://BUCKET/hydra_8x7b --config.data.corpus=tfds:NAME \
     --config.data.tokenizer=tokenizer.json

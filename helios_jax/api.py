@@ -69,8 +69,8 @@ def load_tokenizer(directory: epath.Path, metadata: dict[str, Any]) -> tokenizer
     expected = metadata['config']['model']['vocab_size']
     config.require(
         tokenizer.vocab_size == expected,
-        f'tokenizer {spec} has {tokenizer.vocab_size} tokens, but the checkpoint in {directory} was '
-        f'trained with {expected}; put back the tokenizer that was saved with it.',
+        f'tokenizer {spec} has {tokenizer.vocab_size} tokens, but the checkpoint in {directory} '
+        f'was trained with {expected}; put back the tokenizer that was saved with it.',
     )
     return tokenizer
 
@@ -79,7 +79,7 @@ def restore_variables(
     model: Transformer,
     directory: epath.Path,
     step: int,
-    mesh: jax.sharding.Mesh | None = None,
+    mesh: jax.sharding.Mesh | jax.sharding.AbstractMesh | None = None,
 ) -> PyTree:
     """The model's variables from one step, sharded over `mesh`."""
     boxed = abstract_variables(model)

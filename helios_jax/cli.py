@@ -137,7 +137,7 @@ def yarn(value: str) -> dict[str, Any]:
 
 
 def eval_command(argv: Sequence[str]) -> None:
-    """Bits per byte of a checkpoint: --checkpoint [--step --text --row_length --rows --yarn --json]."""
+    """Bits per byte of a checkpoint: --checkpoint [--step --text --row_length --rows --yarn]."""
     values = flags.FlagValues()
     checkpoint_flags(values)
     flags.DEFINE_string(

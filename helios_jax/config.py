@@ -6,47 +6,18 @@ off is '' or 0. The comment behind a field is what `helios explain FIELD` prints
 """
 
 import dataclasses
-import difflib
+import inspect
 import math
 import re
-from collections.abc import Iterable
 from typing import Any
 
 import ml_collections
 
+from helios_jax.errors import UserError, at_least_zero, fraction, nearest, one_of, positive, require
+
 LAYER_KINDS = ('dense', 'moe', 'dense_window', 'moe_window')
 ACTIONS = ('', 'remat', 'device', 'offload')
 POLICIES = ('none', 'full', 'dots', 'minimal', 'offload')
-
-
-class UserError(ValueError):
-    """The user's input cannot be used; the message names the value, the constraint and the fix."""
-
-
-def nearest(name: str, names: Iterable[str]) -> str:
-    """Returns ` Did you mean 'x'?` for the closest of `names`, or an empty string."""
-    close = difflib.get_close_matches(name, list(names), n=1, cutoff=0.5)
-    return f' Did you mean {close[0]!r}?' if close else ''
-
-
-def require(condition: bool, message: str) -> None:
-    if not condition:
-        raise UserError(message)
-
-
-def one_of(field: str, value: str, choices: Iterable[str]) -> None:
-    choices = tuple(choices)
-    require(
-        value in choices,
-        f'{field}={value!r} is not one of {", ".join(map(repr, choices))}.'
-        f'{nearest(value, choices)}',
-    )
-
-
-def positive(section: str, config: Any, *names: str) -> None:
-    for name in names:
-        value = getattr(config, name)
-        require(value > 0, f'{section}.{name}={value} must be greater than 0.')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,7 +37,7 @@ class GMU:
         )
         one_of('model.gmu.gate', self.gate, ('low_rank', 'full', 'per_head', 'scalar', 'static'))
         one_of('model.gmu.normalize_output', self.normalize_output, ('auto', 'on', 'off'))
-        require(self.rank >= 0, f'model.gmu.rank={self.rank} must be 0 or more.')
+        at_least_zero('model.gmu', self, 'rank')
         if self.bias != 'depth':
             try:
                 float(self.bias)
@@ -130,9 +101,9 @@ class MoE:
             f'model.moe.num_experts_per_token={self.num_experts_per_token} must lie between 1 and '
             f'num_experts={self.num_experts}.',
         )
-        for name in ('num_experts', 'num_shared_experts', 'mlp_dim', 'capacity_factor'):
-            value = getattr(self, name)
-            require(value >= 0, f'model.moe.{name}={value} must be 0 or more.')
+        at_least_zero(
+            'model.moe', self, 'num_experts', 'num_shared_experts', 'mlp_dim', 'capacity_factor'
+        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -162,7 +133,7 @@ class Model:
             'model', self, 'num_layers', 'embed_dim', 'num_heads', 'num_kv_heads', 'head_dim',
             'mlp_dim', 'norm_eps',
         )  # fmt: skip
-        require(self.vocab_size >= 0, f'model.vocab_size={self.vocab_size} must be 0 or more.')
+        at_least_zero('model', self, 'vocab_size', 'window', 'attention_softcap')
         require(
             self.num_heads % self.num_kv_heads == 0,
             f'model.num_heads={self.num_heads} must be a multiple of '
@@ -247,7 +218,7 @@ class Data:
             0 < self.validation_fraction < 1,
             f'data.validation_fraction={self.validation_fraction} must lie between 0 and 1.',
         )
-        require(self.num_workers >= 0, f'data.num_workers={self.num_workers} must be 0 or more.')
+        at_least_zero('data', self, 'num_workers')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -270,12 +241,8 @@ class Optimizer:
         one_of('optimizer.schedule', self.schedule, ('cosine', 'wsd'))
         one_of('optimizer.moments_dtype', self.moments_dtype, ('float32', 'bfloat16'))
         positive('optimizer', self, 'learning_rate', 'eps')
-        for name in ('warmup_steps', 'weight_decay', 'clip_norm'):
-            value = getattr(self, name)
-            require(value >= 0, f'optimizer.{name}={value} must be 0 or more.')
-        for name in ('decay_fraction', 'final_fraction', 'beta1', 'beta2'):
-            value = getattr(self, name)
-            require(0 <= value <= 1, f'optimizer.{name}={value} must lie between 0 and 1.')
+        at_least_zero('optimizer', self, 'warmup_steps', 'weight_decay', 'clip_norm')
+        fraction('optimizer', self, 'decay_fraction', 'final_fraction', 'beta1', 'beta2')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -303,9 +270,9 @@ class Train:
             f'train.batch_rows={self.batch_rows} must be a multiple of '
             f'train.microbatches={self.microbatches}.',
         )
-        for name in ('eval_every', 'eval_rows', 'checkpoint_every', 'profile_steps', 'z_loss'):
-            value = getattr(self, name)
-            require(value >= 0, f'train.{name}={value} must be 0 or more.')
+        at_least_zero(
+            'train', self, 'eval_every', 'eval_rows', 'checkpoint_every', 'profile_steps', 'z_loss'
+        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -421,14 +388,8 @@ def from_dict(
 
 def describe(cls: Any = Config, prefix: str = '') -> dict[str, tuple[str, str]]:
     """Each setting's dotted name → (default, one-line comment), read from this file's source."""
-    import inspect  # only `helios explain` reads source
-
-    comments = {
-        m['name']: m['comment']
-        for m in re.finditer(
-            r'^    (?P<name>\w+): .*?  # (?P<comment>.+)$', inspect.getsource(cls), re.M
-        )
-    }
+    source = inspect.getsource(cls)
+    comments = dict(re.findall(r'^    (\w+): .*?  # (.+)$', source, re.M))
     described: dict[str, tuple[str, str]] = {}
     for field in dataclasses.fields(cls):
         if dataclasses.is_dataclass(field.type):

@@ -52,7 +52,7 @@ def measure(cfg: config.Config, topology: str) -> dict[str, Any]:
     start = time.monotonic()
     compiled = lowered.compile()
     seconds = time.monotonic() - start
-    memory = compiled.memory_analysis()
+    memory: Any = compiled.memory_analysis()
     return {
         'topology': topology,
         'kind': cfg.model.gmu.kind,

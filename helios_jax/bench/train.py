@@ -65,6 +65,7 @@ def measure(cfg: config.Config) -> dict[str, Any]:
         jax.profiler.stop_trace()
         kernels = trace.kernel_seconds(Path(profile))
     rate, device = tokens / seconds, jax.devices()[0]
+    memory: Any = step.memory_analysis()
     peak = flops.peak_flops(device.device_kind) * jax.device_count()
     return {
         'kind': cfg.model.gmu.kind,
@@ -77,7 +78,7 @@ def measure(cfg: config.Config) -> dict[str, Any]:
         'first_loss': float(losses[0]),
         'last_loss': float(losses[total - 1]),
         'peak_gib': (device.memory_stats() or {}).get('peak_bytes_in_use', 0) / GIB,
-        'temp_gib': step.memory_analysis().temp_size_in_bytes / GIB,
+        'temp_gib': memory.temp_size_in_bytes / GIB,
         'kernel_ms': {k: 1e3 * s / PROFILED_STEPS for k, s in trace.by_kind(kernels).items()},
         'top_kernels_ms': {n[:80]: 1e3 * s / PROFILED_STEPS for n, s in list(kernels.items())[:25]},
         'device': device.device_kind,
@@ -128,6 +129,6 @@ def _run(arguments: list[str]) -> dict[str, Any]:
     lines = done.stdout.strip().splitlines()
     config.require(
         done.returncode == 0 and bool(lines),
-        f'measurement {" ".join(arguments)} ended with code {done.returncode}; see its output above.',
+        f'measurement {" ".join(arguments)} ended with code {done.returncode}; see above.',
     )
     return json.loads(lines[-1])

@@ -26,7 +26,7 @@ from helios_jax import config
 from helios_jax.data import corpora, documents, packing, records
 from helios_jax.data.tokenizer import ByteTokenizer, Tokenizer, train_bpe
 
-Array = jax.Array | np.ndarray
+Array = Any  # NumPy's on a host, jax's on the mesh
 BASELINE_BYTES = 2**25  # of text that `baselines` compresses
 
 

@@ -36,7 +36,7 @@ def extend(
     cache_length: int,
 ) -> tuple[Float[Array, 'B V'], PyTree]:
     """Reads tokens into the cache; returns the logits behind each row's last real token."""
-    (hidden, _), written = model.apply(
+    output: Any = model.apply(
         {**variables, 'cache': cache},
         tokens,
         positions,
@@ -44,9 +44,10 @@ def extend(
         cache_length=cache_length,
         mutable=['cache'],
     )
+    (hidden, _), written = output
     last = jnp.maximum(real.sum(axis=1) - 1, 0)
     hidden = jnp.take_along_axis(hidden, last[:, None, None], axis=1)
-    head = model.apply(variables, method='unembedding_weight')
+    head: Any = model.apply(variables, method='unembedding_weight')
     return project(hidden, head, model.model.vocab_size)[:, 0], written['cache']
 
 
@@ -110,7 +111,7 @@ def prefill(
         positions = np.broadcast_to(
             np.arange(start, start + chunk, dtype=np.int32), (len(prompts), chunk)
         )
-        real = positions < lengths[:, None]
+        real = np.less(positions, lengths[:, None])
         tokens = np.zeros_like(positions)
         for row, prompt in enumerate(prompts):
             piece = prompt[start : start + chunk]

@@ -36,7 +36,7 @@ def batch_sums(
 def evaluate(
     model: Transformer, variables: PyTree, batches: Iterable[Batch], *, eos_id: int, packed: bool
 ) -> dict[str, float]:
-    """`loss` (nats per target), `perplexity`, `bits_per_byte`, `targets` and `bytes` of the batches.
+    """`loss` (nats per target), `perplexity`, `bits_per_byte`, `targets`, `bytes` of the batches.
 
     Args:
       variables: 'params', and 'router' for a mixture of experts.

@@ -37,7 +37,7 @@ PRESETS: dict[str, dict[str, str]] = {
             'gate_up',
             'dispatched',
             'mlp_update',
-        )  # fmt: skip
+        )
     },
     'offload': {'block_input': 'offload'},
 }

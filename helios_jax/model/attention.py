@@ -117,7 +117,7 @@ class Attention(nn.Module):
         starts = self.model.rope.trained_length * 2 ** jnp.arange(num_buckets - 1)
         buckets = jnp.searchsorted(starts, positions, side='right')
 
-        def add_bucket(total: Array, table: tuple[Array, Array, Array]) -> tuple[Array, None]:
+        def add_bucket(total: Array, table: tuple[Array, ...]) -> tuple[Array, None]:
             bucket, frequencies, query_scale = table
             # Queries of other buckets are padding to this call: they come out as zeros.
             ids = jnp.where(buckets == bucket, segments, 0)
@@ -129,7 +129,9 @@ class Attention(nn.Module):
             return total + out, None
 
         numbers = jnp.arange(num_buckets, dtype=buckets.dtype)
-        out, _ = jax.lax.scan(add_bucket, jnp.zeros_like(q), (numbers, *tables))
+        out, _ = jax.lax.scan(
+            add_bucket, jnp.zeros_like(q), tuple(map(jnp.asarray, (numbers, *tables)))
+        )
         return out
 
 

@@ -22,7 +22,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float
 
 from helios_jax import config
-from helios_jax.model.layers import Einsum, RMSNorm, float32_or_wider, normalize
+from helios_jax.model.layers import Einsum, RMSNorm, float32_or_wider, normalize, partitioned
 
 
 def follows_stream(gmu: config.GMU) -> bool:
@@ -106,8 +106,11 @@ class GatedMemoryUnit(nn.Module):
             return None
         low_rank = gmu.gate == 'low_rank'
         width = {
-            'low_rank': model.gate_rank, 'full': dim, 'per_head': dim // model.head_dim, 'scalar': 1,
-        }[gmu.gate]  # fmt: skip
+            'low_rank': model.gate_rank,
+            'full': dim,
+            'per_head': dim // model.head_dim,
+            'scalar': 1,
+        }[gmu.gate]
         # The matrix that comes last starts at zero, so that g starts as b says.
         project = lambda name: Einsum(  # noqa: E731
             (dim, width), ('embed', 'gate'), dim, dtype, zeros=not low_rank, name=name
@@ -124,5 +127,5 @@ class GatedMemoryUnit(nn.Module):
     @nn.nowrap
     def vector(self, name: str, init: Any, size: int) -> Float[Array, '1 1 W']:
         axis = 'gate_embed' if size == self.model.embed_dim else 'gate'
-        value = self.param(name, nn.with_logical_partitioning(init, (axis,)), (size,), jnp.float32)
+        value = self.param(name, partitioned(init, (axis,)), (size,), jnp.float32)
         return value.reshape(1, 1, size)

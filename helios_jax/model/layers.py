@@ -11,6 +11,11 @@ from jaxtyping import Array, Float, Int
 from helios_jax.parallel.sharding import Axes
 
 
+def partitioned(init: Any, axes: Axes) -> Any:
+    """`init` whose value carries its logical axes; they are gone from what a module reads."""
+    return nn.with_logical_partitioning(init, axes)
+
+
 def precision(dtype: DTypeLike) -> jax.lax.Precision | None:
     """float32 means float32: the accelerators' default would round its operands."""
     return jax.lax.Precision.HIGHEST if dtype == jnp.float32 else None
@@ -37,9 +42,7 @@ class Einsum(nn.Module):
         init: Any = nn.initializers.normal(self.fan_in**-0.5)
         if self.zeros:
             init = nn.initializers.zeros
-        self.w = self.param(
-            'w', nn.with_logical_partitioning(init, self.axes), self.shape, jnp.float32
-        )
+        self.w = self.param('w', partitioned(init, self.axes), self.shape, jnp.float32)
 
     def __call__(self, equation: str, x: Array) -> Array:
         weight = self.weight()
@@ -62,13 +65,11 @@ class RMSNorm(nn.Module):
     `eps` comes with the call because it follows the stream's scale (see gmu.py).
     """
 
-    axis: str = 'norm'
-
     @nn.compact
     def __call__(self, x: Float[Array, '*B D'], eps: Any) -> Float[Array, '*B D']:
         scale = self.param(
             'scale',
-            nn.with_logical_partitioning(nn.initializers.ones, (self.axis,)),
+            partitioned(nn.initializers.ones, ('norm',)),
             (x.shape[-1],),
             jnp.float32,
         )
@@ -84,7 +85,7 @@ class Embed(nn.Module):
     dtype: DTypeLike
 
     def setup(self) -> None:
-        init = nn.with_logical_partitioning(nn.initializers.normal(1.0), ('vocab', 'embed'))
+        init = partitioned(nn.initializers.normal(1.0), ('vocab', 'embed'))
         self.w = self.param('w', init, (self.vocab_size, self.embed_dim), jnp.float32)
 
     def __call__(self, tokens: Int[Array, 'B T']) -> Float[Array, 'B T D']:

@@ -1,9 +1,9 @@
 """Cross-entropy over the vocabulary that never holds the logits of all tokens.
 
-The unembedding and the loss run together over chunks of the sequence. The gradients are made in the
-forward pass, chunk by chunk, while a chunk's logits exist: a checkpointed scan would gather the head
-twice and reduce its float32 gradient once a chunk. The head's vocabulary is split over the mesh and
-each chunk's tokens are gathered to it.
+The unembedding and the loss run together over chunks of the sequence. The gradients are made in
+the forward pass, chunk by chunk, while a chunk's logits exist: a checkpointed scan would gather the
+head twice and reduce its float32 gradient once a chunk. The head's vocabulary is split over the
+mesh and each chunk's tokens are gathered to it.
 """
 
 from functools import partial

@@ -15,7 +15,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
 from helios_jax import config
-from helios_jax.model.layers import Einsum, float32_or_wider
+from helios_jax.model.layers import Einsum, float32_or_wider, partitioned
 from helios_jax.parallel.experts import apply_experts
 from helios_jax.parallel.sharding import constrain
 
@@ -108,7 +108,7 @@ class MixtureOfExperts(nn.Module):
         logits = Einsum((D, E), ('embed', 'experts'), D, wide.dtype, name='router')(
             'btd,de->bte', wide
         )
-        zeros = nn.with_logical_partitioning(jnp.zeros, ('experts',))
+        zeros = partitioned(jnp.zeros, ('experts',))
         bias = self.variable('router', 'bias', zeros, (E,), jnp.float32).value
         choices, weights, scores = route(logits, bias, moe)
         if segment_ids is None:

@@ -6,6 +6,7 @@ import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -34,7 +35,7 @@ def start() -> None:
         return
     if address and wants_cpu:
         jax.config.update('jax_cpu_collectives_implementation', 'gloo')
-    numbers = {}
+    numbers: dict[str, Any] = {}
     if address:
         for argument, variable in (
             ('num_processes', 'JAX_NUM_PROCESSES'),

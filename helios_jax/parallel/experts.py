@@ -2,9 +2,9 @@
 
 Each device holds E/expert experts. The tokens of one expert group (the devices that differ along
 the expert axis alone) are gathered, every device computes its own experts' share of every token,
-and the shares are summed where the tokens came from. With X experts a token chosen among a few
-devices nearly every token visits nearly every device, so that gathering moves about what an exchange
-of exactly the chosen tokens would, and its size never depends on the routing: nothing is dropped.
+and the shares are summed where the tokens came from. With X experts a token among a few devices
+nearly every token visits nearly every device, so that gathering moves about what an exchange of
+exactly the chosen tokens would, and its size never depends on the routing: nothing is dropped.
 """
 
 import math

@@ -267,6 +267,7 @@ class Programs:
 
     def __init__(self, cfg: config.Config, root: Path):
         self.root = root
+        cfg = having(cfg, train__compilation_cache=str(root / 'xla'))
         (root / 'small.py').write_text(
             f'from helios_jax.config import *\n\ndef get_config():\n    return to_dict({cfg!r})\n'
         )
@@ -278,6 +279,7 @@ class Programs:
             'JAX_PLATFORMS': 'cpu',
             'JAX_DISABLE_MOST_OPTIMIZATIONS': '1',
             'JAX_NUM_CPU_DEVICES': '1',
+            'JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS': '0',
         } | environment
         return subprocess.Popen(
             [*command, f'--config={self.root}/small.py', f'--workdir={self.root / workdir}'],

@@ -7,6 +7,7 @@ segments M that a row may have, so M is a small constant and longer lists take s
 """
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -56,10 +57,10 @@ def attention(
     if T % 2:
         # cuDNN has no backward for odd lengths. No query sees the key that is added: it comes after
         # them all, and is padding where there are segments.
-        q, k, v, positions, segment_ids, key_segment_ids = (
-            x if x is None else jnp.pad(x, [(0, 0), (0, 1)] + [(0, 0)] * (x.ndim - 2))
-            for x in (q, k, v, positions, segment_ids, key_segment_ids)
-        )
+        pad: Any = lambda x: jnp.pad(x, [(0, 0), (0, 1)] + [(0, 0)] * (x.ndim - 2))  # noqa: E731
+        q, k, v, positions = pad(q), pad(k), pad(v), pad(positions)
+        segment_ids = segment_ids if segment_ids is None else pad(segment_ids)
+        key_segment_ids = key_segment_ids if key_segment_ids is None else pad(key_segment_ids)
     try:
         version = cudnn.check_cudnn_version()
     except RuntimeError as error:
