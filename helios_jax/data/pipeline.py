@@ -7,8 +7,6 @@ resuming needs one number, and hosts, which each read their slice of a batch, ca
 
 import dataclasses
 import functools
-import gzip
-import itertools
 import math
 from collections.abc import Iterator, Sequence
 from fractions import Fraction
@@ -24,10 +22,9 @@ from jaxtyping import Bool, Int32
 
 from helios_jax import config
 from helios_jax.data import corpora, documents, packing, records
-from helios_jax.data.tokenizer import ByteTokenizer, Tokenizer, train_bpe
+from helios_jax.data.tokenizer import Tokenizer, train_bpe
 
 Array = Any  # NumPy's on a host, jax's on the mesh
-BASELINE_BYTES = 2**25  # of text that `baselines` compresses
 
 
 class Batch(NamedTuple):
@@ -235,24 +232,6 @@ def to_global(batch: Batch, sharding: NamedSharding) -> Batch:
     )
 
 
-def baselines(source: Source, tokenizer: Tokenizer) -> dict[str, float]:
-    """Bits per byte of two models that anyone has: byte frequencies, and gzip at level 9.
-
-    Both see the text that is a target, decoded; of a long text the first 32 MiB.
-    """
-    text = bytearray()
-    for row in itertools.chain.from_iterable(source.parts):
-        if len(text) >= BASELINE_BYTES:
-            break
-        text += _text(row, tokenizer)
-    counts = np.bincount(np.frombuffer(text, np.uint8), minlength=256)
-    shares = counts[counts > 0] / len(text)
-    return {
-        'order0_bits_per_byte': float(-(shares * np.log2(shares)).sum()),
-        'gzip_bits_per_byte': 8 * len(gzip.compress(bytes(text), 9)) / len(text),
-    }
-
-
 def summary(prepared: Prepared) -> list[dict[str, Any]]:
     """What `helios data prepare` prints, a line for each corpus and split."""
     return [
@@ -323,11 +302,3 @@ def _assemble(source: Source, located: Sequence[tuple[int, int]], num_rows: int)
         batch.loss_mask[row, :length] = stored.get('loss_mask', True)
         batch.num_bytes[row] = stored['num_bytes']
     return batch
-
-
-def _text(row: dict[str, Any], tokenizer: Tokenizer) -> bytes:
-    """The text among a row's targets, exact for the bytes tokenizer."""
-    ids = row['tokens'][row.get('loss_mask', np.ones_like(row['tokens'])).astype(bool)]
-    if isinstance(tokenizer, ByteTokenizer):
-        return ids[(ids != tokenizer.bos_id) & (ids != tokenizer.eos_id)].astype(np.uint8).tobytes()
-    return tokenizer.decode(ids.tolist()).encode()

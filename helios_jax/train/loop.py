@@ -18,7 +18,7 @@ from etils import epath
 from jaxtyping import PyTree
 
 from helios_jax import api, checkpoint, config
-from helios_jax.data import pipeline
+from helios_jax.data import baselines, pipeline
 from helios_jax.data import tokenizer as tokenizers
 from helios_jax.evaluate.generate import generate
 from helios_jax.evaluate.perplexity import evaluate
@@ -306,8 +306,8 @@ def write_report(run: Run, state: states.TrainState, held_out: dict[str, float])
         'training bytes': run.data.train.num_bytes,
         'held-out bytes': validation.num_bytes,
     }
-    baselines = pipeline.baselines(validation, run.tokenizer)
-    figures = dict(held_out) | {f'{n} (bits per byte)': v for n, v in baselines.items()}
+    yardsticks = baselines.bits_per_byte(validation, run.tokenizer)
+    figures = dict(held_out) | {f'{n} (bits per byte)': v for n, v in yardsticks.items()}
     path = report.write(
         run.workdir,
         config_dict=dataclasses.asdict(run.config),

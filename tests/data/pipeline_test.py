@@ -1,8 +1,5 @@
-import collections
-import gzip
 import itertools
 import json
-import math
 
 import jax
 import numpy as np
@@ -13,7 +10,7 @@ from hypothesis import strategies as st
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from helios_jax import config
-from helios_jax.data import corpora, documents, pipeline, tokenizer
+from helios_jax.data import baselines, corpora, documents, pipeline, tokenizer
 
 BYTES = tokenizer.load('bytes')
 ROW_LENGTH = 67
@@ -213,22 +210,10 @@ def test_another_tokenizer_counts_the_same_bytes(directory, globs, single):
         assert one.num_tokens > two.num_tokens
         assert one.fingerprint != two.fingerprint
     ours, theirs = (
-        pipeline.baselines(p.validation, t) for p, t in ((single, BYTES), (prepared, bpe))
+        baselines.bits_per_byte(p.validation, t) for p, t in ((single, BYTES), (prepared, bpe))
     )
     assert ours.keys() == theirs.keys()
     assert all(abs(ours[key] - theirs[key]) < 0.1 * ours[key] for key in ours)
-
-
-def test_baselines_are_those_of_the_text(directory, globs):
-    source = pipeline.from_text(globs[1], settings(directory, 'unused', row_length=4096), BYTES)
-    found = pipeline.baselines(source, BYTES)
-    text = ''.join(corpora.texts(globs[1])).encode()
-    counts = collections.Counter(text).values()
-    entropy = -sum(count / len(text) * math.log2(count / len(text)) for count in counts)
-    assert found['order0_bits_per_byte'] == pytest.approx(entropy)
-    # The rows have the documents in another order, which gzip hardly sees.
-    bits = 8 * len(gzip.compress(text, 9)) / len(text)
-    assert found['gzip_bits_per_byte'] == pytest.approx(bits, rel=0.02)
 
 
 @pytest.mark.parametrize('spec', [PartitionSpec('rows'), PartitionSpec('rows', 'length')])
@@ -276,6 +261,6 @@ def test_standard_library(directory):
     for line in pipeline.summary(prepared):
         assert line['fill'] > 0.97
         assert line['bytes'] < line['tokens'] < 1.01 * line['bytes']
-    found = pipeline.baselines(prepared.validation, BYTES)
+    found = baselines.bits_per_byte(prepared.validation, BYTES)
     assert 1 < found['gzip_bits_per_byte'] < found['order0_bits_per_byte'] < 6
     assert documents.SHARD_BYTES == 2**23

@@ -11,7 +11,8 @@ import pytest
 from etils import epath
 from jax.sharding import NamedSharding, PartitionSpec, SingleDeviceSharding
 
-from helios_jax import checkpoint, manifest
+from helios_jax import checkpoint
+from helios_jax.checkpoint import layout, manifest
 from helios_jax.config import UserError
 
 
@@ -285,7 +286,7 @@ def test_directory_without_steps_is_an_error(tmp_path):
 
 def test_newer_format_is_refused(tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
-        patch.setattr(checkpoint, 'FORMAT_VERSION', checkpoint.FORMAT_VERSION + 1)
+        patch.setattr(layout, 'FORMAT_VERSION', checkpoint.FORMAT_VERSION + 1)
         write(tmp_path, [1])
     with pytest.raises(UserError, match='newer than'):
         checkpoint.read_metadata(tmp_path, 1)

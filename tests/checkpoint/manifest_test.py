@@ -3,7 +3,7 @@ import json
 import pytest
 from etils import epath
 
-from helios_jax import manifest
+from helios_jax.checkpoint import manifest
 
 
 @pytest.fixture
