@@ -1,5 +1,7 @@
+import collections
 import itertools
 import json
+import math
 
 import jax
 import numpy as np
