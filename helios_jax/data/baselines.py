@@ -1,6 +1,7 @@
 """Bits per byte of models that anyone has, to set a language model's beside."""
 
 import gzip
+import itertools
 from typing import Any
 
 import numpy as np
