@@ -13,19 +13,21 @@ def get_config() -> ml_collections.ConfigDict:
         Config(
             model=Model(
                 num_layers=4,
-                embed_dim=192,
-                num_heads=6,
+                embed_dim=128,
+                num_heads=4,
                 num_kv_heads=2,
                 head_dim=32,
-                mlp_dim=512,
+                mlp_dim=384,
                 prefix='dense',
                 period='moe',
                 compute_dtype='float32',
-                moe=MoE(num_experts=8, num_experts_per_token=2, mlp_dim=256),
+                moe=MoE(num_experts=8, num_experts_per_token=2, mlp_dim=192),
             ),
             data=Data(corpus='python_stdlib', tokenizer='bytes', row_length=256),
-            optimizer=Optimizer(learning_rate=3e-3, warmup_steps=50),
-            train=Train(num_steps=600, batch_rows=16, eval_every=200, checkpoint_every=200),
+            optimizer=Optimizer(
+                name='muon', learning_rate=5e-3, warmup_steps=40, final_fraction=0.05
+            ),
+            train=Train(num_steps=600, batch_rows=8, eval_every=200, checkpoint_every=200),
             memory=Memory(policy='none'),
         )
     )

@@ -12,7 +12,7 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from absl import flags
 from ml_collections import config_flags
@@ -35,8 +35,14 @@ def main(argv: Sequence[str] | None = None) -> None:
         )
         COMMANDS[command](argv)
     except UserError as error:
-        print(f'helios: {" ".join(str(error).split())}', file=sys.stderr)
-        sys.exit(2)
+        fail(str(error))
+    except PermissionError as error:
+        fail(f'{error.filename}: permission denied; choose another directory.')
+
+
+def fail(message: str) -> NoReturn:
+    print(f'helios: {" ".join(message.split())}', file=sys.stderr)
+    sys.exit(2)
 
 
 def parse(flag_values: flags.FlagValues, argv: Sequence[str]) -> list[str]:

@@ -1,6 +1,6 @@
 """What PyTorch trains on the same card: transformers' Llama of helios_1b's shape.
 
-    python -m helios_jax.bench.torch_peer --json
+    helios bench torch_peer --json
 
 torch.compile, scaled dot-product attention, fused AdamW, bfloat16 autocast over float32 parameters,
 the loss inside the model: the usual way to train there. Needs torch and transformers, which nothing
@@ -10,9 +10,8 @@ else here does. One H100: about a minute to compile, then half a second a step.
 import argparse
 import json
 import math
-import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -24,8 +23,8 @@ from helios_jax.model.flops import peak_flops
 GIB = 2**30
 
 
-def arguments(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+def arguments(argv: Sequence[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser('helios bench torch_peer', description=__doc__.splitlines()[0])
     for name, value, text in (
         ('batch', 8, 'rows a step, B'),
         ('length', 4096, 'tokens a row, T'),
@@ -174,20 +173,11 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-def main(argv: list[str] | None = None) -> int:
+def main(argv: Sequence[str]) -> None:
     options = arguments(argv)
-    try:
-        result = measure(options)
-    except UserError as error:
-        print(f'error: {error}', file=sys.stderr)
-        return 2
+    result = measure(options)
     if options.json:
         print(json.dumps(result), flush=True)
-    else:
-        for name, value in result.items():
-            print(f'{name}: {value:.6g}' if isinstance(value, float) else f'{name}: {value}')
-    return 0
-
-
-if __name__ == '__main__':
-    sys.exit(main())
+        return
+    for name, value in result.items():
+        print(f'{name}: {value:.6g}' if isinstance(value, float) else f'{name}: {value}')

@@ -108,7 +108,7 @@ def main(argv: Sequence[str]) -> None:
             variant = [f'--config.model.gmu.kind={kind}', f'--config.data.packing={packing}']
             rows.append(_run(['helios_jax', 'bench', 'train', *argv, *variant, '--here']))
             print(json.dumps(rows[-1]), flush=True)
-    peer = _run(['helios_jax.bench.torch_peer', '--json']) if values.peer else {}
+    peer = _run(['helios_jax', 'bench', 'torch_peer', '--json']) if values.peer else {}
     if peer:
         print(json.dumps(peer), flush=True)
     if values.json:

@@ -14,7 +14,6 @@ from typing import Any
 import jax
 import rich.console
 import rich.progress
-import tensorboardX
 from etils import epath
 
 from helios_jax.config import require
@@ -49,8 +48,10 @@ class MetricWriter:
         self._remote = _is_remote(self._path)
         if not self._remote:
             self._file = self._closing.enter_context(self._path.open('a'))
-        self._board: tensorboardX.SummaryWriter | None = None
+        self._board: Any = None
         if tensorboard:
+            import tensorboardX  # on demand: it imports torch where that is installed
+
             self._board = self._closing.enter_context(
                 tensorboardX.SummaryWriter(
                     str(self._path.parent / 'tensorboard'), purge_step=resume_step + 1
