@@ -27,7 +27,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     logging.getLogger('helios_jax').setLevel(logging.INFO)
     os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '2')
     try:
-        command = argv.pop(0) if argv else ''
+        command = argv.pop(0) if argv else '--help'
+        if command in ('-h', '--help', 'help'):
+            print('helios <command>\n')
+            print('\n'.join(f'  {name:9} {f.__doc__}' for name, f in COMMANDS.items()))
+            return
         require(
             command in COMMANDS,
             f'helios {command}: no such command.{nearest(command, COMMANDS)} There are: '
@@ -74,6 +78,10 @@ def config_file(argv: Sequence[str]) -> list[str]:
     """
     shipped = Path(str(importlib.resources.files('helios_jax.configs')))
     names = sorted(path.stem for path in shipped.glob('*.py') if path.stem != '__init__')
+    argv = list(argv)
+    if '--config' in argv[:-1]:
+        at = argv.index('--config')
+        argv[at : at + 2] = [f'--config={argv[at + 1]}']
     resolved = [a for a in argv if not a.startswith('--config=')]
     values = [a.removeprefix('--config=') for a in argv if a.startswith('--config=')] or ['tiny']
     path = Path(values[-1])
