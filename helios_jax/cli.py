@@ -49,24 +49,33 @@ def fail(message: str) -> NoReturn:
     sys.exit(2)
 
 
-def parse(flag_values: flags.FlagValues, argv: Sequence[str]) -> list[str]:
+def parse(
+    flag_values: flags.FlagValues, argv: Sequence[str], *, positional: bool = False
+) -> list[str]:
     """Parses a command's flags; returns its positional arguments.
 
     Raises:
-      UserError: an unknown flag or setting, or a value of another type.
+      UserError: an unknown flag, a value of another type, or an argument where there are none.
     """
     if '--help' in argv or '-h' in argv:
         print(flag_values.main_module_help() or flag_values.get_help())
         sys.exit(0)
     try:
-        return flag_values(['helios', *argv])[1:]
+        arguments = flag_values(['helios', *argv])[1:]
     except (flags.Error, AttributeError, KeyError, OSError, TypeError, ValueError) as error:
         raise UserError(str(error.args[0] if error.args else error)) from error
+    require(positional or not arguments, f'{"".join(arguments[:1])}: flags are --name=value.')
+    return arguments
 
 
-def config_flag(flag_values: flags.FlagValues) -> None:
+def config_flag(flag_values: flags.FlagValues, argv: Sequence[str]) -> None:
+    """Defines --config and, of each --config.section.field, those that `argv` has."""
     config_flags.DEFINE_config_file(
-        'config', None, 'A shipped config, or a file.', flag_values=flag_values
+        'config',
+        None,
+        'A shipped config, or a file.',
+        flag_values=flag_values,
+        sys_argv=['helios', *argv],
     )
 
 
@@ -74,7 +83,7 @@ def config_file(argv: Sequence[str]) -> list[str]:
     """Replaces `--config=NAME` by the file that ships under that name.
 
     Raises:
-      UserError: no such file.
+      UserError: no such file, or one that is no config; a setting that does not exist.
     """
     shipped = Path(str(importlib.resources.files('helios_jax.configs')))
     names = sorted(path.stem for path in shipped.glob('*.py') if path.stem != '__init__')
@@ -92,13 +101,24 @@ def config_file(argv: Sequence[str]) -> list[str]:
         f'--config={values[-1]}: no such file, and no shipped config.{nearest(values[-1], names)} '
         f'There are: {", ".join(names)}.',
     )
+    require(
+        b'def get_config' in path.read_bytes(),
+        f'--config={path} does not define get_config(), which returns the config.',
+    )
+    described = config.describe()
+    for argument in resolved:
+        name = argument.removeprefix('--config.').split('=')[0]
+        require(
+            not argument.startswith('--config.') or name in described,
+            f'{argument}: no such setting.{nearest(name, described)}',
+        )
     return [f'--config={path}', *resolved]
 
 
 def train_command(argv: Sequence[str]) -> None:
     """Trains: --config --workdir [--dry_run [--num_devices]]."""
     values = flags.FlagValues()
-    config_flag(values)
+    config_flag(values, argv)
     flags.DEFINE_string('workdir', '', 'Where the run is kept.', flag_values=values)
     flags.DEFINE_bool('dry_run', False, 'Describe the run, touch nothing.', flag_values=values)
     flags.DEFINE_integer('num_devices', 1, 'Devices of the dry run.', flag_values=values)
@@ -220,7 +240,7 @@ def data_command(argv: Sequence[str]) -> None:
         pipeline.train_tokenizer(values.corpus, values.vocab_size, values.output)
         print(f'{values.output}: {values.vocab_size} tokens')
         return
-    config_flag(values)
+    config_flag(values, argv)
     flags.DEFINE_bool('json', False, 'One JSON object a line.', flag_values=values)
     parse(values, config_file(argv[1:]))
     cfg = config.from_dict(values.config)
@@ -233,7 +253,7 @@ def ckpt_command(argv: Sequence[str]) -> None:
     """ckpt ls DIR: the checkpoints of a run."""
     values = flags.FlagValues()
     flags.DEFINE_bool('json', False, 'One JSON object a line.', flag_values=values)
-    arguments = parse(values, argv)
+    arguments = parse(values, argv, positional=True)
     require(
         len(arguments) == 2 and arguments[0] == 'ls',
         f'helios ckpt {" ".join(arguments)}: write helios ckpt ls DIR.',
@@ -258,23 +278,19 @@ def explain_command(argv: Sequence[str]) -> None:
 
 def bench_command(argv: Sequence[str]) -> None:
     """bench compile | train | torch_peer: measurements, each with its own flags."""
-    benches = ('compile', 'torch_peer', 'train')
+    benches = {'compile': compile_bench, 'torch_peer': torch_bench, 'train': train_bench}
     name = argv[0] if argv else ''
     require(
         name in benches,
         f'helios bench {name}: no such measurement.{nearest(name, benches)} '
         f'There are: {", ".join(benches)}.',
     )
-    if name == 'compile':
-        compile_bench(argv[1:])
-        return
-    module = importlib.import_module(f'helios_jax.bench.{name}')
-    module.main(list(argv[1:]))
+    benches[name](argv[1:])
 
 
 def compile_bench(argv: Sequence[str]) -> None:
     values = flags.FlagValues()
-    config_flag(values)
+    config_flag(values, argv)
     flags.DEFINE_string('topology', 'v5p:2x2x4', 'What to compile for.', flag_values=values)
     flags.DEFINE_bool('json', False, 'One JSON object.', flag_values=values)
     parse(values, config_file(argv))
@@ -282,6 +298,37 @@ def compile_bench(argv: Sequence[str]) -> None:
     from helios_jax.bench import compile as compiling
 
     show(compiling.measure(config.from_dict(values.config), values.topology), values.json)
+
+
+def train_bench(argv: Sequence[str]) -> None:
+    """Training speed on real text: --config [--kinds --packings --peer --json]."""
+    values = flags.FlagValues()
+    config_flag(values, argv)
+    flags.DEFINE_list('kinds', ['residual', 'convex'], 'GMU kinds.', flag_values=values)
+    flags.DEFINE_list('packings', ['concatenate', 'best_fit'], 'Packings.', flag_values=values)
+    flags.DEFINE_bool('peer', False, 'Measure PyTorch as well.', flag_values=values)
+    flags.DEFINE_bool('json', False, 'JSON lines alone.', flag_values=values)
+    flags.DEFINE_bool('here', False, 'One variant, in this process.', flag_values=values)
+    parse(values, config_file(argv))
+    cfg = config.from_dict(values.config)
+    from helios_jax.bench import train as training
+
+    if values.here:
+        print(json.dumps(training.measure(cfg)))
+        return
+    training.compare(
+        argv,
+        kinds=values.kinds,
+        packings=values.packings,
+        with_peer=values.peer,
+        as_json=values.json,
+    )
+
+
+def torch_bench(argv: Sequence[str]) -> None:
+    from helios_jax.bench import torch_peer
+
+    torch_peer.main(argv)
 
 
 def show(values: dict[str, Any], as_json: bool) -> None:

@@ -362,9 +362,7 @@ def to_dict(config: Any) -> ml_collections.ConfigDict:
     return ml_collections.ConfigDict(dataclasses.asdict(config)).lock()
 
 
-def from_dict(
-    values: ml_collections.ConfigDict | dict[str, Any], cls: Any = Config, path: str = 'config'
-) -> Any:
+def from_dict(values: Any, cls: Any = Config, path: str = 'config') -> Any:
     """Rebuilds and validates the dataclass `cls` from nested mappings.
 
     Raises:

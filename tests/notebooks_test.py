@@ -88,7 +88,7 @@ def test_a_notebook_is_stored_clean_and_opens_in_colab(path):
 @each_notebook
 def test_a_notebook_runs_from_top_to_bottom(path, kernel, tmp_path):
     notebook = nbformat.read(path, as_version=4)
-    parameters = {'STEPS': 6, 'WORKDIR': str(tmp_path / 'run'), 'PROMPT': 'class Sun:\n'}
+    parameters = {'STEPS': 2, 'WORKDIR': str(tmp_path / 'run'), 'PROMPT': 'class Sun:\n'}
     override(notebook, parameters)
     where = {'metadata': {'path': str(tmp_path)}}
     NotebookClient(

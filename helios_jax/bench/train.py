@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-from absl import flags
 
 from helios_jax import config
 from helios_jax.bench import trace
@@ -86,32 +85,25 @@ def measure(cfg: config.Config) -> dict[str, Any]:
     }
 
 
-def main(argv: Sequence[str]) -> None:
-    """Flags: --kinds, --packings, --peer, --json, and a config's."""
-    from helios_jax import cli
-
-    values = flags.FlagValues()
-    cli.config_flag(values)
-    flags.DEFINE_list('kinds', ['residual', 'convex'], 'GMU kinds.', flag_values=values)
-    flags.DEFINE_list('packings', ['concatenate', 'best_fit'], 'Packings.', flag_values=values)
-    flags.DEFINE_bool('peer', False, 'Measure PyTorch as well.', flag_values=values)
-    flags.DEFINE_bool('json', False, 'JSON lines alone.', flag_values=values)
-    flags.DEFINE_bool('here', False, 'One variant, in this process.', flag_values=values)
-    cli.parse(values, cli.config_file(argv))
-    cfg = config.from_dict(values.config)
-    if values.here:
-        print(json.dumps(measure(cfg)))
-        return
+def compare(
+    argv: Sequence[str],
+    *,
+    kinds: Sequence[str],
+    packings: Sequence[str],
+    with_peer: bool,
+    as_json: bool,
+) -> None:
+    """Measures and prints every variant of the config that the flags `argv` describe."""
     rows = []
-    for packing in values.packings:
-        for kind in values.kinds:
+    for packing in packings:
+        for kind in kinds:
             variant = [f'--config.model.gmu.kind={kind}', f'--config.data.packing={packing}']
             rows.append(_run(['helios_jax', 'bench', 'train', *argv, *variant, '--here']))
             print(json.dumps(rows[-1]), flush=True)
-    peer = _run(['helios_jax', 'bench', 'torch_peer', '--json']) if values.peer else {}
+    peer = _run(['helios_jax', 'bench', 'torch_peer', '--json']) if with_peer else {}
     if peer:
         print(json.dumps(peer), flush=True)
-    if values.json:
+    if as_json:
         return
     for row in rows:
         ratio = row['tokens_per_second'] / peer['tokens_per_second'] if peer else float('nan')

@@ -204,6 +204,7 @@ def complete(
       settings: of `generate`.
     """
     model, variables, tokenizer, _ = restored
+    require(all(stop), 'stop is empty, which every text ends with; name some text.')
 
     def stopped(_: int, tokens: list[int]) -> bool:
         text = tokenizer.decode(tokens)

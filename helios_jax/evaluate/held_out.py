@@ -6,6 +6,7 @@ import jax
 
 from helios_jax.api import Restored, mesh_of
 from helios_jax.data import pipeline
+from helios_jax.errors import require
 from helios_jax.evaluate.perplexity import evaluate
 from helios_jax.parallel import sharding
 
@@ -24,7 +25,11 @@ def held_out(
       row_length: tokens a row; 0 takes the run's.
       num_rows: rows to read; 0 takes all.
       batch_rows: rows at a time, rounded up to what the devices divide.
+    Raises:
+      UserError: a number out of range; as `prepare` says.
     """
+    require(batch_rows > 0, f'batch_rows={batch_rows} must be above 0.')
+    require(num_rows >= 0, f'rows={num_rows} must be 0 (all) or more.')
     model, variables, tokenizer, cfg = restored
     data = dataclasses.replace(cfg.data, row_length=row_length or cfg.data.row_length)
     if text:

@@ -66,7 +66,9 @@ def direct(model, window, params, x, positions, segment_ids):
         q, k = norm(q) * p['q_norm']['scale'], norm(k) * p['k_norm']['scale']
 
     def turn(a, at, table):
-        pair = (a[..., : H // 2] + 1j * a[..., H // 2 :]) * np.exp(1j * np.multiply.outer(at, table))
+        pair = (a[..., : H // 2] + 1j * a[..., H // 2 :]) * np.exp(
+            1j * np.multiply.outer(at, table)
+        )
         return np.concatenate([pair.real, pair.imag], axis=-1)
 
     out = np.zeros_like(q)
@@ -155,7 +157,9 @@ def test_the_cache_changes_nothing(case, chunks, random_variables):
     for start in np.cumsum((0, *chunks))[:-1]:
         part = slice(start, start + chunks[len(written)])
         piece, cache = extend(
-            variables | cache, *(jnp.asarray(a[:, part]) for a in (x, positions, ids)), cache_length=29
+            variables | cache,
+            *(jnp.asarray(a[:, part]) for a in (x, positions, ids)),
+            cache_length=29,
         )
         written.append(piece)
     expected = direct(module.model, 0, variables['params'], x, positions, ids)

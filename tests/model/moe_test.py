@@ -153,9 +153,9 @@ def test_one_expert_is_the_dense_layer(random_variables):
         return moe.apply({'params': params, 'router': {'bias': jnp.zeros(1)}}, x, None)[0]
 
     actual, expected = (
-        jax.jit(lambda v, x, f=f: (f(v, x), jax.grad(lambda *a: jnp.sum(f(*a) ** 3), (0, 1))(v, x)))(
-            variables, x
-        )
+        jax.jit(
+            lambda v, x, f=f: (f(v, x), jax.grad(lambda *a: jnp.sum(f(*a) ** 3), (0, 1))(v, x))
+        )(variables, x)
         for f in (mixture, dense.apply)
     )
     assert np.abs(expected[0]).max() > 0.2

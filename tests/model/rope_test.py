@@ -83,7 +83,9 @@ def test_no_scaling_is_plain_rotation_at_any_length():
     np.testing.assert_array_equal(table.query_scale, np.ones(1, np.float32))
 
 
-@pytest.mark.parametrize(('trained', 'length'), [(24, 24), (24, 25), (7, 7 * 8), (7, 7 * 8 + 1), (5, 3)])
+@pytest.mark.parametrize(
+    ('trained', 'length'), [(24, 24), (24, 25), (7, 7 * 8), (7, 7 * 8 + 1), (5, 3)]
+)
 def test_dynamic_tables_have_a_bucket_for_every_power_of_two(trained, length):
     setting = config.Rope(base=100.0, scaling='dynamic', trained_length=trained)
     table = rope.tables(setting, 10, length)
@@ -105,7 +107,8 @@ def test_dynamic_tables_have_a_bucket_for_every_power_of_two(trained, length):
 def test_yarn_tables_equal_transformers(factor, base, trained, H):
     pytest.importorskip('torch', reason="needs torch: pip install 'helios_jax[parity]'")
     rope_utils = pytest.importorskip(
-        'transformers.modeling_rope_utils', reason="needs transformers: pip install 'helios_jax[parity]'"
+        'transformers.modeling_rope_utils',
+        reason="needs transformers: pip install 'helios_jax[parity]'",
     )
     from transformers import LlamaConfig
 

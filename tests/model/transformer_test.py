@@ -112,7 +112,9 @@ def test_a_packed_document_gives_the_logits_it_gives_alone(mixed):
         alone = np.full((2, T), 7, np.int32)
         alone[real] = np.tile(tokens[row, place], 2)
         alone_logits = logits(alone, at, real.astype(np.int32))
-        np.testing.assert_allclose(alone_logits[0, real[0]], together[row, place], rtol=0, atol=1e-4)
+        np.testing.assert_allclose(
+            alone_logits[0, real[0]], together[row, place], rtol=0, atol=1e-4
+        )
     # And in a row of its own length, where no segments are named.
     place = ids[1] == 1
     unnamed = logits(tokens[1:, place], positions[1:, place], None)
@@ -135,18 +137,23 @@ def test_the_scan_stands_for_its_layers_one_by_one(pattern, random_variables):
     model = Transformer(config_)
     variables = random_variables(model, TOKENS, TOKENS)
     tokens, positions, ids = (jnp.asarray(a) for a in packed())
-    assert config_.layer_kinds == {
-        'mixed': ('dense', 'moe_window', 'dense', 'moe_window', 'dense'),
-        'experts': ('moe', 'moe', 'moe_window', 'moe', 'moe_window'),
-        'long_period': ('dense', 'dense_window', 'dense', 'moe', 'moe_window'),
-    }[pattern]
+    assert (
+        config_.layer_kinds
+        == {
+            'mixed': ('dense', 'moe_window', 'dense', 'moe_window', 'dense'),
+            'experts': ('moe', 'moe', 'moe_window', 'moe', 'moe_window'),
+            'long_period': ('dense', 'dense_window', 'dense', 'moe', 'moe_window'),
+        }[pattern]
+    )
 
     def unrolled(variables):
         x = variables['params']['embed']['w'][tokens]
         first, period = len(config_.prefix_kinds), len(config_.period_kinds)
         for index, kind in enumerate(config_.layer_kinds):
             repeat, place = divmod(index - first, period)
-            group, name = ('prefix', f'layer_{index}') if index < first else ('periods', f'layer_{place}')
+            group, name = (
+                ('prefix', f'layer_{index}') if index < first else ('periods', f'layer_{place}')
+            )
             layer = {
                 collection: jax.tree.map(
                     lambda w, i=repeat, scanned=group == 'periods': w[i] if scanned else w,
@@ -161,7 +168,11 @@ def test_the_scan_stands_for_its_layers_one_by_one(pattern, random_variables):
 
     hidden, reported = jax.jit(model.apply)(variables, tokens, positions, ids)
     np.testing.assert_allclose(hidden, jax.jit(unrolled)(variables), rtol=0, atol=2e-5)
-    routers = sum(stats.load.size // stats.load.shape[-1] for group in reported.values() for stats in group.values())
+    routers = sum(
+        stats.load.size // stats.load.shape[-1]
+        for group in reported.values()
+        for stats in group.values()
+    )
     assert routers == sum(kind.startswith('moe') for kind in config_.layer_kinds)
 
 

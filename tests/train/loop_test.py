@@ -3,7 +3,6 @@
 import dataclasses
 import json
 import os
-import random
 import re
 import socket
 import subprocess
@@ -13,6 +12,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+import small_run
 
 from helios_jax import checkpoint, config
 from helios_jax.data import pipeline
@@ -52,35 +52,9 @@ def short_sample(monkeypatch):
     monkeypatch.setattr(loop, 'SAMPLE_TOKENS', 3)
 
 
-def write_corpus(directory: Path) -> str:
-    directory.mkdir()
-    rng = random.Random(0)
-    for number in range(40):
-        words = [rng.choice(['alpha', 'beta', 'gamma\n', 'δ']) for _ in range(rng.randrange(5, 60))]
-        (directory / f'{number:02}.txt').write_text(f'{number} ' + ' '.join(words))
-    return str(directory / '*.txt')
-
-
 @pytest.fixture(scope='module')
 def small(tmp_path_factory) -> config.Config:
-    """30 steps over a few kilobytes of text, every figure of every step recorded."""
-    root = tmp_path_factory.mktemp('corpus')
-    return config.Config(
-        model=config.Model(
-            num_layers=2, embed_dim=16, num_heads=2, num_kv_heads=1, head_dim=6, mlp_dim=24,
-            compute_dtype='float32',
-        ),
-        data=config.Data(
-            corpus=write_corpus(root / 'text'), row_length=32, validation_fraction=0.2,
-            cache_dir=str(root / 'cache'), num_workers=1,
-        ),
-        optimizer=config.Optimizer(learning_rate=1e-2, warmup_steps=3),
-        train=config.Train(
-            num_steps=30, batch_rows=8, log_every=1, eval_every=7, eval_rows=11,
-            checkpoint_every=5, tensorboard=False, compilation_cache='',
-        ),
-        memory=config.Memory(policy='none'),
-    )  # fmt: skip
+    return small_run.make_config(tmp_path_factory.mktemp('small'))
 
 
 def having(cfg: config.Config, **settings) -> config.Config:
@@ -268,9 +242,7 @@ class Programs:
     def __init__(self, cfg: config.Config, root: Path):
         self.root = root
         cfg = having(cfg, train__compilation_cache=str(root / 'xla'))
-        (root / 'small.py').write_text(
-            f'from helios_jax.config import *\n\ndef get_config():\n    return to_dict({cfg!r})\n'
-        )
+        small_run.write_config(cfg, root / 'small.py')
         pipeline.prepare(cfg.data, tokenizers.load('bytes'))
 
     def start(self, workdir: str, signal: int = 0, at_step: int = -1, **environment: str):

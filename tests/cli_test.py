@@ -1,0 +1,304 @@
+"""The command line: what it refuses and how, and what each command prints."""
+
+import dataclasses
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+import small_run
+
+from helios_jax import cli, config
+from helios_jax.train import loop
+
+
+@pytest.fixture(autouse=True, scope='module')
+def quick_compilation():
+    jax.config.update('jax_disable_most_optimizations', True)
+    yield
+    jax.config.update('jax_disable_most_optimizations', False)
+
+
+@pytest.fixture(scope='module')
+def root(tmp_path_factory) -> Path:
+    """A directory with a config, a finished run, and files that are not what they seem."""
+    root = tmp_path_factory.mktemp('cli')
+    cfg = small_run.make_config(root)
+    train = dataclasses.replace(cfg.train, num_steps=6, eval_every=3, checkpoint_every=0)
+    cfg = dataclasses.replace(cfg, train=train)
+    small_run.write_config(cfg, root / 'small.py')
+    (root / 'empty').mkdir()
+    (root / 'empty' / 'nothing.txt').write_text('')
+    (root / 'binary.txt').write_bytes(b'text \xff\x00 no more')
+    (root / 'broken.jsonl').write_text('{"text": "fine"}\n{"txt": "not"}\n')
+    (root / 'tokenizer.json').write_text('{"model": "none"}')
+    (root / 'not_a_config.py').write_text('x = 1\n')
+    (root / 'a_file').write_text('kept')
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loop, 'SAMPLE_TOKENS', 3)
+        cli.main(['train', f'--config={root}/small.py', f'--workdir={root}/run'])
+    return root
+
+
+def files(directory: Path) -> dict[str, bytes]:
+    return {str(p): p.read_bytes() for p in sorted(directory.rglob('*')) if p.is_file()}
+
+
+TRAIN = ['train', '--config={root}/small.py', '--workdir={root}/new']
+REFUSED = {
+    'unknown command': (['trian'], 'trian.*train'),
+    'unknown flag': (['train', '--workdri=x'], 'workdri.*workdir'),
+    'no flag at all': ([*TRAIN, 'config=tiny'], 'config=tiny.*--name=value'),
+    'unknown setting': (
+        [*TRAIN, '--config.model.num_layer=3'],
+        'model.num_layer=3.*model.num_layers',
+    ),
+    'unknown section': (
+        [*TRAIN, '--config.modle.num_layers=3'],
+        'modle.num_layers.*model.num_layers',
+    ),
+    'text for a number': ([*TRAIN, '--config.model.num_layers=four'], 'num_layers=four.*int'),
+    'number for a switch': ([*TRAIN, '--config.train.tensorboard=7'], 'tensorboard=7.*oolean'),
+    'unknown choice': ([*TRAIN, '--config.optimizer.name=adam'], "'adam'.*'adamw'.*'muon'"),
+    'heads': ([*TRAIN, '--config.model.num_kv_heads=3'], 'num_heads=2.*multiple.*num_kv_heads=3'),
+    'mesh against devices': ([*TRAIN, '--config.mesh.tensor=3'], 'tensor=3.*8 devices.*-1'),
+    'mesh against batch': (
+        [*TRAIN, '--config.train.batch_rows=12'],
+        'batch_rows=12.*8 parts.*change',
+    ),
+    'mesh against weights': (
+        [*TRAIN, '--config.model.embed_dim=18'],
+        'embed/w.*embed=18.*8 parts.*change',
+    ),
+    'no workdir': (['train'], '--workdir is missing.*name'),
+    'no such config': (['train', '--config=tniy'], "tniy.*Did you mean 'tiny'"),
+    'config file that is none': (
+        ['train', '--config={root}/not_a_config.py', '--workdir={root}/new'],
+        'not_a_config.py.*get_config',
+    ),
+    'missing corpus': ([*TRAIN, '--config.data.corpus={root}/none/*.txt'], r'none/\*.txt.*no file'),
+    'empty corpus': (
+        [*TRAIN, '--config.data.corpus={root}/empty/*.txt'],
+        r'empty/\*.txt.*document',
+    ),
+    'directory as a corpus': ([*TRAIN, '--config.data.corpus={root}/text'], r'text.*directory.*\*'),
+    'corpus that is no text': (
+        [*TRAIN, '--config.data.corpus={root}/binary.txt'],
+        'binary.txt.*UTF-8.*0xff',
+    ),
+    'broken records': (
+        [*TRAIN, '--config.data.corpus={root}/broken.jsonl'],
+        'broken.jsonl:2.*"text"',
+    ),
+    'unknown data set': ([*TRAIN, '--config.data.corpus=tfds:no_such_set'], 'no_such_set.*prepare'),
+    'missing tokenizer': ([*TRAIN, '--config.data.tokenizer={root}/none.json'], 'none.json'),
+    'tokenizer that is none': (
+        [*TRAIN, '--config.data.tokenizer={root}/tokenizer.json'],
+        'tokenizer.json.*not a tokenizer',
+    ),
+    'vocabulary that differs': (
+        [*TRAIN, '--config.model.vocab_size=300'],
+        'vocab_size=300.*256.*set it',
+    ),
+    'run with other settings': (
+        ['train', '--config={root}/small.py', '--workdir={root}/run', '--config.model.mlp_dim=32',
+         '--config.train.num_steps=8'],
+        'mlp_dim=32.*24.*another workdir',
+    ),
+    'workdir that is a file': (
+        ['train', '--config={root}/small.py', '--workdir={root}/a_file'], 'a_file.*director'
+    ),
+    'parent that is no run': (
+        [*TRAIN, '--config.train.init_from={root}/text'],
+        'text.*not a checkpoint',
+    ),
+    'no checkpoint named': (['eval'], '--checkpoint is missing'),
+    'no such checkpoint': (['eval', '--checkpoint={root}/none'], 'none.*does not exist'),
+    'directory without checkpoints': (
+        ['generate', '--checkpoint={root}/text'],
+        'text.*not a checkpoint',
+    ),
+    'listing what is no run': (['ckpt', 'ls', '{root}/text'], 'text.*not a checkpoint'),
+    'no such step': (['eval', '--checkpoint={root}/run', '--step=4'], 'step=4.*3, 6'),
+    'step that is no number': (
+        ['eval', '--checkpoint={root}/run', '--step=last'],
+        'step=last.*latest',
+    ),
+    'nothing to evaluate': (
+        ['eval', '--checkpoint={root}/run', '--text={root}/none*'],
+        r'none\*.*no file',
+    ),
+    'no rows at a time': (
+        ['eval', '--checkpoint={root}/run', '--batch_rows=0'],
+        'batch_rows=0.*above 0',
+    ),
+    'scale that is none': (
+        ['eval', '--checkpoint={root}/run', '--yarn=big'],
+        "--yarn=big.*'dynamic'",
+    ),
+    'negative temperature': (
+        ['generate', '--checkpoint={root}/run', '--temperature=-1'],
+        'temperature=-1',
+    ),
+    'no mass': (['generate', '--checkpoint={root}/run', '--top_p=0'], 'top_p=0'),
+    'no tokens': (['generate', '--checkpoint={root}/run', '--max_tokens=0'], 'max_tokens=0'),
+    'stop at nothing': (['generate', '--checkpoint={root}/run', '--stop='], 'stop is empty'),
+    'data without action': (['data'], 'prepare, tokenizer'),
+    'tokenizer of another name': (
+        ['data', 'tokenizer', '--corpus={root}/text/*.txt', '--output={root}/a_file'],
+        'a_file.*json',
+    ),
+    'ckpt without action': (['ckpt', '{root}/run'], 'helios ckpt ls DIR'),
+    'explaining nothing': (['explain', 'model.num_layer'], "Did you mean 'model.num_layers'"),
+    'benchmark of nothing': (['bench', 'trian'], "Did you mean 'train'"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize('case', REFUSED)
+def test_bad_input_is_one_line_code_2_and_leaves_everything_as_it_was(case, root, capsys):
+    arguments, message = REFUSED[case]
+    cache = root / 'cache'
+    kept = {path: c for path, c in files(root).items() if not path.startswith(str(cache))}
+    with pytest.raises(SystemExit) as caught:
+        cli.main([argument.format(root=root) for argument in arguments])
+    assert caught.value.code == 2
+    error = capsys.readouterr().err
+    lines = [line for line in error.splitlines() if line.startswith('helios: ')]
+    assert len(lines) == 1 and error.endswith(lines[0] + '\n')
+    assert 'Traceback' not in error
+    assert re.search(message, lines[0]), lines[0]
+    left = {path: c for path, c in files(root).items() if not path.startswith(str(cache))}
+    # A run that was begun and refused may leave its marker, and nothing else.
+    new = {path for path in left if path not in kept}
+    assert all(path.endswith('new/checkpoints/helios_checkpoints.json') for path in new), new
+    assert {path: left[path] for path in kept} == kept
+
+
+def test_a_tokenizer_of_another_vocabulary_than_the_checkpoints_is_refused(root, capsys, tmp_path):
+    from helios_jax.data import pipeline
+
+    copy = tmp_path / 'run'
+    shutil.copytree(root / 'run', copy)
+    pipeline.train_tokenizer(str(root / 'text' / '*.txt'), 280, str(tmp_path / 'tokenizer.json'))
+    metadata = next(copy.glob('checkpoints/6/metadata/metadata'))
+    record = json.loads(metadata.read_text()) | {'tokenizer': 'tokenizer.json'}
+    metadata.write_text(json.dumps(record))
+    manifest = copy / 'checkpoints' / '6' / 'manifest.json'
+    parts = json.loads(manifest.read_text())
+    from helios_jax.checkpoint.manifest import sha256
+
+    parts['metadata/metadata'] = [metadata.stat().st_size, sha256(metadata)]
+    manifest.write_text(json.dumps(parts))
+    (copy / 'checkpoints' / 'tokenizer').mkdir(exist_ok=True)
+    shutil.copy(tmp_path / 'tokenizer.json', copy / 'checkpoints' / 'tokenizer')
+    with pytest.raises(SystemExit) as caught:
+        cli.main(['eval', f'--checkpoint={copy}', '--step=6'])
+    assert caught.value.code == 2
+    assert '280 tokens' in (line := capsys.readouterr().err) and '256' in line
+
+
+def run_json(capsys, *arguments) -> list[dict]:
+    cli.main([*arguments, '--json'])
+    return [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+
+
+def test_eval_repeats_the_runs_own_figures(root, capsys):
+    last = [json.loads(x) for x in (root / 'run' / 'metrics.jsonl').read_text().splitlines()][-1]
+    (figures,) = run_json(capsys, 'eval', f'--checkpoint={root}/run', '--rows=11')
+    for name, value in figures.items():
+        np.testing.assert_allclose(value, last[f'eval/{name}'], rtol=1e-5, err_msg=name)
+    (of_best,) = run_json(capsys, 'eval', f'--checkpoint={root}/run', '--rows=11', '--step=best')
+    assert of_best['bits_per_byte'] <= figures['bits_per_byte'] * (1 + 1e-6)
+    (of_text,) = run_json(
+        capsys, 'eval', f'--checkpoint={root}/run', f'--text={root}/text/1*.txt', '--row_length=64',
+        '--yarn=dynamic',
+    )  # fmt: skip
+    text = b''.join(path.read_bytes() for path in (root / 'text').glob('1*.txt'))
+    assert of_text['bytes'] == len(text)
+    cli.main(['eval', f'--checkpoint={root}/run', '--rows=11'])
+    assert f'bits_per_byte={figures["bits_per_byte"]:.4f}' in capsys.readouterr().out
+
+
+def test_generate_continues_each_prompt(root, capsys):
+    arguments = ['generate', f'--checkpoint={root}/run', '--max_tokens=5', '--seed=3']
+    made = run_json(capsys, *arguments, '--prompt=alpha', '--prompt=beta ga')
+    assert [row['prompt'] for row in made] == ['alpha', 'beta ga']
+    assert run_json(capsys, *arguments, '--prompt=alpha', '--prompt=beta ga') == made
+    cli.main([*arguments, '--prompt=alpha', '--temperature=0'])
+    assert capsys.readouterr().out.startswith('alpha')
+
+
+def test_ckpt_lists_the_steps(root, capsys):
+    rows = run_json(capsys, 'ckpt', 'ls', f'{root}/run')
+    assert [row['step'] for row in rows] == [3, 6]
+    assert all(row['bytes'] > 0 and row['metrics']['bits_per_byte'] > 0 for row in rows)
+    # The directory of the checkpoints themselves will do.
+    assert run_json(capsys, 'ckpt', 'ls', f'{root}/run/checkpoints') == rows
+
+
+def test_explain_prints_every_setting_or_those_that_are_named(capsys):
+    cli.main(['explain'])
+    lines = capsys.readouterr().out.splitlines()
+    described = config.describe()
+    assert len(lines) == 2 * len(described) < 240
+    assert lines[::2] == [f'{name} = {default}' for name, (default, _) in described.items()]
+    assert all(line.startswith('    ') and line.strip() for line in lines[1::2])
+    cli.main(['explain', 'model.gmu'])
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 12 and all(line.startswith('model.gmu.') for line in lines[::2])
+    cli.main(['explain', 'config.train.seed'])
+    assert capsys.readouterr().out.startswith('train.seed = 0\n')
+
+
+def test_a_dry_run_prints_the_plan_and_touches_nothing(root, capsys, tmp_path, monkeypatch):
+    monkeypatch.setenv('JAX_PLATFORMS', 'cpu')
+    monkeypatch.chdir(tmp_path)
+    cli.main([
+        'train', '--config=tiny', '--dry_run', '--num_devices=4', '--config.model.num_layers=6',
+        f'--config.data.cache_dir={tmp_path}/cache', f'--workdir={tmp_path}/run',
+        f'--config.train.compilation_cache={tmp_path}/xla',
+        f'--config.data.corpus={tmp_path}/there_is_none/*.txt',
+    ])  # fmt: skip
+    printed = capsys.readouterr().out
+    assert '"num_layers": 6' in printed and '"vocab_size": 256' in printed
+    for part in ('# Config', '# Mesh of 4 devices', '# Sharding rules', '# Parameters'):
+        assert part in printed
+    for name in ('tokens per step', 'FLOPs per token', 'params GiB', 'optimizer GiB', '6×'):
+        assert name in printed
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ('name', 'devices'),
+    [('helios_1b', 1), ('helios_8b', 16), ('hydra_8x7b', 32), ('hydra_30b_a3b', 32)],
+)
+def test_large_configs_describe_themselves_on_the_machine_they_are_for(name, devices, capsys):
+    cli.main(['train', f'--config={name}', '--dry_run', f'--num_devices={devices}'])
+    assert f'# Mesh of {devices} devices' in capsys.readouterr().out
+
+
+@pytest.mark.parametrize('arguments', [[], ['--help'], ['help']])
+def test_help_names_every_command(arguments, capsys):
+    cli.main(arguments)
+    printed = capsys.readouterr().out
+    for name in cli.COMMANDS:
+        assert f'  {name} ' in printed
+
+
+@pytest.mark.slow
+def test_the_program_itself_exits_with_code_2_and_one_line():
+    command = [sys.executable, '-m', 'helios_jax', 'train', '--config.model.num_heads=3']
+    environment = os.environ | {'JAX_PLATFORMS': 'cpu'}
+    done = subprocess.run(
+        [*command, '--workdir=/nowhere/at/all'],
+        capture_output=True, text=True, timeout=120, env=environment,
+    )  # fmt: skip
+    assert (done.returncode, done.stdout) == (2, '')
+    assert done.stderr.startswith('helios: ') and done.stderr.count('\n') == 1
+    assert 'num_heads=3' in done.stderr

@@ -1,0 +1,44 @@
+"""A config that trains in seconds, on text that it writes; shared by tests of whole runs."""
+
+import random
+from pathlib import Path
+
+from helios_jax import config
+
+
+def write_corpus(directory: Path) -> str:
+    """Forty short files; returns their glob."""
+    directory.mkdir()
+    rng = random.Random(0)
+    for number in range(40):
+        words = [rng.choice(['alpha', 'beta', 'gamma\n', 'δ']) for _ in range(rng.randrange(5, 60))]
+        (directory / f'{number:02}.txt').write_text(f'{number} ' + ' '.join(words))
+    return str(directory / '*.txt')
+
+
+def make_config(root: Path) -> config.Config:
+    """30 steps over a few kilobytes of text below `root`, every figure of every step recorded."""
+    return config.Config(
+        model=config.Model(
+            num_layers=2, embed_dim=16, num_heads=2, num_kv_heads=1, head_dim=6, mlp_dim=24,
+            compute_dtype='float32',
+        ),
+        data=config.Data(
+            corpus=write_corpus(root / 'text'), row_length=32, validation_fraction=0.2,
+            cache_dir=str(root / 'cache'), num_workers=1,
+        ),
+        optimizer=config.Optimizer(learning_rate=1e-2, warmup_steps=3),
+        train=config.Train(
+            num_steps=30, batch_rows=8, log_every=1, eval_every=7, eval_rows=11,
+            checkpoint_every=5, tensorboard=False, compilation_cache='',
+        ),
+        memory=config.Memory(policy='none'),
+    )  # fmt: skip
+
+
+def write_config(cfg: config.Config, path: Path) -> Path:
+    """The config as a file for --config."""
+    path.write_text(
+        f'from helios_jax.config import *\n\ndef get_config():\n    return to_dict({cfg!r})\n'
+    )
+    return path
