@@ -40,8 +40,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         COMMANDS[command](argv)
     except UserError as error:
         fail(str(error))
-    except PermissionError as error:
-        fail(f'{error.filename}: permission denied; choose another directory.')
+    except (PermissionError, NotADirectoryError, FileExistsError) as error:
+        fail(f'{error.filename}: {error.strerror}; choose another directory.')
 
 
 def fail(message: str) -> NoReturn:

@@ -1,10 +1,10 @@
 """The command line: what it refuses and how, and what each command prints."""
 
+import contextlib
 import dataclasses
 import json
 import os
 import re
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -14,7 +14,8 @@ import numpy as np
 import pytest
 import small_run
 
-from helios_jax import cli, config
+from helios_jax import checkpoint, cli, config
+from helios_jax.data import pipeline
 from helios_jax.train import loop
 
 
@@ -181,26 +182,21 @@ def test_bad_input_is_one_line_code_2_and_leaves_everything_as_it_was(case, root
 
 
 def test_a_tokenizer_of_another_vocabulary_than_the_checkpoints_is_refused(root, capsys, tmp_path):
-    from helios_jax.data import pipeline
-
-    copy = tmp_path / 'run'
-    shutil.copytree(root / 'run', copy)
-    pipeline.train_tokenizer(str(root / 'text' / '*.txt'), 280, str(tmp_path / 'tokenizer.json'))
-    metadata = next(copy.glob('checkpoints/6/metadata/metadata'))
-    record = json.loads(metadata.read_text()) | {'tokenizer': 'tokenizer.json'}
-    metadata.write_text(json.dumps(record))
-    manifest = copy / 'checkpoints' / '6' / 'manifest.json'
-    parts = json.loads(manifest.read_text())
-    from helios_jax.checkpoint.manifest import sha256
-
-    parts['metadata/metadata'] = [metadata.stat().st_size, sha256(metadata)]
-    manifest.write_text(json.dumps(parts))
-    (copy / 'checkpoints' / 'tokenizer').mkdir(exist_ok=True)
-    shutil.copy(tmp_path / 'tokenizer.json', copy / 'checkpoints' / 'tokenizer')
+    cfg = config.from_dict(json.loads((root / 'run' / 'config.json').read_text()))
+    model = dataclasses.replace(cfg.model, vocab_size=300)
+    cfg = dataclasses.replace(cfg, model=model)
+    with contextlib.closing(checkpoint.Checkpoints(tmp_path / 'checkpoints', keep=1)) as writer:
+        metadata = {'config': dataclasses.asdict(cfg), 'tokenizer': 'tokenizer.json'}
+        writer.save(1, {'params': {'w': np.zeros(3)}}, metadata)
+    directory = checkpoint.tokenizer_directory(tmp_path / 'checkpoints')
+    directory.mkdir()
+    corpus = str(root / 'text' / '*.txt')
+    pipeline.train_tokenizer(corpus, 280, str(directory / 'tokenizer.json'))
     with pytest.raises(SystemExit) as caught:
-        cli.main(['eval', f'--checkpoint={copy}', '--step=6'])
+        cli.main(['eval', f'--checkpoint={tmp_path}'])
     assert caught.value.code == 2
-    assert '280 tokens' in (line := capsys.readouterr().err) and '256' in line
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert re.search(r'helios: tokenizer.*280 tokens.*300.*put back', line)
 
 
 def run_json(capsys, *arguments) -> list[dict]:

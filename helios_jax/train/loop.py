@@ -8,16 +8,15 @@ checkpoint, the data from the number of samples it had consumed.
 
 import contextlib
 import dataclasses
-import json
 import logging
 import math
+from collections.abc import Iterator
 from typing import Any
 
 import jax
 from etils import epath
-from jaxtyping import PyTree
 
-from helios_jax import api, checkpoint, config
+from helios_jax import checkpoint, config
 from helios_jax.data import baselines, pipeline
 from helios_jax.data import tokenizer as tokenizers
 from helios_jax.evaluate.generate import generate
@@ -28,33 +27,12 @@ from helios_jax.parallel import cluster, sharding
 from helios_jax.parallel import mesh as meshes
 from helios_jax.train import metrics, report
 from helios_jax.train import state as states
+from helios_jax.train.run import Run, restore_or_initialize, save, save_config, variables
 from helios_jax.train.step import make_train_step
 
 log = logging.getLogger(__name__)
 
-# Settings that may change when a run is resumed: none of them changes what a step computes.
-FREE_TO_CHANGE = (
-    'train.num_steps', 'train.log_every', 'train.eval_every', 'train.eval_rows',
-    'train.checkpoint_every', 'train.keep_checkpoints', 'train.profile_steps', 'train.tensorboard',
-    'train.compilation_cache', 'train.microbatches', 'train.init_from', 'mesh.', 'memory.',
-    'data.cache_dir', 'data.num_workers', 'data.tokenizer', 'model.attention',
-)  # fmt: skip
 SAMPLE_TOKENS = 400
-
-
-@dataclasses.dataclass
-class Run:
-    """What the parts of a run share."""
-
-    workdir: epath.Path
-    setup: states.Setup
-    tokenizer: tokenizers.Tokenizer
-    data: pipeline.Prepared
-    checkpoints: checkpoint.Checkpoints
-
-    @property
-    def config(self) -> config.Config:
-        return self.setup.config
 
 
 def train(cfg: config.Config, workdir: epath.PathLike) -> dict[str, float]:
@@ -97,81 +75,6 @@ def enable_compilation_cache(directory: str) -> None:
         jax.config.update('jax_compilation_cache_dir', str(path))
 
 
-def save_config(run: Run) -> None:
-    if jax.process_index() == 0:
-        text = json.dumps(dataclasses.asdict(run.config), indent=1)
-        (run.workdir / 'config.json').write_text(text)
-
-
-def restore_or_initialize(run: Run) -> tuple[states.TrainState, int]:
-    """The state to go on from, and the samples consumed so far."""
-    directory, abstract = run.checkpoints.directory, run.setup.state
-    step = run.checkpoints.latest()
-    if step is None:
-        state = states.initialize(run.setup)
-        if run.config.train.init_from:
-            state = start_from(run, state, run.config.train.init_from)
-        return state, 0
-    metadata = checkpoint.read_metadata(directory, step)
-    check_resumable(run, metadata)
-    collections = {'params': abstract.params, 'optimizer': abstract.optimizer}
-    if abstract.router:
-        collections['router'] = abstract.router
-    restored = {n: checkpoint.restore(directory, step, n, t) for n, t in collections.items()}
-    counter = jax.device_put(jax.numpy.asarray(step, abstract.step.dtype), abstract.step.sharding)
-    log.info('Resuming %s from step %d.', run.workdir, step)
-    state = states.TrainState(
-        counter, restored['params'], restored['optimizer'], restored.get('router', {})
-    )
-    return state, metadata['samples']
-
-
-def start_from(run: Run, state: states.TrainState, init_from: str) -> states.TrainState:
-    """Fresh optimizer, parameters of another run's checkpoint (train.init_from)."""
-    directory = api.checkpoint_directory(init_from)
-    step = checkpoint.resolve(directory, 'latest')
-    saved = api.load_tokenizer(directory, checkpoint.read_metadata(directory, step))
-    config.require(
-        saved.fingerprint == run.tokenizer.fingerprint,
-        f'train.init_from={init_from} was trained with another tokenizer ({saved.vocab_size} '
-        f'tokens) than data.tokenizer={run.config.data.tokenizer!r} ({run.tokenizer.vocab_size} '
-        'tokens); use the one in its checkpoints/tokenizer.',
-    )
-    variables = api.restore_variables(run.setup.model, directory, step, run.setup.mesh)
-    return state.replace(params=variables['params'], router=variables.get('router', {}))
-
-
-def check_resumable(run: Run, metadata: dict[str, Any]) -> None:
-    """Refuses to go on with other settings or other data than the run began with, or backwards."""
-    config.require(
-        metadata['step'] <= run.config.train.num_steps,
-        f'train.num_steps={run.config.train.num_steps}, but {run.workdir} is at step '
-        f'{metadata["step"]} already; raise it to go on, or choose another workdir.',
-    )
-    saved, now = _flat(metadata['config']), _flat(dataclasses.asdict(run.config))
-    for name, value in now.items():
-        config.require(
-            name.startswith(FREE_TO_CHANGE) or saved.get(name) == value,
-            f'{name}={value!r}, but {run.workdir} was trained with {saved.get(name)!r}; set it '
-            'back, or start in another workdir (train.init_from takes its parameters along).',
-        )
-    config.require(
-        metadata['fingerprint'] == run.data.train.fingerprint,
-        f'the data of corpus={run.config.data.corpus!r} has changed since {run.workdir} was begun; '
-        'restore the files, or start in another workdir.',
-    )
-
-
-def _flat(values: dict[str, Any], prefix: str = '') -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for name, value in values.items():
-        if isinstance(value, dict):
-            flat |= _flat(value, f'{prefix}{name}.')
-        else:
-            flat[prefix + name] = value
-    return flat
-
-
 def run_steps(
     run: Run, state: states.TrainState, samples: int, stop: cluster.StopRequest
 ) -> tuple[states.TrainState, dict[str, float]]:
@@ -182,7 +85,7 @@ def run_steps(
         run.data, batch_rows=cfg.batch_rows, seed=cfg.seed, first_sample=samples
     )
     rows = sharding.sharding(run.setup.mesh, ('batch', 'length'))
-    train_step = jax.jit(make_train_step(run.setup), donate_argnums=0)
+    train_step: Any = jax.jit(make_train_step(run.setup), donate_argnums=0)
     with metrics.MetricWriter(
         run.workdir, tensorboard=cfg.tensorboard, resume_step=first, num_steps=cfg.num_steps
     ) as writer:
@@ -190,8 +93,13 @@ def run_steps(
         for step in range(first + 1, cfg.num_steps + 1):
             with progress.timer.measure('data_wait'):
                 batch = pipeline.to_global(next(batches), rows)
-            with profiled(run.workdir, step - first, cfg.profile_steps):
+            if step == first + 1:
+                with progress.timer.measure('compile'):
+                    train_step = train_step.lower(state, batch).compile()
+            with profiled(run, step - first):
                 state, reported = train_step(state, batch)
+                if cfg.profile_steps:
+                    jax.block_until_ready(state)  # or the profile would miss the last step
             # What is due at this step is done before stopping: the resumed run starts behind it.
             stopping = stop.agreed()
             due = lambda every: step == cfg.num_steps or (every and step % every == 0)  # noqa: E731, B023
@@ -216,18 +124,21 @@ class Progress:
     """Turns a step's device metrics and the clock into figures for people."""
 
     def __init__(self, run: Run) -> None:
+        self.run = run
         self.timer = metrics.Timer()
-        self.last_step: int | None = None
         cfg = run.config
-        self.row_tokens = cfg.data.row_length
         self.flops = flops.flops_per_token(cfg.model, cfg.data.row_length)
         self.peak = flops.peak_flops(jax.devices()[0].device_kind) * jax.device_count()
-        self.run = run
 
     def figures(self, step: int, reported: dict[str, jax.Array]) -> dict[str, float]:
         values = {name: float(value) for name, value in jax.device_get(reported).items()}
         check_finite(self.run, step, values)
-        return values | self.timer.figures(values['tokens'], self.flops, self.peak)
+        timed = self.timer.figures(values['tokens'], self.flops, self.peak)
+        if 'time/mfu' in timed:
+            # Beside the convention, which counts every row as one document: what was computed.
+            seen = flops.segment_flops_per_token(self.run.config.model, values['mean_context'])
+            timed['time/segment_mfu'] = timed['time/mfu'] * seen / self.flops
+        return values | timed
 
 
 def check_finite(run: Run, step: int, reported: dict[str, Any]) -> None:
@@ -242,21 +153,15 @@ def check_finite(run: Run, step: int, reported: dict[str, Any]) -> None:
     )
 
 
-class profiled:  # noqa: N801
-    """Profiles `num_steps` steps from the tenth on, into workdir/profile."""
-
-    def __init__(self, workdir: epath.Path, nth: int, num_steps: int) -> None:
-        self.starts, self.ends = num_steps and nth == 10, num_steps and nth == 9 + num_steps
-        self.directory = workdir / 'profile'
-
-    def __enter__(self) -> None:
-        if self.starts:
-            jax.profiler.start_trace(str(self.directory))
-
-    def __exit__(self, *error: object) -> None:
-        if self.ends:
-            jax.effects_barrier()
-            jax.profiler.stop_trace()
+@contextlib.contextmanager
+def profiled(run: Run, nth: int) -> Iterator[None]:
+    """Profiles `train.profile_steps` steps from the run's tenth on, into workdir/profile."""
+    count = run.config.train.profile_steps
+    if count and nth == 10:
+        jax.profiler.start_trace(str(run.workdir / 'profile'))
+    yield
+    if count and nth == 9 + count:
+        jax.profiler.stop_trace()
 
 
 def score(run: Run, state: states.TrainState) -> dict[str, float]:
@@ -273,24 +178,6 @@ def score(run: Run, state: states.TrainState) -> dict[str, float]:
         eos_id=run.tokenizer.eos_id,
         packed=cfg.data.packing == 'best_fit',
     )
-
-
-def variables(state: states.TrainState) -> PyTree:
-    return {'params': state.params} | ({'router': state.router} if state.router else {})
-
-
-def save(run: Run, state: states.TrainState, step: int, scores: dict[str, float]) -> None:
-    directory = checkpoint.tokenizer_directory(run.checkpoints.directory)
-    directory.mkdir(parents=True, exist_ok=True)
-    metadata = {
-        'config': dataclasses.asdict(run.config),
-        'tokenizer': run.tokenizer.save(directory),
-        'fingerprint': run.data.train.fingerprint,
-        'samples': step * run.config.train.batch_rows,
-        'environment': report.environment(),
-    }
-    items = {**variables(state), 'optimizer': state.optimizer}
-    run.checkpoints.save(step, items, metadata, scores)
 
 
 def write_report(run: Run, state: states.TrainState, held_out: dict[str, float]) -> None:

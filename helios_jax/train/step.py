@@ -95,10 +95,13 @@ def gradient(
             return jax.tree.map(jnp.add, total, of(part)), None
 
         (gradients, (sums, load)), _ = jax.lax.scan(add, zeros, whole)
+    tokens = (batch.segment_ids > 0).sum(dtype=jnp.int32)
+    seen = jnp.where(batch.segment_ids > 0, batch.positions + 1.0, 0)
     metrics = {
         'loss': sums.pop('cross_entropy'),
         'targets': weights.sum(),
-        'tokens': (batch.segment_ids > 0).sum(dtype=jnp.int32),
+        'tokens': tokens,
+        'mean_context': (seen.sum() / jnp.maximum(tokens, 1)).astype(jnp.float32),
         **sums,
     }
     if load:

@@ -52,10 +52,16 @@ KEPT = {
 }
 
 
+def inner_jaxprs(equation):
+    is_jaxpr = lambda x: hasattr(x, 'eqns') or hasattr(x, 'jaxpr')  # noqa: E731
+    leaves = jax.tree.leaves(list(equation.params.values()), is_leaf=is_jaxpr)
+    return [getattr(x, 'jaxpr', x) for x in leaves if is_jaxpr(x)]
+
+
 def names_in(jaxpr):
     found = {e.params['name'] for e in jaxpr.eqns if e.primitive.name == 'name'}
     for equation in jaxpr.eqns:
-        for inner in jax.core.jaxprs_in_params(equation.params):
+        for inner in inner_jaxprs(equation):
             found |= names_in(inner)
     return found
 
@@ -149,10 +155,14 @@ def test_the_users_action_overrides_the_presets():
 def unsaved():
     """Arguments, and loss and gradients where everything is saved."""
     rng = np.random.default_rng(0)
-    variables = jax.tree.map(
-        lambda leaf: jnp.asarray(rng.normal(size=leaf.shape) * 0.3, leaf.dtype),
-        nn.unbox(abstract_variables(Transformer(MODEL))),
-    )
+
+    def fill(path, leaf):
+        name, value = jax.tree_util.keystr(path), rng.normal(size=leaf.shape)
+        value = value if "['embed']" in name else 1 + 0.1 * value if 'scale' in name else 0.2 * value
+        return jnp.asarray(value, leaf.dtype)
+
+    shapes = nn.unbox(abstract_variables(Transformer(MODEL)))
+    variables = jax.tree_util.tree_map_with_path(fill, shapes)
     tokens = jnp.asarray(rng.integers(0, 61, size=(B, T)), jnp.int32)
     return (variables, tokens), evaluate(config.Memory('none'), variables, tokens)
 
@@ -186,7 +196,7 @@ def test_no_policy_changes_a_value(preset, unsaved):
     loss, gradients = evaluate(config.Memory(preset, actions), *arguments)
     np.testing.assert_allclose(loss, expected_loss, rtol=2e-6)
     jax.tree.map(
-        lambda g, e: np.testing.assert_allclose(g, e, rtol=0, atol=1e-5 * np.abs(e).max()),
+        lambda g, e: np.testing.assert_allclose(g, e, rtol=0, atol=5e-5 * np.abs(e).max()),
         gradients,
         expected,
     )

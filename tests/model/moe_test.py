@@ -27,8 +27,16 @@ CASES = {
 
 def model(**changes):
     moe = dataclasses.replace(MOE, **changes)
-    return config.Model(vocab_size=3, embed_dim=D, num_heads=2, num_kv_heads=1, head_dim=2, mlp_dim=7,
-                        period='moe', moe=moe)  # fmt: skip
+    return config.Model(
+        vocab_size=3,
+        embed_dim=D,
+        num_heads=2,
+        num_kv_heads=1,
+        head_dim=2,
+        mlp_dim=7,
+        period='moe',
+        moe=moe,
+    )
 
 
 def tokens(dtype=np.float32):

@@ -281,8 +281,14 @@ def test_bfloat16_computes_on_float32_parameters(random_variables):
     assert loss != exact
 
 
+def inner_jaxprs(equation):
+    is_jaxpr = lambda x: hasattr(x, 'eqns') or hasattr(x, 'jaxpr')  # noqa: E731
+    leaves = jax.tree.leaves(list(equation.params.values()), is_leaf=is_jaxpr)
+    return [getattr(x, 'jaxpr', x) for x in leaves if is_jaxpr(x)]
+
+
 def num_equations(jaxpr):
-    inner = [num_equations(j) for eqn in jaxpr.eqns for j in jax.core.jaxprs_in_params(eqn.params)]
+    inner = [num_equations(j) for eqn in jaxpr.eqns for j in inner_jaxprs(eqn)]
     return len(jaxpr.eqns) + sum(inner)
 
 

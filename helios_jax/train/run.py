@@ -1,0 +1,134 @@
+"""A run: what its parts share, and how it is saved, resumed and started from another."""
+
+import dataclasses
+import json
+import logging
+from typing import Any
+
+import jax
+from etils import epath
+from jaxtyping import PyTree
+
+from helios_jax import api, checkpoint, config
+from helios_jax.data import pipeline
+from helios_jax.data import tokenizer as tokenizers
+from helios_jax.train import report
+from helios_jax.train import state as states
+
+log = logging.getLogger(__name__)
+
+# Settings that may change when a run is resumed: none of them changes what a step computes.
+FREE_TO_CHANGE = (
+    'train.num_steps', 'train.log_every', 'train.eval_every', 'train.eval_rows',
+    'train.checkpoint_every', 'train.keep_checkpoints', 'train.profile_steps', 'train.tensorboard',
+    'train.compilation_cache', 'train.microbatches', 'train.init_from', 'mesh.', 'memory.',
+    'data.cache_dir', 'data.num_workers', 'data.tokenizer', 'model.attention',
+)  # fmt: skip
+
+
+@dataclasses.dataclass
+class Run:
+    """What the parts of a run share."""
+
+    workdir: epath.Path
+    setup: states.Setup
+    tokenizer: tokenizers.Tokenizer
+    data: pipeline.Prepared
+    checkpoints: checkpoint.Checkpoints
+
+    @property
+    def config(self) -> config.Config:
+        return self.setup.config
+
+
+def variables(state: states.TrainState) -> PyTree:
+    return {'params': state.params} | ({'router': state.router} if state.router else {})
+
+
+def save_config(run: Run) -> None:
+    if jax.process_index() == 0:
+        text = json.dumps(dataclasses.asdict(run.config), indent=1)
+        (run.workdir / 'config.json').write_text(text)
+
+
+def save(run: Run, state: states.TrainState, step: int, scores: dict[str, float]) -> None:
+    directory = checkpoint.tokenizer_directory(run.checkpoints.directory)
+    directory.mkdir(parents=True, exist_ok=True)
+    metadata = {
+        'config': dataclasses.asdict(run.config),
+        'tokenizer': run.tokenizer.save(directory),
+        'fingerprint': run.data.train.fingerprint,
+        'samples': step * run.config.train.batch_rows,
+        'environment': report.environment(),
+    }
+    items = {**variables(state), 'optimizer': state.optimizer}
+    run.checkpoints.save(step, items, metadata, scores)
+
+
+def restore_or_initialize(run: Run) -> tuple[states.TrainState, int]:
+    """The state to go on from, and the samples consumed so far."""
+    directory, abstract = run.checkpoints.directory, run.setup.state
+    step = run.checkpoints.latest()
+    if step is None:
+        state = states.initialize(run.setup)
+        if run.config.train.init_from:
+            state = start_from(run, state, run.config.train.init_from)
+        return state, 0
+    metadata = checkpoint.read_metadata(directory, step)
+    check_resumable(run, metadata)
+    collections = {'params': abstract.params, 'optimizer': abstract.optimizer}
+    if abstract.router:
+        collections['router'] = abstract.router
+    restored = {n: checkpoint.restore(directory, step, n, t) for n, t in collections.items()}
+    counter = jax.device_put(jax.numpy.asarray(step, abstract.step.dtype), abstract.step.sharding)
+    log.info('Resuming %s from step %d.', run.workdir, step)
+    state = states.TrainState(
+        counter, restored['params'], restored['optimizer'], restored.get('router', {})
+    )
+    return state, metadata['samples']
+
+
+def start_from(run: Run, state: states.TrainState, init_from: str) -> states.TrainState:
+    """Fresh optimizer, parameters of another run's checkpoint (train.init_from)."""
+    directory = api.checkpoint_directory(init_from)
+    step = checkpoint.resolve(directory, 'latest')
+    saved = api.load_tokenizer(directory, checkpoint.read_metadata(directory, step))
+    config.require(
+        saved.fingerprint == run.tokenizer.fingerprint,
+        f'train.init_from={init_from} was trained with another tokenizer ({saved.vocab_size} '
+        f'tokens) than data.tokenizer={run.config.data.tokenizer!r} ({run.tokenizer.vocab_size} '
+        'tokens); use the one in its checkpoints/tokenizer.',
+    )
+    variables = api.restore_variables(run.setup.model, directory, step, run.setup.mesh)
+    return state.replace(params=variables['params'], router=variables.get('router', {}))
+
+
+def check_resumable(run: Run, metadata: dict[str, Any]) -> None:
+    """Refuses to go on with other settings or other data than the run began with, or backwards."""
+    config.require(
+        metadata['step'] <= run.config.train.num_steps,
+        f'train.num_steps={run.config.train.num_steps}, but {run.workdir} is at step '
+        f'{metadata["step"]} already; raise it to go on, or choose another workdir.',
+    )
+    saved, now = _flat(metadata['config']), _flat(dataclasses.asdict(run.config))
+    for name, value in now.items():
+        config.require(
+            name.startswith(FREE_TO_CHANGE) or saved.get(name) == value,
+            f'{name}={value!r}, but {run.workdir} was trained with {saved.get(name)!r}; set it '
+            'back, or start in another workdir (train.init_from takes its parameters along).',
+        )
+    config.require(
+        metadata['fingerprint'] == run.data.train.fingerprint,
+        f'the data of corpus={run.config.data.corpus!r} has changed since {run.workdir} was begun; '
+        'restore the files, or start in another workdir.',
+    )
+
+
+def _flat(values: dict[str, Any], prefix: str = '') -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for name, value in values.items():
+        if isinstance(value, dict):
+            flat |= _flat(value, f'{prefix}{name}.')
+        else:
+            flat[prefix + name] = value
+    return flat
