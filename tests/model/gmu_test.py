@@ -196,8 +196,7 @@ def fresh_gates(model):
     return jax.jit(make)()
 
 
-@pytest.mark.parametrize('moe', [False, True], ids=['dense', 'moe'])
-@pytest.mark.parametrize('sublayers', [4, 16, 48])
+@pytest.mark.parametrize(('sublayers', 'moe'), [(4, False), (16, False), (48, False), (48, True)])
 def test_fresh_convex_network_is_the_residual_network(sublayers, moe, random_variables):
     """With u instead of û the stream is the residual stream divided by l, which a norm hides."""
     convex, residual = (transformer(k, sublayers // 2, moe) for k in ('convex', 'residual'))

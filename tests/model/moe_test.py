@@ -189,10 +189,10 @@ def test_ties_go_to_the_lower_index_and_weights_ignore_the_bias(scores):
 def test_balance_loss_is_one_for_an_even_router(random_variables):
     module, variables = build(random_variables, num_experts_per_token=E)
     variables['params']['router']['w'] *= 0
-    _, stats = module.apply(variables, jnp.asarray(tokens()), None)
-    np.testing.assert_allclose(stats.balance_loss, 1, rtol=1e-6)
-    np.testing.assert_allclose(stats.entropy, np.log(E), rtol=1e-6)
-    np.testing.assert_allclose(stats.z_loss, np.log(E) ** 2, rtol=1e-6)
+    _, stats = jax.jit(module.apply)(variables, jnp.asarray(tokens()), None)
+    np.testing.assert_allclose(stats.balance_loss, 1, rtol=1e-5)
+    np.testing.assert_allclose(stats.entropy, np.log(E), rtol=1e-5)
+    np.testing.assert_allclose(stats.z_loss, np.log(E) ** 2, rtol=1e-5)
     np.testing.assert_array_equal(stats.load, np.full(E, B * T))
 
 
@@ -246,7 +246,8 @@ def test_every_group_counts_its_own_drops(random_variables):
     """Capacity 0.5 of two groups that each hold half of the rows."""
     module, variables = build(random_variables, capacity_factor=0.5)
     x, ids = jnp.asarray(tokens()), jnp.ones((B, T), jnp.int32)
-    halves = [module.apply(variables, x[rows], ids[rows]) for rows in (slice(4), slice(4, 8))]
+    run = jax.jit(module.apply)
+    halves = [run(variables, x[rows], ids[rows]) for rows in (slice(4), slice(4, 8))]
     with jax.set_mesh(meshes.make(config.Mesh(fsdp=2, expert=4))):
         y, stats = jax.jit(module.apply)(variables, x, ids)
     np.testing.assert_allclose(y, np.concatenate([half[0] for half in halves]), atol=1e-5)
