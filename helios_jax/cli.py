@@ -157,7 +157,9 @@ def checkpoint_flags(values: flags.FlagValues) -> None:
 def restore(values: flags.FlagValues) -> Any:
     require(bool(values.checkpoint), "--checkpoint is missing; name a run's workdir.")
     from helios_jax import api
+    from helios_jax.parallel import cluster
 
+    cluster.enable_compilation_cache(config.Train().compilation_cache)
     return api.restore(values.checkpoint, values.step, rope=yarn(values.yarn))
 
 

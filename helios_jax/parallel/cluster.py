@@ -1,4 +1,4 @@
-"""Several processes as one run: start-up, and agreement on when to stop."""
+"""Several processes as one run: start-up, agreement on when to stop, compiled programs kept."""
 
 import logging
 import os
@@ -10,6 +10,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from etils import epath
 from jax.experimental import multihost_utils
 
 from helios_jax.config import UserError
@@ -55,6 +56,13 @@ def start() -> None:
             f'({str(error).splitlines()[0]}); check JAX_COORDINATOR_ADDRESS={address!r} and that '
             'every host started.'
         ) from error
+
+
+def enable_compilation_cache(directory: str) -> None:
+    """Keeps compiled programs in `directory`, so that none is compiled twice; '' does nothing."""
+    if directory:
+        path = str(epath.Path(directory).expanduser())
+        jax.config.update('jax_compilation_cache_dir', path)
 
 
 class StopRequest:

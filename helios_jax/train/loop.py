@@ -45,7 +45,7 @@ def train(cfg: config.Config, workdir: epath.PathLike) -> dict[str, float]:
       UserError: anything in config, data or workdir that cannot be used, before any compute; a loss
         that is no longer finite, with every checkpoint left intact.
     """
-    enable_compilation_cache(cfg.train.compilation_cache)
+    cluster.enable_compilation_cache(cfg.train.compilation_cache)
     mesh = meshes.make(cfg.mesh)
     tokenizer = tokenizers.load(cfg.data.tokenizer)
     cfg = cfg.resolve(tokenizer.vocab_size)
@@ -67,12 +67,6 @@ def train(cfg: config.Config, workdir: epath.PathLike) -> dict[str, float]:
             held_out = held_out or score(run, state)
             write_report(run, state, held_out)
     return held_out
-
-
-def enable_compilation_cache(directory: str) -> None:
-    if directory:
-        path = epath.Path(directory).expanduser()
-        jax.config.update('jax_compilation_cache_dir', str(path))
 
 
 def run_steps(
