@@ -5,19 +5,16 @@ and `--config.section.field=value` for each of its settings. Bad input ends with
 code 2.
 """
 
-import importlib.resources
 import json
 import logging
 import os
 import sys
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any, NoReturn
 
 from absl import flags
-from ml_collections import config_flags
 
-from helios_jax import config
+from helios_jax import config, options
 from helios_jax.config import UserError, nearest, require
 
 
@@ -49,80 +46,14 @@ def fail(message: str) -> NoReturn:
     sys.exit(2)
 
 
-def parse(
-    flag_values: flags.FlagValues, argv: Sequence[str], *, positional: bool = False
-) -> list[str]:
-    """Parses a command's flags; returns its positional arguments.
-
-    Raises:
-      UserError: an unknown flag, a value of another type, or an argument where there are none.
-    """
-    if '--help' in argv or '-h' in argv:
-        print(flag_values.main_module_help() or flag_values.get_help())
-        sys.exit(0)
-    try:
-        arguments = flag_values(['helios', *argv])[1:]
-    except (flags.Error, AttributeError, KeyError, OSError, TypeError, ValueError) as error:
-        raise UserError(str(error.args[0] if error.args else error)) from error
-    require(positional or not arguments, f'{"".join(arguments[:1])}: flags are --name=value.')
-    return arguments
-
-
-def config_flag(flag_values: flags.FlagValues, argv: Sequence[str]) -> None:
-    """Defines --config and, of each --config.section.field, those that `argv` has."""
-    config_flags.DEFINE_config_file(
-        'config',
-        None,
-        'A shipped config, or a file.',
-        flag_values=flag_values,
-        sys_argv=['helios', *argv],
-    )
-
-
-def config_file(argv: Sequence[str]) -> list[str]:
-    """Replaces `--config=NAME` by the file that ships under that name.
-
-    Raises:
-      UserError: no such file, or one that is no config; a setting that does not exist.
-    """
-    shipped = Path(str(importlib.resources.files('helios_jax.configs')))
-    names = sorted(path.stem for path in shipped.glob('*.py') if path.stem != '__init__')
-    argv = list(argv)
-    if '--config' in argv[:-1]:
-        at = argv.index('--config')
-        argv[at : at + 2] = [f'--config={argv[at + 1]}']
-    resolved = [a for a in argv if not a.startswith('--config=')]
-    values = [a.removeprefix('--config=') for a in argv if a.startswith('--config=')] or ['tiny']
-    path = Path(values[-1])
-    if values[-1] in names:
-        path = shipped / f'{values[-1]}.py'
-    require(
-        path.is_file(),
-        f'--config={values[-1]}: no such file, and no shipped config.{nearest(values[-1], names)} '
-        f'There are: {", ".join(names)}.',
-    )
-    require(
-        b'def get_config' in path.read_bytes(),
-        f'--config={path} does not define get_config(), which returns the config.',
-    )
-    described = config.describe()
-    for argument in resolved:
-        name = argument.removeprefix('--config.').split('=')[0]
-        require(
-            not argument.startswith('--config.') or name in described,
-            f'{argument}: no such setting.{nearest(name, described)}',
-        )
-    return [f'--config={path}', *resolved]
-
-
 def train_command(argv: Sequence[str]) -> None:
     """Trains: --config --workdir [--dry_run [--num_devices]]."""
     values = flags.FlagValues()
-    config_flag(values, argv)
+    options.config_flag(values, argv)
     flags.DEFINE_string('workdir', '', 'Where the run is kept.', flag_values=values)
     flags.DEFINE_bool('dry_run', False, 'Describe the run, touch nothing.', flag_values=values)
     flags.DEFINE_integer('num_devices', 1, 'Devices of the dry run.', flag_values=values)
-    parse(values, config_file(argv))
+    options.parse(values, options.config_file(argv))
     cfg = config.from_dict(values.config)
     if values.dry_run:
         dry_run(cfg, values.num_devices)
@@ -182,7 +113,7 @@ def eval_command(argv: Sequence[str]) -> None:
     flags.DEFINE_integer('row_length', 0, "Tokens a row; 0: the run's.", flag_values=values)
     flags.DEFINE_integer('rows', 0, 'Rows to read; 0: all.', flag_values=values)
     flags.DEFINE_integer('batch_rows', 16, 'Rows at a time.', flag_values=values)
-    parse(values, argv)
+    options.parse(values, argv)
     from helios_jax.evaluate.held_out import held_out
 
     figures = held_out(
@@ -206,7 +137,7 @@ def generate_command(argv: Sequence[str]) -> None:
     flags.DEFINE_float('top_p', 1.0, 'Only the likeliest of this mass.', flag_values=values)
     flags.DEFINE_integer('seed', 0, 'Of the draws.', flag_values=values)
     flags.DEFINE_multi_string('stop', [], 'Text to stop before; may repeat.', flag_values=values)
-    parse(values, argv)
+    options.parse(values, argv)
     from helios_jax.evaluate.generate import complete
 
     texts = complete(
@@ -238,13 +169,13 @@ def data_command(argv: Sequence[str]) -> None:
         flags.DEFINE_string('corpus', 'python_stdlib', 'As data.corpus.', flag_values=values)
         flags.DEFINE_integer('vocab_size', 32768, 'Tokens.', flag_values=values)
         flags.DEFINE_string('output', 'tokenizer.json', 'File to write.', flag_values=values)
-        parse(values, argv[1:])
+        options.parse(values, argv[1:])
         pipeline.train_tokenizer(values.corpus, values.vocab_size, values.output)
         print(f'{values.output}: {values.vocab_size} tokens')
         return
-    config_flag(values, argv)
+    options.config_flag(values, argv)
     flags.DEFINE_bool('json', False, 'One JSON object a line.', flag_values=values)
-    parse(values, config_file(argv[1:]))
+    options.parse(values, options.config_file(argv[1:]))
     cfg = config.from_dict(values.config)
     prepared = pipeline.prepare(cfg.data, tokenizer.load(cfg.data.tokenizer))
     for row in pipeline.summary(prepared):
@@ -255,7 +186,7 @@ def ckpt_command(argv: Sequence[str]) -> None:
     """ckpt ls DIR: the checkpoints of a run."""
     values = flags.FlagValues()
     flags.DEFINE_bool('json', False, 'One JSON object a line.', flag_values=values)
-    arguments = parse(values, argv, positional=True)
+    arguments = options.parse(values, argv, positional=True)
     require(
         len(arguments) == 2 and arguments[0] == 'ls',
         f'helios ckpt {" ".join(arguments)}: write helios ckpt ls DIR.',
@@ -292,10 +223,10 @@ def bench_command(argv: Sequence[str]) -> None:
 
 def compile_bench(argv: Sequence[str]) -> None:
     values = flags.FlagValues()
-    config_flag(values, argv)
+    options.config_flag(values, argv)
     flags.DEFINE_string('topology', 'v5p:2x2x4', 'What to compile for.', flag_values=values)
     flags.DEFINE_bool('json', False, 'One JSON object.', flag_values=values)
-    parse(values, config_file(argv))
+    options.parse(values, options.config_file(argv))
     os.environ['JAX_PLATFORMS'] = 'cpu'
     from helios_jax.bench import compile as compiling
 
@@ -305,13 +236,13 @@ def compile_bench(argv: Sequence[str]) -> None:
 def train_bench(argv: Sequence[str]) -> None:
     """Training speed on real text: --config [--kinds --packings --peer --json]."""
     values = flags.FlagValues()
-    config_flag(values, argv)
+    options.config_flag(values, argv)
     flags.DEFINE_list('kinds', ['residual', 'convex'], 'GMU kinds.', flag_values=values)
     flags.DEFINE_list('packings', ['concatenate', 'best_fit'], 'Packings.', flag_values=values)
     flags.DEFINE_bool('peer', False, 'Measure PyTorch as well.', flag_values=values)
     flags.DEFINE_bool('json', False, 'JSON lines alone.', flag_values=values)
     flags.DEFINE_bool('here', False, 'One variant, in this process.', flag_values=values)
-    parse(values, config_file(argv))
+    options.parse(values, options.config_file(argv))
     cfg = config.from_dict(values.config)
     from helios_jax.bench import train as training
 

@@ -11,7 +11,7 @@ import helios_jax
 
 # A module imports from its own part and from parts to the left of it.
 ORDER = [
-    {'errors'}, {'config'}, {'kernels'}, {'memory', 'parallel'}, {'model'}, {'data', 'checkpoint'},
+    {'errors'}, {'config'}, {'options', 'kernels'}, {'memory', 'parallel'}, {'model'}, {'data', 'checkpoint'},
     {'api'}, {'evaluate'}, {'train'}, {'plan', 'convert', 'ablate', 'bench'}, {'cli'},
     {'__main__'},
 ]  # fmt: skip

@@ -1,0 +1,188 @@
+"""Settings of the architecture."""
+
+import dataclasses
+import math
+
+from helios_jax.errors import UserError, at_least_zero, one_of, positive, require
+
+LAYER_KINDS = ('dense', 'moe', 'dense_window', 'moe_window')
+
+
+@dataclasses.dataclass(frozen=True)
+class GMU:
+    kind: str = 'convex'  # mix: convex | additive | residual | layerscale | rezero | highway
+    gate: str = 'low_rank'  # what the gate depends on: low_rank | full | per_head | scalar | static
+    rank: int = 0  # r of the low-rank gate; 0 takes max(16, D/64)
+    bias: str = 'depth'  # the gate's initial bias: depth (−ln l), or a number such as -3
+    normalize_output: str = 'auto'  # mix RMSNorm(u) instead of u: auto (convex alone) | on | off
+    layerscale: float = 0.1  # initial λ of kind=layerscale
+
+    def __post_init__(self) -> None:
+        one_of(
+            'model.gmu.kind',
+            self.kind,
+            ('convex', 'additive', 'residual', 'layerscale', 'rezero', 'highway'),
+        )
+        one_of('model.gmu.gate', self.gate, ('low_rank', 'full', 'per_head', 'scalar', 'static'))
+        one_of('model.gmu.normalize_output', self.normalize_output, ('auto', 'on', 'off'))
+        at_least_zero('model.gmu', self, 'rank')
+        if self.bias != 'depth':
+            try:
+                float(self.bias)
+            except ValueError:
+                raise UserError(
+                    f"model.gmu.bias={self.bias!r} must be 'depth' or a number such as -3."
+                ) from None
+
+    @property
+    def normalizes(self) -> bool:
+        """Whether the sublayer's output is normalised before it is mixed."""
+        if self.normalize_output == 'auto':
+            return self.kind == 'convex'
+        return self.normalize_output == 'on'
+
+    @property
+    def has_gate(self) -> bool:
+        return self.kind in ('convex', 'additive', 'highway')
+
+
+@dataclasses.dataclass(frozen=True)
+class Rope:
+    base: float = 10_000.0  # θ_i = base^(−2i/H)
+    scaling: str = 'none'  # YaRN: none | static (fixed s) | dynamic (s grows with the position)
+    factor: float = 1.0  # s of static YaRN, 1 or more
+    trained_length: int = 0  # L_train, tokens; 0 takes data.row_length
+    ramp: str = 'linear_in_dimension'  # linear_in_dimension | linear_in_rotations (YaRN's paper)
+    beta_fast: float = 32.0  # rotations over L_train above which a frequency is kept
+    beta_slow: float = 1.0  # rotations over L_train below which a frequency is divided by s
+
+    def __post_init__(self) -> None:
+        one_of('model.rope.scaling', self.scaling, ('none', 'static', 'dynamic'))
+        one_of('model.rope.ramp', self.ramp, ('linear_in_dimension', 'linear_in_rotations'))
+        positive('model.rope', self, 'base', 'beta_slow')
+        require(self.factor >= 1, f'model.rope.factor={self.factor} must be 1 or more.')
+        require(
+            self.beta_fast > self.beta_slow,
+            f'model.rope.beta_fast={self.beta_fast} must exceed beta_slow={self.beta_slow}.',
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class MoE:
+    num_experts: int = 0  # E, of each MoE layer
+    num_experts_per_token: int = 2  # X
+    mlp_dim: int = 0  # F of one expert; 0 takes model.mlp_dim
+    num_shared_experts: int = 0  # experts that every token visits, beside the routed ones
+    scores: str = 'softmax'  # the router's scores: softmax | sigmoid
+    scale: float = 1.0  # multiplies the renormalised weights of the chosen experts
+    balance: str = 'bias'  # keeps the load even: bias (no auxiliary loss) | aux | both | none
+    bias_rate: float = 1e-3  # γ, the step of the balance bias
+    aux_loss: float = 1e-2  # weight of the load-balance loss
+    router_z_loss: float = 1e-3  # weight of the mean squared log-sum-exp of the router's logits
+    capacity_factor: float = 0.0  # 0: dropless; above: room for this times the even load
+
+    def __post_init__(self) -> None:
+        one_of('model.moe.scores', self.scores, ('softmax', 'sigmoid'))
+        one_of('model.moe.balance', self.balance, ('bias', 'aux', 'both', 'none'))
+        require(
+            self.num_experts == 0 or 1 <= self.num_experts_per_token <= self.num_experts,
+            f'model.moe.num_experts_per_token={self.num_experts_per_token} must lie between 1 and '
+            f'num_experts={self.num_experts}.',
+        )
+        at_least_zero(
+            'model.moe', self, 'num_experts', 'num_shared_experts', 'mlp_dim', 'capacity_factor'
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class Model:
+    vocab_size: int = 0  # V before padding, tokens; 0 takes the tokenizer's
+    num_layers: int = 4  # L
+    embed_dim: int = 256  # D
+    num_heads: int = 4  # N, query heads
+    num_kv_heads: int = 2  # K, key/value heads; must divide N
+    head_dim: int = 64  # H, even
+    mlp_dim: int = 768  # F, hidden size of a dense layer
+    prefix: str = ''  # layers before the period: dense, moe, dense_window, moe_window, by commas
+    period: str = 'dense'  # layers that repeat up to num_layers, comma-separated, as in prefix
+    window: int = 0  # tokens that a *_window layer sees, itself included
+    qk_norm: bool = False  # RMSNorm on queries and keys before rotation
+    attention_softcap: float = 0.0  # c·tanh(logits/c) on attention logits; 0 is off
+    tied_embeddings: bool = False  # one matrix for embedding and unembedding
+    norm_eps: float = 1e-6  # of every RMSNorm
+    compute_dtype: str = 'bfloat16'  # of matmuls and the stream: bfloat16 | float32
+    attention: str = 'auto'  # implementation: auto | reference | splash | cudnn
+    gmu: GMU = GMU()
+    rope: Rope = Rope()
+    moe: MoE = MoE()
+
+    def __post_init__(self) -> None:
+        positive(
+            'model', self, 'num_layers', 'embed_dim', 'num_heads', 'num_kv_heads', 'head_dim',
+            'mlp_dim', 'norm_eps',
+        )  # fmt: skip
+        at_least_zero('model', self, 'vocab_size', 'window', 'attention_softcap')
+        require(
+            self.num_heads % self.num_kv_heads == 0,
+            f'model.num_heads={self.num_heads} must be a multiple of '
+            f'model.num_kv_heads={self.num_kv_heads}.',
+        )
+        require(self.head_dim % 2 == 0, f'model.head_dim={self.head_dim} must be even for RoPE.')
+        one_of('model.compute_dtype', self.compute_dtype, ('bfloat16', 'float32'))
+        one_of('model.attention', self.attention, ('auto', 'reference', 'splash', 'cudnn'))
+        require(
+            self.gmu.gate != 'per_head' or self.embed_dim % self.head_dim == 0,
+            f'model.gmu.gate=per_head needs head_dim={self.head_dim} to divide '
+            f'embed_dim={self.embed_dim}.',
+        )
+        self._check_layers()
+
+    def _check_layers(self) -> None:
+        kinds = self.prefix_kinds + self.period_kinds
+        require(bool(self.period_kinds), 'model.period is empty; name at least one layer.')
+        for kind in kinds:
+            one_of('model.prefix/period: layer', kind, LAYER_KINDS)
+        rest = self.num_layers - len(self.prefix_kinds)
+        require(
+            rest >= 0 and rest % len(self.period_kinds) == 0,
+            f'model.num_layers={self.num_layers} less {len(self.prefix_kinds)} prefix layers must '
+            f'be a multiple of the period, {len(self.period_kinds)} layers.',
+        )
+        require(
+            self.moe.num_experts > 0 or not any(k.startswith('moe') for k in kinds),
+            'model.moe.num_experts=0, but the layer pattern has MoE layers; set it above 0.',
+        )
+        require(
+            self.window > 0 or not any(k.endswith('window') for k in kinds),
+            f'model.window={self.window}, but the layer pattern has window layers; set it above 0.',
+        )
+
+    @property
+    def prefix_kinds(self) -> tuple[str, ...]:
+        return tuple(k.strip() for k in self.prefix.split(',') if k.strip())
+
+    @property
+    def period_kinds(self) -> tuple[str, ...]:
+        return tuple(k.strip() for k in self.period.split(',') if k.strip())
+
+    @property
+    def num_periods(self) -> int:
+        return (self.num_layers - len(self.prefix_kinds)) // len(self.period_kinds)
+
+    @property
+    def layer_kinds(self) -> tuple[str, ...]:
+        """The kind of each of the L layers, bottom first."""
+        return self.prefix_kinds + self.period_kinds * self.num_periods
+
+    @property
+    def padded_vocab_size(self) -> int:
+        """V up to a multiple of 256: a size that tiles and shards."""
+        return math.ceil(self.vocab_size / 256) * 256
+
+    @property
+    def gate_rank(self) -> int:
+        return self.gmu.rank or max(16, self.embed_dim // 64)
+
+    @property
+    def expert_mlp_dim(self) -> int:
+        return self.moe.mlp_dim or self.mlp_dim

@@ -1,0 +1,134 @@
+"""Settings of data, optimizer, training, mesh and memory."""
+
+import dataclasses
+
+from helios_jax.errors import at_least_zero, fraction, one_of, positive, require
+
+ACTIONS = ('', 'remat', 'device', 'offload')
+POLICIES = ('none', 'full', 'dots', 'minimal', 'offload')
+
+
+@dataclasses.dataclass(frozen=True)
+class Data:
+    corpus: str = 'python_stdlib'  # python_stdlib, a glob or tfds:NAME; a mixture: 'a=0.7,b=0.3'
+    tokenizer: str = 'bytes'  # bytes, a tokenizer.json, or a SentencePiece .model
+    row_length: int = 256  # T, tokens
+    packing: str = 'best_fit'  # best_fit (documents apart) | concatenate (one stream, all causal)
+    validation_fraction: float = 0.02  # of documents, chosen by their content
+    cache_dir: str = '~/.cache/helios'  # where packed rows are kept; gs:// works
+    num_workers: int = 0  # processes that tokenize; 0 takes every core
+
+    def __post_init__(self) -> None:
+        require(self.row_length >= 4, f'data.row_length={self.row_length} must be 4 or more.')
+        one_of('data.packing', self.packing, ('best_fit', 'concatenate'))
+        require(bool(self.corpus), "data.corpus is empty; name one, such as 'python_stdlib'.")
+        require(
+            0 < self.validation_fraction < 1,
+            f'data.validation_fraction={self.validation_fraction} must lie between 0 and 1.',
+        )
+        at_least_zero('data', self, 'num_workers')
+
+
+@dataclasses.dataclass(frozen=True)
+class Optimizer:
+    name: str = 'adamw'  # adamw | muon (matrices; the rest takes adamw)
+    learning_rate: float = 1e-3  # the peak
+    schedule: str = 'cosine'  # after warmup: cosine | wsd (stable, then linear decay)
+    warmup_steps: int = 100  # linear, from 0
+    decay_fraction: float = 0.2  # share of the steps that wsd decays over
+    final_fraction: float = 0.1  # learning rate at the end, of the peak
+    beta1: float = 0.9  # first moment's decay; Muon's momentum is 0.95
+    beta2: float = 0.95  # second moment's decay
+    eps: float = 1e-8  # added to the root of the second moment
+    weight_decay: float = 0.1  # decoupled; matrices only, never norms, biases, gates, embeddings
+    clip_norm: float = 1.0  # global gradient norm; 0 is off
+    moments_dtype: str = 'float32'  # of stored moments: float32 | bfloat16
+
+    def __post_init__(self) -> None:
+        one_of('optimizer.name', self.name, ('adamw', 'muon'))
+        one_of('optimizer.schedule', self.schedule, ('cosine', 'wsd'))
+        one_of('optimizer.moments_dtype', self.moments_dtype, ('float32', 'bfloat16'))
+        positive('optimizer', self, 'learning_rate', 'eps')
+        at_least_zero('optimizer', self, 'warmup_steps', 'weight_decay', 'clip_norm')
+        fraction('optimizer', self, 'decay_fraction', 'final_fraction', 'beta1', 'beta2')
+
+
+@dataclasses.dataclass(frozen=True)
+class Train:
+    num_steps: int = 1000  # optimizer steps
+    batch_rows: int = 16  # B, rows of one step, over all devices
+    microbatches: int = 1  # gradient accumulation: parts that a step's rows are cut into
+    seed: int = 0  # of initialisation and of the order of rows
+    z_loss: float = 0.0  # weight of the squared log-sum-exp of the logits
+    init_from: str = ''  # checkpoint directory whose parameters a new run starts from
+    log_every: int = 10  # steps between metric lines
+    eval_every: int = 200  # steps between evaluations; 0: at the end only
+    eval_rows: int = 256  # rows of one evaluation; 0 takes all
+    checkpoint_every: int = 200  # steps between checkpoints; 0: at the end only
+    keep_checkpoints: int = 3  # the latest ones; the best is kept besides
+    profile_steps: int = 0  # steps to profile, from the tenth on
+    tensorboard: bool = True  # write TensorBoard events beside metrics.jsonl
+    compilation_cache: str = '~/.cache/helios/xla'  # directory of compiled programs; '' is off
+
+    def __post_init__(self) -> None:
+        positive('train', self, 'num_steps', 'batch_rows', 'microbatches', 'log_every')
+        positive('train', self, 'keep_checkpoints')
+        require(
+            self.batch_rows % self.microbatches == 0,
+            f'train.batch_rows={self.batch_rows} must be a multiple of '
+            f'train.microbatches={self.microbatches}.',
+        )
+        at_least_zero(
+            'train', self, 'eval_every', 'eval_rows', 'checkpoint_every', 'profile_steps', 'z_loss'
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class Mesh:
+    slice: int = 1  # slices joined by the data-centre network
+    data: int = 1  # copies of the model, each with rows of its own
+    fsdp: int = -1  # rows and parameters split; -1 takes the devices that are left
+    expert: int = 1  # experts split; rows split as well
+    context: int = 1  # one sequence split
+    tensor: int = 1  # heads and hidden units split
+
+    def __post_init__(self) -> None:
+        sizes = dataclasses.asdict(self)
+        for name, size in sizes.items():
+            require(
+                size == -1 or size > 0, f'mesh.{name}={size} must be above 0, or -1 for the rest.'
+            )
+        require(list(sizes.values()).count(-1) <= 1, f'mesh: only one axis may be -1, got {sizes}.')
+
+
+@dataclasses.dataclass(frozen=True)
+class Actions:
+    """What each saved activation becomes: '' (as the policy says) | remat | device | offload."""
+
+    block_input: str = ''  # the stream at a layer's bottom [B T D]
+    attention_input: str = ''  # x̂ of the attention sublayer [B T D]
+    q: str = ''  # unrotated queries [B T N H]
+    k: str = ''  # unrotated keys [B T K H]
+    v: str = ''  # values [B T K H]
+    attention_output: str = ''  # per head, before the output projection [B T N H]
+    attention_update: str = ''  # F(x̂) of the attention sublayer [B T D]
+    attention_gate: str = ''  # its gate before the sigmoid [B T D]
+    mlp_input: str = ''  # x̂ of the feed-forward sublayer [B T D]
+    gate_up: str = ''  # gate and up projections, of dense layers and experts [B T F] each
+    dispatched: str = ''  # tokens sorted to experts [tokens·X D]
+    router_choices: str = ''  # chosen experts and their weights [B T X]
+    mlp_update: str = ''  # F(x̂) of the feed-forward sublayer [B T D]
+    mlp_gate: str = ''  # its gate before the sigmoid [B T D]
+
+    def __post_init__(self) -> None:
+        for name, action in dataclasses.asdict(self).items():
+            one_of(f'memory.actions.{name}', action, ACTIONS)
+
+
+@dataclasses.dataclass(frozen=True)
+class Memory:
+    policy: str = 'full'  # preset: none (save all) | full (layer inputs) | dots | minimal | offload
+    actions: Actions = Actions()
+
+    def __post_init__(self) -> None:
+        one_of('memory.policy', self.policy, POLICIES)
