@@ -118,7 +118,9 @@ def test_chosen_experts_are_saved_unless_told_otherwise(full):
 
 def test_presets_save_less_and_less(full):
     sizes = {
-        name: elements(residuals(config.Memory(name))) for name in config.run.POLICIES if name != 'full'
+        name: elements(residuals(config.Memory(name)))
+        for name in config.run.POLICIES
+        if name != 'full'
     }
     assert elements(full) < sizes['dots'] < sizes['none']
     assert elements(full) < sizes['minimal'] < sizes['none']
