@@ -116,7 +116,7 @@ class Actions:
     mlp_input: str = ''  # x̂ of the feed-forward sublayer [B T D]
     gate_up: str = ''  # gate and up projections, of dense layers and experts [B T F] each
     dispatched: str = ''  # tokens sorted to experts [tokens·X D]
-    router_choices: str = ''  # chosen experts and their weights [B T X]
+    router_choices: str = ''  # chosen experts [B T X]
     mlp_update: str = ''  # F(x̂) of the feed-forward sublayer [B T D]
     mlp_gate: str = ''  # its gate before the sigmoid [B T D]
 

@@ -47,13 +47,18 @@ def actions(memory: config.Memory) -> dict[str, str]:
     """Tensor name → action, the user's choices over the preset's.
 
     Raises:
-      UserError: actions beside a policy that works on primitives.
+      UserError: actions beside a policy that works on primitives, or a layer's input as `remat`.
     """
     chosen = {n: a for n, a in dataclasses.asdict(memory.actions).items() if a}
     config.require(
         not chosen or memory.policy in PRESETS,
         f'memory.policy={memory.policy!r} has no named tensors, but memory.actions sets '
         f'{", ".join(chosen)}; choose one of {", ".join(PRESETS)}.',
+    )
+    config.require(
+        chosen.get('block_input') != 'remat',
+        "memory.actions.block_input='remat', but a layer is recomputed from its input; choose "
+        'device or offload.',
     )
     table = dict.fromkeys(NAMES, 'remat') | PRESETS.get(memory.policy, {}) | chosen
     # Routing again could break a tie otherwise than the forward pass did.

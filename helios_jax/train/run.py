@@ -17,7 +17,8 @@ from helios_jax.train import state as states
 
 log = logging.getLogger(__name__)
 
-# Settings that may change when a run is resumed: none of them changes what a step computes.
+# Settings that may change when a run is resumed: none changes what a step computes, but for
+# num_steps, where the learning rate's schedule ends.
 FREE_TO_CHANGE = (
     'train.num_steps', 'train.log_every', 'train.eval_every', 'train.eval_rows',
     'train.checkpoint_every', 'train.keep_checkpoints', 'train.profile_steps', 'train.tensorboard',
@@ -70,10 +71,9 @@ def restore_or_initialize(run: Run) -> tuple[states.TrainState, int]:
     directory, abstract = run.checkpoints.directory, run.setup.state
     step = run.checkpoints.latest()
     if step is None:
-        state = states.initialize(run.setup)
-        if run.config.train.init_from:
-            state = start_from(run, state, run.config.train.init_from)
-        return state, 0
+        source = run.config.train.init_from
+        borrowed = borrow(run, source) if source else {}
+        return states.initialize(run.setup).replace(**borrowed), 0
     metadata = checkpoint.read_metadata(directory, step)
     check_resumable(run, metadata)
     collections = {'params': abstract.params, 'optimizer': abstract.optimizer}
@@ -88,8 +88,8 @@ def restore_or_initialize(run: Run) -> tuple[states.TrainState, int]:
     return state, metadata['samples']
 
 
-def start_from(run: Run, state: states.TrainState, init_from: str) -> states.TrainState:
-    """Fresh optimizer, parameters of another run's checkpoint (train.init_from)."""
+def borrow(run: Run, init_from: str) -> dict[str, PyTree]:
+    """Parameters and balance biases of another run's latest checkpoint."""
     directory = api.checkpoint_directory(init_from)
     step = checkpoint.resolve(directory, 'latest')
     saved = api.load_tokenizer(directory, checkpoint.read_metadata(directory, step))
@@ -100,7 +100,7 @@ def start_from(run: Run, state: states.TrainState, init_from: str) -> states.Tra
         'tokens); use the one in its checkpoints/tokenizer.',
     )
     variables = api.restore_variables(run.setup.model, directory, step, run.setup.mesh)
-    return state.replace(params=variables['params'], router=variables.get('router', {}))
+    return {'params': variables['params'], 'router': variables.get('router', {})}
 
 
 def check_resumable(run: Run, metadata: dict[str, Any]) -> None:

@@ -145,6 +145,12 @@ def test_unknown_actions_and_presets_are_refused():
         config.Memory('ful')
 
 
+def test_a_layers_input_cannot_be_recomputed():
+    memory = config.Memory('minimal', config.Actions(block_input='remat'))
+    with pytest.raises(config.UserError, match=r"block_input='remat'.*device or offload"):
+        policy.checkpoint_policy(memory)
+
+
 def test_the_users_action_overrides_the_presets():
     memory = config.Memory('minimal', config.Actions(q='remat', mlp_gate='offload'))
     table = policy.actions(memory)
