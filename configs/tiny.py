@@ -1,6 +1,9 @@
 """The default run: a byte-level model on the Python standard library, in minutes on two cores.
 
 helios train --config=tiny --workdir=runs/tiny
+
+About 4 minutes on two cores, 904k parameters: 1.83 held-out bits per byte, where gzip -9 needs 1.87
+and byte frequencies 4.50 (Python 3.11's library; 3.12's is a little harder: gzip 2.03).
 """
 
 import ml_collections
