@@ -188,7 +188,7 @@ def write_report(run: Run, state: states.TrainState, held_out: dict[str, float])
         'held-out bytes': validation.num_bytes,
     }
     yardsticks = baselines.bits_per_byte(validation, run.tokenizer)
-    figures = dict(held_out) | {f'{n} (bits per byte)': v for n, v in yardsticks.items()}
+    figures = {**held_out, **yardsticks}
     path = report.write(
         run.workdir,
         config_dict=dataclasses.asdict(run.config),
