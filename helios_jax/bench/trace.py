@@ -20,15 +20,16 @@ def kernel_seconds(directory: Path) -> dict[str, float]:
     """Device seconds of each kernel in the newest profile below `directory`, by kernel name."""
     profiles = sorted(directory.rglob('*.xplane.pb'))
     assert profiles, f'no profile below {directory}'
-    totals: collections.Counter[str] = collections.Counter()
+    totals: dict[str, float] = collections.defaultdict(float)
     for plane in jax.profiler.ProfileData.from_file(str(profiles[-1])).planes:
         if '/device:' not in plane.name:
             continue
         for line in plane.lines:
             if line.name.startswith('Stream'):
                 for event in line.events:
-                    totals[event.name] += event.duration_ns  # type: ignore[assignment]
-    return {name: nanoseconds / 1e9 for name, nanoseconds in totals.most_common()}
+                    totals[event.name] += event.duration_ns
+    longest_first = sorted(totals.items(), key=lambda item: -item[1])
+    return {name: nanoseconds / 1e9 for name, nanoseconds in longest_first}
 
 
 def by_kind(kernels: dict[str, float]) -> dict[str, float]:

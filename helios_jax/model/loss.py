@@ -118,12 +118,12 @@ def cross_entropy(
     return Losses(total, _join(nll))
 
 
-def _forward(hidden, head, targets, weights, vocab_size, z_loss):  # type: ignore[no-untyped-def]
+def _forward(hidden, head, targets, weights, vocab_size, z_loss):
     chunks = _num_chunks(hidden, head)
     dtype, exact = hidden.dtype, precision(hidden.dtype)
     wide = float32_or_wider(jnp.zeros((), dtype)).dtype
 
-    def step(carry, chunk):  # type: ignore[no-untyped-def]
+    def step(carry, chunk):
         total, d_head = carry
         h, t, w = chunk
         h = constrain(h, 'loss_batch', 'whole', 'stream')
@@ -144,7 +144,7 @@ def _forward(hidden, head, targets, weights, vocab_size, z_loss):  # type: ignor
     return Losses(total, _join(nll)), (_join(d_hidden), d_head.astype(head.dtype))
 
 
-def _backward(vocab_size, z_loss, residuals, cotangents):  # type: ignore[no-untyped-def]
+def _backward(vocab_size, z_loss, residuals, cotangents):
     d_hidden, d_head = residuals
     scale = cotangents.total
     return (

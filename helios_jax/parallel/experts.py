@@ -72,11 +72,11 @@ def dispatch(
     return _rows(x, source // num_chosen)
 
 
-def _dispatch_forward(x, source, slot, num_chosen):  # type: ignore[no-untyped-def]
+def _dispatch_forward(x, source, slot, num_chosen):
     return dispatch(x, source, slot, num_chosen), (slot,)
 
 
-def _dispatch_backward(num_chosen, residuals, d_buffer):  # type: ignore[no-untyped-def]
+def _dispatch_backward(num_chosen, residuals, d_buffer):
     (slot,) = residuals
     d_pairs = _rows(d_buffer, slot).reshape(-1, num_chosen, d_buffer.shape[-1])
     wide = jnp.promote_types(d_buffer.dtype, jnp.float32)
@@ -94,11 +94,11 @@ def collect(
     return _rows(buffer, slot)
 
 
-def _collect_forward(buffer, source, slot):  # type: ignore[no-untyped-def]
+def _collect_forward(buffer, source, slot):
     return collect(buffer, source, slot), (source,)
 
 
-def _collect_backward(residuals, d_pairs):  # type: ignore[no-untyped-def]
+def _collect_backward(residuals, d_pairs):
     (source,) = residuals
     return _rows(d_pairs, source), None, None
 
@@ -166,7 +166,7 @@ def apply_experts(
     if mesh.empty or not sharded:
         return _local(x, choices, weights, w_gate, w_up, w_down, 0, num_experts, capacity_factor)
 
-    def on_device(x, choices, weights, w_gate, w_up, w_down):  # type: ignore[no-untyped-def]
+    def on_device(x, choices, weights, w_gate, w_up, w_down):
         gather = lambda a: jax.lax.all_gather(a, 'expert', axis=0, tiled=True)  # noqa: E731
         first = jax.lax.axis_index('expert') * w_gate.shape[0]
         y, dropped = _local(

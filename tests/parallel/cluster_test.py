@@ -1,6 +1,7 @@
 import os
 import signal
 
+import jax
 import pytest
 
 from helios_jax import config
@@ -42,3 +43,4 @@ def test_one_process_needs_no_cluster(monkeypatch):
     monkeypatch.delenv('JAX_COORDINATOR_ADDRESS', raising=False)
     monkeypatch.setenv('JAX_PLATFORMS', 'cpu')
     cluster.start()
+    assert jax.process_count() == 1
