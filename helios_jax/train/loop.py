@@ -90,10 +90,10 @@ def run_steps(
             if step == first + 1:
                 with progress.timer.measure('compile'):
                     train_step = train_step.lower(state, batch).compile()
-            with profiled(run, step - first):
+            with profiled(run, step - first) as ends:
                 state, reported = train_step(state, batch)
-                if cfg.profile_steps:
-                    jax.block_until_ready(state)  # or the profile would miss the last step
+                if ends:
+                    jax.block_until_ready(state)  # or the profile would miss this step
             # What is due at this step is done before stopping: the resumed run starts behind it.
             stopping = stop.agreed()
             due = lambda every: step == cfg.num_steps or (every and step % every == 0)  # noqa: E731, B023
@@ -136,25 +136,31 @@ class Progress:
 
 
 def check_finite(run: Run, step: int, reported: dict[str, Any]) -> None:
-    loss = float(reported['loss'])
-    if math.isfinite(loss):
+    # The loss is of the parameters before this step, the gradient's norm tells of those after it.
+    figures = {name: float(reported[name]) for name in ('loss', 'gradient_norm')}
+    broken = next((name for name, value in figures.items() if not math.isfinite(value)), '')
+    if not broken:
         return
     run.checkpoints.wait()
     raise config.UserError(
-        f'the loss is {loss} at step {step}; nothing was saved since step '
+        f'the {broken} is {figures[broken]} at step {step}; nothing was saved since step '
         f'{max(run.checkpoints.steps(), default=0)}. Lower optimizer.learning_rate (now '
         f'{run.config.optimizer.learning_rate}) or raise optimizer.warmup_steps, and start again.'
     )
 
 
 @contextlib.contextmanager
-def profiled(run: Run, nth: int) -> Iterator[None]:
-    """Profiles `train.profile_steps` steps from the run's tenth on, into workdir/profile."""
+def profiled(run: Run, nth: int) -> Iterator[bool]:
+    """Profiles `train.profile_steps` steps from the run's tenth on, into workdir/profile.
+
+    Yields whether the profile ends with this step, the run's nth.
+    """
     count = run.config.train.profile_steps
+    ends = count > 0 and nth == 9 + count
     if count and nth == 10:
         jax.profiler.start_trace(str(run.workdir / 'profile'))
-    yield
-    if count and nth == 9 + count:
+    yield ends
+    if ends:
         jax.profiler.stop_trace()
 
 

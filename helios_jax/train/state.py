@@ -92,7 +92,3 @@ def initialize(setup: Setup) -> TrainState:
 
     shardings = jax.tree.map(lambda leaf: leaf.sharding, setup.state)
     return jax.jit(init, out_shardings=shardings)()
-
-
-def num_parameters(setup: Setup) -> int:
-    return sum(leaf.size for leaf in jax.tree.leaves(setup.state.params))

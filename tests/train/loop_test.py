@@ -174,8 +174,10 @@ def test_resuming_with_changed_data_is_refused_and_writes_nothing(finished):
     assert files(workdir) == before
 
 
-def test_a_loss_that_is_not_finite_stops_the_run_and_spares_the_checkpoint(
-    small, tmp_path, monkeypatch
+# A gradient that breaks at the step to be saved leaves that step's loss as it was.
+@pytest.mark.parametrize(('figure', 'first_bad'), [('loss', 8), ('gradient_norm', 10)])
+def test_a_figure_that_is_not_finite_stops_the_run_and_spares_the_checkpoint(
+    small, tmp_path, monkeypatch, figure, first_bad
 ):
     make = loop.make_train_step
 
@@ -184,15 +186,15 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_spares_the_checkpoint(
 
         def train_step(state, batch):
             state, metrics = step(state, batch)
-            bad = jax.numpy.where(state.step >= 8, jax.numpy.nan, 1.0)
+            bad = jax.numpy.where(state.step >= first_bad, jax.numpy.nan, 1.0)
             params = jax.tree.map(lambda x: x * bad, state.params)
-            return state.replace(params=params), metrics | {'loss': metrics['loss'] * bad}
+            return state.replace(params=params), metrics | {figure: metrics[figure] * bad}
 
         return train_step
 
     monkeypatch.setattr(loop, 'make_train_step', breaking)
     cfg = having(small, train__log_every=100)  # the checkpoint at 10 is first to look
-    with pytest.raises(config.UserError, match=r'loss is nan at step 10.*since step 7'):
+    with pytest.raises(config.UserError, match=f'{figure} is nan at step 10.*since step 7'):
         loop.train(cfg, tmp_path)
     steps = checkpoint.list_steps(tmp_path / 'checkpoints')
     assert [row['step'] for row in steps] == [5, 7]

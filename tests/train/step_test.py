@@ -294,7 +294,6 @@ def test_fresh_state_is_the_same_on_every_mesh_and_born_where_it_lives():
             made.append(states.initialize(setup))
         assert_placed(setup, made[-1])
     jax.tree.map(np.testing.assert_array_equal, *jax.device_get(made))
-    assert states.num_parameters(setup) == sum(x.size for x in jax.tree.leaves(made[0].params))
 
 
 def test_master_weights_and_moments_stay_float32_in_bfloat16_compute():
