@@ -3,7 +3,6 @@
 import functools
 import inspect
 import logging
-import math
 import types
 
 import jax
@@ -12,6 +11,7 @@ import numpy as np
 import pytest
 from jax._src.cudnn import fused_attention_stablehlo as private
 
+from helios_jax.bench.attention_oracle import oracle
 from helios_jax.kernels import attention as door
 from helios_jax.kernels.attention import attention, gpu, reference, tpu
 from helios_jax.kernels.attention.rotation import rotate
@@ -46,45 +46,6 @@ def packed(T, lengths=((97, 41, 23), (2, 131))):
 
 def plain(T):
     return np.tile(np.arange(T, dtype=np.int32), (B, 1))
-
-
-def oracle(q, k, v, cotangent, *, positions, frequencies, segment_ids=None, key_positions=None,
-           key_segment_ids=None, query_scale=1.0, scale=None, window=0, softcap=0.0):  # fmt: skip
-    """Output and (dq, dk, dv), in float64 NumPy, with the gradient written out by hand."""
-    B, T, N, H = q.shape
-    G = N // k.shape[2]
-    key_positions = positions if key_positions is None else key_positions
-    segment_ids = np.ones((B, T), int) if segment_ids is None else segment_ids
-    if key_segment_ids is None:
-        key_segment_ids = segment_ids if k.shape[1] == T else np.ones(k.shape[:2], int)
-
-    def turn(x, positions, sign=1.0):
-        angle = sign * positions[:, :, None, None].astype(np.float64) * frequencies
-        turned = (x[..., : H // 2] + 1j * x[..., H // 2 :]) * np.exp(1j * angle)
-        return np.concatenate([turned.real, turned.imag], axis=-1)
-
-    scale = query_scale * (1 / math.sqrt(H) if scale is None else scale)
-    queries, keys = turn(q, positions) * scale, turn(k, key_positions)
-    keys, values = np.repeat(keys, G, axis=2), np.repeat(v, G, axis=2)
-    logits = np.einsum('btnh,bsnh->bnts', queries, keys)
-    slope = np.ones_like(logits)
-    if softcap:
-        logits = softcap * np.tanh(logits / softcap)
-        slope = 1 - (logits / softcap) ** 2
-    distance = positions[:, :, None] - key_positions[:, None, :]
-    mask = (segment_ids[:, :, None] == key_segment_ids[:, None]) & (segment_ids != 0)[:, :, None]
-    mask &= (distance >= 0) & ((distance < window) if window else True)
-    weights = np.where(mask[:, None], np.exp(logits - logits.max(-1, keepdims=True)), 0)
-    weights /= np.maximum(weights.sum(-1, keepdims=True), 1e-300)
-    out = np.einsum('bnts,bsnh->btnh', weights, values)
-
-    dweights = np.einsum('btnh,bsnh->bnts', cotangent, values)
-    dlogits = weights * (dweights - (dweights * weights).sum(-1, keepdims=True)) * slope
-    dq = turn(np.einsum('bnts,bsnh->btnh', dlogits, keys) * scale, positions, -1)
-    dk = turn(np.einsum('bnts,btnh->bsnh', dlogits, queries), key_positions, -1)
-    dv = np.einsum('bnts,btnh->bsnh', weights, cotangent)
-    sum_heads = lambda x: x.reshape(*x.shape[:2], -1, G, H).sum(3)  # noqa: E731
-    return out, (dq, sum_heads(dk), sum_heads(dv))
 
 
 def bucket(T):
@@ -229,9 +190,9 @@ def test_matches_the_float64_oracle(name, case, G, monkeypatch):
         with pytest.raises(NotImplementedError):
             evaluate(run, dtype, arrays, arguments)
         return
-    expected = oracle(*arrays, frequencies=frequencies(), **arguments)
+    expected = oracle(*arrays, frequencies=frequencies(), **arguments)[:4]
     actual = evaluate(run, dtype, arrays, arguments)
-    for got, want in zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True):
+    for got, want in zip(jax.tree.leaves(actual), expected, strict=True):
         # Of the largest value, as the narrow dtypes round.
         np.testing.assert_allclose(got, want, rtol=0, atol=tolerance * np.abs(want).max())
     padding = arguments.get('segment_ids', np.ones(1)) == 0
@@ -246,12 +207,11 @@ def test_matches_the_float64_oracle(name, case, G, monkeypatch):
 def test_reference_in_float64_is_exact():
     arguments = CASES['everything'](293)
     arrays = [x.astype(np.float64) for x in inputs(293, 293, 3)]
-    expected = oracle(*arrays, frequencies=frequencies(), **arguments)
+    expected = oracle(*arrays, frequencies=frequencies(), **arguments)[:4]
     with jax.enable_x64(True):
         actual = evaluate(reference.attention, 'float64', arrays, arguments)
-    jax.tree.map(
-        functools.partial(np.testing.assert_allclose, rtol=1e-9, atol=1e-11), actual, expected
-    )
+    for got, want in zip(jax.tree.leaves(actual), expected, strict=True):
+        np.testing.assert_allclose(got, want, rtol=1e-9, atol=1e-11)
 
 
 @pytest.mark.parametrize('name', ['reference', 'splash_interpreted'])
@@ -327,7 +287,7 @@ def log(caplog):
 def test_auto_takes_the_reference_on_cpu_quietly(log):
     arrays, arguments = door_arguments()
     out = attention(*arrays, **arguments, platform='cpu')
-    expected = oracle(*inputs(19, 19, 3), **jax.tree.map(np.asarray, arguments))[0]
+    expected = oracle(*inputs(19, 19, 3), **jax.tree.map(np.asarray, arguments)).out
     np.testing.assert_allclose(out, expected, atol=3e-5)
     assert [r.levelno for r in log.records] == [logging.INFO]
 

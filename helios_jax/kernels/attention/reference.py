@@ -7,6 +7,7 @@ above the diagonal: this is the implementation to trust, not the one to train la
 
 import functools
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -22,6 +23,52 @@ def attention(
     q: Float[Array, 'B T N H'],
     k: Float[Array, 'B S K H'],
     v: Float[Array, 'B S K H'],
+    **arguments: Any,
+) -> Float[Array, 'B T N H']:
+    """As `kernels.attention.attention`; computes in float64 where q is float64."""
+    return forward(q, k, v, **arguments)[0]
+
+
+def forward(
+    q: Float[Array, 'B T N H'],
+    k: Float[Array, 'B S K H'],
+    v: Float[Array, 'B S K H'],
+    **arguments: Any,
+) -> tuple[Float[Array, 'B T N H'], Float[Array, 'B N T']]:
+    """Attention, and the float32 log-sum-exp of each query's logits: −∞ where it sees nothing.
+
+    The first result is differentiable, the second a constant.
+    """
+    out, lse = over_blocks(q, k, v, None, **arguments)
+    return out.astype(q.dtype), lse
+
+
+def backward(
+    q: Float[Array, 'B T N H'],
+    k: Float[Array, 'B S K H'],
+    v: Float[Array, 'B S K H'],
+    out: Float[Array, 'B T N H'],
+    lse: Float[Array, 'B N T'],
+    cotangent: Float[Array, 'B T N H'],
+    **arguments: Any,
+) -> tuple[Float[Array, 'B T N H'], Float[Array, 'B S K H'], Float[Array, 'B S K H']]:
+    """Gradients of q, k and v.
+
+    Args:
+      out, lse: what `forward` gave, of these keys or of more that the queries see as well.
+    """
+    cotangent = cotangent.astype(lse.dtype)
+    delta = jnp.sum(out * cotangent, axis=-1).swapaxes(1, 2)
+    # With weights w = exp(l − lse), Σ w v · cotangent − Σ w · delta has the softmax's gradient.
+    _, gradients = jax.vjp(lambda *x: over_blocks(*x, lse, **arguments), q, k, v)
+    return gradients((cotangent, -delta))
+
+
+def over_blocks(
+    q: Float[Array, 'B T N H'],
+    k: Float[Array, 'B S K H'],
+    v: Float[Array, 'B S K H'],
+    lse: Float[Array, 'B N T'] | None,
     *,
     positions: Num[Array, 'B T'],
     segment_ids: Int[Array, 'B T'] | None,
@@ -32,10 +79,11 @@ def attention(
     scale: float,
     window: int,
     softcap: float,
-) -> Float[Array, 'B T N H']:
-    """As `kernels.attention.attention`; computes in float64 where q is float64."""
+) -> tuple[Float[Array, 'B T N H'], Float[Array, 'B N T']]:
+    """`softmax_block`, or `weigh_block` by a given lse, for one block of queries at a time."""
     B, T, N, H = q.shape
-    K = k.shape[2]
+    S, K = k.shape[1:3]
+    grouped = (B, K, N // K, -1)
     key_positions = positions if key_positions is None else key_positions
     # Only a caller that gives the keys ids of their own masks queries out by the block.
     skip_dead_blocks = key_segment_ids is not None
@@ -44,29 +92,34 @@ def attention(
         key_segment_ids = segment_ids if key_segment_ids is None else key_segment_ids
 
     queries = rotate(q, positions, frequencies, query_scale * scale)
-    queries = queries.reshape(B, T, K, N // K, H).transpose(0, 2, 3, 1, 4)
+    queries = queries.swapaxes(1, 2).reshape(*grouped, H)
     keys = rotate(k, key_positions, frequencies).transpose(0, 2, 1, 3)
     values = v.astype(keys.dtype).transpose(0, 2, 1, 3)
+    tops = None if lse is None else lse.reshape(grouped)
 
-    def attend(queries: Array, at: Array, segments: Array | None) -> Array:
-        mask = visible(at, key_positions, segments, key_segment_ids, window)
-        return attend_block(queries, keys, values, mask, softcap)
+    def attend(num_keys: int, queries: Array, tops: Any, at: Array, ids: Any) -> Any:
+        mask = visible(at, key_positions, ids, key_segment_ids, window)[:, :, :num_keys]
+        logits = score_block(queries, keys[:, :, :num_keys], mask, softcap)
+        if tops is None:
+            return softmax_block(logits, values[:, :, :num_keys])
+        return weigh_block(logits, values[:, :, :num_keys], tops)
 
-    def attend_if_live(queries: Array, at: Array, segments: Array | None) -> Array:
+    def attend_if_live(queries: Array, tops: Any, at: Array, ids: Any) -> Any:
+        some, none = (functools.partial(attend, num_keys) for num_keys in (S, 0))
         if not skip_dead_blocks:
-            return attend(queries, at, segments)
-        live = jnp.any(segments != 0)
-        return jax.lax.cond(live, attend, lambda q, *_: jnp.zeros_like(q), queries, at, segments)
+            return some(queries, tops, at, ids)
+        return jax.lax.cond(jnp.any(ids != 0), some, none, queries, tops, at, ids)
 
     if T <= QUERY_BLOCK:
-        out = attend_if_live(queries, positions, segment_ids)
+        out, sums = attend_if_live(queries, tops, positions, segment_ids)
     else:
-        ids = None if segment_ids is None else blocks_of(segment_ids, axis=1)
-        blocks = blocks_of(queries, axis=3), blocks_of(positions, axis=1), ids
+        parts = ((queries, 3), (tops, 3), (positions, 1), (segment_ids, 1))
+        blocks = [None if x is None else blocks_of(x, axis) for x, axis in parts]
         body = jax.checkpoint(attend_if_live, prevent_cse=False)
-        out = jax.lax.map(lambda block: body(*block), blocks)
-        out = jnp.moveaxis(out, 0, 3).reshape(B, K, N // K, -1, H)[:, :, :, :T]
-    return out.transpose(0, 3, 1, 2, 4).reshape(B, T, N, H).astype(q.dtype)
+        results = jax.lax.map(lambda block: body(*block), blocks)
+        join = lambda x: jnp.moveaxis(x, 0, 3).reshape(*grouped, *x.shape[5:])[:, :, :, :T]  # noqa: E731
+        out, sums = map(join, results)
+    return out.reshape(B, N, T, H).swapaxes(1, 2), sums.reshape(B, N, T)
 
 
 def blocks_of(x: Shaped[Array, '...'], axis: int) -> Shaped[Array, '...']:
@@ -104,17 +157,45 @@ def attend_block(
     softcap: float,
 ) -> Float[Array, 'B K G T H']:
     """Attention of scaled, rotated queries; one that sees nothing gets zeros, no gradient."""
+    return softmax_block(score_block(queries, keys, mask, softcap), values)[0]
+
+
+def score_block(
+    queries: Float[Array, 'B K G T H'],
+    keys: Float[Array, 'B K S H'],
+    mask: Bool[Array, 'B T S'],
+    softcap: float,
+) -> Float[Array, 'B K G T S']:
+    """Logits of scaled, rotated queries; −∞ where the mask is False."""
     B, K, G, T, H = queries.shape
-    einsum = functools.partial(jnp.einsum, precision=jax.lax.Precision.HIGHEST)
     # The G queries of a key head share its matmul: one of G·T rows, not G of T.
-    logits = einsum('bkth,bksh->bkts', queries.reshape(B, K, G * T, H), keys)
-    logits = logits.reshape(B, K, G, T, -1)
+    queries = queries.reshape(B, K, G * T, H)
+    logits = jnp.einsum('bkth,bksh->bkts', queries, keys, precision=jax.lax.Precision.HIGHEST)
+    logits = logits.reshape(B, K, G, T, keys.shape[2])
     if softcap:
         logits = softcap * jnp.tanh(logits / softcap)
-    logits = jnp.where(mask[:, None, None], logits, -jnp.inf)
-    top = jax.lax.stop_gradient(jnp.max(logits, axis=-1, keepdims=True))
-    # A row without a visible key has top = −inf, and −inf − −inf is NaN.
-    weights = jnp.exp(logits - jnp.where(jnp.isfinite(top), top, 0))
-    total = jnp.sum(weights, axis=-1, keepdims=True)
-    out = einsum('bkts,bksh->bkth', weights.reshape(B, K, G * T, -1), values)
-    return out.reshape(B, K, G, T, H) / jnp.where(total == 0, 1, total)
+    return jnp.where(mask[:, None, None], logits, -jnp.inf)
+
+
+def softmax_block(
+    logits: Float[Array, 'B K G T S'], values: Float[Array, 'B K S H']
+) -> tuple[Float[Array, 'B K G T H'], Float[Array, 'B K G T']]:
+    """softmax(logits) values and the (constant) log-sum-exp; zeros and −∞ where all are masked."""
+    top = jax.lax.stop_gradient(jnp.max(logits, axis=-1, initial=-jnp.inf))
+    out, total = weigh_block(logits, values, top)
+    total = jnp.where(total == 0, 1, total)
+    return out / total[..., None], top + jnp.log(jax.lax.stop_gradient(total))
+
+
+def weigh_block(
+    logits: Float[Array, 'B K G T S'],
+    values: Float[Array, 'B K S H'],
+    tops: Float[Array, 'B K G T'],
+) -> tuple[Float[Array, 'B K G T H'], Float[Array, 'B K G T']]:
+    """Σ exp(logits − tops) values and Σ exp(logits − tops)."""
+    B, K, G, T, S = logits.shape
+    # A row without a visible key has top = −∞, and −∞ − −∞ is NaN.
+    weights = jnp.exp(logits - jnp.where(jnp.isfinite(tops), tops, 0)[..., None])
+    rows = weights.reshape(B, K, G * T, S)
+    out = jnp.einsum('bkts,bksh->bkth', rows, values, precision=jax.lax.Precision.HIGHEST)
+    return out.reshape(B, K, G, T, values.shape[3]), jnp.sum(weights, axis=-1)

@@ -1,0 +1,191 @@
+"""Compiles a function for a TPU, and adds up what the program does around its Pallas kernels.
+
+XLA's own operations are read as the kernels are, from their schedules (tpu_schedule.py): the cycles
+of one turn of an operation's loop times the turns that its `iteration_bounds` announce, or what its
+bytes in HBM take if that is longer. The `estimated_cycles` that XLA writes beside them steer its
+choices and are no times: twice the schedule for a plain matmul on v6e, ten times for elementwise
+work. Copies between HBM and VMEM that run beside other work count as bytes, not as time.
+"""
+
+import math
+import os
+import re
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+from jax.experimental.layout import Format, Layout
+
+from helios_jax.bench import tpu_schedule
+from helios_jax.parallel import mesh as meshes
+
+INSTRUCTION = re.compile(r'  (?:ROOT )?%([\w.\-]+) = (.*?) ([a-z][\w\-]*)\((.*)', re.DOTALL)
+COMPUTATION = re.compile(r'^(ENTRY )?%([\w.\-]+) \(.*\{$')
+SHAPE = re.compile(r'(\w+?)(\d+)?\[([\d,]*)\](?:\{([\d,]*)(:[^}]*)?\})?')
+FREE = ('parameter', 'constant', 'bitcast', 'tuple', 'get-tuple-element', 'while')
+
+
+class Operation(NamedTuple):
+    name: str
+    opcode: str
+    kernel: bool  # Pallas made it
+    times: float  # it runs in one run of the program
+    seconds: float  # of one run; of a kernel 0, for it is not known here
+    hbm_bytes: float  # operands and results that are not in VMEM
+    vmem_bytes: int  # that it allocates while it runs
+
+
+class Program(NamedTuple):
+    operations: list[Operation]
+    schedules: dict[str, tpu_schedule.Schedule]
+    temp_bytes: int
+
+    @property
+    def kernels(self) -> list[Operation]:
+        return [operation for operation in self.operations if operation.kernel]
+
+    @property
+    def seconds(self) -> float:
+        """Of everything but the Pallas kernels."""
+        return sum(o.times * o.seconds for o in self.operations if not o.kernel)
+
+    @property
+    def hbm_bytes(self) -> float:
+        """Of everything but the Pallas kernels."""
+        return sum(o.times * o.hbm_bytes for o in self.operations if not o.kernel)
+
+
+def compile_here(
+    function: Callable[..., Any], arguments: tuple, chip: tpu_schedule.Chip
+) -> Program:
+    """Compiles for one device; layouts of arguments and results are the compiler's choice.
+
+    To be called once in a process, before anything else loads libtpu: it reads its flags then.
+
+    Args:
+      arguments: arrays or their shapes and dtypes.
+    Raises:
+      UserError: libtpu is missing.
+    """
+    with tempfile.TemporaryDirectory(prefix='helios_schedules_') as directory:
+        others = os.environ.get('LIBTPU_INIT_ARGS', '')
+        os.environ['LIBTPU_INIT_ARGS'] = f'{others} {tpu_schedule.flags(Path(directory))}'
+        device = meshes.topology_devices(chip.topology)[0]
+        anyhow: Any = Format(Layout.AUTO, jax.sharding.SingleDeviceSharding(device))
+        shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), arguments)
+        jitted = jax.jit(function, in_shardings=anyhow, out_shardings=anyhow)
+        compiled = jitted.lower(*shapes).compile()
+        schedules = tpu_schedule.read(Path(directory), chip)
+    memory: Any = compiled.memory_analysis()
+    operations = read(compiled.as_text(), schedules, chip)
+    return Program(operations, schedules, memory.temp_size_in_bytes)
+
+
+def read(
+    hlo: str, schedules: dict[str, tpu_schedule.Schedule], chip: tpu_schedule.Chip
+) -> list[Operation]:
+    """The operations that an optimised module runs, those of its loops included."""
+    entry, computations = split(hlo)
+    # Of operations that are alike, libtpu schedules one.
+    twins = {
+        likeness(text): schedules[match[1]]
+        for texts in computations.values()
+        for text in texts
+        if (match := INSTRUCTION.match(text)) and match[1] in schedules
+    }
+
+    def visit(computation: str, times: float) -> list[Operation]:
+        found = []
+        matches = [m for text in computations[computation] if (m := INSTRUCTION.match(text))]
+        shapes = {match[1]: match[2] for match in matches}
+        for match in matches:
+            name, shape, opcode, rest = match.groups()
+            if opcode == 'while':
+                body, turns = loop(rest, computations)
+                found += visit(body, times * turns)
+            if opcode in FREE or opcode.endswith('-done'):
+                continue
+            operands = re.findall(r'%([\w.\-]+)', rest[: rest.index(')')])
+            moved = hbm_bytes(shape) + sum(hbm_bytes(shapes.get(o, '')) for o in operands)
+            kernel = 'custom_call_target="tpu_custom_call"' in rest
+            seconds = 0.0
+            if not kernel and not opcode.endswith('-start'):
+                schedule = schedules.get(name) or twins.get(likeness(match[0]))
+                cores = chip.num_cores if 'megacore_split_dim' in rest else 1
+                cycles = turned(schedule, rest) / cores if schedule else 0.0
+                seconds = max(cycles / chip.clock, moved / chip.hbm_bytes_per_second)
+            scoped = re.search(r'"used_scoped_memory_configs":\[([^\]]*)\]', rest)
+            sizes = re.findall(r'"size":"(\d+)"', scoped[1]) if scoped else []
+            vmem = sum(map(int, sizes))
+            found.append(Operation(name, opcode, kernel, times, seconds, moved, vmem))
+        return found
+
+    return visit(entry, 1.0)
+
+
+def split(hlo: str) -> tuple[str, dict[str, list[str]]]:
+    """The name of the entry computation, and each computation's instructions."""
+    entry, current = '', ''
+    computations: dict[str, list[str]] = {}
+    for line in hlo.splitlines():
+        if match := COMPUTATION.match(line):
+            current = match[2]
+            entry = current if match[1] else entry
+            computations[current] = []
+        elif INSTRUCTION.match(line):
+            computations[current].append(line)
+        elif current and line != '}' and computations[current]:
+            computations[current][-1] += line  # a kernel's metadata spans lines
+    return entry, computations
+
+
+def likeness(text: str) -> tuple[str, ...]:
+    """What an instruction shares with those that are compiled to the same code."""
+    match = INSTRUCTION.match(text)
+    assert match
+    bounds = re.search(r'"iteration_bounds":\[[^\]]*\]', text)
+    estimate = re.search(r'"estimated_cycles":"\d+"', text)
+    shape = match[2].replace('S(1)', '')
+    return match[3], shape, bounds[0] if bounds else '', estimate[0] if estimate else ''
+
+
+def turned(schedule: tpu_schedule.Schedule, text: str) -> float:
+    """Cycles of an operation whose outermost loop turns as often as its text says."""
+    bounds = re.search(r'"iteration_bounds":\[([^\]]*)\]', text)
+    turns = math.prod(map(int, re.findall(r'\d+', bounds[1]))) if bounds else 1
+    grid = schedule.grid
+    if grid is schedule.code:
+        return grid.total
+    return schedule.code.total + (turns - 1) * grid.total
+
+
+def loop(text: str, computations: dict[str, list[str]]) -> tuple[str, int]:
+    """The body of a while instruction, and its turns."""
+    body, condition = (
+        re.search(rf'{part}=%([\w.\-]+)', text)[1]  # type: ignore[index]
+        for part in ('body', 'condition')
+    )
+    known = re.search(r'"known_trip_count":\{"n":"(\d+)"', text)
+    if known:
+        return body, int(known[1])
+    bounds = re.findall(r' constant\((\d+)\)', '\n'.join(computations[condition]))
+    return body, max(map(int, bounds), default=1)
+
+
+def hbm_bytes(shape: str) -> float:
+    """Of the arrays in a shape, or a tuple of shapes, that are in HBM; tiles are padded."""
+    total = 0.0
+    for kind, bits, dims, layout, rest in SHAPE.findall(shape):
+        if 'S(' in rest:
+            continue
+        sizes = [int(dim) for dim in dims.split(',') if dim]
+        tile = re.search(r':T\((\d+),(\d+)\)', rest)
+        if tile and len(sizes) > 1:
+            minor, second = (int(index) for index in layout.split(',')[:2])
+            sizes[minor] = -(-sizes[minor] // int(tile[2])) * int(tile[2])
+            sizes[second] = -(-sizes[second] // int(tile[1])) * int(tile[1])
+        width = 8 if kind == 'pred' else int(bits)
+        total += math.prod(sizes) * width / 8
+    return total

@@ -1,0 +1,281 @@
+"""Attention on TPU: Helios's own kernels, forward and backward.
+
+Queries and keys are rotated in the kernels; blocks that see nothing of each other are neither
+fetched nor stepped over; residuals are q, k, v, the output and one float a row and head. The kernels
+take [B heads H T]: the transpose around them folds into the projections' layouts.
+"""
+
+import dataclasses
+import functools
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+from jax.ad_checkpoint import checkpoint_name
+from jaxtyping import Float, Int, Num
+
+from helios_jax.kernels.attention.splash import RESIDUALS
+from helios_jax.kernels.attention.tpu import backward_kernel
+from helios_jax.kernels.attention.tpu import blocks as sizes
+from helios_jax.kernels.attention.tpu import forward_kernel
+from helios_jax.kernels.attention.tpu import work
+from helios_jax.kernels.attention.tpu.tiles import LOG2E, MARKS
+from helios_jax.kernels.attention.tpu.work import Blocks
+
+KEY_BYTES = 32 * 2**20  # of VMEM for dk and dv; longer rows go through backward in chunks of keys
+
+
+class Rows(NamedTuple):
+    """Where queries and keys stand. Without segments and keys of their own, rows are causal."""
+
+    positions: Array  # [B T]
+    segment_ids: Array | None
+    key_positions: Array | None  # [B S]
+    key_segment_ids: Array | None
+    frequencies: Array  # [R]
+    scale: Array  # float32 scalar, of the logits
+
+    @property
+    def segmented(self) -> bool:
+        return any(x is not None for x in self[1:4])
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """What the kernels are compiled for."""
+
+    window: int
+    softcap: float
+    forward: Blocks
+    backward: Blocks
+    vmem: int  # bytes
+    interpret: Any
+
+
+def attention(
+    q: Float[Array, 'B T N H'],
+    k: Float[Array, 'B S K H'],
+    v: Float[Array, 'B S K H'],
+    *,
+    interpret: Any = False,
+    blocks: tuple[Blocks, Blocks] | None = None,
+    **arguments: Any,
+) -> Float[Array, 'B T N H']:
+    """As `kernels.attention.attention`, on one device's arrays, whose other arguments it takes.
+
+    Args:
+      interpret: run the kernels in Python on any device; `pltpu.InterpretParams` looks for races.
+      blocks: of the forward and the backward kernel; by table unless given.
+    Raises:
+      NotImplementedError: H not a multiple of 32, or a dtype other than bfloat16 and float32.
+    """
+    rows, options = prepare(q, k, interpret=interpret, blocks=blocks, **arguments)
+    return differentiable(options, q, k, v, rows)
+
+
+def forward(
+    q: Float[Array, 'B T N H'],
+    k: Float[Array, 'B S K H'],
+    v: Float[Array, 'B S K H'],
+    *,
+    interpret: Any = False,
+    blocks: tuple[Blocks, Blocks] | None = None,
+    **arguments: Any,
+) -> tuple[Float[Array, 'B T N H'], Float[Array, 'B N T']]:
+    """(output, natural log-sum-exp of the logits in float32: −∞ where a query sees nothing).
+
+    Arguments and errors are `attention`'s.
+    """
+    rows, options = prepare(q, k, interpret=interpret, blocks=blocks, **arguments)
+    return run_forward(options, q, k, v, rows)
+
+
+def backward(
+    q: Float[Array, 'B T N H'],
+    k: Float[Array, 'B S K H'],
+    v: Float[Array, 'B S K H'],
+    out: Float[Array, 'B T N H'],
+    lse: Float[Array, 'B N T'],
+    cotangent: Float[Array, 'B T N H'],
+    *,
+    interpret: Any = False,
+    blocks: tuple[Blocks, Blocks] | None = None,
+    **arguments: Any,
+) -> tuple[Float[Array, 'B T N H'], Float[Array, 'B S K H'], Float[Array, 'B S K H']]:
+    """(dq, dk, dv) of unrotated q and k; `out` and `lse` may be over more keys than k holds.
+
+    Arguments and errors are `attention`'s.
+    """
+    rows, options = prepare(q, k, interpret=interpret, blocks=blocks, **arguments)
+    return run_backward(options, q, k, v, out, lse, cotangent, rows)
+
+
+def prepare(
+    q: Array,
+    k: Array,
+    *,
+    positions: Num[Array, 'B T'],
+    segment_ids: Int[Array, 'B T'] | None,
+    key_positions: Num[Array, 'B S'] | None,
+    key_segment_ids: Int[Array, 'B S'] | None,
+    frequencies: Float[Array, 'R'],
+    query_scale: float | Float[Array, ''],
+    scale: float,
+    window: int,
+    softcap: float,
+    interpret: Any,
+    blocks: tuple[Blocks, Blocks] | None,
+) -> tuple[Rows, Options]:
+    (T, N, H), (S, K) = q.shape[1:], k.shape[1:3]
+    if q.dtype not in (jnp.bfloat16, jnp.float32):
+        raise NotImplementedError(f'cannot take {q.dtype}: only bfloat16 and float32.')
+    if H % 32:
+        raise NotImplementedError(f'cannot take H={H}: it must be a multiple of 32.')
+    target = sizes.generation()
+    choose = functools.partial(sizes.choose, target, N // K, H, T, S, q.dtype == jnp.float32)
+    chosen = blocks or (choose(backward=False), choose(backward=True))
+    total = jnp.asarray(query_scale, jnp.float32) * scale
+    rows = Rows(positions, segment_ids, key_positions, key_segment_ids, frequencies, total)
+    return rows, Options(window, softcap, *chosen, sizes.VMEM[target], interpret)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def differentiable(options: Options, q: Array, k: Array, v: Array, rows: Rows) -> Array:
+    return run_forward(options, q, k, v, rows)[0]
+
+
+def forward_rule(options: Options, q: Array, k: Array, v: Array, rows: Rows) -> tuple[Array, Any]:
+    # Under a remat policy that saves this name, backward does not run the forward kernel again.
+    out, lse = checkpoint_name(run_forward(options, q, k, v, rows), RESIDUALS)
+    return out, (q, k, v, out, lse, rows)
+
+
+def backward_rule(options: Options, saved: Any, cotangent: Array) -> tuple[Any, ...]:
+    q, k, v, out, lse, rows = saved
+    return *run_backward(options, q, k, v, out, lse, cotangent, rows), None
+
+
+differentiable.defvjp(forward_rule, backward_rule)
+
+
+def run_forward(
+    options: Options, q: Array, k: Array, v: Array, rows: Rows
+) -> tuple[Array, Array]:
+    (T, N), K, blocks = q.shape[1:3], k.shape[2], options.forward
+    listed, tables = plan(rows, T, k.shape[1], blocks, options.window)
+    out, lse = forward_kernel.forward(
+        tokens_last(q, K, blocks.q),
+        tokens_last(k, 0, blocks.k),
+        tokens_last(v, 0, blocks.k),
+        *tables,
+        rows.scale.reshape(1) * LOG2E,
+        listed,
+        blocks=blocks,
+        window=options.window,
+        softcap=options.softcap,
+        segmented=rows.segmented,
+        vmem=options.vmem,
+        interpret=options.interpret,
+    )
+    return tokens_second(out, T), lse.reshape(len(q), N, -1)[:, :, :T]
+
+
+def run_backward(
+    options: Options,
+    q: Array,
+    k: Array,
+    v: Array,
+    out: Array,
+    lse: Array,
+    cotangent: Array,
+    rows: Rows,
+) -> tuple[Array, Array, Array]:
+    (T, N), (S, K), blocks = q.shape[1:3], k.shape[1:3], options.backward
+    queries = [tokens_last(x, K, blocks.q) for x in (q, out, cotangent)]
+    # A query that saw nothing has −∞, and padding is such a query.
+    lse = pad(lse, blocks.q, -jnp.inf).reshape(len(q), K, N // K, -1)
+    keys, values = (tokens_last(x, 0, blocks.k) for x in (k, v))
+    listed, tables = plan(rows, T, S, blocks, options.window)
+    dq, dk, dv = backward_kernel.backward(
+        queries[0],
+        keys,
+        values,
+        queries[1],
+        lse,
+        queries[2],
+        None,
+        *tables,
+        rows.scale.reshape(1) * LOG2E,
+        listed,
+        blocks=blocks,
+        window=options.window,
+        softcap=options.softcap,
+        segmented=rows.segmented,
+        vmem=options.vmem,
+        interpret=options.interpret,
+    )
+    return tokens_second(dq, T), tokens_second(dk, S), tokens_second(dv, S)
+
+
+def pad(x: Array, multiple: int, value: float = 0) -> Array:
+    """With `value`, the last axis to a multiple."""
+    missing = -x.shape[-1] % multiple
+    widths = [(0, 0)] * (x.ndim - 1) + [(0, missing)]
+    return jnp.pad(x, widths, constant_values=value) if missing else x
+
+
+def tokens_last(x: Array, K: int, block: int) -> Array:
+    """[B T N H] → [B K G H T], or [B T K H] → [B K H T] where K is 0; T padded to a block."""
+    B, T, N, H = x.shape
+    grouped = x.reshape(B, T, K, N // K, H) if K else x
+    return pad(jnp.moveaxis(grouped, 1, -1), block)
+
+
+def tokens_second(x: Array, T: int) -> Array:
+    """The inverse of `tokens_last`."""
+    x = jnp.moveaxis(x[..., :T], -1, 1)
+    return x.reshape(*x.shape[:2], -1, x.shape[-1])
+
+
+def plan(
+    rows: Rows, T: int, S: int, blocks: Blocks, window: int
+) -> tuple[work.Work, tuple[Array, Array]]:
+    """The list of work, and the tables of queries and keys: float32 [B H+MARKS T or S], padded."""
+    B = len(rows.positions)
+    segments = jnp.ones((B, T)) if rows.segment_ids is None else rows.segment_ids
+    positions = rows.positions if rows.key_positions is None else rows.key_positions
+    key_segments = rows.key_segment_ids
+    if key_segments is None:
+        key_segments = jnp.ones((B, S)) if rows.key_positions is not None else segments
+    segments = jnp.where(segments > 0, segments, work.NOBODY)
+    marks = (
+        mark(segments, rows.positions, blocks.q, work.NOBODY, 0),
+        mark(key_segments, positions, blocks.k, 0, work.FAR),
+    )
+    if rows.segmented:
+        listed = work.make(*marks, blocks, window)
+    else:  # known here: the list costs the program nothing
+        listed = work.make(*(causal(B, n, b) for n, b in ((T, blocks.q), (S, blocks.k))), blocks, window)
+    tables = tuple(table(m, rows.frequencies) for m in marks)
+    return listed, tables
+
+
+def mark(segments: Array, positions: Array, block: int, nobody: float, far: float) -> Array:
+    """float32 [B 2 T]: segment ids and positions, padded."""
+    rows = (pad(segments.astype(jnp.float32), block, nobody), pad(positions.astype(jnp.float32), block, far))
+    return jnp.stack(rows, axis=1)
+
+
+def causal(B: int, T: int, block: int) -> np.ndarray:
+    """`mark` of rows that are one segment, without padding but at the end."""
+    index = np.arange(T + -T % block, dtype=np.float32)
+    return np.stack([(index < T).astype(np.float32), index])[None].repeat(B, 0)
+
+
+def table(marks: Array, frequencies: Array) -> Array:
+    """float32 [B H+MARKS T]: cosines, sines, segment ids, positions, zeros."""
+    angles = marks[:, work.POSITION, None] * frequencies.astype(jnp.float32)[None, :, None]
+    spare = jnp.zeros((len(marks), MARKS - 2, marks.shape[-1]), jnp.float32)
+    return jnp.concatenate([jnp.cos(angles), jnp.sin(angles), marks, spare], axis=1)

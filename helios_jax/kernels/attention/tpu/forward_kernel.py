@@ -1,0 +1,160 @@
+"""The forward kernel: online softmax over the listed blocks, everything transposed (tiles.py)."""
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+
+from helios_jax.kernels.attention.tpu import work
+from helios_jax.kernels.attention.tpu.tiles import (
+    LANES,
+    LOG2E,
+    MARKS,
+    MASKED,
+    capped,
+    dot,
+    rotate,
+    specs,
+    visible,
+)
+from helios_jax.kernels.attention.tpu.work import Blocks, Work
+
+
+def forward(
+    q: Array,
+    k: Array,
+    v: Array,
+    q_table: Array,
+    k_table: Array,
+    scale: Array,
+    listed: Work,
+    *,
+    blocks: Blocks,
+    window: int,
+    softcap: float,
+    segmented: bool,
+    vmem: int,
+    interpret: Any,
+) -> tuple[Array, Array]:
+    """(out [B K G H T], log-sum-exp float32 [B K G T]).
+
+    Args:
+      q: [B K G H T]; k, v: [B K H S], unrotated, T and S multiples of their blocks.
+      q_table, k_table: float32 [B H+MARKS T or S]: cosines, sines, segment ids, positions.
+      scale: float32 [1], of the logits in base 2.
+      segmented: there is more than one segment, or padding between tokens.
+      vmem: bytes that the kernel may take.
+    """
+    B, K, G, H, T = q.shape
+    S = k.shape[-1]
+    width = G * blocks.q
+    cached = S * max(H, LANES) * q.dtype.itemsize <= vmem // 2
+    at = specs(q, blocks, cached)
+    row = pltpu.VMEM((1, width), jnp.float32)
+    return pl.pallas_call(
+        functools.partial(
+            kernel,
+            blocks=blocks,
+            window=window,
+            softcap=softcap,
+            segmented=segmented,
+            cached=cached,
+        ),
+        grid_spec=pltpu.PrefetchScalarGridSpec(
+            num_scalar_prefetch=7,
+            grid=(K, listed.count),
+            in_specs=[at.queries, at.begun_keys, at.keys, at.query_table, at.key_table],
+            out_specs=[at.queries, at.rows],
+            scratch_shapes=[
+                pltpu.VMEM((H, width), q.dtype),
+                pltpu.VMEM((S if cached else blocks.k, H), q.dtype),
+                pltpu.VMEM((MARKS, width), jnp.float32),
+                row,
+                row,
+                pltpu.VMEM((H, width), jnp.float32),
+            ],
+        ),
+        out_shape=[
+            jax.ShapeDtypeStruct(q.shape, q.dtype),
+            jax.ShapeDtypeStruct((B, K, G, T), jnp.float32),
+        ],
+        compiler_params=pltpu.CompilerParams(
+            dimension_semantics=('parallel', 'arbitrary'), vmem_limit_bytes=vmem
+        ),
+        interpret=interpret,
+        name='helios_attention_forward',
+    )(*listed[:-1], scale, q, k, v, q_table, k_table)
+
+
+def kernel(
+    rows: Any, queries: Any, keys: Any, parts: Any, reads: Any, writes: Any, scale: Any,
+    q_ref: Any, k_ref: Any, v_ref: Any, q_table: Any, k_table: Any,
+    out_ref: Any, lse_ref: Any,
+    q_turned: Any, k_turned: Any, marks: Any, greatest: Any, total: Any, out_sum: Any,
+    *, blocks: Blocks, window: int, softcap: float, segmented: bool, cached: bool,
+) -> None:  # fmt: skip
+    del rows, queries, reads, writes  # the index maps read them
+    G, H, bq = q_ref.shape
+    item = pl.program_id(1)
+    flags = parts[item]
+    first_key = keys[item] * blocks.k if cached else 0
+
+    @pl.when(flags & work.FIRST_Q != 0)
+    def _() -> None:
+        for g in range(G):
+            at = slice(g * bq, (g + 1) * bq)
+            q = rotate(q_ref[g].astype(jnp.float32), q_table) * scale[0]
+            q_turned[:, at] = q.astype(q_turned.dtype)
+            marks[:, at] = q_table[H:]
+        greatest[...] = jnp.full_like(greatest, MASKED)
+        total[...] = jnp.zeros_like(total)
+        out_sum[...] = jnp.zeros_like(out_sum)
+
+    # Turned keys stay in VMEM for the queries to come, if a head's keys fit.
+    @pl.when(flags & work.FIRST_K != 0 if cached else item >= 0)
+    def _() -> None:
+        k = rotate(k_ref[...].astype(jnp.float32), k_table).astype(k_turned.dtype)
+        k_turned[pl.ds(pl.multiple_of(first_key, blocks.k), blocks.k)] = k.T
+
+    def attend(start: Any, size: int, masked: bool) -> None:
+        """Adds the keys [start, start + size) of this block to what its queries have seen."""
+        at = pl.ds(start, size)
+        turned = pl.ds(pl.multiple_of(first_key + start, size), size)
+        for lane in range(0, G * bq, blocks.width):
+            q = slice(lane, min(lane + blocks.width, G * bq))
+            logits = capped(dot(k_turned[turned], q_turned[:, q], (1, 0)), softcap)
+            if masked:
+                seen = visible(marks[:, q], k_table[H:, at], window, segmented)
+                logits = jnp.where(seen, logits, MASKED)
+            before = greatest[:, q]
+            now = jnp.maximum(before, jnp.max(logits, axis=0, keepdims=True))
+            weights, shrink = jnp.exp2(logits - now), jnp.exp2(before - now)
+            greatest[:, q] = now
+            total[:, q] = total[:, q] * shrink + jnp.sum(weights, axis=0, keepdims=True)
+            value = dot(v_ref[:, at], weights.astype(v_ref.dtype), (1, 0))
+            out_sum[:, q] = out_sum[:, q] * shrink + value
+
+    @pl.when(flags & work.FULL != 0)
+    def _() -> None:
+        attend(0, blocks.k, masked=False)
+
+    @pl.when(flags & work.FULL == 0)
+    def _() -> None:
+        def one(part: Array, _: None) -> None:
+            attend(pl.multiple_of(part * blocks.part, blocks.part), blocks.part, masked=True)
+
+        jax.lax.fori_loop(flags & 0xFF, flags >> 8 & 0xFF, one, None)
+
+    @pl.when(flags & work.LAST_Q != 0)
+    def _() -> None:
+        seen = greatest[...] > MASKED / 2
+        out = out_sum[...] * jnp.where(seen, 1 / total[...], 0)
+        lse = jnp.where(seen, (greatest[...] + jnp.log2(total[...])) / LOG2E, -jnp.inf)
+        for g in range(G):
+            at = slice(g * bq, (g + 1) * bq)
+            out_ref[g] = out[:, at].astype(out_ref.dtype)
+            lse_ref[g : g + 1] = lse[:, at]

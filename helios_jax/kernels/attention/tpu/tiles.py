@@ -1,0 +1,115 @@
+"""What both kernels do to a tile, and where the tiles of a work item lie.
+
+Arrays hold their tokens along the lanes: q [H, G·queries], logits Sᵀ [keys, G·queries]. Maxima and
+sums then run down the sublanes, softmax statistics are single rows, the two halves that rotation
+mixes are whole registers, and the log-sum-exp is written as it is, one float a row and head.
+"""
+
+import math
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+from jax.experimental import pallas as pl
+
+from helios_jax.kernels.attention.tpu.work import POSITION, SEGMENT, Blocks
+
+LOG2E = math.log2(math.e)
+MASKED = -1e30  # finite, so that a row that has seen nothing yet has no infinity to subtract
+LANES = 128
+MARKS = 8  # rows of the tables below the rotation's: segment, position, and padding to a tile
+
+
+def dot(a: Array, b: Array, contract: tuple[int, int]) -> Array:
+    """Float32 product of two matrices over one axis of each."""
+    precision = jax.lax.Precision.HIGHEST if a.dtype == jnp.float32 else None
+    dims = (((contract[0],), (contract[1],)), ((), ()))
+    return jax.lax.dot_general(a, b, dims, precision, preferred_element_type=jnp.float32)
+
+
+def rotate(x: Array, table: Array, sign: int = 1) -> Array:
+    """Rotates float32 [H n] by the table's first H rows, cosines over sines; sign −1: back."""
+    H = len(x)
+    low, high = x[: H // 2], x[H // 2 :]
+    cos, sin = table[: H // 2], sign * table[H // 2 : H]
+    return jnp.concatenate([low * cos - high * sin, high * cos + low * sin])
+
+
+def columns(row: Array, width: int) -> Array:
+    """[1 n] → [n width], each value along its own sublane."""
+    turned = jnp.broadcast_to(row, (LANES, row.shape[1])).T
+    return jnp.tile(turned, (1, width // LANES))
+
+
+def visible(q_marks: Array, k_marks: Array, window: int, segmented: bool) -> Array:
+    """bool [keys queries] of marks [MARKS queries] and [MARKS keys].
+
+    Padding needs no test of its own: its keys lie beyond every position, and the segments of its
+    queries are those of no key.
+    """
+    width = q_marks.shape[1]
+    segments, positions = (q_marks[i : i + 1] for i in (SEGMENT, POSITION))
+    position = columns(k_marks[POSITION : POSITION + 1], width)
+    seen = position <= positions
+    if segmented:
+        seen &= columns(k_marks[SEGMENT : SEGMENT + 1], width) == segments
+    return seen & (position > positions - window) if window else seen
+
+
+def capped(logits: Array, softcap: float) -> Array:
+    """Soft cap of base-2 logits; `softcap` is in natural units."""
+    limit = softcap * LOG2E
+    return limit * jnp.tanh(logits * (1 / limit)) if softcap else logits
+
+
+class Specs(NamedTuple):
+    """Blocks of [B K G H T], [B K G T], [B K H S] and [B H+MARKS T or S], by the work list."""
+
+    queries: pl.BlockSpec
+    rows: pl.BlockSpec
+    keys: pl.BlockSpec
+    begun_keys: pl.BlockSpec
+    finished_keys: pl.BlockSpec
+    query_table: pl.BlockSpec
+    key_table: pl.BlockSpec
+
+
+def specs(q: Array, blocks: Blocks, cached: bool) -> Specs:
+    """Index maps take (key head, item, *prefetched), the first six of these the work's arrays.
+
+    `cached`: the kernel keeps what it makes of a block of keys, so that it is fetched only once.
+    """
+    G, H = q.shape[2:4]
+
+    def queries(head: Any, item: Any, rows: Any, queries: Any, *_: Any) -> tuple[Any, ...]:
+        return rows[item], head, 0, 0, queries[item]
+
+    def statistics(head: Any, item: Any, rows: Any, queries: Any, *_: Any) -> tuple[Any, ...]:
+        return rows[item], head, 0, queries[item]
+
+    def query_table(head: Any, item: Any, rows: Any, queries: Any, *_: Any) -> tuple[Any, ...]:
+        return rows[item], 0, queries[item]
+
+    def keys(head: Any, item: Any, *lists: Any) -> tuple[Any, ...]:
+        return lists[0][item], head, 0, lists[2][item]
+
+    def begun(head: Any, item: Any, *lists: Any) -> tuple[Any, ...]:
+        return lists[0][item], head, 0, lists[4][item]
+
+    def finished(head: Any, item: Any, *lists: Any) -> tuple[Any, ...]:
+        return lists[0][item], head, 0, lists[5][item]
+
+    def key_table(head: Any, item: Any, *lists: Any) -> tuple[Any, ...]:
+        return lists[0][item], 0, lists[2][item]
+
+    key_block = (None, None, H, blocks.k)
+    return Specs(
+        pl.BlockSpec((None, None, G, H, blocks.q), queries),
+        pl.BlockSpec((None, None, G, blocks.q), statistics),
+        pl.BlockSpec(key_block, keys),
+        pl.BlockSpec(key_block, begun if cached else keys),
+        pl.BlockSpec(key_block, finished),
+        pl.BlockSpec((None, H + MARKS, blocks.q), query_table),
+        pl.BlockSpec((None, H + MARKS, blocks.k), key_table),
+    )

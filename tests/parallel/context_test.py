@@ -1,0 +1,302 @@
+"""Ring attention over simulated devices against the reference on one, and its compiled schedule."""
+
+import functools
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.experimental import pallas as pl
+from jax.sharding import NamedSharding, PartitionSpec
+
+from helios_jax import config
+from helios_jax.kernels.attention import reference
+from helios_jax.kernels.attention.splash import RESIDUALS
+from helios_jax.parallel import context
+from helios_jax.parallel import mesh as meshes
+
+B, T, N, K, H = 4, 72, 6, 2, 14
+KERNEL = context.Kernel(reference.forward, reference.backward)
+TOKENS = PartitionSpec(('data', 'fsdp'), 'context')
+# Documents that span devices and short ones, then padding.
+LENGTHS = [[50, 3, 10], [72], [1, 1, 2, 30, 31], [20, 25]]
+
+
+def inputs(length=T, dtype='float32'):
+    """q, k, v and a cotangent of the output."""
+    rng = np.random.default_rng(0)
+    shapes = [(B, length, heads, H) for heads in (N, K, K, N)]
+    return [jnp.asarray(rng.normal(size=shape), dtype) for shape in shapes]
+
+
+def packed():
+    ids, positions = np.zeros((B, T), np.int32), np.zeros((B, T), np.int32)
+    for row, lengths in enumerate(LENGTHS):
+        start = 0
+        for document, length in enumerate(lengths, start=1):
+            ids[row, start : start + length] = document
+            positions[row, start : start + length] = np.arange(length)
+            start += length
+    return {'segment_ids': ids, 'positions': positions}
+
+
+def plain(length=T):
+    return {'positions': np.tile(np.arange(length, dtype=np.int32), (B, 1))}
+
+
+def bucket():
+    """Only some of the queries are asked for, all keys are there."""
+    rows = packed()
+    asked = np.where(rows['positions'] % 3 == 1, rows['segment_ids'], 0)
+    return rows | {'segment_ids': asked, 'key_segment_ids': rows['segment_ids']}
+
+
+CASES = {
+    'plain': plain(),
+    'float_positions': {'positions': plain()['positions'].astype(np.float32) + 0.5},
+    'window': plain() | {'window': 23},
+    'packed': packed(),
+    'packed_window': packed() | {'window': 11},
+    'softcap': packed() | {'softcap': 0.7},
+    'bucket': bucket(),
+    'everything': packed() | {'window': 29, 'softcap': 1.3, 'query_scale': 1.44},
+}
+DEFAULTS = {'query_scale': 1.0, 'scale': H**-0.5, 'window': 0, 'softcap': 0.0}
+
+
+def arguments(case):
+    """A case's arrays, and what is no array."""
+    options = DEFAULTS | {name: x for name, x in case.items() if not isinstance(x, np.ndarray)}
+    arrays = {name: jnp.asarray(x) for name, x in case.items() if isinstance(x, np.ndarray)}
+    return arrays, options
+
+
+def frequencies():
+    return jnp.asarray(100.0 ** (-np.arange(H // 2) / (H // 2)), jnp.float32)
+
+
+def on_one_device(q, k, v, arrays, **options):
+    missing = dict.fromkeys(['segment_ids', 'key_positions', 'key_segment_ids'])
+    return reference.attention(q, k, v, **(missing | arrays), frequencies=frequencies(), **options)
+
+
+def in_a_ring(q, k, v, arrays, *, kernel=KERNEL, **options):
+    """On the mesh that is set."""
+
+    def local(q, k, v, arrays, table):
+        return context.ring_attention(kernel, q, k, v, **arrays, frequencies=table, **options)
+
+    return jax.shard_map(
+        local,
+        in_specs=(TOKENS, TOKENS, TOKENS, TOKENS, PartitionSpec()),
+        out_specs=TOKENS,
+        check_vma=False,
+    )(q, k, v, arrays, frequencies())
+
+
+def balanced_ring(num_shards, q, k, v, arrays, **options):
+    """`in_a_ring` of rows in zigzag order, its result in the order of the arguments."""
+    q, k, v, arrays = jax.tree.map(lambda x: context.zigzag(x, num_shards), (q, k, v, arrays))
+    return context.unzigzag(in_a_ring(q, k, v, arrays, **options), num_shards)
+
+
+def value_and_gradients(run, case, dtype='float32'):
+    arrays, options = arguments(case)
+
+    @jax.jit
+    def evaluate(q, k, v, cotangent):
+        out, vjp = jax.vjp(lambda q, k, v: run(q, k, v, arrays, **options), q, k, v)
+        return out, vjp(cotangent)
+
+    return jax.device_get(evaluate(*inputs(case['positions'].shape[1], dtype)))
+
+
+def make_mesh(num_shards):
+    sizes = config.Mesh(data=2, fsdp=8 // 2 // num_shards, context=num_shards)
+    return meshes.make(sizes)
+
+
+@pytest.mark.parametrize('case', CASES)
+def test_the_ring_gives_what_one_device_gives(case):
+    expected = value_and_gradients(on_one_device, CASES[case])
+    for num_shards in (2, 4):
+        with jax.set_mesh(make_mesh(num_shards)):
+            run = functools.partial(balanced_ring, num_shards)
+            actual = value_and_gradients(run, CASES[case])
+        for got, want in zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True):
+            np.testing.assert_allclose(got, want, rtol=0, atol=2e-6 * np.abs(want).max())
+            assert got.dtype == want.dtype
+    padding = CASES[case].get('segment_ids', np.ones(1)) == 0
+    if padding.any():
+        assert not actual[0][padding].any()
+        assert not actual[1][0][padding].any()
+
+
+@pytest.mark.parametrize('num_shards', [1, 4])
+def test_any_arrangement_of_rows_will_do(num_shards):
+    expected = value_and_gradients(on_one_device, CASES['everything'])
+    with jax.set_mesh(make_mesh(num_shards)):
+        actual = value_and_gradients(in_a_ring, CASES['everything'])
+    for got, want in zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(got, want, rtol=0, atol=2e-6 * np.abs(want).max())
+
+
+def test_in_bfloat16_merging_costs_no_more_than_rounding():
+    expected = value_and_gradients(on_one_device, CASES['packed'])
+    rounded = value_and_gradients(on_one_device, CASES['packed'], 'bfloat16')
+    with jax.set_mesh(make_mesh(4)):
+        run = functools.partial(balanced_ring, 4)
+        actual = value_and_gradients(run, CASES['packed'], 'bfloat16')
+    for got, one, want in zip(*map(jax.tree.leaves, (actual, rounded, expected)), strict=True):
+        assert got.dtype == jnp.bfloat16
+        errors = [np.linalg.norm(x.astype(np.float32) - want) for x in (got, one)]
+        assert errors[0] < 2 * errors[1]
+
+
+def test_parts_of_the_keys_add_up():
+    """The kernel's contract, over more queries than one block of the reference."""
+    length, cut = 300, 130
+    q, k, v, cotangent = inputs(length)
+    rng = np.random.default_rng(1)
+    ids = jnp.asarray(np.sort(rng.integers(0, 4, (B, length)), axis=1), jnp.int32)
+    rows = {'positions': jnp.asarray(plain(length)['positions']), 'segment_ids': ids}
+    options = DEFAULTS | {'softcap': 1.1, 'window': 200, 'frequencies': frequencies()}
+
+    def part(a, b):
+        keys = {'key_positions': rows['positions'][:, a:b], 'key_segment_ids': ids[:, a:b]}
+        return (q, k[:, a:b], v[:, a:b]), rows | keys | options
+
+    def merged(cuts):
+        parts = [part(a, b) for a, b in zip(cuts, cuts[1:], strict=False)]
+        results = [reference.forward(*arrays, **given) for arrays, given in parts]
+        results = [(out.transpose(0, 2, 3, 1), lse) for out, lse in results]
+        out, lse = functools.reduce(lambda x, y: context.merge(*x, *y), results)
+        out = out.transpose(0, 3, 1, 2)
+        dq, dk, dv = zip(
+            *(reference.backward(*arrays, out, lse, cotangent, **given) for arrays, given in parts),
+            strict=True,
+        )
+        return out, lse, sum(dq), jnp.concatenate(dk, axis=1), jnp.concatenate(dv, axis=1)
+
+    arrays, given = part(0, length)
+    out, vjp = jax.vjp(functools.partial(reference.attention, **given), *arrays)
+    whole = [out, merged([0, length])[1], *vjp(cotangent)]
+    assert np.isneginf(whole[1].swapaxes(1, 2)[ids == 0]).all()
+    for cuts in ([0, length], [0, cut, length]):
+        for got, want in zip(merged(cuts), whole, strict=True):
+            tolerance = 2e-6 * np.abs(np.nan_to_num(want, neginf=0)).max()
+            np.testing.assert_allclose(got, want, rtol=0, atol=tolerance)
+
+
+@pytest.mark.parametrize(('saved', 'turns'), [([], 2), ([RESIDUALS], 1)])
+def test_saving_the_residuals_spares_the_second_forward_turn(saved, turns):
+    """Counted in keys sent, of which each turn of the ring sends C − 1 blocks."""
+    num_shards = 4
+    arrays, options = arguments(CASES['plain'])
+    policy = jax.checkpoint_policies.save_only_these_names(*saved)
+
+    def loss(q, k, v):
+        run = jax.checkpoint(functools.partial(in_a_ring, arrays=arrays, **options), policy=policy)
+        return jnp.sum(run(2 * q, 2 * k, 2 * v) ** 2)
+
+    with jax.set_mesh(make_mesh(num_shards)):
+        text = str(jax.jit(jax.grad(loss, (0, 1, 2))).trace(*inputs()[:3]).jaxpr)
+    keys_and_tokens = (turns + 1) * (num_shards - 1) * 3
+    assert len(re.findall('= ppermute', text)) == keys_and_tokens + 2 * num_shards
+
+
+@pytest.mark.parametrize(('num_shards', 'shape', 'axis'), [(3, (2, 30, 5), 1), (4, (5, 3, 8), -1)])
+def test_zigzag_gives_each_shard_a_part_from_either_end(num_shards, shape, axis):
+    x = np.arange(np.prod(shape)).reshape(shape)
+    arranged = context.zigzag(x, num_shards, axis)
+    parts = np.split(x, 2 * num_shards, axis)
+    for i, shard in enumerate(np.split(arranged, num_shards, axis)):
+        pair = np.concatenate([parts[i], parts[2 * num_shards - 1 - i]], axis)
+        np.testing.assert_array_equal(shard, pair)
+    np.testing.assert_array_equal(context.unzigzag(arranged, num_shards, axis), x)
+    with pytest.raises(ValueError, match=f'multiple of {2 * num_shards}'):
+        context.zigzag(x[:, :-1, :-1], num_shards, axis)
+
+
+def test_rows_are_arranged_for_the_mesh_that_is_set():
+    rows = {'tokens': jnp.arange(B * T).reshape(B, T), 'num_bytes': jnp.arange(B)}
+    assert context.zigzag_rows(rows) is rows
+    with jax.set_mesh(make_mesh(4)):
+        arranged = jax.jit(context.zigzag_rows)(rows)
+    np.testing.assert_array_equal(arranged['tokens'], context.zigzag(rows['tokens'], 4))
+    np.testing.assert_array_equal(arranged['num_bytes'], rows['num_bytes'])
+    assert arranged['tokens'].addressable_shards[0].data.shape == (B // 2, T // 4)
+
+
+def test_zigzag_balances_every_step_of_a_causal_ring():
+    num_shards, length = 8, 512
+
+    def visible_pairs(positions):
+        """[device, step]"""
+        at = positions.reshape(num_shards, -1)
+        pairs = np.array([[(q[:, None] >= k[None]).sum() for k in at] for q in at])
+        assert pairs.sum() == length * (length + 1) // 2
+        device = np.arange(num_shards)[:, None]
+        return pairs[device, (device - np.arange(num_shards)) % num_shards]
+
+    balanced = visible_pairs(np.asarray(context.zigzag(np.arange(length), num_shards, axis=0)))
+    assert (balanced == balanced[:1]).all()
+    assert balanced.max() < 1.1 * balanced.min()
+    consecutive = visible_pairs(np.arange(length))
+    assert consecutive.sum(axis=1).max() > 1.8 * consecutive.sum(axis=1).mean()
+
+
+def opaque(name):
+    """A kernel of which XLA knows as little as of the real one; it gives zeros."""
+
+    def run(*arrays, out_shape):
+        def body(*refs):
+            for ref in refs[len(arrays) :]:
+                ref[...] = jnp.zeros(ref.shape, ref.dtype)
+
+        return pl.pallas_call(body, out_shape=out_shape, name=name)(*arrays)
+
+    return run
+
+
+def opaque_forward(q, k, v, *, positions, key_positions, key_segment_ids, **_):
+    lse = jax.ShapeDtypeStruct((q.shape[0], q.shape[2], q.shape[1]), jnp.float32)
+    arrays = q, k, v, positions, key_positions, key_segment_ids
+    return opaque('attend')(*arrays, out_shape=(q, lse))
+
+
+def opaque_backward(q, k, v, out, lse, cotangent, **_):
+    return opaque('differentiate')(q, k, v, out, lse, cotangent, out_shape=(q, k, v))
+
+
+@pytest.mark.slow
+def test_keys_are_on_their_way_while_the_kernel_runs():
+    """In the schedule that is compiled for four TPUs; none is needed."""
+    pytest.importorskip('libtpu', reason="needs libtpu: pip install 'helios_jax[aot]'")
+    mesh = meshes.make(config.Mesh(fsdp=1, context=4), meshes.topology_devices('v5p:2x2x1'))
+    where = NamedSharding(mesh, TOKENS)
+    shapes = [(1, 1024, heads, 128) for heads in (8, 2, 2)]
+    arrays = [jax.ShapeDtypeStruct(shape, jnp.bfloat16, sharding=where) for shape in shapes]
+    tokens = {'positions': jax.ShapeDtypeStruct((1, 1024), jnp.int32, sharding=where)}
+    kernel = context.Kernel(opaque_forward, opaque_backward)
+
+    def gradients(q, k, v, arrays):
+        run = functools.partial(in_a_ring, kernel=kernel, **DEFAULTS)
+        return jax.vjp(lambda *x: run(*x, arrays), q, k, v)[1](q)
+
+    with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+        compiled = jax.jit(gradients).lower(*arrays, tokens).compile()
+    text = compiled.as_text()
+    assert 'is_scheduled=true' in text
+    in_flight, on_the_way = set(), {'attend': [], 'differentiate': []}
+    for line in text[text.index('ENTRY') :].splitlines():
+        if started := re.search(r'(\S+) = .* collective-permute-start\(', line):
+            in_flight.add(started[1])
+        elif done := re.search(r' collective-permute-done\((\S+)\)', line):
+            in_flight.remove(done[1])
+        elif kernel_name := re.search(r'%(attend|differentiate)\S* = .* custom-call\(', line):
+            on_the_way[kernel_name[1]].append(len(in_flight))
+    # k, v and tokens; then also dk and dv. The last step has no keys to send, and the first step
+    # of the backward pass none either: here it takes those that the forward pass received.
+    assert on_the_way == {'attend': [3, 3, 3, 0], 'differentiate': [0, 5, 5, 2]}
