@@ -58,7 +58,11 @@ class Program(NamedTuple):
 
 
 def compile_here(
-    function: Callable[..., Any], arguments: tuple, chip: tpu_schedule.Chip
+    function: Callable[..., Any],
+    arguments: tuple,
+    chip: tpu_schedule.Chip,
+    *,
+    scoped_vmem_mib: int = 0,
 ) -> Program:
     """Compiles for one device; layouts of arguments and results are the compiler's choice.
 
@@ -66,6 +70,7 @@ def compile_here(
 
     Args:
       arguments: arrays or their shapes and dtypes.
+      scoped_vmem_mib: what one operation may allocate, where it does not say; 0: the default.
     Raises:
       UserError: libtpu is missing.
     """
@@ -76,7 +81,8 @@ def compile_here(
         anyhow: Any = Format(Layout.AUTO, jax.sharding.SingleDeviceSharding(device))
         shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), arguments)
         jitted = jax.jit(function, in_shardings=anyhow, out_shardings=anyhow)
-        compiled = jitted.lower(*shapes).compile()
+        limit = {'xla_tpu_scoped_vmem_limit_kib': f'{scoped_vmem_mib * 1024}'}
+        compiled = jitted.lower(*shapes).compile(limit if scoped_vmem_mib else None)
         schedules = tpu_schedule.read(Path(directory), chip)
     memory: Any = compiled.memory_analysis()
     operations = read(compiled.as_text(), schedules, chip)

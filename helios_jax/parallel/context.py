@@ -144,8 +144,13 @@ _ring.defvjp(_forward, _backward)
 
 def _arguments(rows: dict[str, Array], block: Block) -> dict[str, Array]:
     bits, segment_ids = block.tokens
-    positions = jax.lax.bitcast_convert_type(bits, rows['positions'].dtype)
-    return {**rows, 'key_positions': positions, 'key_segment_ids': segment_ids}
+    return {
+        **rows,
+        # jax.checkpoint keeps a constant as one of its own, which is no Array.
+        'query_scale': jnp.asarray(rows['query_scale']),
+        'key_positions': jax.lax.bitcast_convert_type(bits, rows['positions'].dtype),
+        'key_segment_ids': segment_ids,
+    }
 
 
 def _send(x: Any, axis: str) -> Any:

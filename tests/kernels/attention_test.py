@@ -13,7 +13,7 @@ from jax._src.cudnn import fused_attention_stablehlo as private
 
 from helios_jax.bench.attention_oracle import oracle
 from helios_jax.kernels import attention as door
-from helios_jax.kernels.attention import attention, gpu, reference, tpu
+from helios_jax.kernels.attention import attention, gpu, reference, splash, tpu
 from helios_jax.kernels.attention.rotation import rotate
 
 B, K = 2, 2
@@ -137,9 +137,10 @@ CAPPED = {'softcap', 'everything'}
 # name: (function, platform it needs, T, dtype, tolerance, cases, those of them it refuses)
 IMPLEMENTATIONS = {
     'reference': (reference.attention, '', 293, 'float32', 3e-5, CASES, set()),
-    'splash': (tpu.attention, 'tpu', 384, 'bfloat16', 4e-2, CASES, INDEXED),
+    'tpu': (tpu.attention, 'tpu', 293, 'bfloat16', 4e-2, CASES, set()),
+    'splash': (splash.attention, 'tpu', 384, 'bfloat16', 4e-2, CASES, INDEXED),
     'splash_interpreted': (
-        functools.partial(tpu.attention, interpret=True), '', 384, 'float32', 3e-5,
+        functools.partial(splash.attention, interpret=True), '', 384, 'float32', 3e-5,
         ('packed', 'everything', 'bucket', 'cache'), INDEXED,
     ),
     'cudnn': (gpu.attention, 'gpu', 293, 'bfloat16', 4e-2, CASES, INDEXED | CAPPED),
@@ -292,7 +293,7 @@ def test_auto_takes_the_reference_on_cpu_quietly(log):
     assert [r.levelno for r in log.records] == [logging.INFO]
 
 
-@pytest.mark.parametrize(('platform', 'reason'), [('tpu', 'T=19'), ('gpu', 'float32')])
+@pytest.mark.parametrize(('platform', 'reason'), [('tpu', 'H=8'), ('gpu', 'float32')])
 def test_auto_warns_once_where_an_accelerator_gets_the_reference(platform, reason, log):
     arrays, arguments = door_arguments()
     first, second = (attention(*arrays, **arguments, platform=platform) for _ in range(2))

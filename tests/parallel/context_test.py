@@ -1,6 +1,8 @@
 """Ring attention over simulated devices against the reference on one, and its compiled schedule."""
 
 import functools
+import itertools
+import math
 import re
 
 import jax
@@ -18,7 +20,7 @@ from helios_jax.parallel import mesh as meshes
 
 B, T, N, K, H = 4, 72, 6, 2, 14
 KERNEL = context.Kernel(reference.forward, reference.backward)
-TOKENS = PartitionSpec(('data', 'fsdp'), 'context')
+TOKENS = PartitionSpec('data', 'context')
 # Documents that span devices and short ones, then padding.
 LENGTHS = [[50, 3, 10], [72], [1, 1, 2, 30, 31], [20, 25]]
 
@@ -55,10 +57,7 @@ def bucket():
 CASES = {
     'plain': plain(),
     'float_positions': {'positions': plain()['positions'].astype(np.float32) + 0.5},
-    'window': plain() | {'window': 23},
-    'packed': packed(),
     'packed_window': packed() | {'window': 11},
-    'softcap': packed() | {'softcap': 0.7},
     'bucket': bucket(),
     'everything': packed() | {'window': 29, 'softcap': 1.3, 'query_scale': 1.44},
 }
@@ -113,41 +112,42 @@ def value_and_gradients(run, case, dtype='float32'):
 
 
 def make_mesh(num_shards):
-    sizes = config.Mesh(data=2, fsdp=8 // 2 // num_shards, context=num_shards)
-    return meshes.make(sizes)
+    sizes = config.Mesh(data=2, fsdp=1, context=num_shards)
+    return meshes.make(sizes, jax.devices()[: 2 * num_shards])
 
 
-@pytest.mark.parametrize('case', CASES)
-def test_the_ring_gives_what_one_device_gives(case):
-    expected = value_and_gradients(on_one_device, CASES[case])
-    for num_shards in (2, 4):
-        with jax.set_mesh(make_mesh(num_shards)):
-            run = functools.partial(balanced_ring, num_shards)
-            actual = value_and_gradients(run, CASES[case])
-        for got, want in zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True):
-            np.testing.assert_allclose(got, want, rtol=0, atol=2e-6 * np.abs(want).max())
-            assert got.dtype == want.dtype
+def assert_same(actual, expected):
+    for got, want in zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(got, want, rtol=0, atol=2e-6 * np.abs(want).max())
+
+
+@pytest.mark.parametrize(
+    ('case', 'num_shards'), [*((case, 4) for case in CASES), ('everything', 2)]
+)
+def test_the_ring_gives_what_one_device_gives(case, num_shards):
+    with jax.set_mesh(make_mesh(num_shards)):
+        run = functools.partial(balanced_ring, num_shards)
+        actual = value_and_gradients(run, CASES[case])
+    assert_same(actual, value_and_gradients(on_one_device, CASES[case]))
     padding = CASES[case].get('segment_ids', np.ones(1)) == 0
     if padding.any():
         assert not actual[0][padding].any()
         assert not actual[1][0][padding].any()
 
 
-@pytest.mark.parametrize('num_shards', [1, 4])
+@pytest.mark.parametrize('num_shards', [1, 2])
 def test_any_arrangement_of_rows_will_do(num_shards):
-    expected = value_and_gradients(on_one_device, CASES['everything'])
     with jax.set_mesh(make_mesh(num_shards)):
-        actual = value_and_gradients(in_a_ring, CASES['everything'])
-    for got, want in zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True):
-        np.testing.assert_allclose(got, want, rtol=0, atol=2e-6 * np.abs(want).max())
+        actual = value_and_gradients(in_a_ring, CASES['packed_window'])
+    assert_same(actual, value_and_gradients(on_one_device, CASES['packed_window']))
 
 
 def test_in_bfloat16_merging_costs_no_more_than_rounding():
-    expected = value_and_gradients(on_one_device, CASES['packed'])
-    rounded = value_and_gradients(on_one_device, CASES['packed'], 'bfloat16')
+    expected = value_and_gradients(on_one_device, CASES['bucket'])
+    rounded = value_and_gradients(on_one_device, CASES['bucket'], 'bfloat16')
     with jax.set_mesh(make_mesh(4)):
         run = functools.partial(balanced_ring, 4)
-        actual = value_and_gradients(run, CASES['packed'], 'bfloat16')
+        actual = value_and_gradients(run, CASES['bucket'], 'bfloat16')
     for got, one, want in zip(*map(jax.tree.leaves, (actual, rounded, expected)), strict=True):
         assert got.dtype == jnp.bfloat16
         errors = [np.linalg.norm(x.astype(np.float32) - want) for x in (got, one)]
@@ -167,26 +167,32 @@ def test_parts_of_the_keys_add_up():
         keys = {'key_positions': rows['positions'][:, a:b], 'key_segment_ids': ids[:, a:b]}
         return (q, k[:, a:b], v[:, a:b]), rows | keys | options
 
+    @functools.partial(jax.jit, static_argnums=0)
     def merged(cuts):
-        parts = [part(a, b) for a, b in zip(cuts, cuts[1:], strict=False)]
+        parts = [part(a, b) for a, b in itertools.pairwise(cuts)]
         results = [reference.forward(*arrays, **given) for arrays, given in parts]
         results = [(out.transpose(0, 2, 3, 1), lse) for out, lse in results]
         out, lse = functools.reduce(lambda x, y: context.merge(*x, *y), results)
         out = out.transpose(0, 3, 1, 2)
-        dq, dk, dv = zip(
-            *(reference.backward(*arrays, out, lse, cotangent, **given) for arrays, given in parts),
-            strict=True,
-        )
-        return out, lse, sum(dq), jnp.concatenate(dk, axis=1), jnp.concatenate(dv, axis=1)
+        gradients = [
+            reference.backward(*arrays, out, lse, cotangent, **given) for arrays, given in parts
+        ]
+        dq, dk, dv = zip(*gradients, strict=True)
+        return out, sum(dq), jnp.concatenate(dk, axis=1), jnp.concatenate(dv, axis=1), lse
 
-    arrays, given = part(0, length)
-    out, vjp = jax.vjp(functools.partial(reference.attention, **given), *arrays)
-    whole = [out, merged([0, length])[1], *vjp(cotangent)]
-    assert np.isneginf(whole[1].swapaxes(1, 2)[ids == 0]).all()
-    for cuts in ([0, length], [0, cut, length]):
-        for got, want in zip(merged(cuts), whole, strict=True):
-            tolerance = 2e-6 * np.abs(np.nan_to_num(want, neginf=0)).max()
-            np.testing.assert_allclose(got, want, rtol=0, atol=tolerance)
+    @jax.jit
+    def whole():
+        arrays, given = part(0, length)
+        out, vjp = jax.vjp(functools.partial(reference.attention, **given), *arrays)
+        return out, *vjp(cotangent)
+
+    expected = whole()
+    *one_part, lse = merged((0, length))
+    *two_parts, merged_lse = merged((0, cut, length))
+    assert_same(one_part, expected)
+    assert_same(two_parts, expected)
+    np.testing.assert_allclose(merged_lse, lse, rtol=0, atol=1e-5)
+    np.testing.assert_array_equal(np.isneginf(lse), np.repeat(ids[:, None] == 0, N, axis=1))
 
 
 @pytest.mark.parametrize(('saved', 'turns'), [([], 2), ([RESIDUALS], 1)])
@@ -208,11 +214,11 @@ def test_saving_the_residuals_spares_the_second_forward_turn(saved, turns):
 
 @pytest.mark.parametrize(('num_shards', 'shape', 'axis'), [(3, (2, 30, 5), 1), (4, (5, 3, 8), -1)])
 def test_zigzag_gives_each_shard_a_part_from_either_end(num_shards, shape, axis):
-    x = np.arange(np.prod(shape)).reshape(shape)
+    x = jnp.arange(math.prod(shape)).reshape(shape)
     arranged = context.zigzag(x, num_shards, axis)
-    parts = np.split(x, 2 * num_shards, axis)
-    for i, shard in enumerate(np.split(arranged, num_shards, axis)):
-        pair = np.concatenate([parts[i], parts[2 * num_shards - 1 - i]], axis)
+    parts = jnp.split(x, 2 * num_shards, axis)
+    for i, shard in enumerate(jnp.split(arranged, num_shards, axis)):
+        pair = jnp.concatenate([parts[i], parts[2 * num_shards - 1 - i]], axis)
         np.testing.assert_array_equal(shard, pair)
     np.testing.assert_array_equal(context.unzigzag(arranged, num_shards, axis), x)
     with pytest.raises(ValueError, match=f'multiple of {2 * num_shards}'):
@@ -240,34 +246,30 @@ def test_zigzag_balances_every_step_of_a_causal_ring():
         device = np.arange(num_shards)[:, None]
         return pairs[device, (device - np.arange(num_shards)) % num_shards]
 
-    balanced = visible_pairs(np.asarray(context.zigzag(np.arange(length), num_shards, axis=0)))
+    balanced = visible_pairs(np.asarray(context.zigzag(jnp.arange(length), num_shards, axis=0)))
     assert (balanced == balanced[:1]).all()
     assert balanced.max() < 1.1 * balanced.min()
     consecutive = visible_pairs(np.arange(length))
     assert consecutive.sum(axis=1).max() > 1.8 * consecutive.sum(axis=1).mean()
 
 
-def opaque(name):
+def opaque(name, arrays, out_shape):
     """A kernel of which XLA knows as little as of the real one; it gives zeros."""
 
-    def run(*arrays, out_shape):
-        def body(*refs):
-            for ref in refs[len(arrays) :]:
-                ref[...] = jnp.zeros(ref.shape, ref.dtype)
+    def body(*refs):
+        for ref in refs[len(arrays) :]:
+            ref[...] = jnp.zeros(ref.shape, ref.dtype)
 
-        return pl.pallas_call(body, out_shape=out_shape, name=name)(*arrays)
-
-    return run
+    return pl.pallas_call(body, out_shape=out_shape, name=name)(*arrays)
 
 
-def opaque_forward(q, k, v, *, positions, key_positions, key_segment_ids, **_):
+def opaque_forward(q, k, v, *, key_positions, key_segment_ids, **_):
     lse = jax.ShapeDtypeStruct((q.shape[0], q.shape[2], q.shape[1]), jnp.float32)
-    arrays = q, k, v, positions, key_positions, key_segment_ids
-    return opaque('attend')(*arrays, out_shape=(q, lse))
+    return opaque('attend', (q, k, v, key_positions, key_segment_ids), (q, lse))
 
 
-def opaque_backward(q, k, v, out, lse, cotangent, **_):
-    return opaque('differentiate')(q, k, v, out, lse, cotangent, out_shape=(q, k, v))
+def opaque_backward(*arrays, key_positions, key_segment_ids, **_):
+    return opaque('differentiate', (*arrays, key_positions, key_segment_ids), arrays[:3])
 
 
 @pytest.mark.slow

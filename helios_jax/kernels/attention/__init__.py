@@ -1,6 +1,7 @@
 """Attention: one function, several implementations.
 
-`reference` (any device, every feature), `splash` (TPU), `cudnn` (NVIDIA). Each is a module whose
+`reference` (any device, every feature), `tpu` (our kernels), `splash` (jax's for TPU, to compare
+with), `cudnn` (NVIDIA). Each is a module whose
 `attention` raises NotImplementedError for what it cannot do; `auto` takes the device's own, and the
 reference where that refuses.
 """
@@ -14,16 +15,18 @@ import jax
 from jax import Array
 from jaxtyping import Float, Int, Num
 
-from helios_jax.kernels.attention import gpu, reference, tpu
+from helios_jax.kernels.attention import gpu, reference, splash, tpu
 
 log = logging.getLogger(__name__)
 
 IMPLEMENTATIONS = {
     'reference': reference.attention,
-    'splash': tpu.attention,
+    'tpu': tpu.attention,
+    'splash': splash.attention,
     'cudnn': gpu.attention,
 }
-PLATFORMS = {'splash': 'tpu', 'cudnn': 'gpu'}
+# Of several for a platform, `auto` takes the first.
+PLATFORMS = {'tpu': 'tpu', 'splash': 'tpu', 'cudnn': 'gpu'}
 DTYPES = ('bfloat16', 'float16', 'float32', 'float64')
 
 
@@ -66,7 +69,7 @@ def attention(
       scale: multiplies the logits, 1/√H by default.
       window: tokens that a query sees, itself included; 0 is all.
       softcap: c, in units of logits; 0 is none.
-      implementation: auto | reference | splash | cudnn.
+      implementation: auto | reference | tpu | splash | cudnn.
       platform: 'tpu', 'gpu' or 'cpu', for `auto` when compiling for another machine; this
         machine's default backend by default.
     Returns:

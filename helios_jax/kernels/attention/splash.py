@@ -1,4 +1,4 @@
-"""Attention on TPU: jax's splash attention, rotated outside the kernel.
+"""jax's splash attention on TPU, to compare our kernels with: rotated outside the kernel.
 
 Blocks above the diagonal or outside the window are skipped, blocks of another segment are masked.
 The backward pass takes two kernels: the fused one is faster but keeps a float32 copy of dq for each

@@ -1,8 +1,8 @@
 """Attention on TPU: Helios's own kernels, forward and backward.
 
 Queries and keys are rotated in the kernels; blocks that see nothing of each other are neither
-fetched nor stepped over; residuals are q, k, v, the output and one float a row and head. The kernels
-take [B heads H T]: the transpose around them folds into the projections' layouts.
+fetched nor stepped over; residuals are q, k, v, the output and one float a row and head. The
+kernels take [B heads H T]: the transpose around them folds into the projections' layouts.
 """
 
 import dataclasses
@@ -17,14 +17,10 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Float, Int, Num
 
 from helios_jax.kernels.attention.splash import RESIDUALS
-from helios_jax.kernels.attention.tpu import backward_kernel
+from helios_jax.kernels.attention.tpu import backward_kernel, forward_kernel, work
 from helios_jax.kernels.attention.tpu import blocks as sizes
-from helios_jax.kernels.attention.tpu import forward_kernel
-from helios_jax.kernels.attention.tpu import work
 from helios_jax.kernels.attention.tpu.tiles import LOG2E, MARKS
 from helios_jax.kernels.attention.tpu.work import Blocks
-
-KEY_BYTES = 32 * 2**20  # of VMEM for dk and dv; longer rows go through backward in chunks of keys
 
 
 class Rows(NamedTuple):
@@ -160,9 +156,7 @@ def backward_rule(options: Options, saved: Any, cotangent: Array) -> tuple[Any, 
 differentiable.defvjp(forward_rule, backward_rule)
 
 
-def run_forward(
-    options: Options, q: Array, k: Array, v: Array, rows: Rows
-) -> tuple[Array, Array]:
+def run_forward(options: Options, q: Array, k: Array, v: Array, rows: Rows) -> tuple[Array, Array]:
     (T, N), K, blocks = q.shape[1:3], k.shape[2], options.forward
     listed, tables = plan(rows, T, k.shape[1], blocks, options.window)
     out, lse = forward_kernel.forward(
@@ -193,22 +187,13 @@ def run_backward(
     rows: Rows,
 ) -> tuple[Array, Array, Array]:
     (T, N), (S, K), blocks = q.shape[1:3], k.shape[1:3], options.backward
-    queries = [tokens_last(x, K, blocks.q) for x in (q, out, cotangent)]
+    queries, out, cotangent = (tokens_last(x, K, blocks.q) for x in (q, out, cotangent))
     # A query that saw nothing has −∞, and padding is such a query.
     lse = pad(lse, blocks.q, -jnp.inf).reshape(len(q), K, N // K, -1)
     keys, values = (tokens_last(x, 0, blocks.k) for x in (k, v))
-    listed, tables = plan(rows, T, S, blocks, options.window)
-    dq, dk, dv = backward_kernel.backward(
-        queries[0],
-        keys,
-        values,
-        queries[1],
-        lse,
-        queries[2],
-        None,
-        *tables,
-        rows.scale.reshape(1) * LOG2E,
-        listed,
+    kernel = functools.partial(
+        backward_kernel.backward,
+        scale=rows.scale.reshape(1) * LOG2E,
         blocks=blocks,
         window=options.window,
         softcap=options.softcap,
@@ -216,7 +201,36 @@ def run_backward(
         vmem=options.vmem,
         interpret=options.interpret,
     )
-    return tokens_second(dq, T), tokens_second(dk, S), tokens_second(dv, S)
+    chunk = backward_kernel.keys_in_memory(queries, blocks, options.vmem)
+    if keys.shape[-1] <= chunk:
+        listed, tables = plan(rows, T, S, blocks, options.window)
+        dq, dk, dv = kernel(
+            queries, keys, values, out, lse, cotangent, None, *tables, listed=listed
+        )
+        return tokens_second(dq, T), tokens_second(dk, S), tokens_second(dv, S)
+
+    q_marks, k_marks = marks(rows, T, S, blocks)
+    q_table = table(q_marks, rows.frequencies)
+
+    def one(dq: Array, keys_and_marks: tuple[Array, ...]) -> tuple[Array, tuple[Array, ...]]:
+        keys, values, marks = keys_and_marks
+        listed = work.make(q_marks, marks, blocks, options.window)
+        tables = q_table, table(marks, rows.frequencies)
+        dq, *gradients = kernel(
+            queries, keys, values, out, lse, cotangent, dq, *tables, listed=listed
+        )
+        return dq, tuple(gradients)
+
+    chunks = tuple(in_chunks(x, chunk) for x in (keys, values, k_marks))
+    dq, gradients = jax.lax.scan(one, jnp.zeros(queries.shape, jnp.float32), chunks)
+    dk, dv = (jnp.moveaxis(x, 0, -2).reshape(*keys.shape[:-1], -1) for x in gradients)
+    return tokens_second(dq, T).astype(q.dtype), tokens_second(dk, S), tokens_second(dv, S)
+
+
+def in_chunks(x: Array, size: int) -> Array:
+    """[… S] → [chunks … size], the last one padded with zeros: keys of no segment."""
+    x = pad(x, size)
+    return jnp.moveaxis(x.reshape(*x.shape[:-1], -1, size), -2, 0)
 
 
 def pad(x: Array, multiple: int, value: float = 0) -> Array:
@@ -243,29 +257,35 @@ def plan(
     rows: Rows, T: int, S: int, blocks: Blocks, window: int
 ) -> tuple[work.Work, tuple[Array, Array]]:
     """The list of work, and the tables of queries and keys: float32 [B H+MARKS T or S], padded."""
+    q_marks, k_marks = marks(rows, T, S, blocks)
+    tables = table(q_marks, rows.frequencies), table(k_marks, rows.frequencies)
+    if rows.segmented:
+        return work.make(q_marks, k_marks, blocks, window), tables
+    # Known here: the list costs the program nothing.
+    B = len(rows.positions)
+    listed = work.make(causal(B, T, blocks.q), causal(B, S, blocks.k), blocks, window)
+    return listed, tables
+
+
+def marks(rows: Rows, T: int, S: int, blocks: Blocks) -> tuple[Array, Array]:
+    """Segments and positions of queries and keys: float32 [B 2 T or S], padded."""
     B = len(rows.positions)
     segments = jnp.ones((B, T)) if rows.segment_ids is None else rows.segment_ids
     positions = rows.positions if rows.key_positions is None else rows.key_positions
     key_segments = rows.key_segment_ids
     if key_segments is None:
-        key_segments = jnp.ones((B, S)) if rows.key_positions is not None else segments
+        key_segments = segments if rows.key_positions is None else jnp.ones((B, S))
     segments = jnp.where(segments > 0, segments, work.NOBODY)
-    marks = (
+    return (
         mark(segments, rows.positions, blocks.q, work.NOBODY, 0),
         mark(key_segments, positions, blocks.k, 0, work.FAR),
     )
-    if rows.segmented:
-        listed = work.make(*marks, blocks, window)
-    else:  # known here: the list costs the program nothing
-        listed = work.make(*(causal(B, n, b) for n, b in ((T, blocks.q), (S, blocks.k))), blocks, window)
-    tables = tuple(table(m, rows.frequencies) for m in marks)
-    return listed, tables
 
 
 def mark(segments: Array, positions: Array, block: int, nobody: float, far: float) -> Array:
     """float32 [B 2 T]: segment ids and positions, padded."""
-    rows = (pad(segments.astype(jnp.float32), block, nobody), pad(positions.astype(jnp.float32), block, far))
-    return jnp.stack(rows, axis=1)
+    segments, positions = segments.astype(jnp.float32), positions.astype(jnp.float32)
+    return jnp.stack([pad(segments, block, nobody), pad(positions, block, far)], axis=1)
 
 
 def causal(B: int, T: int, block: int) -> np.ndarray:

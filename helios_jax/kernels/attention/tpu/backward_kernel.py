@@ -16,6 +16,7 @@ from jax.experimental.pallas import tpu as pltpu
 
 from helios_jax.kernels.attention.tpu import work
 from helios_jax.kernels.attention.tpu.tiles import (
+    LANES,
     LOG2E,
     MARKS,
     MASKED,
@@ -26,6 +27,16 @@ from helios_jax.kernels.attention.tpu.tiles import (
     visible,
 )
 from helios_jax.kernels.attention.tpu.work import Blocks, Work
+
+KEY_SHARE = 0.6  # of the VMEM, for what is kept of keys
+
+
+def keys_in_memory(q: Array, blocks: Blocks, vmem: int) -> int:
+    """How many keys of a head, a multiple of the block, have all that is kept of them in VMEM."""
+    H = q.shape[3]
+    lanes = max(H, LANES)
+    each = 2 * 4 * lanes + (2 * lanes + H) * q.dtype.itemsize
+    return max(int(KEY_SHARE * vmem) // each // blocks.k, 1) * blocks.k
 
 
 def backward(
@@ -38,9 +49,9 @@ def backward(
     dq: Array | None,
     q_table: Array,
     k_table: Array,
+    *,
     scale: Array,
     listed: Work,
-    *,
     blocks: Blocks,
     window: int,
     softcap: float,
@@ -56,7 +67,7 @@ def backward(
         written in q's dtype.
       The rest as `forward`.
     """
-    K, G, H, T = q.shape[1:]
+    K, G, H = q.shape[1:4]
     S = k.shape[-1]
     width = G * blocks.q
     at = specs(q, blocks, cached=True)

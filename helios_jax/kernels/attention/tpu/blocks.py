@@ -10,7 +10,13 @@ from helios_jax.kernels.attention.tpu.work import Blocks
 MIB = 2**20
 # VMEM of a core that a kernel may take, of 128 MiB or (v5p, tpu7x) 64.
 VMEM = {'v5e': 100 * MIB, 'v5p': 56 * MIB, 'v6e': 100 * MIB, 'tpu7x': 56 * MIB}
-KINDS = {'TPU v5 lite': 'v5e', 'TPU v5': 'v5p', 'TPU v5p': 'v5p', 'TPU v6 lite': 'v6e', 'TPU7x': 'tpu7x'}
+KINDS = {
+    'TPU v5 lite': 'v5e',
+    'TPU v5': 'v5p',
+    'TPU v5p': 'v5p',
+    'TPU v6 lite': 'v6e',
+    'TPU7x': 'tpu7x',
+}
 DEFAULT = 'v5p'  # the smaller VMEM
 
 

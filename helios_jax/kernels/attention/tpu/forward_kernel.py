@@ -101,7 +101,7 @@ def kernel(
     G, H, bq = q_ref.shape
     item = pl.program_id(1)
     flags = parts[item]
-    first_key = keys[item] * blocks.k if cached else 0
+    first_key: Any = keys[item] * blocks.k if cached else 0
 
     @pl.when(flags & work.FIRST_Q != 0)
     def _() -> None:

@@ -2,8 +2,8 @@
 
 Visibility depends on segments and positions alone, so a block is summarised by the range of
 (segment, position) that it holds, in lexicographic order. Two blocks whose ranges cannot meet are
-not listed: they are neither fetched nor stepped over. The test is exact for rows that are sorted, as
-packed rows and contiguous pieces of them are, and only ever too generous for others.
+not listed: they are neither fetched nor stepped over. The test is exact for rows that are sorted,
+as packed rows and contiguous pieces of them are, and only ever too generous for others.
 """
 
 from typing import Any, NamedTuple
@@ -75,7 +75,8 @@ def not_after(a: tuple[Any, Any], b: tuple[Any, Any]) -> Any:
 
 def meet(q: Ranges, k: Ranges, window: int) -> tuple[Any, Any]:
     """(may some query see some key, does every query see every key): bool [B nq nk]."""
-    q, k = (jax.tree.map(lambda x: x[at], r) for r, at in ((q, np.s_[:, :, None]), (k, np.s_[:, None])))
+    q = jax.tree.map(lambda x: x[:, :, None], q)
+    k = jax.tree.map(lambda x: x[:, None], k)
     oldest = q.low[1] - (window - 1) if window else -FAR
     # An empty block's low is FAR, and its high −FAR: one of the two comparisons fails.
     some = not_after(k.low, q.high) & not_after((q.low[0], oldest), k.high)
@@ -129,5 +130,5 @@ def make(q_marks: Any, k_marks: Any, blocks: Blocks, window: int) -> Work:
         finished = np.minimum.accumulate(finished[::-1])[::-1]
     else:
         begun, finished = jax.lax.cummax(begun), jax.lax.cummin(finished, reverse=True)
-    words = (queries // nq, queries % nq, keys, parts, keys[begun], keys[finished])
-    return Work(*(jnp.asarray(x, jnp.int32) for x in words), count)
+    words = (queries // nq, queries % nq, keys, parts, keys[begun], keys[finished], count)
+    return Work(*(x if np.ndim(x) == 0 else jnp.asarray(x, jnp.int32) for x in words))
