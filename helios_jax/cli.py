@@ -210,8 +210,13 @@ def explain_command(argv: Sequence[str]) -> None:
 
 
 def bench_command(argv: Sequence[str]) -> None:
-    """bench compile | train | torch_peer: measurements, each with its own flags."""
-    benches = {'compile': compile_bench, 'torch_peer': torch_bench, 'train': train_bench}
+    """bench attention | compile | train | torch_peer: measurements, each with its own flags."""
+    benches = {
+        'attention': attention_bench,
+        'compile': compile_bench,
+        'torch_peer': torch_bench,
+        'train': train_bench,
+    }
     name = argv[0] if argv else ''
     require(
         name in benches,
@@ -219,6 +224,47 @@ def bench_command(argv: Sequence[str]) -> None:
         f'There are: {", ".join(benches)}.',
     )
     benches[name](argv[1:])
+
+
+def attention_bench(argv: Sequence[str]) -> None:
+    """TPU attention by its schedule: --target --lengths [--documents --window --json …]."""
+    values = flags.FlagValues()
+    shape = {
+        'batch': (1, 'Rows, B.'),
+        'heads': (32, 'Query heads, N.'),
+        'kv_heads': (8, 'Key heads, K.'),
+        'head_dim': (128, 'H; the layer is N·H wide.'),
+        'documents': (1, 'Of a row.'),
+        'window': (0, 'Tokens that a query sees; 0: all before it.'),
+    }
+    flags.DEFINE_string('target', 'v5p', 'v5e | v5p | v6e | tpu7x.', flag_values=values)
+    flags.DEFINE_list('lengths', ['2048', '4096', '16384'], 'Tokens, T.', flag_values=values)
+    for name, (default, text) in shape.items():
+        flags.DEFINE_integer(name, default, text, flag_values=values)
+    flags.DEFINE_list('implementations', [], 'Those to compile; none: all.', flag_values=values)
+    flags.DEFINE_string('earlier', '', 'File of JSON rows to compare with.', flag_values=values)
+    flags.DEFINE_integer('jobs', 1, 'Compilations at a time.', flag_values=values)
+    flags.DEFINE_bool('json', False, 'JSON lines.', flag_values=values)
+    flags.DEFINE_string('here', '', 'One compilation, in this process.', flag_values=values)
+    options.parse(values, argv)
+    os.environ['JAX_PLATFORMS'] = 'cpu'
+    from helios_jax.bench import attention
+
+    if values.here:
+        print(json.dumps(attention.compile_here(attention.Task(**json.loads(values.here)))))
+        return
+    for length in values.lengths:
+        require(length.isdigit() and length != '0', f'--lengths={length}: not a number of tokens.')
+    sizes = {name: values[name].value for name in shape}
+    problems = [attention.Problem(length=int(length), **sizes) for length in values.lengths]
+    attention.compare(
+        values.target,
+        problems,
+        names=values.implementations,
+        earlier=values.earlier,
+        jobs=values.jobs,
+        as_json=values.json,
+    )
 
 
 def compile_bench(argv: Sequence[str]) -> None:

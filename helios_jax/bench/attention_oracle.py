@@ -92,10 +92,12 @@ def _head(
     with np.errstate(divide='ignore'):
         lse = (np.log(total) + top)[:, 0]
     weights /= np.where(total == 0, 1, total)
-    dweights = cotangent @ values.T
-    dlogits = rounded(weights * (dweights - (weights * dweights).sum(-1, keepdims=True)) * slope)
-    weights = rounded(weights)
-    return weights @ values, dlogits @ keys, dlogits.T @ queries, weights.T @ cotangent, lse
+    narrow = rounded(weights)
+    out = narrow @ values
+    # Two sums that cancel where a query sees one key; the plain one too must leave a rest of them.
+    change = cotangent @ values.T - (out * cotangent).sum(-1, keepdims=True)
+    dlogits = rounded(weights * change * slope)
+    return out, dlogits @ keys, dlogits.T @ queries, narrow.T @ cotangent, lse
 
 
 def rounded_to(x: np.ndarray, operand: str) -> np.ndarray:

@@ -28,14 +28,21 @@ FLOAT, HALF = 4, 2  # bytes
 
 
 def jax_splash_options(problem: Problem, which: str) -> list[Options]:
-    """Block sizes to try; backward in two kernels, or in one with a partial dq per key block."""
+    """Blocks in memory and in the products; backward in two kernels, or one that keeps each dq."""
     if which == 'forward':
-        return [{'block': b, 'compute': c} for b, c in ((512, 512), (1024, 512), (2048, 512))]
-    return [
-        {'block': block, 'compute': min(block, 512), 'fused': fused}
-        for block in (512, 1024)
-        for fused in (False, True)
-    ]
+        sizes = (512, 512), (1024, 512), (2048, 512)
+        return _that_fit(problem, [{'block': b, 'compute': c} for b, c in sizes])
+    sizes = (512, 512), (1024, 512)
+    return _that_fit(
+        problem,
+        [{'block': b, 'compute': c, 'fused': fused} for b, c in sizes for fused in (False, True)],
+    )
+
+
+def _that_fit(problem: Problem, options: list[Options]) -> list[Options]:
+    """Blocks that divide T; the largest need more VMEM than an operation gets unasked."""
+    fitting = [o for o in options if problem.length % o['block'] == 0]
+    return [o | {'scoped_vmem_mib': 32} if o['block'] > 1024 else o for o in fitting]
 
 
 def jax_splash(problem: Problem, options: Options) -> Setup:
@@ -66,9 +73,7 @@ def jax_splash(problem: Problem, options: Options) -> Setup:
         name.format('dkv'): _jax_columns(problem, block, kernel.dkv_mask_info, fused),
     }
     if not fused:
-        plans[name.format('dq')] = _jax_rows(
-            problem, block, kernel.dq_mask_info, lse_written=False
-        )
+        plans[name.format('dq')] = _jax_rows(problem, block, kernel.dq_mask_info, lse_written=False)
     return Setup(_attend(problem, kernel, splash.SegmentIds), 'bnth', plans)
 
 
@@ -120,18 +125,24 @@ def _jax_columns(problem: Problem, block: int, info: Any, fused: bool) -> Plan:
 
 
 def tokamax_options(problem: Problem, which: str) -> list[Options]:
-    """Block sizes; half the products of the diagonal skipped or not; dq kept whole or by threes."""
-    blocks = (512, 1024, 2048)
+    """Blocks in memory and in the products; the diagonal's upper half skipped; dq by threes."""
+    skip = not problem.window
     if which == 'forward':
-        skips = (False,) if problem.window else (False, True)
-        return [{'block': block, 'diagonal_skip': skip} for block in blocks for skip in skips]
+        sizes = (512, 512), (1024, 512), (1024, 1024), (2048, 512), (2048, 2048)
+        return _that_fit(
+            problem,
+            [{'block': b, 'compute': c, 'diagonal_skip': skip and b == c} for b, c in sizes],
+        )
     # Packed rows take the dynamic grid whatever is asked for.
-    dynamic = (True,) if problem.documents > 1 else (False, True)
-    return [
-        {'block': block, 'diagonal_skip': False, 'dynamic': grid}
-        for block in blocks[:2]
-        for grid in dynamic
-    ]
+    grids = (True,) if problem.documents > 1 else (False, True)
+    return _that_fit(
+        problem,
+        [
+            {'block': 1024, 'compute': c, 'diagonal_skip': skip and c == 1024, 'dynamic': dynamic}
+            for dynamic in grids
+            for c in (512, 1024)
+        ],
+    )
 
 
 def tokamax(problem: Problem, options: Options) -> Setup:
@@ -156,8 +167,10 @@ def tokamax(problem: Problem, options: Options) -> Setup:
         config=kernels.SplashConfig(
             block_q=block,
             block_kv=block,
+            block_kv_compute=options['compute'],
             block_q_dkv=block,
             block_kv_dkv=block,
+            block_kv_dkv_compute=options['compute'],
             qk_diag_skip=options['diagonal_skip'],
             sv_diag_skip=options['diagonal_skip'],
             dq_reduction_steps=3 if options.get('dynamic') else None,

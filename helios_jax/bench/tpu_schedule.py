@@ -55,9 +55,7 @@ class Chip(NamedTuple):
     @property
     def clock(self) -> float:
         """Cycles per second, from the peak FLOP/s."""
-        return flops.peak_flops(self.device_kind) / (
-            2 * self.num_cores * self.num_mxus * self.macs
-        )
+        return flops.peak_flops(self.device_kind) / (2 * self.num_cores * self.num_mxus * self.macs)
 
 
 # MXUs and VMEM: jax._src.tpu_info; multiply-adds per MXU cycle: pre-delay MXU occupancy of plain
@@ -160,6 +158,7 @@ class Prediction(NamedTuple):
     num_cores: int
     cycles: float  # of each core at work
     waiting: float  # the part of them in which it waits for HBM
+    mxu_share: float  # of the cycles in which all its MXUs are busy
     seconds: float
     hbm_bytes: float
 
@@ -180,12 +179,17 @@ def predict(schedule: Schedule, plan: Plan, chip: Chip) -> Prediction:
     num_cores = 1 if schedule.one_core else chip.num_cores
     cycles_per_byte = chip.clock / chip.hbm_bytes_per_second
     cycles = float(schedule.code.total - schedule.grid.total)
-    waiting = 0.0
+    waiting = multiplying = 0.0
     for step in plan.steps:
         busy = schedule.every_step + sum(bodies[name] * runs for name, runs in step.runs.items())
         wait = max(0.0, step.hbm_bytes * cycles_per_byte - busy / num_cores)
         cycles += step.count * (busy / num_cores + wait)
         waiting += step.count * wait
+        products = sum(
+            region.busy['MXU'] * step.runs.get(name, 0.0)
+            for name, region in zip(plan.bodies, found, strict=True)
+        )
+        multiplying += step.count * products / num_cores / chip.num_mxus
     return Prediction(
         grid_steps=sum(step.count for step in plan.steps),
         every_step=schedule.every_step,
@@ -194,6 +198,7 @@ def predict(schedule: Schedule, plan: Plan, chip: Chip) -> Prediction:
         num_cores=num_cores,
         cycles=cycles,
         waiting=waiting,
+        mxu_share=multiplying / cycles,
         seconds=cycles / chip.clock,
         hbm_bytes=sum(step.count * step.hbm_bytes for step in plan.steps),
     )

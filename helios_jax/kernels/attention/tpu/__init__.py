@@ -214,7 +214,7 @@ def run_backward(
 
     def one(dq: Array, keys_and_marks: tuple[Array, ...]) -> tuple[Array, tuple[Array, ...]]:
         keys, values, marks = keys_and_marks
-        listed = work.make(q_marks, marks, blocks, options.window)
+        listed = work.make(q_marks, marks, blocks, options.window, ordered=False)
         tables = q_table, table(marks, rows.frequencies)
         dq, *gradients = kernel(
             queries, keys, values, out, lse, cotangent, dq, *tables, listed=listed
@@ -260,10 +260,10 @@ def plan(
     q_marks, k_marks = marks(rows, T, S, blocks)
     tables = table(q_marks, rows.frequencies), table(k_marks, rows.frequencies)
     if rows.segmented:
-        return work.make(q_marks, k_marks, blocks, window), tables
+        return work.make(q_marks, k_marks, blocks, window, rows.key_positions is None), tables
     # Known here: the list costs the program nothing.
     B = len(rows.positions)
-    listed = work.make(causal(B, T, blocks.q), causal(B, S, blocks.k), blocks, window)
+    listed = work.make(causal(B, T, blocks.q), causal(B, S, blocks.k), blocks, window, True)
     return listed, tables
 
 

@@ -22,6 +22,7 @@ from helios_jax.kernels.attention.tpu.tiles import (
     MASKED,
     capped,
     dot,
+    high,
     rotate,
     specs,
     visible,
@@ -86,7 +87,7 @@ def backward(
     return pl.pallas_call(
         body,
         grid_spec=pltpu.PrefetchScalarGridSpec(
-            num_scalar_prefetch=7,
+            num_scalar_prefetch=5,
             grid=(K, listed.count),
             in_specs=in_specs if dq is None else [*in_specs, at.queries],
             out_specs=[at.queries, at.finished_keys, at.finished_keys],
@@ -109,7 +110,7 @@ def backward(
             jax.ShapeDtypeStruct(k.shape, k.dtype),
             jax.ShapeDtypeStruct(v.shape, v.dtype),
         ],
-        input_output_aliases={} if dq is None else {7 + len(inputs): 0},
+        input_output_aliases={} if dq is None else {5 + len(inputs): 0},
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=('parallel', 'arbitrary'), vmem_limit_bytes=vmem
         ),
@@ -120,11 +121,11 @@ def backward(
 
 def add_kernel(*refs: Any, **options: Any) -> None:
     """`kernel`, on top of what dq holds."""
-    kernel(*refs[:15], *refs[16:], earlier=refs[15], **options)
+    kernel(*refs[:13], *refs[14:], earlier=refs[13], **options)
 
 
 def kernel(
-    rows: Any, queries: Any, keys: Any, parts: Any, reads: Any, writes: Any, scale: Any,
+    queries: Any, keys: Any, writes: Any, parts: Any, scale: Any,
     q_ref: Any, k_ref: Any, v_ref: Any, out_ref: Any, lse_ref: Any, cotangent_ref: Any,
     q_table: Any, k_table: Any,
     dq_ref: Any, dk_ref: Any, dv_ref: Any,
@@ -132,11 +133,11 @@ def kernel(
     marks: Any, lse: Any, delta: Any, dq: Any, dk: Any, dv: Any,
     *, earlier: Any = None, blocks: Blocks, window: int, softcap: float, segmented: bool,
 ) -> None:  # fmt: skip
-    del rows, queries, reads, writes  # the index maps read them
+    del queries, writes  # the index maps read them
     G, H, bq = q_ref.shape
     item = pl.program_id(1)
     flags = parts[item]
-    j = keys[item]
+    j = high(keys[item])
     first_key = pl.multiple_of(j * blocks.k, blocks.k)
     block = pl.ds(first_key, blocks.k)
 

@@ -17,6 +17,7 @@ from helios_jax.kernels.attention.tpu.tiles import (
     MASKED,
     capped,
     dot,
+    high,
     rotate,
     specs,
     visible,
@@ -65,7 +66,7 @@ def forward(
             cached=cached,
         ),
         grid_spec=pltpu.PrefetchScalarGridSpec(
-            num_scalar_prefetch=7,
+            num_scalar_prefetch=5,
             grid=(K, listed.count),
             in_specs=[at.queries, at.begun_keys, at.keys, at.query_table, at.key_table],
             out_specs=[at.queries, at.rows],
@@ -91,17 +92,17 @@ def forward(
 
 
 def kernel(
-    rows: Any, queries: Any, keys: Any, parts: Any, reads: Any, writes: Any, scale: Any,
+    queries: Any, keys: Any, writes: Any, parts: Any, scale: Any,
     q_ref: Any, k_ref: Any, v_ref: Any, q_table: Any, k_table: Any,
     out_ref: Any, lse_ref: Any,
     q_turned: Any, k_turned: Any, marks: Any, greatest: Any, total: Any, out_sum: Any,
     *, blocks: Blocks, window: int, softcap: float, segmented: bool, cached: bool,
 ) -> None:  # fmt: skip
-    del rows, queries, reads, writes  # the index maps read them
+    del queries, writes  # the index maps read them
     G, H, bq = q_ref.shape
     item = pl.program_id(1)
     flags = parts[item]
-    first_key: Any = keys[item] * blocks.k if cached else 0
+    first_key: Any = high(keys[item]) * blocks.k if cached else 0
 
     @pl.when(flags & work.FIRST_Q != 0)
     def _() -> None:

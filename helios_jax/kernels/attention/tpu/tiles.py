@@ -75,33 +75,41 @@ class Specs(NamedTuple):
     key_table: pl.BlockSpec
 
 
+def high(word: Any) -> Any:
+    return jax.lax.shift_right_logical(word, 16)
+
+
+def low(word: Any) -> Any:
+    return word & 0xFFFF
+
+
 def specs(q: Array, blocks: Blocks, cached: bool) -> Specs:
-    """Index maps take (key head, item, *prefetched), the first six of these the work's arrays.
+    """Index maps take (key head, item, *prefetched), the first three of these the work's arrays.
 
     `cached`: the kernel keeps what it makes of a block of keys, so that it is fetched only once.
     """
     G, H = q.shape[2:4]
 
-    def queries(head: Any, item: Any, rows: Any, queries: Any, *_: Any) -> tuple[Any, ...]:
-        return rows[item], head, 0, 0, queries[item]
+    def queries(head: Any, item: Any, queries: Any, *_: Any) -> tuple[Any, ...]:
+        return high(queries[item]), head, 0, 0, low(queries[item])
 
-    def statistics(head: Any, item: Any, rows: Any, queries: Any, *_: Any) -> tuple[Any, ...]:
-        return rows[item], head, 0, queries[item]
+    def statistics(head: Any, item: Any, queries: Any, *_: Any) -> tuple[Any, ...]:
+        return high(queries[item]), head, 0, low(queries[item])
 
-    def query_table(head: Any, item: Any, rows: Any, queries: Any, *_: Any) -> tuple[Any, ...]:
-        return rows[item], 0, queries[item]
+    def query_table(head: Any, item: Any, queries: Any, *_: Any) -> tuple[Any, ...]:
+        return high(queries[item]), 0, low(queries[item])
 
-    def keys(head: Any, item: Any, *lists: Any) -> tuple[Any, ...]:
-        return lists[0][item], head, 0, lists[2][item]
+    def keys(head: Any, item: Any, queries: Any, keys: Any, *_: Any) -> tuple[Any, ...]:
+        return high(queries[item]), head, 0, high(keys[item])
 
-    def begun(head: Any, item: Any, *lists: Any) -> tuple[Any, ...]:
-        return lists[0][item], head, 0, lists[4][item]
+    def begun(head: Any, item: Any, queries: Any, keys: Any, *_: Any) -> tuple[Any, ...]:
+        return high(queries[item]), head, 0, low(keys[item])
 
-    def finished(head: Any, item: Any, *lists: Any) -> tuple[Any, ...]:
-        return lists[0][item], head, 0, lists[5][item]
+    def finished(head: Any, item: Any, queries: Any, keys: Any, writes: Any, *_: Any) -> Any:
+        return high(queries[item]), head, 0, writes[item]
 
-    def key_table(head: Any, item: Any, *lists: Any) -> tuple[Any, ...]:
-        return lists[0][item], 0, lists[2][item]
+    def key_table(head: Any, item: Any, queries: Any, keys: Any, *_: Any) -> tuple[Any, ...]:
+        return high(queries[item]), 0, high(keys[item])
 
     key_block = (None, None, H, blocks.k)
     return Specs(

@@ -6,6 +6,7 @@ not listed: they are neither fetched nor stepped over. The test is exact for row
 as packed rows and contiguous pieces of them are, and only ever too generous for others.
 """
 
+import functools
 from typing import Any, NamedTuple
 
 import jax
@@ -31,14 +32,15 @@ class Blocks(NamedTuple):
 
 
 class Work(NamedTuple):
-    """`count` items, ordered by row, query block, key block. Arrays are int32 [count or more]."""
+    """`count` items, ordered by row, query block, key block. Arrays are int32 [count or more].
 
-    rows: Array  # of the batch
-    queries: Array  # block
-    keys: Array  # block
+    They lie in SMEM, 1 MiB of it, so that numbers of blocks share words.
+    """
+
+    queries: Array  # row of the batch << 16 | block of queries
+    keys: Array  # block of keys << 16 | the one that was begun last
+    writes: Array  # the block of keys that is finished next
     parts: Array  # first part | end part << 8 | flags
-    reads: Array  # the key block that was begun last
-    writes: Array  # the key block that is finished next
     count: Any  # int, or int32 scalar
 
 
@@ -86,8 +88,10 @@ def meet(q: Ranges, k: Ranges, window: int) -> tuple[Any, Any]:
     return some, every
 
 
-def make(q_marks: Any, k_marks: Any, blocks: Blocks, window: int) -> Work:
+def make(q_marks: Any, k_marks: Any, blocks: Blocks, window: int, ordered: bool) -> Work:
     """Lists the pairs of blocks that meet. Marks in NumPy give a list known at compile time.
+
+    `ordered`: queries and keys are the same tokens, and none sees a later one.
 
     Each block of queries and of keys is listed once at least, with no parts to compute if it meets
     nothing, so that the kernels write all of their outputs.
@@ -116,7 +120,11 @@ def make(q_marks: Any, k_marks: Any, blocks: Blocks, window: int) -> Work:
     for flag, where in flags:
         parts = parts | xp.where(where, flag, 0)
 
-    size = {} if xp is np else {'size': B * nq * nk, 'fill_value': 0}
+    possible = B * nq * nk
+    if ordered:
+        ends = (np.arange(nq) + 1) * blocks.q
+        possible = B * int(np.minimum(-(-ends // blocks.k), nk).sum() + nk)
+    size = {} if xp is np else {'size': min(possible, B * nq * nk), 'fill_value': 0}
     (items,) = xp.nonzero(visit.reshape(-1), **size)
     count = len(items) if xp is np else visit.sum(dtype=jnp.int32)
     queries, keys = items // nk, items % nk
@@ -130,5 +138,11 @@ def make(q_marks: Any, k_marks: Any, blocks: Blocks, window: int) -> Work:
         finished = np.minimum.accumulate(finished[::-1])[::-1]
     else:
         begun, finished = jax.lax.cummax(begun), jax.lax.cummin(finished, reverse=True)
-    words = (queries // nq, queries % nq, keys, parts, keys[begun], keys[finished], count)
-    return Work(*(x if np.ndim(x) == 0 else jnp.asarray(x, jnp.int32) for x in words))
+    word = functools.partial(jnp.asarray, dtype=jnp.int32)
+    return Work(
+        queries=word(queries // nq << 16 | queries % nq),
+        keys=word(keys << 16 | keys[begun]),
+        writes=word(keys[finished]),
+        parts=word(parts),
+        count=count,
+    )

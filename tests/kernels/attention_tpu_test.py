@@ -1,0 +1,279 @@
+"""The TPU kernels in interpret mode, with race detection, against float64 and each other."""
+
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import strategies as st
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+
+from helios_jax.bench import attention_verify as bench
+from helios_jax.bench.attention_oracle import oracle, visible
+from helios_jax.kernels.attention import tpu
+
+INTERPRET = pltpu.InterpretParams(detect_races=True)
+RACE = 'RACE DETECTED'  # printed by jax 0.10, raised since
+attention = functools.partial(tpu.attention, interpret=INTERPRET)
+PAIRS, TRIPLES = bench.covering(), bench.covering(3)
+
+
+@pytest.fixture(autouse=True)
+def no_race(capsys):
+    yield
+    pltpu.reset_tpu_interpret_mode_state()  # after a failure it would spoil the next test
+    assert RACE not in capsys.readouterr().out
+
+
+def test_a_race_is_noticed(capsys):
+    def kernel(x_ref, out_ref, scratch, semaphore):
+        copy = pltpu.make_async_copy(x_ref, scratch, semaphore)
+        copy.start()
+        out_ref[...] = scratch[...]
+        copy.wait()
+
+    call = pl.pallas_call(
+        kernel,
+        out_shape=jax.ShapeDtypeStruct((8, 128), jnp.float32),
+        in_specs=[pl.BlockSpec(memory_space=pl.ANY)],
+        scratch_shapes=[pltpu.VMEM((8, 128), jnp.float32), pltpu.SemaphoreType.DMA],
+        interpret=INTERPRET,
+    )
+    try:
+        jax.block_until_ready(call(jnp.ones((8, 128))))
+        message = ''
+    except Exception as error:
+        message = str(error)
+    assert RACE in capsys.readouterr().out + message
+
+
+@pytest.mark.parametrize('case', PAIRS, ids=lambda case: case.name)
+def test_errors_stay_near_those_of_a_plain_computation(case):
+    [check] = bench.verify(attention, [case])
+    assert not check.faults
+
+
+@pytest.mark.long
+@pytest.mark.parametrize('case', [c for c in TRIPLES if c not in PAIRS], ids=lambda case: case.name)
+def test_errors_stay_near_those_of_a_plain_computation_for_triples(case):
+    [check] = bench.verify(attention, [case])
+    assert not check.faults
+
+
+def problem(**levels):
+    """A problem of one call, float32 unless it says otherwise."""
+    levels = {
+        'dtype': 'float32', 'H': 64, 'G': 3, 'T': 300, 'keys': 'own', 'mask': 'segments',
+        'softcap': 0.0, 'yarn': 'static',
+    } | levels  # fmt: skip
+    return bench.problem(bench.Case(**levels))
+
+
+def forward(q, k, v, call):
+    out, lse = bench.jitted(tpu.forward, (q, k, v), call | {'interpret': INTERPRET})
+    assert out.dtype == q.dtype
+    assert lse.dtype == np.float32
+    return out, lse
+
+
+def backward(q, k, v, out, lse, cotangent, call):
+    arrays = (q, k, v, out, lse, cotangent)
+    gradients = bench.jitted(tpu.backward, arrays, call | {'interpret': INTERPRET})
+    assert [x.dtype for x in gradients] == [q.dtype] * 3
+    return gradients
+
+
+LSE_CASES = {
+    'bfloat16': {'dtype': 'bfloat16', 'softcap': 20.0, 'G': 8},
+    'float32': {'H': 96, 'mask': 'segments_window'},
+    'ring': {'keys': 'ring', 'H': 128},  # some queries see nothing
+    'decode': {'keys': 'slice', 'T': 1, 'mask': 'causal', 'softcap': 20.0},
+    'bucket': {'keys': 'slice', 'T': 100, 'yarn': 'dynamic'},
+}
+
+
+@pytest.mark.parametrize('name', LSE_CASES)
+def test_log_sum_exp_and_what_backward_makes_of_it(name):
+    levels = LSE_CASES[name]
+    dtype = levels.get('dtype', 'float32')
+    rows = problem(**levels)
+    call = rows.calls[-1]
+    out, lse = forward(*rows[:3], call)
+    exact = oracle(*rows[:4], **call).lse
+    plain = oracle(*rows[:4], **call, operand=dtype).lse
+    seen = np.isfinite(exact)
+    assert seen.all() == (name == 'decode')
+    assert (lse[~seen] == -np.inf).all()
+    lse_, exact, plain = lse[seen], exact[seen], plain[seen]
+    allowed = 2 * np.abs(plain - exact).max() + 1e-5 * np.abs(exact).max()
+    np.testing.assert_allclose(lse_, exact, rtol=0, atol=allowed)
+    gradients = backward(*rows[:3], out, lse, rows.cotangent, call)
+    faults, _ = bench.compare(rows._replace(calls=[call]), dtype, [out, *gradients])
+    assert not faults
+
+
+@pytest.mark.parametrize('at', [3, 95, 130, 280])
+def test_no_query_sees_the_future_or_another_document(at):
+    rows = problem()
+    [call] = rows.calls
+    rows.cotangent[:, np.arange(300) != at] = 0
+    _, dq, dk, dv = bench.run(attention, rows)
+    positions, ids = call['positions'], call['segment_ids']
+    seen = visible(positions, positions, ids, None, 0)[:, at]
+    assert seen.any() == (at != 280)  # both rows end in padding
+    assert (np.abs(dv[seen]) > 0).all()
+    assert (np.abs(dk[seen & (seen.sum(1) > 1)[:, None]]).max(-1) > 0).all()
+    assert not dv[~seen].any()
+    assert not dk[~seen].any()
+    assert not dq[:, np.arange(300) != at].any()
+
+
+def order(kind, length, seed):
+    if kind == 'random':
+        return np.random.default_rng(seed).permutation(length)
+    chunks = np.array_split(np.arange(length), 8)
+    return np.concatenate([chunks[c] for c in (0, 7, 1, 6, 2, 5, 3, 4)])
+
+
+@pytest.mark.parametrize('kind', ['zigzag', 'random'])
+@pytest.mark.parametrize('mask', ['segments', 'window'])
+def test_the_order_of_rows_does_not_matter(mask, kind):
+    rows = problem(T=600, mask=mask)
+    [call] = rows.calls
+    queries, keys = order(kind, 600, seed=1), order(kind, 600, seed=2)
+    moved = call | {
+        'positions': call['positions'][:, queries],
+        'key_positions': call['positions'][:, keys],
+    }
+    if mask == 'segments':
+        moved['segment_ids'] = call['segment_ids'][:, queries]
+        moved['key_segment_ids'] = call['segment_ids'][:, keys]
+    arrays = zip(rows[:4], (queries, keys, keys, queries), strict=True)
+    permuted = bench.Problem(*(x[:, at] for x, at in arrays), [moved])
+    expected, actual = bench.run(attention, rows), bench.run(attention, permuted)
+    for got, want, at in zip(actual, expected, (queries, queries, keys, keys), strict=True):
+        np.testing.assert_allclose(got, want[:, at], rtol=0, atol=1e-5 * np.abs(want).max())
+
+
+@pytest.mark.parametrize('cut', [60, 177])
+def test_blocks_of_keys_merge_by_their_log_sum_exp(cut):
+    """As in ring attention, which sees one block at a time."""
+    rows = problem(keys='ring', mask='causal', softcap=20.0)
+    [call] = rows.calls
+    pieces = []
+    for part in (slice(0, cut), slice(cut, None)):
+        keys = {'key_positions': call['key_positions'][:, part]}
+        pieces.append((rows.k[:, part], rows.v[:, part], call | keys))
+    outs, sums = zip(*(forward(rows.q, *piece) for piece in pieces), strict=True)
+    lse = np.logaddexp(*sums)
+    some, none = np.isfinite(lse), np.isneginf(lse)
+    assert none.any()
+    assert any((some & np.isneginf(one)).any() for one in sums)
+    shares = [np.exp(one - np.where(none, 0, lse)).swapaxes(1, 2)[..., None] for one in sums]
+    out = outs[0] * shares[0] + outs[1] * shares[1]
+    whole_out, whole_lse = forward(*rows[:3], call)
+    np.testing.assert_allclose(lse, whole_lse, rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(out, whole_out, rtol=0, atol=3e-5)
+    first, second = (
+        backward(rows.q, k, v, out, lse, rows.cotangent, piece) for k, v, piece in pieces
+    )
+    dk, dv = (np.concatenate([first[i], second[i]], axis=1) for i in (1, 2))
+    faults, _ = bench.compare(rows, 'float32', [out, first[0] + second[0], dk, dv])
+    assert not faults
+
+
+@pytest.mark.parametrize('dtype', ['float32', 'bfloat16'])
+def test_what_is_not_seen_may_be_huge(dtype):
+    """Keys of the future and of padding, whose weights overflow unless they are masked."""
+    rows = problem(dtype=dtype, T=600, mask='causal')
+    cut = 410
+    rows.cotangent[:, cut:] = 0
+    huge = rows._replace(k=rows.k.copy(), v=rows.v.copy())
+    huge.k[:, cut:] *= 1e4
+    huge.v[:, cut:] *= 1e4
+    expected, actual = bench.run(attention, rows), bench.run(attention, huge)
+    for got, want in zip(actual, expected, strict=True):
+        assert np.isfinite(got.astype(np.float32)).all()
+        np.testing.assert_array_equal(got[:, :cut], want[:, :cut])
+    assert not any(gradient[:, cut:].any() for gradient in actual[1:])
+    ids = np.where(np.arange(600) < cut, 1, 0)[None].astype(np.int32)
+    call = rows.calls[0] | {'segment_ids': np.repeat(ids, len(rows.q), axis=0)}
+    padded = bench.run(attention, huge._replace(calls=[call]))
+    for got, want in zip(padded, expected, strict=True):
+        np.testing.assert_array_equal(got[:, :cut], want[:, :cut])
+        assert not got[:, cut:].any()
+
+
+@settings(
+    max_examples=10,
+    deadline=None,
+    phases=[Phase.explicit, Phase.reuse, Phase.generate],  # shrinking would take many minutes
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
+)
+@given(
+    sizes=st.fixed_dictionaries(
+        {
+            'B': st.integers(1, 2),
+            'K': st.integers(1, 2),
+            'G': st.sampled_from([1, 2, 3, 5]),
+            'H': st.sampled_from([64, 96, 128, 192, 256]),
+            'T': st.integers(1, 600),
+            'S': st.integers(1, 600),
+            'documents': st.integers(1, 12),
+        }
+    ),
+    keys=st.sampled_from(['own', 'own, some queries masked', 'sorted', 'shuffled']),
+    float_positions=st.booleans(),
+    dtype=st.sampled_from(['bfloat16', 'float32']),
+    window=st.one_of(st.just(0), st.integers(1, 300)),
+    softcap=st.sampled_from([0.0, 7.0]),
+    query_scale=st.sampled_from([1.0, 1.33]),
+    seed=st.integers(0, 2**32),
+)
+def test_any_rows(sizes, keys, float_positions, dtype, window, softcap, query_scale, seed):
+    rng = np.random.default_rng(seed)
+    B, K, G, H, T, S, _ = sizes.values()
+    S = T if keys.startswith('own') else S
+    call = any_tokens(rng, sizes | {'S': S}, keys)
+    if float_positions:
+        floats = [name for name in call if 'positions' in name and call[name] is not None]
+        call |= {name: call[name].astype(np.float32) for name in floats}
+    call |= {
+        'frequencies': (1e4 ** (-np.arange(H // 2) / (H // 2))).astype(np.float32),
+        'query_scale': np.asarray(query_scale, np.float32),
+        'scale': 0.9 / math.sqrt(H),
+        'window': window,
+        'softcap': softcap,
+    }
+    shapes = (B, T, K * G, H), (B, S, K, H), (B, S, K, H), (B, T, K * G, H)
+    arrays = [rng.standard_normal(shape, np.float32).astype(jnp.dtype(dtype)) for shape in shapes]
+    rows = bench.Problem(*arrays, [call])
+    faults, _ = bench.compare(rows, dtype, bench.run(attention, rows))
+    assert not faults
+
+
+def any_tokens(rng, sizes, keys):
+    """Documents with ids in no order, one of them padding; T and S tokens of them, or all."""
+    B, T, S, M = sizes['B'], sizes['T'], sizes['S'], max(sizes['T'], sizes['S'])
+    ids, positions = np.zeros((B, M), np.int32), np.zeros((B, M), np.int32)
+    for b in range(B):
+        ends = np.sort(rng.integers(0, M + 1, sizes['documents']))
+        document = np.searchsorted(ends, np.arange(M), side='right')
+        ids[b] = rng.permutation(len(ends) + 1)[document]
+        positions[b] = np.arange(M) - np.array([0, *ends])[document] + rng.integers(3000)
+    call = {'positions': positions, 'segment_ids': ids}
+    call |= {'key_positions': None, 'key_segment_ids': None}
+    if keys == 'own, some queries masked':
+        some = rng.integers(2, size=ids.shape, dtype=np.int32)
+        call |= {'segment_ids': ids * some, 'key_segment_ids': ids}
+    if keys in ('sorted', 'shuffled'):
+        q_at, k_at = rng.permutation(M)[:T], rng.permutation(M)[:S]
+        if keys == 'sorted':
+            q_at, k_at = np.sort(q_at), np.sort(k_at)
+        call |= {'positions': positions[:, q_at], 'segment_ids': ids[:, q_at]}
+        call |= {'key_positions': positions[:, k_at], 'key_segment_ids': ids[:, k_at]}
+    return call
