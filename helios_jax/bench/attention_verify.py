@@ -87,7 +87,7 @@ def compare(
     for by in range(EQUALS):
         plain.append(total_of(given, shifted(given.calls, by), dtype))
         faults, worst = _judge(actual, exact, plain, unseen)
-        if not faults:
+        if not faults or worst > 2:  # beyond luck
             break
     return faults, worst
 

@@ -2,7 +2,7 @@
 
 Queries and keys are rotated in the kernels; blocks that see nothing of each other are neither
 fetched nor stepped over; residuals are q, k, v, the output and one float a row and head. The
-kernels take [B heads H T]: the transpose around them folds into the projections' layouts.
+kernels take [B heads T H]: the transpose around them folds into the projections' layouts.
 """
 
 import dataclasses
@@ -160,9 +160,9 @@ def run_forward(options: Options, q: Array, k: Array, v: Array, rows: Rows) -> t
     (T, N), K, blocks = q.shape[1:3], k.shape[2], options.forward
     listed, tables = plan(rows, T, k.shape[1], blocks, options.window)
     out, lse = forward_kernel.forward(
-        tokens_last(q, K, blocks.q),
-        tokens_last(k, 0, blocks.k),
-        tokens_last(v, 0, blocks.k),
+        heads_first(q, K, blocks.q),
+        heads_first(k, 0, blocks.k),
+        heads_first(v, 0, blocks.k),
         *tables,
         rows.scale.reshape(1) * LOG2E,
         listed,
@@ -173,7 +173,7 @@ def run_forward(options: Options, q: Array, k: Array, v: Array, rows: Rows) -> t
         vmem=options.vmem,
         interpret=options.interpret,
     )
-    return tokens_second(out, T), lse.reshape(len(q), N, -1)[:, :, :T]
+    return tokens_first(out, T), lse.reshape(len(q), N, -1)[:, :, :T]
 
 
 def run_backward(
@@ -187,10 +187,10 @@ def run_backward(
     rows: Rows,
 ) -> tuple[Array, Array, Array]:
     (T, N), (S, K), blocks = q.shape[1:3], k.shape[1:3], options.backward
-    queries, out, cotangent = (tokens_last(x, K, blocks.q) for x in (q, out, cotangent))
+    queries, out, cotangent = (heads_first(x, K, blocks.q) for x in (q, out, cotangent))
     # A query that saw nothing has −∞, and padding is such a query.
     lse = pad(lse, blocks.q, -jnp.inf).reshape(len(q), K, N // K, -1)
-    keys, values = (tokens_last(x, 0, blocks.k) for x in (k, v))
+    keys, values = (heads_first(x, 0, blocks.k) for x in (k, v))
     kernel = functools.partial(
         backward_kernel.backward,
         scale=rows.scale.reshape(1) * LOG2E,
@@ -202,12 +202,12 @@ def run_backward(
         interpret=options.interpret,
     )
     chunk = backward_kernel.keys_in_memory(queries, blocks, options.vmem)
-    if keys.shape[-1] <= chunk:
+    if keys.shape[2] <= chunk:
         listed, tables = plan(rows, T, S, blocks, options.window)
         dq, dk, dv = kernel(
             queries, keys, values, out, lse, cotangent, None, *tables, listed=listed
         )
-        return tokens_second(dq, T), tokens_second(dk, S), tokens_second(dv, S)
+        return tokens_first(dq, T), tokens_first(dk, S), tokens_first(dv, S)
 
     q_marks, k_marks = marks(rows, T, S, blocks)
     q_table = table(q_marks, rows.frequencies)
@@ -221,35 +221,38 @@ def run_backward(
         )
         return dq, tuple(gradients)
 
-    chunks = tuple(in_chunks(x, chunk) for x in (keys, values, k_marks))
+    chunks = in_chunks(keys, chunk, -2), in_chunks(values, chunk, -2), in_chunks(k_marks, chunk)
     dq, gradients = jax.lax.scan(one, jnp.zeros(queries.shape, jnp.float32), chunks)
-    dk, dv = (jnp.moveaxis(x, 0, -2).reshape(*keys.shape[:-1], -1) for x in gradients)
-    return tokens_second(dq, T).astype(q.dtype), tokens_second(dk, S), tokens_second(dv, S)
+    dk, dv = (jnp.moveaxis(x, 0, 2).reshape(*keys.shape[:2], -1, keys.shape[-1]) for x in gradients)
+    return tokens_first(dq, T).astype(q.dtype), tokens_first(dk, S), tokens_first(dv, S)
 
 
-def in_chunks(x: Array, size: int) -> Array:
-    """[… S] → [chunks … size], the last one padded with zeros: keys of no segment."""
-    x = pad(x, size)
-    return jnp.moveaxis(x.reshape(*x.shape[:-1], -1, size), -2, 0)
+def in_chunks(x: Array, size: int, axis: int = -1) -> Array:
+    """An axis cut into chunks, which come first; the last is padded with zeros: no segment."""
+    x = pad(x, size, axis=axis)
+    axis %= x.ndim
+    cut = x.reshape(*x.shape[:axis], -1, size, *x.shape[axis + 1 :])
+    return jnp.moveaxis(cut, axis, 0)
 
 
-def pad(x: Array, multiple: int, value: float = 0) -> Array:
-    """With `value`, the last axis to a multiple."""
-    missing = -x.shape[-1] % multiple
-    widths = [(0, 0)] * (x.ndim - 1) + [(0, missing)]
+def pad(x: Array, multiple: int, value: float = 0, axis: int = -1) -> Array:
+    """With `value`, an axis to a multiple."""
+    missing = -x.shape[axis] % multiple
+    widths = [(0, 0)] * x.ndim
+    widths[axis] = (0, missing)
     return jnp.pad(x, widths, constant_values=value) if missing else x
 
 
-def tokens_last(x: Array, K: int, block: int) -> Array:
-    """[B T N H] → [B K G H T], or [B T K H] → [B K H T] where K is 0; T padded to a block."""
+def heads_first(x: Array, K: int, block: int) -> Array:
+    """[B T N H] → [B K G T H], or [B T K H] → [B K T H] where K is 0; T padded to a block."""
     B, T, N, H = x.shape
     grouped = x.reshape(B, T, K, N // K, H) if K else x
-    return pad(jnp.moveaxis(grouped, 1, -1), block)
+    return pad(jnp.moveaxis(grouped, 1, -2), block, axis=-2)
 
 
-def tokens_second(x: Array, T: int) -> Array:
-    """The inverse of `tokens_last`."""
-    x = jnp.moveaxis(x[..., :T], -1, 1)
+def tokens_first(x: Array, T: int) -> Array:
+    """The inverse of `heads_first`."""
+    x = jnp.moveaxis(x[..., :T, :], -2, 1)
     return x.reshape(*x.shape[:2], -1, x.shape[-1])
 
 

@@ -34,7 +34,7 @@ KEY_SHARE = 0.6  # of the VMEM, for what is kept of keys
 
 def keys_in_memory(q: Array, blocks: Blocks, vmem: int) -> int:
     """How many keys of a head, a multiple of the block, have all that is kept of them in VMEM."""
-    H = q.shape[3]
+    H = q.shape[-1]
     lanes = max(H, LANES)
     each = 2 * 4 * lanes + (2 * lanes + H) * q.dtype.itemsize
     return max(int(KEY_SHARE * vmem) // each // blocks.k, 1) * blocks.k
@@ -60,16 +60,16 @@ def backward(
     vmem: int,
     interpret: Any,
 ) -> tuple[Array, Array, Array]:
-    """(dq [B K G H T], dk and dv [B K H S]) of unrotated q and k.
+    """(dq [B K G T H], dk and dv [B K S H]) of unrotated q and k.
 
     Args:
-      out, cotangent: [B K G H T]; lse: float32 [B K G T], natural, over all keys.
-      dq: float32 [B K G H T] to add to (it becomes the result's buffer): of other keys. None: dq is
+      out, cotangent: [B K G T H]; lse: float32 [B K G T], natural, over all keys.
+      dq: float32 [B K G T H] to add to (it becomes the result's buffer): of other keys. None: dq is
         written in q's dtype.
       The rest as `forward`.
     """
-    K, G, H = q.shape[1:4]
-    S = k.shape[-1]
+    K, G, _, H = q.shape[1:]
+    S = k.shape[2]
     width = G * blocks.q
     at = specs(q, blocks, cached=True)
     body = functools.partial(
@@ -134,7 +134,7 @@ def kernel(
     *, earlier: Any = None, blocks: Blocks, window: int, softcap: float, segmented: bool,
 ) -> None:  # fmt: skip
     del queries, writes  # the index maps read them
-    G, H, bq = q_ref.shape
+    G, bq, H = q_ref.shape
     item = pl.program_id(1)
     flags = parts[item]
     j = high(keys[item])
@@ -145,11 +145,11 @@ def kernel(
     def _() -> None:
         for g in range(G):
             at = slice(g * bq, (g + 1) * bq)
-            q = rotate(q_ref[g].astype(jnp.float32), q_table) * scale[0]
+            q = rotate(q_ref[g].T.astype(jnp.float32), q_table) * scale[0]
             q_turned[:, at] = q.astype(q_turned.dtype)
-            cotangent[:, at] = cotangent_ref[g]
+            cotangent[:, at] = cotangent_ref[g].T
             marks[:, at] = q_table[H:]
-            product = cotangent_ref[g].astype(jnp.float32) * out_ref[g].astype(jnp.float32)
+            product = cotangent[:, at].astype(jnp.float32) * out_ref[g].T.astype(jnp.float32)
             delta[:, at] = jnp.sum(product, axis=0, keepdims=True)
             # A query that saw nothing has −∞ here; from +10³⁰ its weights come out as zero.
             seen = lse_ref[g : g + 1] > MASKED
@@ -158,10 +158,10 @@ def kernel(
 
     @pl.when(flags & work.FIRST_K != 0)
     def _() -> None:
-        k = rotate(k_ref[...].astype(jnp.float32), k_table).astype(k_turned.dtype)
+        k = rotate(k_ref[...].T.astype(jnp.float32), k_table).astype(k_turned.dtype)
         k_turned[j] = k
         k_upright[block] = k.T
-        v_upright[block] = v_ref[...].T
+        v_upright[block] = v_ref[...]
         dk[block] = jnp.zeros((blocks.k, H), jnp.float32)
         dv[block] = jnp.zeros((blocks.k, H), jnp.float32)
 
@@ -202,9 +202,9 @@ def kernel(
         for g in range(G):
             # q came in scaled by `scale`, which has log₂e in it; the logits' gradient is natural.
             x = rotate(dq[:, g * bq : (g + 1) * bq], q_table, -1) * (scale[0] / LOG2E)
-            dq_ref[g] = (x if earlier is None else x + earlier[g]).astype(dq_ref.dtype)
+            dq_ref[g] = (x.T if earlier is None else x.T + earlier[g]).astype(dq_ref.dtype)
 
     @pl.when(flags & work.LAST_K != 0)
     def _() -> None:
-        dk_ref[...] = rotate(dk[block].T / LOG2E, k_table, -1).astype(dk_ref.dtype)
-        dv_ref[...] = dv[block].T.astype(dv_ref.dtype)
+        dk_ref[...] = rotate(dk[block].T / LOG2E, k_table, -1).T.astype(dk_ref.dtype)
+        dv_ref[...] = dv[block].astype(dv_ref.dtype)

@@ -24,6 +24,8 @@ from helios_jax.kernels.attention.tpu.tiles import (
 )
 from helios_jax.kernels.attention.tpu.work import Blocks, Work
 
+KEY_SHARE = 0.7  # of the VMEM, for keys and values kept from one block of queries to the next
+
 
 def forward(
     q: Array,
@@ -41,19 +43,19 @@ def forward(
     vmem: int,
     interpret: Any,
 ) -> tuple[Array, Array]:
-    """(out [B K G H T], log-sum-exp float32 [B K G T]).
+    """(out [B K G T H], log-sum-exp float32 [B K G T]).
 
     Args:
-      q: [B K G H T]; k, v: [B K H S], unrotated, T and S multiples of their blocks.
+      q: [B K G T H]; k, v: [B K S H], unrotated, T and S multiples of their blocks.
       q_table, k_table: float32 [B H+MARKS T or S]: cosines, sines, segment ids, positions.
       scale: float32 [1], of the logits in base 2.
       segmented: there is more than one segment, or padding between tokens.
       vmem: bytes that the kernel may take.
     """
-    B, K, G, H, T = q.shape
-    S = k.shape[-1]
+    B, K, G, T, H = q.shape
+    S = k.shape[2]
     width = G * blocks.q
-    cached = S * max(H, LANES) * q.dtype.itemsize <= vmem // 2
+    cached = 2 * S * max(H, LANES) * q.dtype.itemsize <= KEY_SHARE * vmem
     at = specs(q, blocks, cached)
     row = pltpu.VMEM((1, width), jnp.float32)
     return pl.pallas_call(
@@ -68,11 +70,12 @@ def forward(
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=5,
             grid=(K, listed.count),
-            in_specs=[at.queries, at.begun_keys, at.keys, at.query_table, at.key_table],
+            in_specs=[at.queries, at.begun_keys, at.begun_keys, at.query_table, at.key_table],
             out_specs=[at.queries, at.rows],
             scratch_shapes=[
                 pltpu.VMEM((H, width), q.dtype),
                 pltpu.VMEM((S if cached else blocks.k, H), q.dtype),
+                pltpu.VMEM((S // blocks.k if cached else 1, H, blocks.k), q.dtype),
                 pltpu.VMEM((MARKS, width), jnp.float32),
                 row,
                 row,
@@ -95,31 +98,34 @@ def kernel(
     queries: Any, keys: Any, writes: Any, parts: Any, scale: Any,
     q_ref: Any, k_ref: Any, v_ref: Any, q_table: Any, k_table: Any,
     out_ref: Any, lse_ref: Any,
-    q_turned: Any, k_turned: Any, marks: Any, greatest: Any, total: Any, out_sum: Any,
+    q_turned: Any, k_turned: Any, v_turned: Any, marks: Any,
+    greatest: Any, total: Any, out_sum: Any,
     *, blocks: Blocks, window: int, softcap: float, segmented: bool, cached: bool,
 ) -> None:  # fmt: skip
     del queries, writes  # the index maps read them
-    G, H, bq = q_ref.shape
+    G, bq, H = q_ref.shape
     item = pl.program_id(1)
     flags = parts[item]
-    first_key: Any = high(keys[item]) * blocks.k if cached else 0
+    slot: Any = high(keys[item]) if cached else 0
+    first_key = slot * blocks.k
 
     @pl.when(flags & work.FIRST_Q != 0)
     def _() -> None:
         for g in range(G):
             at = slice(g * bq, (g + 1) * bq)
-            q = rotate(q_ref[g].astype(jnp.float32), q_table) * scale[0]
+            q = rotate(q_ref[g].T.astype(jnp.float32), q_table) * scale[0]
             q_turned[:, at] = q.astype(q_turned.dtype)
             marks[:, at] = q_table[H:]
         greatest[...] = jnp.full_like(greatest, MASKED)
         total[...] = jnp.zeros_like(total)
         out_sum[...] = jnp.zeros_like(out_sum)
 
-    # Turned keys stay in VMEM for the queries to come, if a head's keys fit.
+    # Turned keys and values stay in VMEM for the queries to come, if a head's all fit.
     @pl.when(flags & work.FIRST_K != 0 if cached else item >= 0)
     def _() -> None:
-        k = rotate(k_ref[...].astype(jnp.float32), k_table).astype(k_turned.dtype)
+        k = rotate(k_ref[...].T.astype(jnp.float32), k_table).astype(k_turned.dtype)
         k_turned[pl.ds(pl.multiple_of(first_key, blocks.k), blocks.k)] = k.T
+        v_turned[slot] = v_ref[...].T
 
     def attend(start: Any, size: int, masked: bool) -> None:
         """Adds the keys [start, start + size) of this block to what its queries have seen."""
@@ -136,7 +142,7 @@ def kernel(
             weights, shrink = jnp.exp2(logits - now), jnp.exp2(before - now)
             greatest[:, q] = now
             total[:, q] = total[:, q] * shrink + jnp.sum(weights, axis=0, keepdims=True)
-            value = dot(v_ref[:, at], weights.astype(v_ref.dtype), (1, 0))
+            value = dot(v_turned[slot, :, at], weights.astype(v_ref.dtype), (1, 0))
             out_sum[:, q] = out_sum[:, q] * shrink + value
 
     @pl.when(flags & work.FULL != 0)
@@ -157,5 +163,5 @@ def kernel(
         lse = jnp.where(seen, (greatest[...] + jnp.log2(total[...])) / LOG2E, -jnp.inf)
         for g in range(G):
             at = slice(g * bq, (g + 1) * bq)
-            out_ref[g] = out[:, at].astype(out_ref.dtype)
+            out_ref[g] = out[:, at].astype(out_ref.dtype).T
             lse_ref[g : g + 1] = lse[:, at]

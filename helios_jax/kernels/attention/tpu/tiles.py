@@ -1,8 +1,10 @@
 """What both kernels do to a tile, and where the tiles of a work item lie.
 
-Arrays hold their tokens along the lanes: q [H, G·queries], logits Sᵀ [keys, G·queries]. Maxima and
-sums then run down the sublanes, softmax statistics are single rows, the two halves that rotation
-mixes are whole registers, and the log-sum-exp is written as it is, one float a row and head.
+In the kernels, arrays hold their tokens along the lanes: q [H, G·queries], logits Sᵀ [keys,
+G·queries]. Maxima and sums then run down the sublanes, softmax statistics are single rows, the two
+halves that rotation mixes are whole registers, and the log-sum-exp is written as it is, one float a
+row and head. Outside, tokens lie along the sublanes, [B heads T H], as projections make them:
+a block is turned in registers, which is cheaper than any copy of the array.
 """
 
 import math
@@ -64,7 +66,7 @@ def capped(logits: Array, softcap: float) -> Array:
 
 
 class Specs(NamedTuple):
-    """Blocks of [B K G H T], [B K G T], [B K H S] and [B H+MARKS T or S], by the work list."""
+    """Blocks of [B K G T H], [B K G T], [B K S H] and [B H+MARKS T or S], by the work list."""
 
     queries: pl.BlockSpec
     rows: pl.BlockSpec
@@ -88,10 +90,10 @@ def specs(q: Array, blocks: Blocks, cached: bool) -> Specs:
 
     `cached`: the kernel keeps what it makes of a block of keys, so that it is fetched only once.
     """
-    G, H = q.shape[2:4]
+    G, _, H = q.shape[2:]
 
     def queries(head: Any, item: Any, queries: Any, *_: Any) -> tuple[Any, ...]:
-        return high(queries[item]), head, 0, 0, low(queries[item])
+        return high(queries[item]), head, 0, low(queries[item]), 0
 
     def statistics(head: Any, item: Any, queries: Any, *_: Any) -> tuple[Any, ...]:
         return high(queries[item]), head, 0, low(queries[item])
@@ -100,20 +102,20 @@ def specs(q: Array, blocks: Blocks, cached: bool) -> Specs:
         return high(queries[item]), 0, low(queries[item])
 
     def keys(head: Any, item: Any, queries: Any, keys: Any, *_: Any) -> tuple[Any, ...]:
-        return high(queries[item]), head, 0, high(keys[item])
+        return high(queries[item]), head, high(keys[item]), 0
 
     def begun(head: Any, item: Any, queries: Any, keys: Any, *_: Any) -> tuple[Any, ...]:
-        return high(queries[item]), head, 0, low(keys[item])
+        return high(queries[item]), head, low(keys[item]), 0
 
     def finished(head: Any, item: Any, queries: Any, keys: Any, writes: Any, *_: Any) -> Any:
-        return high(queries[item]), head, 0, writes[item]
+        return high(queries[item]), head, writes[item], 0
 
     def key_table(head: Any, item: Any, queries: Any, keys: Any, *_: Any) -> tuple[Any, ...]:
         return high(queries[item]), 0, high(keys[item])
 
-    key_block = (None, None, H, blocks.k)
+    key_block = (None, None, blocks.k, H)
     return Specs(
-        pl.BlockSpec((None, None, G, H, blocks.q), queries),
+        pl.BlockSpec((None, None, G, blocks.q, H), queries),
         pl.BlockSpec((None, None, G, blocks.q), statistics),
         pl.BlockSpec(key_block, keys),
         pl.BlockSpec(key_block, begun if cached else keys),
