@@ -248,14 +248,15 @@ def attention_bench(argv: Sequence[str]) -> None:
     flags.DEFINE_string('here', '', 'One compilation, in this process.', flag_values=values)
     options.parse(values, argv)
     os.environ['JAX_PLATFORMS'] = 'cpu'
-    from helios_jax.bench import attention
+    from helios_jax.bench import attention, attention_task
 
     if values.here:
-        print(json.dumps(attention.compile_here(attention.Task(**json.loads(values.here)))))
+        task = attention_task.Task(**json.loads(values.here))
+        print(json.dumps(attention_task.compile_here(task)))
         return
     for length in values.lengths:
         require(length.isdigit() and length != '0', f'--lengths={length}: not a number of tokens.')
-    sizes = {name: values[name].value for name in shape}
+    sizes: Any = {name: values[name].value for name in shape}
     problems = [attention.Problem(length=int(length), **sizes) for length in values.lengths]
     attention.compare(
         values.target,

@@ -19,42 +19,19 @@ figures that tokamax's authors measured, printed beside the prediction: at T = 1
 within 4%; short calls take longer than predicted, for all implementations alike.
 """
 
-import concurrent.futures
 import dataclasses
 import importlib.util
 import json
-import subprocess
 import sys
-from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any, NamedTuple
 
 import jax
 
-from helios_jax.bench import attention_peers, attention_problem, tpu_program, tpu_schedule
-from helios_jax.bench.attention_problem import PASSES, Problem, Setup
-from helios_jax.errors import UserError, require
+from helios_jax.bench import tpu_timing
+from helios_jax.bench.attention_problem import PASSES, Problem
+from helios_jax.bench.attention_task import IMPLEMENTATIONS, NOTHING, OURS, Row, Task, run
+from helios_jax.errors import require
 
-MIB = 2**20
-Row = dict[str, Any]
-
-
-class Implementation(NamedTuple):
-    """To add one: what to try for a problem and pass, and how to set it up with one of these."""
-
-    options: Callable[[Problem, str], list[dict[str, Any]]]
-    setup: Callable[[Problem, dict[str, Any]], Setup]
-
-
-NOTHING = 'nothing'
-OURS = 'helios'
-IMPLEMENTATIONS = {
-    'jax_splash': Implementation(attention_peers.jax_splash_options, attention_peers.jax_splash),
-    'tokamax': Implementation(attention_peers.tokamax_options, attention_peers.tokamax),
-    NOTHING: Implementation(
-        lambda problem, which: [{}], lambda problem, options: attention_problem.nothing(problem)
-    ),
-}
 # TFLOP/s of tokamax's forward pass with residuals, causal, bfloat16, H = 128, by its authors.
 MEASURED = {
     'v5p': {2048: 136, 4096: 186, 8192: 255, 16384: 315},
@@ -62,126 +39,39 @@ MEASURED = {
 }
 
 
-class Task(NamedTuple):
-    """One compilation, in a process of its own."""
+def measure(
+    target: str, problem: Problem, names: list[str], before: list[Row], jobs: int
+) -> list[Row]:
+    """One row for each implementation and pass, with the fastest of its options.
 
-    target: str
-    problem: dict[str, int]
-    which: str  # forward | backward
-    implementation: str
-    options: dict[str, Any]
-    alone: bool  # without the projections
-
-
-def compile_here(task: Task) -> Row:
-    """Compiles and reads; to be called once in a process.
-
-    Returns:
-      The task and what came of it, or the task and why the compiler refused it.
+    Args:
+      before: rows of the problem that need not be made again, of other implementations.
     """
-    chip, problem = tpu_schedule.CHIPS[task.target], Problem(**task.problem)
-    setup = IMPLEMENTATIONS[task.implementation].setup(problem, task.options)
-    function, arguments = attention_problem.program(problem, setup, task.which, alone=task.alone)
-    row: Row = {**task._asdict()}
-    try:
-        program = tpu_program.compile_here(
-            function, arguments, chip, scoped_vmem_mib=task.options.get('scoped_vmem_mib', 0)
-        )
-    except jax.errors.JaxRuntimeError as error:
-        if 'RESOURCE_EXHAUSTED' not in str(error):
-            raise
-        return row | {'refused': ' '.join(str(error).split())[:200]}
-    kernels = [
-        kernel_row(operation, program.schedules, setup, chip)
-        for operation in program.kernels
-        if task.implementation != NOTHING
-    ]
-    return row | {
-        'kernels': kernels,
-        'kernel_ms': sum(kernel['ms'] for kernel in kernels),
-        'others_ms': 1e3 * program.seconds,
-        'hbm_mib': (program.hbm_bytes + sum(k['hbm_mib'] * MIB for k in kernels)) / MIB,
-        'temp_mib': program.temp_bytes / MIB,
-        'operations_ms': {
-            o.name: round(1e3 * o.times * o.seconds, 4)
-            for o in sorted(program.operations, key=lambda o: -o.seconds)
-            if o.seconds > 1e-6
-        },
-    }
-
-
-def kernel_row(
-    operation: tpu_program.Operation,
-    schedules: dict[str, tpu_schedule.Schedule],
-    setup: Setup,
-    chip: tpu_schedule.Chip,
-) -> Row:
-    plans = [plan for name, plan in setup.plans.items() if operation.name.startswith(name)]
-    if len(plans) != 1 or operation.name not in schedules:
-        raise UserError(
-            f'kernel {operation.name}: {len(plans)} plans begin with its name (there are: '
-            f'{", ".join(setup.plans)}), {len(schedules)} schedules were dumped.'
-        )
-    found = tpu_schedule.predict(schedules[operation.name], plans[0], chip)._asdict()
-    return {
-        'name': operation.name,
-        'calls': operation.times,
-        'ms': 1e3 * operation.times * found.pop('seconds'),
-        'hbm_mib': operation.times * found.pop('hbm_bytes') / MIB,
-        'vmem_mib': operation.vmem_bytes / MIB,
-        **found,
-    }
-
-
-def run(tasks: Iterable[Task], jobs: int) -> list[Row]:
-    """The rows of the tasks, in their order, `jobs` processes at a time."""
-
-    def one(task: Task) -> Row:
-        here = ['bench', 'attention', f'--here={json.dumps(task._asdict())}']
-        done = subprocess.run(
-            [sys.executable, '-m', 'helios_jax', *here],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-            check=False,
-        )
-        lines = done.stdout.strip().splitlines()
-        if done.returncode or not lines:
-            last = '; '.join(done.stderr.strip().splitlines()[-20:])
-            raise UserError(f'compiling {task} ended with code {done.returncode}: {last}')
-        return json.loads(lines[-1])
-
-    with concurrent.futures.ThreadPoolExecutor(jobs) as pool:
-        return list(pool.map(one, tasks))
-
-
-def measure(target: str, problem: Problem, names: list[str], jobs: int) -> list[Row]:
-    """One row for each implementation and pass, with the fastest of its options."""
     rows = []
     for which in PASSES:
         base = Task(target, dataclasses.asdict(problem), which, NOTHING, {}, False)
         tasks = [
             base._replace(implementation=name, options=options, alone=True)
             for name in names
-            for options in IMPLEMENTATIONS[name].options(problem, which)
+            for options in IMPLEMENTATIONS[name].variants(problem, which)
         ]
         tried = run(tasks, jobs)
         for row in tried:
             print(describe_trial(row), file=sys.stderr, flush=True)
-        finals = [base]
+        finals = []
         for name in names:
-            mine = [row for row in tried if row['implementation'] == name and 'ms' in score(row)]
+            mine = [r for r in tried if r['implementation'] == name and 'refused' not in r]
             if mine:
-                best = min(mine, key=lambda row: score(row)['ms'])
+                best = min(mine, key=lambda r: r['kernel_ms'] + r['others_ms'])
                 finals.append(base._replace(implementation=name, options=best['options']))
-        nothing, *found = run(finals, jobs)
-        rows += [finished(row, nothing, problem) for row in found]
+        nothing = next(
+            (r['nothing'] for r in before if (r['which'], r['jax']) == (which, jax.__version__)),
+            None,
+        )
+        if not nothing:
+            nothing = run([base], jobs)[0]
+        rows += [finished(row, nothing, problem) for row in run(finals, jobs)]
     return rows
-
-
-def score(row: Row) -> Row:
-    """Milliseconds of a trial, unless the compiler refused it."""
-    return {} if 'refused' in row else {'ms': row['kernel_ms'] + row['others_ms']}
 
 
 def describe_trial(row: Row) -> str:
@@ -194,10 +84,12 @@ def describe_trial(row: Row) -> str:
 
 def finished(row: Row, nothing: Row, problem: Problem) -> Row:
     """A layer's row with what attention adds to the one that does nothing."""
-    chip = tpu_schedule.CHIPS[row['target']]
+    chip = tpu_timing.CHIPS[row['target']]
     around_ms = row['others_ms'] - nothing['others_ms']
     total_ms = row['kernel_ms'] + around_ms
     row |= {
+        'jax': jax.__version__,
+        'nothing': {name: nothing[name] for name in ('others_ms', 'hbm_mib')},
         'around_ms': around_ms,
         'around_cycles': around_ms / 1e3 * chip.clock,
         'total_ms': total_ms,
@@ -267,8 +159,8 @@ def compare(
       UserError: no such target, implementation or file.
     """
     require(
-        target in tpu_schedule.CHIPS,
-        f'--target={target}: there are {", ".join(tpu_schedule.CHIPS)}.',
+        target in tpu_timing.CHIPS,
+        f'--target={target}: there are {", ".join(tpu_timing.CHIPS)}.',
     )
     known = [name for name in IMPLEMENTATIONS if name != NOTHING]
     for name in names:
@@ -283,7 +175,7 @@ def compare(
     for problem in problems:
         shape = dataclasses.asdict(problem)
         rows = [row for row in before if (row['target'], row['problem']) == (target, shape)]
-        rows += measure(target, problem, names, jobs)
+        rows += measure(target, problem, names, rows, jobs)
         rows.sort(key=lambda row: PASSES.index(row['which']))
         if as_json:
             for row in rows:

@@ -1,8 +1,8 @@
-"""The peers: jax's splash attention, and tokamax's (the extra `bench`), set up for a problem.
+"""Splash attention as the bench's peers have it, and jax's version of it.
 
-Each with the block sizes and options to try, rotated as kernels.attention.rotation does, in the
-layout [B N T H] that their kernels take. How often their regions run follows from the tables that
-they hand to their own kernels, step by step.
+With the block sizes and options to try, rotated as kernels.attention.rotation does, in the layout
+[B N T H] that their kernels take. How often their regions run follows from the tables that they
+hand to their own kernels, step by step. tokamax's version is in attention_tokamax.py.
 """
 
 import math
@@ -17,8 +17,7 @@ from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_ke
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
 
 from helios_jax.bench.attention_problem import Problem, Setup, frequencies
-from helios_jax.bench.tpu_schedule import Plan, Step
-from helios_jax.errors import UserError
+from helios_jax.bench.tpu_timing import Plan, Step
 from helios_jax.kernels.attention.rotation import rotate
 
 Options = dict[str, Any]
@@ -27,25 +26,34 @@ SUBLANES = 8  # the same, where queries lie along the lanes
 FLOAT, HALF = 4, 2  # bytes
 
 
-def jax_splash_options(problem: Problem, which: str) -> list[Options]:
-    """Blocks in memory and in the products; backward in two kernels, or one that keeps each dq."""
+def variants(problem: Problem, which: str) -> list[Options]:
+    """Block sizes; backward in two kernels, or in one that keeps a dq for each key block."""
     if which == 'forward':
-        sizes = (512, 512), (1024, 512), (2048, 512)
-        return _that_fit(problem, [{'block': b, 'compute': c} for b, c in sizes])
-    sizes = (512, 512), (1024, 512)
-    return _that_fit(
-        problem,
-        [{'block': b, 'compute': c, 'fused': fused} for b, c in sizes for fused in (False, True)],
-    )
+        return block_sizes(problem, [(512, 512), (1024, 512), (2048, 512)])
+    return [
+        sizes | {'fused': fused}
+        for sizes in block_sizes(problem, [(512, 512), (1024, 512)])
+        for fused in (False, True)
+    ]
 
 
-def _that_fit(problem: Problem, options: list[Options]) -> list[Options]:
-    """Blocks that divide T; the largest need more VMEM than an operation gets unasked."""
-    fitting = [o for o in options if problem.length % o['block'] == 0]
-    return [o | {'scoped_vmem_mib': 32} if o['block'] > 1024 else o for o in fitting]
+def block_sizes(problem: Problem, sizes: list[tuple[int, int]]) -> list[Options]:
+    """Of blocks in memory and in the products, those that are worth a try.
+
+    That is 1024; small ones where they leave out more, large ones in long rows.
+    """
+    T, sparse = problem.length, problem.documents > 1 or problem.window > 0
+    useful = {512: sparse or T < 4096 or T % 1024 > 0, 1024: True, 2048: T >= 8192}
+    worth = [
+        {'block': block, 'compute': compute}
+        for block, compute in sizes
+        if T % block == 0 and useful[block]
+    ]
+    # The largest need more VMEM than an operation gets unasked.
+    return [o | {'scoped_vmem_mib': 32} if o['block'] > 1024 else o for o in worth]
 
 
-def jax_splash(problem: Problem, options: Options) -> Setup:
+def setup(problem: Problem, options: Options) -> Setup:
     block, fused = options['block'], options.get('fused', False)
     T, N = problem.length, problem.heads
     shape, sides = (T, T), (problem.window - 1, 0)
@@ -74,7 +82,7 @@ def jax_splash(problem: Problem, options: Options) -> Setup:
     }
     if not fused:
         plans[name.format('dq')] = _jax_rows(problem, block, kernel.dq_mask_info, lse_written=False)
-    return Setup(_attend(problem, kernel, splash.SegmentIds), 'bnth', plans)
+    return Setup(rotated_attention(problem, kernel, splash.SegmentIds), 'bnth', plans)
 
 
 def _jax_rows(problem: Problem, block: int, info: Any, *, lse_written: bool) -> Plan:
@@ -124,165 +132,11 @@ def _jax_columns(problem: Problem, block: int, info: Any, fused: bool) -> Plan:
     return plan(runs, moved, problem.batch)
 
 
-def tokamax_options(problem: Problem, which: str) -> list[Options]:
-    """Blocks in memory and in the products; the diagonal's upper half skipped; dq by threes."""
-    skip = not problem.window
-    if which == 'forward':
-        sizes = (512, 512), (1024, 512), (1024, 1024), (2048, 512), (2048, 2048)
-        return _that_fit(
-            problem,
-            [{'block': b, 'compute': c, 'diagonal_skip': skip and b == c} for b, c in sizes],
-        )
-    # Packed rows take the dynamic grid whatever is asked for.
-    grids = (True,) if problem.documents > 1 else (False, True)
-    return _that_fit(
-        problem,
-        [
-            {'block': 1024, 'compute': c, 'diagonal_skip': skip and c == 1024, 'dynamic': dynamic}
-            for dynamic in grids
-            for c in (512, 1024)
-        ],
-    )
-
-
-def tokamax(problem: Problem, options: Options) -> Setup:
-    """Raises: UserError: tokamax is not installed."""
-    try:
-        from tokamax._src.ops.experimental.tpu.splash_attention import (
-            splash_attention_kernel as kernels,
-        )
-        from tokamax._src.ops.experimental.tpu.splash_attention import (
-            splash_attention_mask as tokamax_masks,
-        )
-    except ImportError as error:
-        raise UserError(
-            f"the peer tokamax cannot be imported ({error}); pip install 'helios_jax[bench]'."
-        ) from error
-    block, T = options['block'], problem.length
-    shape, sides = (T, T), (problem.window - 1, 0)
-    kernel = kernels.make_splash_mha(
-        tokamax_masks.LocalMask(shape, sides, 0)
-        if problem.window
-        else tokamax_masks.CausalMask(shape),
-        config=kernels.SplashConfig(
-            block_q=block,
-            block_kv=block,
-            block_kv_compute=options['compute'],
-            block_q_dkv=block,
-            block_kv_dkv=block,
-            block_kv_dkv_compute=options['compute'],
-            qk_diag_skip=options['diagonal_skip'],
-            sv_diag_skip=options['diagonal_skip'],
-            dq_reduction_steps=3 if options.get('dynamic') else None,
-        ),
-        q_seq_shards=1,
-    )
-    forward, backward = kernel.fwd_mask_info, kernel.dkv_mask_info
-    name = 'splash_mha_{}'
-    if problem.documents > 1:
-        name += '_segmented'
-        forward, backward = (
-            _with_segments(kernels, problem, info, block, is_dkv)
-            for is_dkv, info in enumerate((forward, backward))
-        )
-    return Setup(
-        _attend(problem, kernel, kernels.SegmentIds),
-        'bnth',
-        {
-            name.format('fwd'): _tokamax_forward(problem, block, forward),
-            name.format('dkv'): _tokamax_backward(problem, block, backward),
-        },
-    )
-
-
-def _with_segments(kernels: Any, problem: Problem, info: Any, block: int, is_dkv: int) -> Any:
-    """The steps that are left where segments do not meet; rows of a batch share one list."""
-    blocks = problem.length // block
-
-    def refine(ids: Array) -> Any:
-        return kernels._refine_mask_info_with_segments(
-            info,
-            kernels.SegmentIds(ids, ids),
-            q_blocks=blocks,
-            kv_blocks=blocks,
-            bq=block,
-            bkv=block,
-            is_dkv=bool(is_dkv),
-        )[0]
-
-    return jax.tree.map(lambda x: x[0], jax.vmap(refine)(jnp.asarray(problem.segment_ids)))
-
-
-def _tokamax_forward(problem: Problem, block: int, info: Any) -> Plan:
-    row, column, state, head = _listed(problem, info)
-    N, H = problem.heads, problem.head_dim
-    key_head = head * problem.kv_heads // N
-    first = changes(head, row)
-    runs = {
-        'init': first,
-        'full': state == 2,
-        'masked': state == 1,
-        'finish': np.append(first[1:], True),
-    }
-    tile, numbers = block * H * HALF, block * LANES * FLOAT
-    moved = 2 * tile * changes(key_head, column)
-    moved += 2 * (tile + numbers) * first  # q, out; log-sum-exp, maximum
-    moved += numbers * changes(row)  # positions
-    if problem.documents > 1:
-        moved += numbers * changes(row) + block * SUBLANES * FLOAT * changes(column)
-    return plan(runs, moved, problem.batch)
-
-
-def _tokamax_backward(problem: Problem, block: int, info: Any) -> Plan:
-    N, G, H = problem.heads, problem.heads // problem.kv_heads, problem.head_dim
-    blocks = problem.length // block
-    tile, numbers = block * H * HALF, block * SUBLANES * FLOAT
-    listed = info.active_rows is not None
-    if listed:
-        column, row, state, head = _listed(problem, info)
-        first, last = changes(head, column), np.append(changes(head, column)[1:], True)
-        summed = G > 1 and blocks > 2
-        runs = {'init': first, 'full': state == 2, 'masked': state == 1}
-        if summed:
-            runs |= {'write': last & (head % G == 0), 'add': last & (head % G > 0)}
-        else:
-            runs['write'] = last
-        # dq is read and written; so are dk and dv, in float32, where heads add to them.
-        moved = 2 * tile * np.ones_like(row)
-        width = 2 * FLOAT if summed else FLOAT if G > 1 else HALF
-        moved += 2 * block * H * width * first
-    else:
-        column, head, row = (x.ravel() for x in np.indices((blocks, N, blocks)))
-        state = np.asarray(info.block_mask).reshape(blocks, blocks)[column, row]
-        in_last = (row == blocks - 1) | (blocks <= 2)
-        runs = {
-            'init': (row == 0) & (head % G == 0),
-            'full': state == 2,
-            'masked': state == 1,
-            'write': in_last & (head % G == G - 1),
-        }
-        width = HALF if blocks <= 4 else FLOAT
-        moved = block * H * width * np.ones_like(row)  # each step has a dq of its own
-        moved += 2 * tile * changes(column, head // G)  # dk, dv
-    moved += 2 * tile * changes(column, head // G)  # k, v
-    moved += 2 * (tile + numbers) * changes(head, row)  # q, cotangent; log-sum-exp, delta
-    moved += numbers * changes(row)
-    if problem.documents > 1:
-        moved += numbers * changes(row) + block * LANES * FLOAT * changes(column)
-    return plan(runs, moved, problem.batch)
-
-
-def _listed(problem: Problem, info: Any) -> list[np.ndarray]:
-    """Row, column, state (0 nothing, 1 masked, 2 full) and head of each step on tokamax's list."""
-    count = int(info.num_active_blocks[0])
-    one_head = (info.active_rows, info.active_cols, info.block_mask)
-    lists = [np.tile(np.asarray(x)[:count].astype(int), problem.heads) for x in one_head]
-    return [*lists, np.repeat(np.arange(problem.heads), count)]
-
-
-def _attend(problem: Problem, kernel: Any, ids: Callable[..., Any]) -> Callable[..., Array]:
+def rotated_attention(
+    problem: Problem, kernel: Any, ids: Callable[..., Any]
+) -> Callable[..., Array]:
     scale = 1 / math.sqrt(problem.head_dim)
-    turns = frequencies(problem)
+    turns = jnp.asarray(frequencies(problem))
 
     def rotated(x: Array, positions: Array, scale: float) -> Array:
         return rotate(x.swapaxes(1, 2), positions, turns, scale).astype(x.dtype).swapaxes(1, 2)

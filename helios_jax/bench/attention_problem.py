@@ -18,7 +18,7 @@ from jax import Array
 from jax.experimental import pallas as pl
 from jaxtyping import Float, Int
 
-from helios_jax.bench.tpu_schedule import Plan
+from helios_jax.bench.tpu_timing import Plan
 from helios_jax.config import require
 
 PASSES = ('forward', 'backward')

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import jax
 from jax.experimental.layout import Format, Layout
 
-from helios_jax.bench import tpu_schedule
+from helios_jax.bench import tpu_schedule, tpu_timing
 from helios_jax.parallel import mesh as meshes
 
 INSTRUCTION = re.compile(r'  (?:ROOT )?%([\w.\-]+) = (.*?) ([a-z][\w\-]*)\((.*)', re.DOTALL)
@@ -60,7 +60,7 @@ class Program(NamedTuple):
 def compile_here(
     function: Callable[..., Any],
     arguments: tuple,
-    chip: tpu_schedule.Chip,
+    chip: tpu_timing.Chip,
     *,
     scoped_vmem_mib: int = 0,
 ) -> Program:
@@ -77,20 +77,24 @@ def compile_here(
     with tempfile.TemporaryDirectory(prefix='helios_schedules_') as directory:
         others = os.environ.get('LIBTPU_INIT_ARGS', '')
         os.environ['LIBTPU_INIT_ARGS'] = f'{others} {tpu_schedule.flags(Path(directory))}'
-        device = meshes.topology_devices(chip.topology)[0]
-        anyhow: Any = Format(Layout.AUTO, jax.sharding.SingleDeviceSharding(device))
+        mesh = jax.sharding.Mesh(meshes.topology_devices(chip.topology)[:1], 'x')
+        whole = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+        anyhow: Any = Format(Layout.AUTO, whole)
         shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), arguments)
         jitted = jax.jit(function, in_shardings=anyhow, out_shardings=anyhow)
-        limit = {'xla_tpu_scoped_vmem_limit_kib': f'{scoped_vmem_mib * 1024}'}
-        compiled = jitted.lower(*shapes).compile(limit if scoped_vmem_mib else None)
-        schedules = tpu_schedule.read(Path(directory), chip)
+        limit: Any = {'xla_tpu_scoped_vmem_limit_kib': f'{scoped_vmem_mib * 1024}'}
+        # The mesh tells what is traced which TPU it is for.
+        with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+            lowered = jitted.lower(*shapes)
+        compiled = lowered.compile(limit if scoped_vmem_mib else None)
+        schedules = tpu_schedule.read(Path(directory), chip.delay_slots)
     memory: Any = compiled.memory_analysis()
-    operations = read(compiled.as_text(), schedules, chip)
+    operations = read(compiled.as_text() or '', schedules, chip)
     return Program(operations, schedules, memory.temp_size_in_bytes)
 
 
 def read(
-    hlo: str, schedules: dict[str, tpu_schedule.Schedule], chip: tpu_schedule.Chip
+    hlo: str, schedules: dict[str, tpu_schedule.Schedule], chip: tpu_timing.Chip
 ) -> list[Operation]:
     """The operations that an optimised module runs, those of its loops included."""
     entry, computations = split(hlo)

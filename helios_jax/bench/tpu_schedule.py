@@ -1,4 +1,4 @@
-"""How long a compiled TPU kernel takes: reads the schedules that libtpu dumps.
+"""Reads the schedules that libtpu dumps: a compiled TPU kernel as a tree of regions and cycles.
 
 A TPU core issues one bundle a cycle and nothing in a kernel's timing depends on its data, so that
 the schedule is the time, but for memory. With `flags(directory)` in LIBTPU_INIT_ARGS before libtpu
@@ -8,7 +8,7 @@ loads, libtpu writes three files per fusion and per Pallas kernel:
   pre-delay…utilization: busy units per cycle, the cycles in which the core waits for a result (of
     the MXU above all) included. The final program leaves those out, and is up to 20% shorter.
 `parse` puts the three together as a tree: a kernel holds loops and predicated regions, each with
-the cycles of its own bundles. `predict` then needs to be told only how often each region runs.
+the cycles of its own bundles. How often each runs is for others to say (tpu_timing.py).
 
 The largest outermost loop is the grid's: a turn is a step. Bundles of a step that are neither in a
 branch nor in an inner loop run in every step, and so, for lack of a better guess, do branches
@@ -19,17 +19,13 @@ import dataclasses
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import NamedTuple
 
-from helios_jax.config import UserError
-from helios_jax.model import flops
-
-FILES = {
-    'bundles': 'final_bundles',
-    'final': 'final_hlo-static-per-bundle-utilization',
-    'cycles': 'pre-delay_hlo-static-per-bundle-utilization',
-}
-FILE = re.compile(rf'(\d+)-(.+)-\d+-({"|".join(FILES.values())})\.txt')
+FILES = (
+    'final_bundles',
+    'final_hlo-static-per-bundle-utilization',
+    'pre-delay_hlo-static-per-bundle-utilization',
+)
+FILE = re.compile(rf'(\d+)-(.+)-\d+-({"|".join(FILES)})\.txt')
 BUNDLE = re.compile(r'\s*(?:0x[0-9a-f]+|0)\s+(?:L[HBE]|P[BF]|CT)?\s*:')
 BRANCH = re.compile(r'sbr\.rel (?:\(!?(%\w+)\) )?target = \$region(\d+)')
 REGION = re.compile(r'Start(?:/End empty)? region (\d+)')
@@ -38,35 +34,6 @@ CORE_ID = re.compile(r'(%\w+) = sld [^;]*?/\* megacore core id')
 ISSUED = ('VALU', 'VLOAD', 'VLOAD:FILL', 'VSTORE', 'VSTORE:SPILL', 'SALU')
 VECTOR = ('MXU', 'XLU', 'VALU', 'EUP', 'VLOAD', 'VSTORE')
 WORK = 16  # busy unit-cycles from which a branch counts as vector work
-
-
-class Chip(NamedTuple):
-    """What JAX shows as one device."""
-
-    topology: str  # the smallest to compile for
-    device_kind: str
-    num_cores: int  # TensorCores that one kernel can be split over
-    num_mxus: int  # of a core
-    macs: int  # multiply-adds of an MXU a cycle
-    hbm_bytes_per_second: float
-    vmem_mib: int  # of a core
-    delay_slots: int  # bundles after a branch that run whether or not it is taken
-
-    @property
-    def clock(self) -> float:
-        """Cycles per second, from the peak FLOP/s."""
-        return flops.peak_flops(self.device_kind) / (2 * self.num_cores * self.num_mxus * self.macs)
-
-
-# MXUs and VMEM: jax._src.tpu_info; multiply-adds per MXU cycle: pre-delay MXU occupancy of plain
-# matmuls (v6e and tpu7x pass two rows a cycle); HBM: cloud.google.com/tpu/docs. The clocks follow:
-# 1.50, 1.75 (as documented), 1.75 and 2.20 GHz.
-CHIPS = {
-    'v5e': Chip('v5e:2x2', 'TPU v5e', 1, 4, 128 * 128, 819e9, 128, 4),
-    'v5p': Chip('v5p:2x2x1', 'TPU v5p', 2, 4, 128 * 128, 2765e9, 64, 4),
-    'v6e': Chip('v6e:2x2', 'TPU v6e', 1, 2, 2 * 256 * 256, 1640e9, 128, 4),
-    'tpu7x': Chip('tpu7x:2x2x1', 'TPU7x', 1, 2, 2 * 256 * 256, 7370e9 / 2, 64, 1),
-}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -135,75 +102,6 @@ def any_works(region: Region) -> bool:
     return any(inner.works for inner in region.walk())
 
 
-class Step(NamedTuple):
-    """A kind of grid step."""
-
-    count: float  # steps of this kind
-    runs: dict[str, float]  # how often each body runs in such a step; 0 where it is not named
-    hbm_bytes: float  # read and written for such a step: the blocks that differ from the last
-
-
-class Plan(NamedTuple):
-    """What a kernel does for a problem."""
-
-    bodies: tuple[str, ...]  # names for `Schedule.bodies`, in the order of the code
-    steps: list[Step]
-
-
-class Prediction(NamedTuple):
-    grid_steps: float
-    every_step: int  # cycles
-    bodies: dict[str, int]  # cycles of one run
-    spills: int  # vector registers stored to make room, in one run of each body
-    num_cores: int
-    cycles: float  # of each core at work
-    waiting: float  # the part of them in which it waits for HBM
-    mxu_share: float  # of the cycles in which all its MXUs are busy
-    seconds: float
-    hbm_bytes: float
-
-
-def predict(schedule: Schedule, plan: Plan, chip: Chip) -> Prediction:
-    """Adds up the steps: each takes its cycles, or what its bytes take if that is longer.
-
-    Raises:
-      UserError: the schedule has another number of bodies than the plan names.
-    """
-    found = schedule.bodies
-    if len(found) != len(plan.bodies):
-        raise UserError(
-            f'the plan names {len(plan.bodies)} bodies ({", ".join(plan.bodies)}), the schedule '
-            f'has {len(found)}:\n{schedule.grid}'
-        )
-    bodies = {name: region.cycles for name, region in zip(plan.bodies, found, strict=True)}
-    num_cores = 1 if schedule.one_core else chip.num_cores
-    cycles_per_byte = chip.clock / chip.hbm_bytes_per_second
-    cycles = float(schedule.code.total - schedule.grid.total)
-    waiting = multiplying = 0.0
-    for step in plan.steps:
-        busy = schedule.every_step + sum(bodies[name] * runs for name, runs in step.runs.items())
-        wait = max(0.0, step.hbm_bytes * cycles_per_byte - busy / num_cores)
-        cycles += step.count * (busy / num_cores + wait)
-        waiting += step.count * wait
-        products = sum(
-            region.busy['MXU'] * step.runs.get(name, 0.0)
-            for name, region in zip(plan.bodies, found, strict=True)
-        )
-        multiplying += step.count * products / num_cores / chip.num_mxus
-    return Prediction(
-        grid_steps=sum(step.count for step in plan.steps),
-        every_step=schedule.every_step,
-        bodies=bodies,
-        spills=sum(region.busy['VSTORE:SPILL'] for region in found),
-        num_cores=num_cores,
-        cycles=cycles,
-        waiting=waiting,
-        mxu_share=multiplying / cycles,
-        seconds=cycles / chip.clock,
-        hbm_bytes=sum(step.count * step.hbm_bytes for step in plan.steps),
-    )
-
-
 def flags(directory: Path) -> str:
     """LIBTPU_INIT_ARGS that make libtpu write its schedules there, about 10 MB a kernel."""
     passes = '(pre-delay|final)_(hlo|bundles)'
@@ -213,23 +111,29 @@ def flags(directory: Path) -> str:
     )
 
 
-def read(directory: Path, chip: Chip) -> dict[str, Schedule]:
-    """The schedules of all that was compiled, by the name of its HLO instruction."""
+def read(directory: Path, delay_slots: int) -> dict[str, Schedule]:
+    """The schedules of all that was compiled, by the name of its HLO instruction.
+
+    Args:
+      delay_slots: bundles after a branch that run whether or not it is taken.
+    """
     found: dict[str, dict[str, Path]] = {}
     # A name compiled again replaces the first: the number in front is the time.
     for path in sorted(directory.iterdir()):
         if match := FILE.fullmatch(path.name):
             found.setdefault(match[2], {})[match[3]] = path
-    return {
-        name: parse(*(paths[file].read_text() for file in FILES.values()), chip.delay_slots)
-        for name, paths in found.items()
-        if len(paths) == len(FILES)
-    }
+    schedules = {}
+    for name, paths in found.items():
+        if len(paths) == len(FILES):
+            bundles, final, cycles = (paths[file].read_text() for file in FILES)
+            schedules[name] = parse(bundles, final, cycles, delay_slots)
+    return schedules
 
 
 def parse(bundles: str, final: str, cycles: str, delay_slots: int) -> Schedule:
     """The tree of a kernel, from the text of its three files."""
-    count, starts, branches, core_ids = 0, {}, [], set()
+    count, starts, core_ids = 0, dict[int, int](), set[str]()
+    branches: list[tuple[int, str, int]] = []
     for line in bundles.splitlines():
         if not BUNDLE.match(line):
             continue

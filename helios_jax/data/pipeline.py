@@ -287,7 +287,8 @@ def _assemble(source: Source, located: Sequence[tuple[int, int]], num_rows: int)
     batch = Batch(
         tokens=np.zeros(shape, np.int32),
         segment_ids=np.zeros(shape, np.int32),
-        positions=np.zeros(shape, np.int32),
+        # Where a row is one stream, its padding is what comes last, which no token sees.
+        positions=np.tile(np.arange(shape[1], dtype=np.int32), (num_rows, 1)),
         loss_mask=np.zeros(shape, np.bool_),
         num_bytes=np.zeros(num_rows, np.int32),
     )

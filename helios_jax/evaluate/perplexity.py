@@ -12,6 +12,7 @@ from helios_jax.config import require
 from helios_jax.data.pipeline import Batch
 from helios_jax.model.loss import cross_entropy, next_tokens
 from helios_jax.model.transformer import Transformer
+from helios_jax.parallel.context import zigzag_rows
 
 
 @functools.partial(jax.jit, static_argnames=('model', 'eos_id', 'packed'))
@@ -19,10 +20,12 @@ def batch_sums(
     variables: PyTree, batch: Batch, *, model: Transformer, eos_id: int, packed: bool
 ) -> dict[str, Float[Array, '']]:
     """Sums over a batch: nats of all targets, nats of text (not EOS), targets, bytes of text."""
+    targets, weights = next_tokens(batch.tokens, batch.segment_ids, batch.loss_mask)
+    # In each row's order the targets are its next tokens; from here on its positions tell.
+    batch, targets, weights = zigzag_rows((batch, targets, weights))
     segment_ids = batch.segment_ids if packed else None
     hidden, _ = model.apply(variables, batch.tokens, batch.positions, segment_ids)
     head = model.apply(variables, method='unembedding_weight')
-    targets, weights = next_tokens(batch.tokens, batch.segment_ids, batch.loss_mask)
     nll = cross_entropy(hidden, head, targets, weights, model.model.vocab_size).nll
     text = weights * (targets != eos_id)
     return {

@@ -4,6 +4,7 @@ Keys are cached after their norm and before rotation, because with dynamic YaRN 
 key depends on the query that reads it.
 """
 
+import math
 from functools import partial
 from typing import Any
 
@@ -15,9 +16,10 @@ from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Int
 
 from helios_jax import config
-from helios_jax.kernels.attention import attention
+from helios_jax.kernels.attention import attention, blockwise
 from helios_jax.model import rope
 from helios_jax.model.layers import Einsum, RMSNorm
+from helios_jax.parallel import context
 from helios_jax.parallel.sharding import constrain, spec
 
 
@@ -149,37 +151,38 @@ def _attend_sharded(
     window: int,
     platform: str,
 ) -> Array:
-    """The kernel on each device's rows and heads; keys are gathered over the context axis."""
+    """The kernel on each device's rows and heads.
+
+    Over the context axis keys go round a ring, but those of a cache, which every device holds.
+    """
     arrays = {'positions': positions, **keys}
     if segment_ids is not None:
         arrays['segment_ids'] = segment_ids
     mesh = jax.sharding.get_abstract_mesh()
-    context = not mesh.empty and mesh.shape['context'] > 1
-    if context and 'key_positions' not in arrays:
-        arrays['key_positions'] = positions
-        if segment_ids is not None:
-            arrays.setdefault('key_segment_ids', segment_ids)
+    ring = not mesh.empty and mesh.shape['context'] > 1 and 'key_positions' not in keys
 
     def local(q: Array, k: Array, v: Array, arrays: dict, frequencies: Any, scale: Any) -> Array:
-        return attention(
-            q,
-            k,
-            v,
-            **arrays,
-            frequencies=frequencies,
-            query_scale=scale,
-            window=window,
-            softcap=model.attention_softcap,
-            implementation=model.attention,
-            platform=platform or None,
-        )
+        options: dict[str, Any] = arrays | {
+            'frequencies': frequencies,
+            'query_scale': scale,
+            'window': window,
+            'softcap': model.attention_softcap,
+        }
+        where: dict[str, Any] = {'implementation': model.attention, 'platform': platform or None}
+        if not ring:
+            return attention(q, k, v, **options, **where)
+        kernel = blockwise(q, **where)
+        kernel = context.Kernel(kernel.forward, kernel.backward)
+        return context.ring_attention(kernel, q, k, v, **options, scale=1 / math.sqrt(q.shape[-1]))
 
     frequencies, query_scale = jnp.asarray(frequencies), jnp.asarray(query_scale)
     if mesh.empty:
         return local(q, k, v, arrays, frequencies, query_scale)
     rows = spec(('batch',))[0]
-    kv = PartitionSpec(rows, None, *spec(('kv_heads', 'head_dim')))
-    token = {name: PartitionSpec(rows, None if 'key' in name else 'context') for name in arrays}
+    length = spec(('length',))[0]
+    key_length = length if ring else None
+    kv = PartitionSpec(rows, key_length, *spec(('kv_heads', 'head_dim')))
+    token = {n: PartitionSpec(rows, key_length if 'key' in n else length) for n in arrays}
     heads = spec(('batch', 'length', 'heads', 'head_dim'))
     return jax.shard_map(
         local,

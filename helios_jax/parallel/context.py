@@ -102,7 +102,7 @@ def _forward(
 ) -> tuple[Array, tuple[Any, ...]]:
     def attend(block: Block) -> tuple[Array, ...]:
         out, lse = kernel.forward(q, block.k, block.v, **_arguments(rows, block))
-        return _time_last(out), lse
+        return _heads_first(out), lse
 
     own = Block(k, v, tokens)
     block, (out, lse) = _send_while(own, axis, attend, own)
@@ -111,7 +111,7 @@ def _forward(
         arrived, here = _send_while(sent, axis, attend, block)
         # Merged before the next step begins: else all steps' results might wait for the end.
         block, out, lse = jax.lax.optimization_barrier((arrived, *merge(out, lse, *here)))
-    out = checkpoint_name(_time_second(out).astype(q.dtype), RESIDUALS)
+    out = checkpoint_name(_tokens_first(out).astype(q.dtype), RESIDUALS)
     lse = checkpoint_name(lse, RESIDUALS)
     return out, (q, own, rows, out, lse)
 
@@ -124,7 +124,7 @@ def _backward(
     def differentiate(block: Block) -> tuple[Array, ...]:
         arguments = _arguments(rows, block)
         dq, dk, dv = kernel.backward(q, block.k, block.v, out, lse, cotangent, **arguments)
-        return _time_last(dq), dk, dv
+        return _heads_first(dq), dk, dv
 
     def add(x: Array, y: Array) -> Array:
         return x.astype(lse.dtype) + y.astype(lse.dtype)
@@ -136,7 +136,7 @@ def _backward(
         totals = [add(x, y) for x, y in zip((dq, *sums), here, strict=True)]
         block, dq, *sums = jax.lax.optimization_barrier((arrived, *totals))
     dk, dv = _send([x.astype(q.dtype) for x in sums], axis)
-    return _time_second(dq).astype(q.dtype), dk, dv, None, None
+    return _tokens_first(dq).astype(q.dtype), dk, dv, None, None
 
 
 _ring.defvjp(_forward, _backward)
@@ -170,27 +170,27 @@ def _send_while(
     return jax.lax.optimization_barrier((_send(x, axis), compute(block)))
 
 
-def _time_last(x: Float[Array, 'B T N H']) -> Float[Array, 'B N H T']:
+def _heads_first(x: Float[Array, 'B T N H']) -> Float[Array, 'B N T H']:
     """As the TPU kernels write it, in memory too: XLA would copy to another layout and back."""
-    return with_layout_constraint(x.transpose(0, 2, 3, 1), Layout((0, 1, 2, 3)))
+    return with_layout_constraint(x.swapaxes(1, 2), Layout((0, 1, 2, 3)))
 
 
-def _time_second(x: Float[Array, 'B N H T']) -> Float[Array, 'B T N H']:
-    return x.transpose(0, 3, 1, 2)
+def _tokens_first(x: Float[Array, 'B N T H']) -> Float[Array, 'B T N H']:
+    return x.swapaxes(1, 2)
 
 
 def merge(
-    out: Float[Array, 'B N H T'],
+    out: Float[Array, 'B N T H'],
     lse: Float[Array, 'B N T'],
-    more_out: Float[Array, 'B N H T'],
+    more_out: Float[Array, 'B N T H'],
     more_lse: Float[Array, 'B N T'],
-) -> tuple[Float[Array, 'B N H T'], Float[Array, 'B N T']]:
+) -> tuple[Float[Array, 'B N T H'], Float[Array, 'B N T']]:
     """Attention to the keys of both parts, and its log-sum-exp, in the dtype of `lse`."""
     total = jnp.logaddexp(lse, more_lse)
 
     def share(part: Array) -> Array:
         # A query that saw nothing has −∞ in both parts, and −∞ − −∞ is NaN.
-        return jnp.exp(part - jnp.where(jnp.isfinite(total), total, 0))[:, :, None]
+        return jnp.exp(part - jnp.where(jnp.isfinite(total), total, 0))[..., None]
 
     return out * share(lse) + more_out * share(more_lse), total
 

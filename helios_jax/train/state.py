@@ -73,6 +73,12 @@ def check_batch(cfg: config.Config, mesh: Any) -> None:
     rows = cfg.train.batch_rows // cfg.train.microbatches
     label = f'batch of one microbatch (train.batch_rows={cfg.train.batch_rows})'
     sharding.check(label, (rows, cfg.data.row_length), ('batch', 'length'), mesh)
+    halves = 2 * mesh.shape['context']
+    config.require(
+        mesh.shape['context'] == 1 or cfg.data.row_length % halves == 0,
+        f'data.row_length={cfg.data.row_length} must be a multiple of {halves}, twice '
+        'mesh.context: each device takes two parts of a row.',
+    )
 
 
 def initialize(setup: Setup) -> TrainState:

@@ -11,6 +11,7 @@ from jaxtyping import Array, Float, PyTree
 from helios_jax import config
 from helios_jax.data.pipeline import Batch
 from helios_jax.model.loss import cross_entropy, next_tokens
+from helios_jax.parallel.context import zigzag_rows
 from helios_jax.parallel.sharding import constrain
 from helios_jax.train import optimizer
 from helios_jax.train.state import Setup, TrainState
@@ -74,7 +75,8 @@ def gradient(
         share = num_routed(data, rows) / num_tokens
         return grad(setup, state.router, state.params, rows, targets, weights / num_targets, share)
 
-    whole = (batch, targets, weights)
+    # In each row's order the targets are its next tokens; from here on its positions tell.
+    whole = zigzag_rows((batch, targets, weights))
     if parts == 1:
         gradients, (sums, load) = of(whole)
     else:

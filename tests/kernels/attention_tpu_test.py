@@ -89,8 +89,7 @@ def backward(q, k, v, out, lse, cotangent, call):
 
 LSE_CASES = {
     'bfloat16': {'dtype': 'bfloat16', 'softcap': 20.0, 'G': 8},
-    'float32': {'H': 96, 'mask': 'segments_window'},
-    'ring': {'keys': 'ring', 'H': 128},  # some queries see nothing
+    'ring': {'keys': 'ring', 'mask': 'segments_window', 'H': 96},  # some queries see nothing
     'decode': {'keys': 'slice', 'T': 1, 'mask': 'causal', 'softcap': 20.0},
     'bucket': {'keys': 'slice', 'T': 100, 'yarn': 'dynamic'},
 }
@@ -116,20 +115,22 @@ def test_log_sum_exp_and_what_backward_makes_of_it(name):
     assert not faults
 
 
-@pytest.mark.parametrize('at', [3, 95, 130, 280])
+@pytest.mark.parametrize('at', [(3, 95), (130, 100), (280, 280)])
 def test_no_query_sees_the_future_or_another_document(at):
+    """By the gradient of one query a row."""
     rows = problem()
     [call] = rows.calls
-    rows.cotangent[:, np.arange(300) != at] = 0
+    others = np.arange(300)[None] != np.array(at)[:, None]
+    rows.cotangent[others] = 0
     _, dq, dk, dv = bench.run(attention, rows)
     positions, ids = call['positions'], call['segment_ids']
-    seen = visible(positions, positions, ids, None, 0)[:, at]
-    assert seen.any() == (at != 280)  # both rows end in padding
+    seen = visible(positions, positions, ids, None, 0)[~others]
+    assert seen.any() == (at != (280, 280))  # both rows end in padding
     assert (np.abs(dv[seen]) > 0).all()
     assert (np.abs(dk[seen & (seen.sum(1) > 1)[:, None]]).max(-1) > 0).all()
     assert not dv[~seen].any()
     assert not dk[~seen].any()
-    assert not dq[:, np.arange(300) != at].any()
+    assert not dq[others].any()
 
 
 def order(kind, length, seed):
@@ -139,8 +140,9 @@ def order(kind, length, seed):
     return np.concatenate([chunks[c] for c in (0, 7, 1, 6, 2, 5, 3, 4)])
 
 
-@pytest.mark.parametrize('kind', ['zigzag', 'random'])
-@pytest.mark.parametrize('mask', ['segments', 'window'])
+@pytest.mark.parametrize(
+    ('mask', 'kind'), [('segments', 'zigzag'), ('segments_window', 'random'), ('window', 'random')]
+)
 def test_the_order_of_rows_does_not_matter(mask, kind):
     rows = problem(T=600, mask=mask)
     [call] = rows.calls
@@ -149,7 +151,7 @@ def test_the_order_of_rows_does_not_matter(mask, kind):
         'positions': call['positions'][:, queries],
         'key_positions': call['positions'][:, keys],
     }
-    if mask == 'segments':
+    if 'segments' in mask:
         moved['segment_ids'] = call['segment_ids'][:, queries]
         moved['key_segment_ids'] = call['segment_ids'][:, keys]
     arrays = zip(rows[:4], (queries, keys, keys, queries), strict=True)
@@ -159,13 +161,12 @@ def test_the_order_of_rows_does_not_matter(mask, kind):
         np.testing.assert_allclose(got, want[:, at], rtol=0, atol=1e-5 * np.abs(want).max())
 
 
-@pytest.mark.parametrize('cut', [60, 177])
-def test_blocks_of_keys_merge_by_their_log_sum_exp(cut):
+def test_blocks_of_keys_merge_by_their_log_sum_exp():
     """As in ring attention, which sees one block at a time."""
     rows = problem(keys='ring', mask='causal', softcap=20.0)
     [call] = rows.calls
     pieces = []
-    for part in (slice(0, cut), slice(cut, None)):
+    for part in (slice(0, 177), slice(177, None)):
         keys = {'key_positions': call['key_positions'][:, part]}
         pieces.append((rows.k[:, part], rows.v[:, part], call | keys))
     outs, sums = zip(*(forward(rows.q, *piece) for piece in pieces), strict=True)
@@ -186,10 +187,9 @@ def test_blocks_of_keys_merge_by_their_log_sum_exp(cut):
     assert not faults
 
 
-@pytest.mark.parametrize('dtype', ['float32', 'bfloat16'])
-def test_what_is_not_seen_may_be_huge(dtype):
+def test_what_is_not_seen_may_be_huge():
     """Keys of the future and of padding, whose weights overflow unless they are masked."""
-    rows = problem(dtype=dtype, T=600, mask='causal')
+    rows = problem(dtype='bfloat16', T=600, mask='causal')
     cut = 410
     rows.cotangent[:, cut:] = 0
     huge = rows._replace(k=rows.k.copy(), v=rows.v.copy())

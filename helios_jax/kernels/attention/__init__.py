@@ -25,6 +25,7 @@ IMPLEMENTATIONS = {
     'splash': splash.attention,
     'cudnn': gpu.attention,
 }
+BLOCKWISE = {'reference': reference, 'tpu': tpu}
 # Of several for a platform, `auto` takes the first.
 PLATFORMS = {'tpu': 'tpu', 'splash': 'tpu', 'cudnn': 'gpu'}
 DTYPES = ('bfloat16', 'float16', 'float32', 'float64')
@@ -108,6 +109,31 @@ def attention(
         report(logging.WARNING, f'attention: SLOW reference on {platform}: {choice} {error}')
         out = run('reference', platform, q, k, v, arguments)
     return out
+
+
+def blockwise(q: Array, implementation: str = 'auto', platform: str | None = None) -> Any:
+    """The module whose `forward` and `backward` attend to some of a row's keys at a time.
+
+    Raises:
+      NotImplementedError: the implementation that was asked for has no such functions.
+    """
+    platform = platform or jax.default_backend()
+    choice = implementation
+    if choice == 'auto':
+        choice = 'tpu' if platform == 'tpu' else 'reference'
+    if choice not in BLOCKWISE or platform != PLATFORMS.get(choice, platform):
+        raise NotImplementedError(f'{choice} on {platform} cannot attend to keys in parts.')
+    try:
+        BLOCKWISE[choice].check(q)
+        slow = choice == 'reference' and platform != 'cpu'
+        reason = f'{platform} has no kernel for keys in parts.' if slow else ''
+    except NotImplementedError as error:
+        if implementation != 'auto':
+            raise
+        choice, reason = 'reference', f'{choice} {error}'
+    if reason:
+        report(logging.WARNING, f'attention: SLOW reference on {platform}: {reason}')
+    return BLOCKWISE[choice]
 
 
 def run(

@@ -19,6 +19,10 @@ from helios_jax.kernels.attention.rotation import rotate
 QUERY_BLOCK = 256  # tokens; the logits of one block are [B N QUERY_BLOCK S]
 
 
+def check(q: Array) -> None:
+    """Raises NotImplementedError for what this cannot take: nothing."""
+
+
 def attention(
     q: Float[Array, 'B T N H'],
     k: Float[Array, 'B S K H'],

@@ -108,6 +108,14 @@ def backward(
     return run_backward(options, q, k, v, out, lse, cotangent, rows)
 
 
+def check(q: Array) -> None:
+    """Raises NotImplementedError for what the kernels cannot take."""
+    if q.dtype not in (jnp.bfloat16, jnp.float32):
+        raise NotImplementedError(f'cannot take {q.dtype}: only bfloat16 and float32.')
+    if q.shape[-1] % 32:
+        raise NotImplementedError(f'cannot take H={q.shape[-1]}: it must be a multiple of 32.')
+
+
 def prepare(
     q: Array,
     k: Array,
@@ -124,11 +132,8 @@ def prepare(
     interpret: Any,
     blocks: tuple[Blocks, Blocks] | None,
 ) -> tuple[Rows, Options]:
+    check(q)
     (T, N, H), (S, K) = q.shape[1:], k.shape[1:3]
-    if q.dtype not in (jnp.bfloat16, jnp.float32):
-        raise NotImplementedError(f'cannot take {q.dtype}: only bfloat16 and float32.')
-    if H % 32:
-        raise NotImplementedError(f'cannot take H={H}: it must be a multiple of 32.')
     target = sizes.generation()
     choose = functools.partial(sizes.choose, target, N // K, H, T, S, q.dtype == jnp.float32)
     chosen = blocks or (choose(backward=False), choose(backward=True))
@@ -158,12 +163,12 @@ differentiable.defvjp(forward_rule, backward_rule)
 
 def run_forward(options: Options, q: Array, k: Array, v: Array, rows: Rows) -> tuple[Array, Array]:
     (T, N), K, blocks = q.shape[1:3], k.shape[2], options.forward
-    listed, tables = plan(rows, T, k.shape[1], blocks, options.window)
+    listed, both = plan(rows, T, k.shape[1], blocks, options.window)
     out, lse = forward_kernel.forward(
         heads_first(q, K, blocks.q),
         heads_first(k, 0, blocks.k),
         heads_first(v, 0, blocks.k),
-        *tables,
+        *both,
         rows.scale.reshape(1) * LOG2E,
         listed,
         blocks=blocks,
@@ -201,27 +206,30 @@ def run_backward(
         vmem=options.vmem,
         interpret=options.interpret,
     )
-    chunk = backward_kernel.keys_in_memory(queries, blocks, options.vmem)
-    if keys.shape[2] <= chunk:
-        listed, tables = plan(rows, T, S, blocks, options.window)
-        dq, dk, dv = kernel(
-            queries, keys, values, out, lse, cotangent, None, *tables, listed=listed
-        )
+    most, total = backward_kernel.keys_in_memory(queries, blocks, options.vmem), keys.shape[2]
+    if total <= most:
+        listed, both = plan(rows, T, S, blocks, options.window)
+        arrays = queries, keys, values, out, lse, cotangent, None, *both
+        dq, dk, dv = kernel(*arrays, listed=listed)
         return tokens_first(dq, T), tokens_first(dk, S), tokens_first(dv, S)
 
-    q_marks, k_marks = marks(rows, T, S, blocks)
-    q_table = table(q_marks, rows.frequencies)
+    chunk = -(-total // -(-total // most) // blocks.k) * blocks.k
+    q_marks, k_marks = (jnp.asarray(x, jnp.float32) for x in mark(rows, T, S, blocks))
+    q_table, k_table = tables(rows, q_marks, k_marks)
 
-    def one(dq: Array, keys_and_marks: tuple[Array, ...]) -> tuple[Array, tuple[Array, ...]]:
-        keys, values, marks = keys_and_marks
+    def one(dq: Array, part: tuple[Array, ...]) -> tuple[Array, tuple[Array, ...]]:
+        keys, values, marks, k_table = part
         listed = work.make(q_marks, marks, blocks, options.window, ordered=False)
-        tables = q_table, table(marks, rows.frequencies)
-        dq, *gradients = kernel(
-            queries, keys, values, out, lse, cotangent, dq, *tables, listed=listed
-        )
+        arrays = queries, keys, values, out, lse, cotangent, dq, q_table, k_table
+        dq, *gradients = kernel(*arrays, listed=listed)
         return dq, tuple(gradients)
 
-    chunks = in_chunks(keys, chunk, -2), in_chunks(values, chunk, -2), in_chunks(k_marks, chunk)
+    chunks = (
+        in_chunks(keys, chunk, -2),
+        in_chunks(values, chunk, -2),
+        in_chunks(k_marks, chunk),
+        in_chunks(k_table, chunk),
+    )
     dq, gradients = jax.lax.scan(one, jnp.zeros(queries.shape, jnp.float32), chunks)
     dk, dv = (jnp.moveaxis(x, 0, 2).reshape(*keys.shape[:2], -1, keys.shape[-1]) for x in gradients)
     return tokens_first(dq, T).astype(q.dtype), tokens_first(dk, S), tokens_first(dv, S)
@@ -260,45 +268,54 @@ def plan(
     rows: Rows, T: int, S: int, blocks: Blocks, window: int
 ) -> tuple[work.Work, tuple[Array, Array]]:
     """The list of work, and the tables of queries and keys: float32 [B H+MARKS T or S], padded."""
-    q_marks, k_marks = marks(rows, T, S, blocks)
-    tables = table(q_marks, rows.frequencies), table(k_marks, rows.frequencies)
-    if rows.segmented:
-        return work.make(q_marks, k_marks, blocks, window, rows.key_positions is None), tables
-    # Known here: the list costs the program nothing.
-    B = len(rows.positions)
-    listed = work.make(causal(B, T, blocks.q), causal(B, S, blocks.k), blocks, window, True)
-    return listed, tables
+    marks = mark(rows, T, S, blocks)
+    listed = work.make(*marks, blocks, window, ordered=rows.key_positions is None)
+    return listed, tables(rows, *marks)
 
 
-def marks(rows: Rows, T: int, S: int, blocks: Blocks) -> tuple[Array, Array]:
-    """Segments and positions of queries and keys: float32 [B 2 T or S], padded."""
+def mark(rows: Rows, T: int, S: int, blocks: Blocks) -> tuple[Any, Any]:
+    """Segments and positions of queries and keys: float32 [B 2 T or S], padded.
+
+    In NumPy where the index alone says who sees whom: the list of work is then a constant, and the
+    positions of padding at the end do no harm.
+    """
     B = len(rows.positions)
+    if not rows.segmented:
+        queries, keys = np.arange(T + -T % blocks.q), np.arange(S + -S % blocks.k)
+        return (
+            np.stack([np.where(queries < T, 1, work.NOBODY), queries])[None].repeat(B, 0),
+            np.stack([keys < S, np.where(keys < S, keys, work.FAR)])[None].repeat(B, 0),
+        )
     segments = jnp.ones((B, T)) if rows.segment_ids is None else rows.segment_ids
     positions = rows.positions if rows.key_positions is None else rows.key_positions
     key_segments = rows.key_segment_ids
     if key_segments is None:
         key_segments = segments if rows.key_positions is None else jnp.ones((B, S))
     segments = jnp.where(segments > 0, segments, work.NOBODY)
+
+    def stack(segments: Array, positions: Array, block: int, nobody: float, far: float) -> Array:
+        padded = pad(segments, block, nobody), pad(positions, block, far)
+        return jnp.stack([x.astype(jnp.float32) for x in padded], axis=1)
+
     return (
-        mark(segments, rows.positions, blocks.q, work.NOBODY, 0),
-        mark(key_segments, positions, blocks.k, 0, work.FAR),
+        stack(segments, rows.positions, blocks.q, work.NOBODY, 0),
+        stack(key_segments, positions, blocks.k, 0, work.FAR),
     )
 
 
-def mark(segments: Array, positions: Array, block: int, nobody: float, far: float) -> Array:
-    """float32 [B 2 T]: segment ids and positions, padded."""
-    segments, positions = segments.astype(jnp.float32), positions.astype(jnp.float32)
-    return jnp.stack([pad(segments, block, nobody), pad(positions, block, far)], axis=1)
+def tables(rows: Rows, q_marks: Array, k_marks: Array) -> tuple[Array, Array]:
+    key_positions = rows.positions if rows.key_positions is None else rows.key_positions
+    return (
+        table(rows.positions, q_marks, rows.frequencies),
+        table(key_positions, k_marks, rows.frequencies),
+    )
 
 
-def causal(B: int, T: int, block: int) -> np.ndarray:
-    """`mark` of rows that are one segment, without padding but at the end."""
-    index = np.arange(T + -T % block, dtype=np.float32)
-    return np.stack([(index < T).astype(np.float32), index])[None].repeat(B, 0)
-
-
-def table(marks: Array, frequencies: Array) -> Array:
+def table(positions: Array, marks: Array, frequencies: Array) -> Array:
     """float32 [B H+MARKS T]: cosines, sines, segment ids, positions, zeros."""
-    angles = marks[:, work.POSITION, None] * frequencies.astype(jnp.float32)[None, :, None]
-    spare = jnp.zeros((len(marks), MARKS - 2, marks.shape[-1]), jnp.float32)
-    return jnp.concatenate([jnp.cos(angles), jnp.sin(angles), marks, spare], axis=1)
+    at = positions.astype(jnp.float32)
+    at = jnp.pad(at, [(0, 0), (0, marks.shape[-1] - at.shape[-1])])
+    angles = at[:, None] * frequencies.astype(jnp.float32)[None, :, None]
+    spare = jnp.zeros((len(at), MARKS - 2, at.shape[-1]), jnp.float32)
+    rows = jnp.cos(angles), jnp.sin(angles), jnp.asarray(marks, jnp.float32), spare
+    return jnp.concatenate(rows, axis=1)

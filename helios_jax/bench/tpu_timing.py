@@ -1,0 +1,105 @@
+"""How long a TPU kernel takes, from its schedule and how often each of its regions runs."""
+
+from typing import NamedTuple
+
+from helios_jax.bench.tpu_schedule import Schedule
+from helios_jax.errors import UserError
+from helios_jax.model import flops
+
+
+class Chip(NamedTuple):
+    """What JAX shows as one device."""
+
+    topology: str  # the smallest to compile for
+    device_kind: str
+    num_cores: int  # TensorCores that one kernel can be split over
+    num_mxus: int  # of a core
+    macs: int  # multiply-adds of an MXU a cycle
+    hbm_bytes_per_second: float
+    vmem_mib: int  # of a core
+    delay_slots: int  # bundles after a branch that run whether or not it is taken
+
+    @property
+    def clock(self) -> float:
+        """Cycles per second, from the peak FLOP/s."""
+        return flops.peak_flops(self.device_kind) / (2 * self.num_cores * self.num_mxus * self.macs)
+
+
+# MXUs and VMEM: jax._src.tpu_info; multiply-adds per MXU cycle: pre-delay MXU occupancy of plain
+# matmuls (v6e and tpu7x pass two rows a cycle); HBM: cloud.google.com/tpu/docs. The clocks follow:
+# 1.50, 1.75 (as documented), 1.75 and 2.20 GHz.
+CHIPS = {
+    'v5e': Chip('v5e:2x2', 'TPU v5e', 1, 4, 128 * 128, 819e9, 128, 4),
+    'v5p': Chip('v5p:2x2x1', 'TPU v5p', 2, 4, 128 * 128, 2765e9, 64, 4),
+    'v6e': Chip('v6e:2x2', 'TPU v6e', 1, 2, 2 * 256 * 256, 1640e9, 128, 4),
+    'tpu7x': Chip('tpu7x:2x2x1', 'TPU7x', 1, 2, 2 * 256 * 256, 7370e9 / 2, 64, 1),
+}
+
+
+class Step(NamedTuple):
+    """A kind of grid step."""
+
+    number: float  # of steps of this kind
+    runs: dict[str, float]  # how often each body runs in such a step; 0 where it is not named
+    hbm_bytes: float  # read and written for such a step: the blocks that differ from the last
+
+
+class Plan(NamedTuple):
+    """What a kernel does for a problem."""
+
+    bodies: tuple[str, ...]  # names for `Schedule.bodies`, in the order of the code
+    steps: list[Step]
+
+
+class Prediction(NamedTuple):
+    grid_steps: float
+    every_step: int  # cycles
+    bodies: dict[str, int]  # cycles of one run
+    spills: int  # vector registers stored to make room, in one run of each body
+    num_cores: int
+    cycles: float  # of each core at work
+    waiting: float  # the part of them in which it waits for HBM
+    mxu_share: float  # of the cycles in which all its MXUs are busy
+    seconds: float
+    hbm_bytes: float
+
+
+def predict(schedule: Schedule, plan: Plan, chip: Chip) -> Prediction:
+    """Adds up the steps: each takes its cycles, or what its bytes take if that is longer.
+
+    Raises:
+      UserError: the schedule has another number of bodies than the plan names.
+    """
+    found = schedule.bodies
+    if len(found) != len(plan.bodies):
+        raise UserError(
+            f'the plan names {len(plan.bodies)} bodies ({", ".join(plan.bodies)}), the schedule '
+            f'has {len(found)}:\n{schedule.grid}'
+        )
+    bodies = {name: region.cycles for name, region in zip(plan.bodies, found, strict=True)}
+    num_cores = 1 if schedule.one_core else chip.num_cores
+    cycles_per_byte = chip.clock / chip.hbm_bytes_per_second
+    cycles = float(schedule.code.total - schedule.grid.total)
+    waiting = multiplying = 0.0
+    for step in plan.steps:
+        busy = schedule.every_step + sum(bodies[name] * runs for name, runs in step.runs.items())
+        wait = max(0.0, step.hbm_bytes * cycles_per_byte - busy / num_cores)
+        cycles += step.number * (busy / num_cores + wait)
+        waiting += step.number * wait
+        products = sum(
+            region.busy['MXU'] * step.runs.get(name, 0.0)
+            for name, region in zip(plan.bodies, found, strict=True)
+        )
+        multiplying += step.number * products / num_cores / chip.num_mxus
+    return Prediction(
+        grid_steps=sum(step.number for step in plan.steps),
+        every_step=schedule.every_step,
+        bodies=bodies,
+        spills=sum(region.busy['VSTORE:SPILL'] for region in found),
+        num_cores=num_cores,
+        cycles=cycles,
+        waiting=waiting,
+        mxu_share=multiplying / cycles,
+        seconds=cycles / chip.clock,
+        hbm_bytes=sum(step.number * step.hbm_bytes for step in plan.steps),
+    )
