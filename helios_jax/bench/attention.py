@@ -55,9 +55,10 @@ def measure(
             for name in names
             for options in IMPLEMENTATIONS[name].variants(problem, which)
         ]
-        tried = run(tasks, jobs)
-        for row in tried:
+        tried = []
+        for row in run(tasks, jobs):
             print(describe_trial(row), file=sys.stderr, flush=True)
+            tried.append(row)
         finals = []
         for name in names:
             mine = [r for r in tried if r['implementation'] == name and 'refused' not in r]
@@ -69,7 +70,7 @@ def measure(
             None,
         )
         if not nothing:
-            nothing = run([base], jobs)[0]
+            (nothing,) = run([base], jobs)
         rows += [finished(row, nothing, problem) for row in run(finals, jobs)]
     return rows
 

@@ -81,7 +81,7 @@ class Setup(NamedTuple):
     # 'btnh'; positions and segment ids [B T] → the like of q. Rotates.
     attend: Callable[[Array, Array, Array, Array, Array], Array]
     heads: str
-    # For each of its kernels, by the beginning of its name, what it does.
+    # For each of its kernels, by a part of its name, what it does.
     plans: dict[str, Plan]
 
 
@@ -150,19 +150,19 @@ def nothing(problem: Problem) -> Setup:
         return out, (q, k, v, out)
 
     def backward(residuals: tuple[Array, ...], cotangent: Array) -> tuple[Array, ...]:
-        return tuple(untouched('nothing_backward', residuals[:3], *residuals, cotangent))
+        return untouched('nothing_backward', residuals[:3], *residuals, cotangent)
 
     attend.defvjp(forward, backward)
     return Setup(lambda q, k, v, positions, segment_ids: attend(q, k, v), 'bnth', {})
 
 
-def untouched(name: str, like: Any, *inputs: Array) -> list[Array]:
+def untouched(name: str, like: Any, *inputs: Array) -> tuple[Array, ...]:
     """A kernel's results, not written."""
     anywhere = pl.BlockSpec(memory_space=pl.ANY)
     return pl.pallas_call(
         lambda *_: None,
-        out_shape=[jax.ShapeDtypeStruct(x.shape, x.dtype) for x in like],
+        out_shape=tuple(jax.ShapeDtypeStruct(x.shape, x.dtype) for x in like),
         in_specs=[anywhere] * len(inputs),
-        out_specs=[anywhere] * len(like),
+        out_specs=(anywhere,) * len(like),
         name=name,
     )(*inputs)

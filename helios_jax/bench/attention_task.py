@@ -4,7 +4,7 @@ import concurrent.futures
 import json
 import subprocess
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
 
 import jax
@@ -100,10 +100,10 @@ def kernel_row(
     setup: Setup,
     chip: tpu_timing.Chip,
 ) -> Row:
-    plans = [plan for name, plan in setup.plans.items() if operation.name.startswith(name)]
+    plans = [plan for name, plan in setup.plans.items() if name in operation.name]
     if len(plans) != 1 or operation.name not in schedules:
         raise UserError(
-            f'kernel {operation.name}: {len(plans)} plans begin with its name (there are: '
+            f'kernel {operation.name}: {len(plans)} plans are for it (there are: '
             f'{", ".join(setup.plans)}), {len(schedules)} schedules were dumped.'
         )
     found = tpu_timing.predict(schedules[operation.name], plans[0], chip)._asdict()
@@ -117,7 +117,7 @@ def kernel_row(
     }
 
 
-def run(tasks: Iterable[Task], jobs: int) -> list[Row]:
+def run(tasks: Iterable[Task], jobs: int) -> Iterator[Row]:
     """The rows of the tasks, in their order, `jobs` processes at a time."""
 
     def one(task: Task) -> Row:
@@ -131,4 +131,4 @@ def run(tasks: Iterable[Task], jobs: int) -> list[Row]:
         return json.loads(lines[-1])
 
     with concurrent.futures.ThreadPoolExecutor(jobs) as pool:
-        return list(pool.map(one, tasks))
+        yield from pool.map(one, tasks)

@@ -161,7 +161,7 @@ def likeness(text: str) -> tuple[str, ...]:
     return match[3], shape, bounds[0] if bounds else '', estimate[0] if estimate else ''
 
 
-def turned(schedule: tpu_schedule.Schedule, text: str) -> float:
+def turned(schedule: tpu_schedule.Schedule, text: str) -> int:
     """Cycles of an operation whose outermost loop turns as often as its text says."""
     bounds = re.search(r'"iteration_bounds":\[([^\]]*)\]', text)
     turns = math.prod(map(int, re.findall(r'\d+', bounds[1]))) if bounds else 1

@@ -29,7 +29,7 @@ FILE = re.compile(rf'(\d+)-(.+)-\d+-({"|".join(FILES)})\.txt')
 BUNDLE = re.compile(r'\s*(?:0x[0-9a-f]+|0)\s+(?:L[HBE]|P[BF]|CT)?\s*:')
 BRANCH = re.compile(r'sbr\.rel (?:\(!?(%\w+)\) )?target = \$region(\d+)')
 REGION = re.compile(r'Start(?:/End empty)? region (\d+)')
-CORE_ID = re.compile(r'(%\w+) = sld [^;]*?/\* megacore core id')
+CORE_ID = re.compile(r'(%\w+) = sld [^;]*?/\* (?:megacore )?core id')
 # Columns that count what a bundle issues; the others go on while it is long past.
 ISSUED = ('VALU', 'VLOAD', 'VLOAD:FILL', 'VSTORE', 'VSTORE:SPILL', 'SALU')
 VECTOR = ('MXU', 'XLU', 'VALU', 'EUP', 'VLOAD', 'VSTORE')
@@ -86,20 +86,18 @@ class Schedule:
     def bodies(self) -> list[Region]:
         """Branches and inner loops of a step that do vector work, in the order of the code.
 
-        The one around the whole step, which is off while the pipeline fills and drains, is not.
+        All are inside one branch, off while the pipeline fills and drains, which is not one. Beside
+        it blocks are copied; what is copied within VMEM takes vector work, and is not one either.
         """
-        top = [region for region in self.grid.inner if region.works or any_works(region)]
-        step = top[0] if len(top) == 1 and any_works(top[0]) else self.grid
-        return [region for region in step.walk() if region.works]
+        branch = max(self.grid.inner, key=lambda region: region.total, default=self.grid)
+        if 2 * branch.total < self.grid.total or not any(r.works for r in branch.walk()):
+            branch = self.grid
+        return [region for region in branch.walk() if region.works]
 
     @property
     def every_step(self) -> int:
         """Cycles that each step takes, whatever it does."""
         return self.grid.total - sum(region.cycles for region in self.bodies)
-
-
-def any_works(region: Region) -> bool:
-    return any(inner.works for inner in region.walk())
 
 
 def flags(directory: Path) -> str:
@@ -151,7 +149,7 @@ def parse(bundles: str, final: str, cycles: str, delay_slots: int) -> Schedule:
     assert len(rows) == count, f'{count} bundles, but utilisation of {len(rows)}'
     busy = stretch(units, rows, table(cycles)[1])
     guards = {branch[1] for branch in branches}
-    compared = re.findall(r'(%\w+) = scmp\.ne\.s32\.totalorder (%\w+), 0 ', bundles)
+    compared = re.findall(r'(%\w+) = scmp\.ne\.s32\.totalorder (%\w+), 0\b', bundles)
     return Schedule(
         code=tree(spans, units, busy),
         one_core=any(name in guards and value in core_ids for name, value in compared),
@@ -205,7 +203,7 @@ def tree(
     spans: list[tuple[str, int, int]], units: Sequence[str], busy: list[list[list[int]]]
 ) -> Region:
     """Nests the spans [start, end) of bundles."""
-    spans = sorted({s for s in spans if s[2] > s[1]}, key=lambda s: (s[1], -s[2], s[0]))
+    spans = sorted({s for s in spans if s[2] > s[1]}, key=lambda s: (s[1], -s[2], s[0] == 'loop'))
 
     def build(kind: str, start: int, end: int) -> Region:
         inner, own, at = [], [], start

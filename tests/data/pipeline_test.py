@@ -67,7 +67,8 @@ def test_batches_say_what_the_documents_said(directory, globs, packing):
         real = batch.segment_ids > 0
         assert real.sum() == source.num_tokens
         assert batch.num_bytes.sum() == source.num_bytes
-        assert not batch.tokens[~real].any() and not batch.positions[~real].any()
+        assert not batch.tokens[~real].any()
+        assert np.array_equal(batch.positions[~real], np.nonzero(~real)[1])
         assert np.array_equal(batch.loss_mask, real)
         for row in range(len(batch.tokens)):
             for segment in range(1, batch.segment_ids[row].max() + 1):
