@@ -20,14 +20,13 @@ within 4%; short calls take longer than predicted, for all implementations alike
 """
 
 import dataclasses
-import importlib.util
 import json
 import sys
 from pathlib import Path
 
 import jax
 
-from helios_jax.bench import tpu_timing
+from helios_jax.bench import attention_tokamax, tpu_timing
 from helios_jax.bench.attention_problem import PASSES, Problem
 from helios_jax.bench.attention_task import IMPLEMENTATIONS, NOTHING, OURS, Row, Task, run
 from helios_jax.errors import require
@@ -170,8 +169,8 @@ def compare(
     require(not earlier or Path(earlier).is_file(), f'--earlier={earlier}: no such file.')
     lines = Path(earlier).read_text().splitlines() if earlier else []
     before = [row for row in map(json.loads, lines) if row['implementation'] not in names]
-    if 'tokamax' in names and not importlib.util.find_spec('tokamax'):
-        print("tokamax is not installed: pip install 'helios_jax[bench]'", file=sys.stderr)
+    if 'tokamax' in names and (missing := attention_tokamax.missing()):
+        print(missing, file=sys.stderr)
         names = [name for name in names if name != 'tokamax']
     for problem in problems:
         shape = dataclasses.asdict(problem)

@@ -56,7 +56,8 @@ class Case:
         """B and K: so many that errors are many numbers, more than one where that stays cheap."""
         if self.T == 1:
             return 4, 4 if self.G == 1 else 2
-        return 1 + (self.T < 1000), 1 + (self.T * self.G <= 1500)
+        B = 1 + (self.T < 1000)
+        return B, 1 + (B * self.T * self.G <= 1600)
 
 
 def cases() -> list[Case]:

@@ -50,7 +50,7 @@ def block_sizes(problem: Problem, sizes: list[tuple[int, int]]) -> list[Options]
         if T % block == 0 and useful[block]
     ]
     # The largest need more VMEM than an operation gets unasked.
-    return [o | {'scoped_vmem_mib': 32} if o['block'] > 1024 else o for o in worth]
+    return [o | {'scoped_vmem_mib': 48} if o['block'] > 1024 else o for o in worth]
 
 
 def setup(problem: Problem, options: Options) -> Setup:

@@ -1,5 +1,7 @@
 """tokamax's splash attention (the extra `bench`), set up for a problem as attention_peers.py's."""
 
+import importlib.metadata
+import re
 from typing import Any
 
 import jax
@@ -20,7 +22,21 @@ from helios_jax.bench.attention_peers import (
 )
 from helios_jax.bench.attention_problem import Problem, Setup
 from helios_jax.bench.tpu_timing import Plan
-from helios_jax.errors import UserError
+
+VERSION = (0, 0, 17)  # older ones have other options
+
+
+def missing() -> str:
+    """Why tokamax cannot be measured, or ''."""
+    try:
+        version = importlib.metadata.version('tokamax')
+    except importlib.metadata.PackageNotFoundError:
+        version = 'none'
+    numbers = tuple(int(x) for x in re.findall(r'\d+', version)[:3])
+    if numbers >= VERSION:
+        return ''
+    wanted = '.'.join(map(str, VERSION))
+    return f"tokamax: needs {wanted}, there is {version}; pip install 'helios_jax[bench]'."
 
 
 def variants(problem: Problem, which: str) -> list[Options]:
@@ -43,18 +59,13 @@ def variants(problem: Problem, which: str) -> list[Options]:
 
 
 def setup(problem: Problem, options: Options) -> Setup:
-    """Raises: UserError: tokamax is not installed."""
-    try:
-        from tokamax._src.ops.experimental.tpu.splash_attention import (
-            splash_attention_kernel as kernels,
-        )
-        from tokamax._src.ops.experimental.tpu.splash_attention import (
-            splash_attention_mask as tokamax_masks,
-        )
-    except ImportError as error:
-        raise UserError(
-            f"the peer tokamax cannot be imported ({error}); pip install 'helios_jax[bench]'."
-        ) from error
+    from tokamax._src.ops.experimental.tpu.splash_attention import (
+        splash_attention_kernel as kernels,
+    )
+    from tokamax._src.ops.experimental.tpu.splash_attention import (
+        splash_attention_mask as tokamax_masks,
+    )
+
     block, T = options['block'], problem.length
     shape, sides = (T, T), (problem.window - 1, 0)
     kernel = kernels.make_splash_mha(

@@ -14,7 +14,7 @@ from helios_jax.parallel import mesh as meshes
 from helios_jax.train import state as states
 from helios_jax.train import step as steps
 
-B, T, V = 16, 14, 300
+B, T, V = 16, 28, 300
 # With a large eps an Adam update is nearly linear in the gradient. With a small one it is its sign:
 # that hides errors of size, and turns rounding of tiny gradients into whole steps.
 LINEAR = config.Optimizer(

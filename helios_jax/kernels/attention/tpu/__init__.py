@@ -243,7 +243,7 @@ def in_chunks(x: Array, size: int, axis: int = -1) -> Array:
     return jnp.moveaxis(cut, axis, 0)
 
 
-def pad(x: Array, multiple: int, value: float = 0, axis: int = -1) -> Array:
+def pad(x: Array, multiple: int, value: float = 0.0, axis: int = -1) -> Array:
     """With `value`, an axis to a multiple."""
     missing = -x.shape[axis] % multiple
     widths = [(0, 0)] * x.ndim
@@ -298,12 +298,12 @@ def mark(rows: Rows, T: int, S: int, blocks: Blocks) -> tuple[Any, Any]:
         return jnp.stack([x.astype(jnp.float32) for x in padded], axis=1)
 
     return (
-        stack(segments, rows.positions, blocks.q, work.NOBODY, 0),
-        stack(key_segments, positions, blocks.k, 0, work.FAR),
+        stack(segments, rows.positions, blocks.q, work.NOBODY, 0.0),
+        stack(key_segments, positions, blocks.k, 0.0, work.FAR),
     )
 
 
-def tables(rows: Rows, q_marks: Array, k_marks: Array) -> tuple[Array, Array]:
+def tables(rows: Rows, q_marks: Any, k_marks: Any) -> tuple[Array, Array]:
     key_positions = rows.positions if rows.key_positions is None else rows.key_positions
     return (
         table(rows.positions, q_marks, rows.frequencies),
@@ -311,7 +311,7 @@ def tables(rows: Rows, q_marks: Array, k_marks: Array) -> tuple[Array, Array]:
     )
 
 
-def table(positions: Array, marks: Array, frequencies: Array) -> Array:
+def table(positions: Array, marks: Any, frequencies: Array) -> Array:
     """float32 [B H+MARKS T]: cosines, sines, segment ids, positions, zeros."""
     at = positions.astype(jnp.float32)
     at = jnp.pad(at, [(0, 0), (0, marks.shape[-1] - at.shape[-1])])

@@ -30,7 +30,7 @@ def dot(a: Array, b: Array, contract: tuple[int, int]) -> Array:
     return jax.lax.dot_general(a, b, dims, precision, preferred_element_type=jnp.float32)
 
 
-def rotate(x: Array, table: Array, sign: int = 1) -> Array:
+def rotate(x: Array, table: Any, sign: int = 1) -> Array:
     """Rotates float32 [H n] by the table's first H rows, cosines over sines; sign −1: back."""
     H = len(x)
     low, high = x[: H // 2], x[H // 2 :]

@@ -104,8 +104,9 @@ def make(q_marks: Any, k_marks: Any, blocks: Blocks, window: int, ordered: bool)
     some = some.reshape(B, nq, nk, -1)
     num_parts = some.shape[-1]
     active = some.any(-1)
-    visit = active | (~active.any(2, keepdims=True) & (np.arange(nk) == 0))
-    visit = visit | (~visit.any(1, keepdims=True) & (np.arange(nq) == nq - 1)[:, None])
+    i, j = np.arange(nq)[None, :, None], np.arange(nk)[None, None]
+    visit = active | (~active.any(2, keepdims=True) & (j == 0))
+    visit = visit | (~visit.any(1, keepdims=True) & (i == nq - 1))
 
     first_part = xp.argmax(some, axis=-1)
     end_part = xp.where(active, num_parts - xp.argmax(some[..., ::-1], axis=-1), first_part)
