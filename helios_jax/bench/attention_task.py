@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import jax
 
 from helios_jax.bench import (
+    attention_ours,
     attention_peers,
     attention_problem,
     attention_tokamax,
@@ -38,6 +39,7 @@ class Implementation(NamedTuple):
 NOTHING = 'nothing'
 OURS = 'helios'
 IMPLEMENTATIONS = {
+    OURS: Implementation(attention_ours.variants, attention_ours.setup),
     'jax_splash': Implementation(attention_peers.variants, attention_peers.setup),
     'tokamax': Implementation(attention_tokamax.variants, attention_tokamax.setup),
     NOTHING: Implementation(

@@ -1,0 +1,104 @@
+"""Our attention kernels as the bench compiles them, and how often their regions run."""
+
+import math
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+from helios_jax.bench.attention_peers import FLOAT, HALF, changes, plan
+from helios_jax.bench.attention_problem import Problem, Setup, frequencies
+from helios_jax.bench.tpu_timing import Plan
+from helios_jax.kernels.attention import tpu
+from helios_jax.kernels.attention.tpu import work
+from helios_jax.kernels.attention.tpu.tiles import MARKS
+from helios_jax.kernels.attention.tpu.work import Blocks
+
+Options = dict[str, Any]
+# Rows of one block, G heads × queries; keys of a block and of a part; lanes of one product.
+SHAPES = {
+    'forward': [(1024, 1024, 256, 256), (1024, 2048, 256, 256), (2048, 512, 256, 2048)],
+    'backward': [(1024, 1024, 256, 256), (2048, 512, 256, 2048), (1024, 1024, 256, 1024)],
+}
+
+
+def variants(problem: Problem, which: str) -> list[Options]:
+    """Blocks that are worth a try."""
+    group = problem.heads // problem.kv_heads
+    tried = []
+    for rows, keys, part, width in SHAPES[which]:
+        queries = max(128, 2 ** int(math.log2(rows // group)))
+        if queries <= problem.length and keys <= problem.length:
+            tried.append({'blocks': [queries, keys, part, width]})
+    return tried
+
+
+def setup(problem: Problem, options: Options) -> Setup:
+    blocks = Blocks(*options['blocks'])
+    turns = jnp.asarray(frequencies(problem))
+
+    def attend(q: Array, k: Array, v: Array, positions: Array, segments: Array) -> Array:
+        return tpu.attention(
+            q,
+            k,
+            v,
+            positions=positions,
+            segment_ids=segments if problem.documents > 1 else None,
+            key_positions=None,
+            key_segment_ids=None,
+            frequencies=turns,
+            query_scale=1.0,
+            scale=1 / math.sqrt(problem.head_dim),
+            window=problem.window,
+            softcap=0.0,
+            blocks=(blocks, blocks),
+        )
+
+    marks = np.stack([problem.segment_ids, problem.positions], axis=1).astype(np.float32)
+    listed = work.make(marks, marks, blocks, problem.window, ordered=True)
+    plans = {
+        'helios_attention_forward': forward_plan(problem, blocks, listed),
+        'helios_attention_backward': backward_plan(problem, blocks, listed),
+    }
+    return Setup(attend, 'btnh', plans)
+
+
+def forward_plan(problem: Problem, blocks: Blocks, listed: work.Work) -> Plan:
+    runs, moved = visits(problem, blocks, listed, query_arrays=2)
+    del runs['last_k']
+    return plan(repeat(runs, problem), np.tile(moved, problem.kv_heads), 1)
+
+
+def backward_plan(problem: Problem, blocks: Blocks, listed: work.Work) -> Plan:
+    runs, moved = visits(problem, blocks, listed, query_arrays=4)
+    written = np.asarray(listed.writes)
+    moved = moved + 2 * blocks.k * problem.head_dim * HALF * changes(written)
+    return plan(repeat(runs, problem), np.tile(moved, problem.kv_heads), 1)
+
+
+def repeat(runs: dict[str, np.ndarray], problem: Problem) -> dict[str, np.ndarray]:
+    """For every key head."""
+    return {name: np.tile(count, problem.kv_heads) for name, count in runs.items()}
+
+
+def visits(
+    problem: Problem, blocks: Blocks, listed: work.Work, query_arrays: int
+) -> tuple[dict[str, np.ndarray], np.ndarray]:
+    """For one key head's items: how often each region runs, and the bytes copied."""
+    parts, queries, keys = (np.asarray(x) for x in (listed.parts, listed.queries, listed.keys))
+    full = (parts & work.FULL) > 0
+    runs = {
+        'first_q': parts & work.FIRST_Q > 0,
+        'first_k': parts & work.FIRST_K > 0,
+        'full': full,
+        'part': np.where(full, 0, (parts >> 8 & 0xFF) - (parts & 0xFF)),
+        'last_q': parts & work.LAST_Q > 0,
+        'last_k': parts & work.LAST_K > 0,
+    }
+    G, H = problem.heads // problem.kv_heads, problem.head_dim
+    rows = changes(queries)
+    moved = rows * blocks.q * (G * (query_arrays * H * HALF + FLOAT) + (H + MARKS) * FLOAT)
+    moved += changes(queries >> 16, keys & 0xFFFF) * 2 * blocks.k * H * HALF
+    moved += changes(queries >> 16, keys >> 16) * blocks.k * (H + MARKS) * FLOAT
+    return {name: np.asarray(x, np.int64) for name, x in runs.items()}, moved
