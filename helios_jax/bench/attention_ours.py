@@ -16,9 +16,9 @@ from helios_jax.kernels.attention.tpu.tiles import MARKS
 from helios_jax.kernels.attention.tpu.work import Blocks
 
 Options = dict[str, Any]
-# Rows of one block, G heads × queries; keys of a block and of a part; lanes of one product.
+# Rows of one block, G heads × queries; keys of a block and of a part; width of one product.
 SHAPES = {
-    'forward': [(1024, 1024, 256, 256), (1024, 2048, 256, 256), (2048, 512, 256, 2048)],
+    'forward': [(1024, 1024, 256, 512), (1024, 2048, 256, 512), (512, 1024, 256, 1024)],
     'backward': [(1024, 1024, 256, 256), (2048, 512, 256, 2048), (1024, 1024, 256, 1024)],
 }
 
@@ -72,6 +72,7 @@ def forward_plan(problem: Problem, blocks: Blocks, listed: work.Work) -> Plan:
 
 def backward_plan(problem: Problem, blocks: Blocks, listed: work.Work) -> Plan:
     runs, moved = visits(problem, blocks, listed, query_arrays=4)
+    del runs['start']
     written = np.asarray(listed.writes)
     moved = moved + 2 * blocks.k * problem.head_dim * HALF * changes(written)
     return plan(repeat(runs, problem), np.tile(moved, problem.kv_heads), 1)
@@ -90,6 +91,7 @@ def visits(
     full = (parts & work.FULL) > 0
     runs = {
         'first_q': parts & work.FIRST_Q > 0,
+        'start': np.arange(len(parts)) == 0,
         'first_k': parts & work.FIRST_K > 0,
         'full': full,
         'part': np.where(full, 0, (parts >> 8 & 0xFF) - (parts & 0xFF)),

@@ -1,4 +1,6 @@
-"""The backward kernel: dq, dk and dv in one pass over the listed blocks, transposed (tiles.py).
+"""The backward kernel: dq, dk and dv in one pass over the listed blocks.
+
+Logits are [keys, queries]: what the forward kernel kept of a query is a row here.
 
 The order is the forward kernel's: blocks of keys within blocks of queries. dq of a block of queries
 lies in VMEM until its keys are through; dk and dv of all keys of a head, for a group of query heads
@@ -21,10 +23,12 @@ from helios_jax.kernels.attention.tpu.tiles import (
     MARKS,
     MASKED,
     capped,
+    column,
     dot,
     high,
     rotate,
     specs,
+    spread,
     visible,
 )
 from helios_jax.kernels.attention.tpu.work import Blocks, Work
@@ -175,7 +179,12 @@ def kernel(
             logits = capped(dot(k_upright[at], q, (1, 0)), softcap)
             slope = 1 - jnp.square(logits / (softcap * LOG2E)) if softcap else None
             if masked:
-                seen = visible(marks[:, on], k_table[H:, part], window, segmented)
+                rows = k_table[H : H + 2, part]
+                segment, position = (
+                    spread(column(rows[i : i + 1]), logits.shape[1]) for i in (0, 1)
+                )
+                q_marks = marks[:1, on], marks[1:2, on]
+                seen = visible(q_marks, (segment, position), window, segmented)
                 logits = jnp.where(seen, logits, MASKED)
             weights = jnp.exp2(logits - lse[:, on])
             change = weights * (dot(v_upright[at], do, (1, 0)) - delta[:, on])

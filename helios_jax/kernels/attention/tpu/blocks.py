@@ -29,9 +29,8 @@ def generation() -> str:
 
 def choose(generation: str, G: int, H: int, T: int, S: int, wide: bool, backward: bool) -> Blocks:
     """Blocks for G heads a group of size H, T queries and S keys; `wide` operands are float32."""
-    rows = 2048 if generation in ('v6e', 'tpu7x') else 1024
-    width = 256 if generation in ('v5e', 'v5p') else rows
-    keys = 512 if generation in ('v6e', 'tpu7x') else 1024
+    large = generation in ('v6e', 'tpu7x')
+    rows, keys = (2048, 512) if large and backward else (1024, 1024)
     if wide or H > 128:
         rows, keys = rows // 2, keys // 2
     q = 128
@@ -40,4 +39,5 @@ def choose(generation: str, G: int, H: int, T: int, S: int, wide: bool, backward
     k = 128
     while k < keys and k < S:
         k *= 2
-    return Blocks(q, k, min(k, 256), max(width, 128))
+    width = (2048 if large else 256) if backward else min(k, 512)
+    return Blocks(q, k, min(k, 256), width)

@@ -1,4 +1,8 @@
-"""The forward kernel: online softmax over the listed blocks, everything transposed (tiles.py)."""
+"""The forward kernel: online softmax over the listed blocks, G query heads stacked in one.
+
+What softmax keeps of a row lies in all lanes of its sublane; its sum is kept a lane apart until the
+end. Keys are taken in chunks, so that one chunk's softmax shares the bundles of the next's matmul.
+"""
 
 import functools
 from typing import Any
@@ -13,13 +17,14 @@ from helios_jax.kernels.attention.tpu import work
 from helios_jax.kernels.attention.tpu.tiles import (
     LANES,
     LOG2E,
-    MARKS,
     MASKED,
     capped,
+    column,
     dot,
     high,
     rotate,
     specs,
+    spread,
     visible,
 )
 from helios_jax.kernels.attention.tpu.work import Blocks, Work
@@ -57,7 +62,7 @@ def forward(
     width = G * blocks.q
     cached = 2 * S * max(H, LANES) * q.dtype.itemsize <= KEY_SHARE * vmem
     at = specs(q, blocks, cached)
-    row = pltpu.VMEM((1, width), jnp.float32)
+    row = pltpu.VMEM((width, LANES), jnp.float32)
     return pl.pallas_call(
         functools.partial(
             kernel,
@@ -73,13 +78,13 @@ def forward(
             in_specs=[at.queries, at.begun_keys, at.begun_keys, at.query_table, at.key_table],
             out_specs=[at.queries, at.rows],
             scratch_shapes=[
-                pltpu.VMEM((H, width), q.dtype),
-                pltpu.VMEM((S if cached else blocks.k, H), q.dtype),
+                pltpu.VMEM((width, H), q.dtype),
                 pltpu.VMEM((S // blocks.k if cached else 1, H, blocks.k), q.dtype),
-                pltpu.VMEM((MARKS, width), jnp.float32),
+                pltpu.VMEM((S if cached else blocks.k, H), q.dtype),
+                pltpu.VMEM((2, blocks.q, LANES), jnp.float32),
                 row,
                 row,
-                pltpu.VMEM((H, width), jnp.float32),
+                pltpu.VMEM((width, H), jnp.float32),
             ],
         ),
         out_shape=[
@@ -98,8 +103,7 @@ def kernel(
     queries: Any, keys: Any, writes: Any, parts: Any, scale: Any,
     q_ref: Any, k_ref: Any, v_ref: Any, q_table: Any, k_table: Any,
     out_ref: Any, lse_ref: Any,
-    q_turned: Any, k_turned: Any, v_turned: Any, marks: Any,
-    greatest: Any, total: Any, out_sum: Any,
+    q_rotated: Any, k_turned: Any, values: Any, marks: Any, greatest: Any, total: Any, out: Any,
     *, blocks: Blocks, window: int, softcap: float, segmented: bool, cached: bool,
 ) -> None:  # fmt: skip
     del queries, writes  # the index maps read them
@@ -114,40 +118,48 @@ def kernel(
         for g in range(G):
             at = slice(g * bq, (g + 1) * bq)
             q = rotate(q_ref[g].T.astype(jnp.float32), q_table) * scale[0]
-            q_turned[:, at] = q.astype(q_turned.dtype)
-            marks[:, at] = q_table[H:]
+            q_rotated[at] = q.astype(q_rotated.dtype).T
+        for i in (0, 1):
+            marks[i] = column(q_table[H + i : H + i + 1])
+        # The first keys shrink to nothing what the last queries left in the sums.
         greatest[...] = jnp.full_like(greatest, MASKED)
-        total[...] = jnp.zeros_like(total)
-        out_sum[...] = jnp.zeros_like(out_sum)
 
-    # Turned keys and values stay in VMEM for the queries to come, if a head's all fit.
+    @pl.when(item == 0)
+    def _() -> None:
+        total[...] = jnp.zeros_like(total)
+        out[...] = jnp.zeros_like(out)
+
+    # Rotated keys and values stay in VMEM for the queries to come, if a head's all fit.
     @pl.when(flags & work.FIRST_K != 0 if cached else item >= 0)
     def _() -> None:
-        k = rotate(k_ref[...].T.astype(jnp.float32), k_table).astype(k_turned.dtype)
-        k_turned[pl.ds(pl.multiple_of(first_key, blocks.k), blocks.k)] = k.T
-        v_turned[slot] = v_ref[...].T
+        k = rotate(k_ref[...].T.astype(jnp.float32), k_table)
+        k_turned[slot] = k.astype(k_turned.dtype)
+        values[pl.ds(pl.multiple_of(first_key, blocks.k), blocks.k)] = v_ref[...]
 
     def attend(start: Any, size: int, masked: bool) -> None:
         """Adds the keys [start, start + size) of this block to what its queries have seen."""
         at = pl.ds(start, size)
-        turned = pl.ds(pl.multiple_of(first_key + start, size), size)
-        for lane in range(0, G * bq, blocks.width):
-            q = slice(lane, min(lane + blocks.width, G * bq))
-            logits = capped(dot(k_turned[turned], q_turned[:, q], (1, 0)), softcap)
-            if masked:
-                seen = visible(marks[:, q], k_table[H:, at], window, segmented)
-                logits = jnp.where(seen, logits, MASKED)
-            before = greatest[:, q]
-            now = jnp.maximum(before, jnp.max(logits, axis=0, keepdims=True))
-            weights, shrink = jnp.exp2(logits - now), jnp.exp2(before - now)
-            greatest[:, q] = now
-            total[:, q] = total[:, q] * shrink + jnp.sum(weights, axis=0, keepdims=True)
-            value = dot(v_turned[slot, :, at], weights.astype(v_ref.dtype), (1, 0))
-            out_sum[:, q] = out_sum[:, q] * shrink + value
+        logits = capped(dot(q_rotated[...], k_turned[slot, :, at], (1, 0)), softcap)
+        if masked:
+            segments, positions = (jnp.tile(spread(marks[i], size), (G, 1)) for i in (0, 1))
+            k_marks = k_table[H : H + 1, at], k_table[H + 1 : H + 2, at]
+            logits = jnp.where(
+                visible((segments, positions), k_marks, window, segmented), logits, MASKED
+            )
+        before = greatest[...]
+        now = jnp.maximum(before, jnp.max(logits, axis=1, keepdims=True))
+        weights, shrink = jnp.exp2(logits - spread(now, size)), jnp.exp2(before - now)
+        greatest[...] = now
+        lanes = [weights[:, i : i + LANES] for i in range(0, size, LANES)]
+        total[...] = total[...] * shrink + functools.reduce(jnp.add, lanes)
+        seen = pl.ds(pl.multiple_of(first_key + start, size), size)
+        value = dot(weights.astype(values.dtype), values[seen], (1, 0))
+        out[...] = out[...] * spread(shrink, H) + value
 
     @pl.when(flags & work.FULL != 0)
     def _() -> None:
-        attend(0, blocks.k, masked=False)
+        for start in range(0, blocks.k, blocks.width):
+            attend(start, min(blocks.width, blocks.k), masked=False)
 
     @pl.when(flags & work.FULL == 0)
     def _() -> None:
@@ -159,9 +171,10 @@ def kernel(
     @pl.when(flags & work.LAST_Q != 0)
     def _() -> None:
         seen = greatest[...] > MASKED / 2
-        out = out_sum[...] * jnp.where(seen, 1 / total[...], 0)
-        lse = jnp.where(seen, (greatest[...] + jnp.log2(total[...])) / LOG2E, -jnp.inf)
+        sums = jnp.broadcast_to(jnp.sum(total[...], axis=1, keepdims=True), seen.shape)
+        result = out[...] * spread(jnp.where(seen, 1 / sums, 0), H)
+        lse = jnp.where(seen, (greatest[...] + jnp.log2(sums)) / LOG2E, -jnp.inf).T
         for g in range(G):
             at = slice(g * bq, (g + 1) * bq)
-            out_ref[g] = out[:, at].astype(out_ref.dtype).T
-            lse_ref[g : g + 1] = lse[:, at]
+            out_ref[g] = result[at].astype(out_ref.dtype)
+            lse_ref[g : g + 1] = lse[:1, at]

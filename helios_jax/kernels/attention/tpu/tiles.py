@@ -1,10 +1,8 @@
 """What both kernels do to a tile, and where the tiles of a work item lie.
 
-In the kernels, arrays hold their tokens along the lanes: q [H, G·queries], logits Sᵀ [keys,
-G·queries]. Maxima and sums then run down the sublanes, softmax statistics are single rows, the two
-halves that rotation mixes are whole registers, and the log-sum-exp is written as it is, one float a
-row and head. Outside, tokens lie along the sublanes, [B heads T H], as projections make them:
-a block is turned in registers, which is cheaper than any copy of the array.
+Arrays are [B heads T H], tokens along the sublanes, as projections make them, and blocks are turned
+in registers where that is wanted: to rotate, so that the halves that mix are whole registers, and
+as the matmul units like their operands.
 """
 
 import math
@@ -15,7 +13,7 @@ import jax.numpy as jnp
 from jax import Array
 from jax.experimental import pallas as pl
 
-from helios_jax.kernels.attention.tpu.work import POSITION, SEGMENT, Blocks
+from helios_jax.kernels.attention.tpu.work import Blocks
 
 LOG2E = math.log2(math.e)
 MASKED = -1e30  # finite, so that a row that has seen nothing yet has no infinity to subtract
@@ -38,25 +36,26 @@ def rotate(x: Array, table: Any, sign: int = 1) -> Array:
     return jnp.concatenate([low * cos - high * sin, high * cos + low * sin])
 
 
-def columns(row: Array, width: int) -> Array:
-    """[1 n] → [n width], each value along its own sublane."""
-    turned = jnp.broadcast_to(row, (LANES, row.shape[1])).T
-    return jnp.tile(turned, (1, width // LANES))
+def column(row: Array) -> Array:
+    """[1 n] → [n LANES], each value along its own sublane."""
+    return jnp.broadcast_to(row, (LANES, row.shape[1])).T
 
 
-def visible(q_marks: Array, k_marks: Array, window: int, segmented: bool) -> Array:
-    """bool [keys queries] of marks [MARKS queries] and [MARKS keys].
+def spread(x: Array, width: int) -> Array:
+    """[n LANES] of equal lanes → [n width]."""
+    return jnp.tile(x, (1, -(-width // LANES)))[:, :width]
+
+
+def visible(q: tuple[Array, Array], k: tuple[Array, Array], window: int, segmented: bool) -> Array:
+    """Which logits count, of (segments, positions) that broadcast to the logits' shape.
 
     Padding needs no test of its own: its keys lie beyond every position, and the segments of its
     queries are those of no key.
     """
-    width = q_marks.shape[1]
-    segments, positions = (q_marks[i : i + 1] for i in (SEGMENT, POSITION))
-    position = columns(k_marks[POSITION : POSITION + 1], width)
-    seen = position <= positions
+    seen = k[1] <= q[1]
     if segmented:
-        seen &= columns(k_marks[SEGMENT : SEGMENT + 1], width) == segments
-    return seen & (position > positions - window) if window else seen
+        seen &= k[0] == q[0]
+    return seen & (k[1] > q[1] - window) if window else seen
 
 
 def capped(logits: Array, softcap: float) -> Array:

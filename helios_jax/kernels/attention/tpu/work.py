@@ -23,12 +23,15 @@ FULL, FIRST_Q, LAST_Q, FIRST_K, LAST_K = (1 << bit for bit in range(16, 21))
 
 
 class Blocks(NamedTuple):
-    """How a kernel cuts its work, in tokens; `width` is in lanes: heads of a group × queries."""
+    """How a kernel cuts its work, in tokens.
+
+    `width` is of one product: keys in the forward kernel, query rows of all heads in the backward.
+    """
 
     q: int
     k: int
     part: int  # of keys: blocks that need a mask are computed in parts, those that see nothing not
-    width: int  # of one matmul's operand: the schedules of v5 want 256, those of v6e 1024 and more
+    width: int
 
 
 class Work(NamedTuple):
