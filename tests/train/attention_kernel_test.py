@@ -55,7 +55,9 @@ def gradients(implementation: str, platform: str, sizes: dict[str, int]) -> tupl
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize('sizes', [{'data': 4, 'tensor': 2}, {'data': 2, 'context': 2, 'tensor': 2}])
+@pytest.mark.parametrize(
+    'sizes', [{'data': 4, 'tensor': 2}, {'data': 2, 'context': 2, 'tensor': 2}]
+)
 def test_step_is_that_of_the_reference(sizes):
     expected = gradients('reference', '', sizes)
     with pltpu.force_tpu_interpret_mode(pltpu.InterpretParams()):
