@@ -128,8 +128,8 @@ def run(tasks: Iterable[Task], jobs: int) -> Iterator[Row]:
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         lines = done.stdout.strip().splitlines()
         if done.returncode or not lines:
-            last = '; '.join(done.stderr.strip().splitlines()[-20:])
-            raise UserError(f'compiling {task} ended with code {done.returncode}: {last}')
+            print(done.stderr, file=sys.stderr, flush=True)
+            raise UserError(f'compiling {task} ended with code {done.returncode}; see above.')
         return json.loads(lines[-1])
 
     with concurrent.futures.ThreadPoolExecutor(jobs) as pool:

@@ -3,7 +3,6 @@
 from typing import NamedTuple
 
 from helios_jax.bench.tpu_schedule import Schedule
-from helios_jax.errors import UserError
 from helios_jax.model import flops
 
 
@@ -68,11 +67,11 @@ def predict(schedule: Schedule, plan: Plan, chip: Chip) -> Prediction:
     """Adds up the steps: each takes its cycles, or what its bytes take if that is longer.
 
     Raises:
-      UserError: the schedule has another number of bodies than the plan names.
+      ValueError: the schedule has another number of bodies than the plan names.
     """
     found = schedule.bodies
     if len(found) != len(plan.bodies):
-        raise UserError(
+        raise ValueError(
             f'the plan names {len(plan.bodies)} bodies ({", ".join(plan.bodies)}), the schedule '
             f'has {len(found)}:\n{schedule.grid}'
         )

@@ -12,7 +12,6 @@ from hypothesis import strategies as st
 
 from helios_jax.bench import tpu_schedule, tpu_timing
 from helios_jax.bench.tpu_timing import CHIPS, Plan, Step
-from helios_jax.errors import UserError
 
 DUMPS = Path(__file__).parent / 'dumps'
 UNITS = ['MXU', 'XLU', 'VALU', 'VPOP', 'EUP', 'VLOAD', 'VLOAD:FILL', 'VSTORE', 'VSTORE:SPILL',
@@ -155,7 +154,7 @@ def test_a_prediction_adds_up_the_steps():
 
 def test_a_plan_for_another_kernel_is_refused_with_the_tree():
     schedule = tpu_schedule.read(DUMPS / 'v5e', 4)['small_kernel_parallel.1']
-    with pytest.raises(UserError, match=r'2 bodies \(clear, write\).*has 3') as caught:
+    with pytest.raises(ValueError, match=r'2 bodies \(clear, write\).*has 3') as caught:
         tpu_timing.predict(schedule, Plan(('clear', 'write'), []), CHIPS['v5e'])
     assert str(schedule.grid) in str(caught.value)
 

@@ -54,10 +54,11 @@ def gradients(implementation: str, platform: str, sizes: dict[str, int]) -> tupl
         return jax.device_get((loss, grads))
 
 
+MESHES = [{'data': 4, 'tensor': 2}, {'data': 2, 'context': 2, 'tensor': 2}]
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    'sizes', [{'data': 4, 'tensor': 2}, {'data': 2, 'context': 2, 'tensor': 2}]
-)
+@pytest.mark.parametrize('sizes', MESHES)
 def test_step_is_that_of_the_reference(sizes):
     expected = gradients('reference', '', sizes)
     with pltpu.force_tpu_interpret_mode(pltpu.InterpretParams()):
