@@ -16,10 +16,10 @@ from helios_jax.kernels.attention.tpu.tiles import MARKS
 from helios_jax.kernels.attention.tpu.work import Blocks
 
 Options = dict[str, Any]
-# Rows of one block, G heads × queries; keys of a block and of a part; width of one product.
+# Rows of one block, G heads × queries; keys of a block and of a part; parts of a run; width.
 SHAPES = {
-    'forward': [(1024, 1024, 256, 512), (1024, 2048, 256, 512), (512, 1024, 256, 1024)],
-    'backward': [(1024, 1024, 256, 256), (2048, 512, 256, 2048), (1024, 1024, 256, 1024)],
+    'forward': [(1024, 4096, 256, 4, 512)],
+    'backward': [(1024, 4096, 256, 4, 256), (2048, 4096, 256, 4, 2048)],
 }
 
 
@@ -27,10 +27,10 @@ def variants(problem: Problem, which: str) -> list[Options]:
     """Blocks that are worth a try."""
     group = problem.heads // problem.kv_heads
     tried = []
-    for rows, keys, part, width in SHAPES[which]:
+    for rows, keys, *rest in SHAPES[which]:
         queries = max(128, 2 ** int(math.log2(rows // group)))
-        if queries <= problem.length and keys <= problem.length:
-            tried.append({'blocks': [queries, keys, part, width]})
+        if queries <= problem.length:
+            tried.append({'blocks': [queries, min(keys, problem.length), *rest]})
     return tried
 
 
@@ -53,6 +53,7 @@ def setup(problem: Problem, options: Options) -> Setup:
             window=problem.window,
             softcap=0.0,
             blocks=(blocks, blocks),
+            residuals=options.get('residuals', ''),
         )
 
     marks = np.stack([problem.segment_ids, problem.positions], axis=1).astype(np.float32)
@@ -65,13 +66,13 @@ def setup(problem: Problem, options: Options) -> Setup:
 
 
 def forward_plan(problem: Problem, blocks: Blocks, listed: work.Work) -> Plan:
-    runs, moved = visits(problem, blocks, listed, query_arrays=2)
+    runs, moved = visits(problem, blocks, listed, query_arrays=2, tables=0xFFFF)
     del runs['last_k']
     return plan(repeat(runs, problem), np.tile(moved, problem.kv_heads), 1)
 
 
 def backward_plan(problem: Problem, blocks: Blocks, listed: work.Work) -> Plan:
-    runs, moved = visits(problem, blocks, listed, query_arrays=4)
+    runs, moved = visits(problem, blocks, listed, query_arrays=4, tables=~0xFFFF)
     del runs['start']
     written = np.asarray(listed.writes)
     moved = moved + 2 * blocks.k * problem.head_dim * HALF * changes(written)
@@ -84,17 +85,23 @@ def repeat(runs: dict[str, np.ndarray], problem: Problem) -> dict[str, np.ndarra
 
 
 def visits(
-    problem: Problem, blocks: Blocks, listed: work.Work, query_arrays: int
+    problem: Problem, blocks: Blocks, listed: work.Work, query_arrays: int, tables: int
 ) -> tuple[dict[str, np.ndarray], np.ndarray]:
-    """For one key head's items: how often each region runs, and the bytes copied."""
+    """For one key head's items: how often each region runs, and the bytes copied.
+
+    `tables` masks the half of `Work.keys` that the tables of keys follow.
+    """
     parts, queries, keys = (np.asarray(x) for x in (listed.parts, listed.queries, listed.keys))
-    full = (parts & work.FULL) > 0
+    at = work.spans(parts)
+    whole = at.mixed - at.full
+    halves = [1 << i for i in reversed(range(blocks.run.bit_length() - 1))]
     runs = {
         'first_q': parts & work.FIRST_Q > 0,
         'start': np.arange(len(parts)) == 0,
         'first_k': parts & work.FIRST_K > 0,
-        'full': full,
-        'part': np.where(full, 0, (parts >> 8 & 0xFF) - (parts & 0xFF)),
+        'run': whole // blocks.run,
+        **{f'run/{blocks.run // size}': whole // size % 2 for size in halves},
+        'masked': at.end - at.first - whole,
         'last_q': parts & work.LAST_Q > 0,
         'last_k': parts & work.LAST_K > 0,
     }
@@ -102,5 +109,5 @@ def visits(
     rows = changes(queries)
     moved = rows * blocks.q * (G * (query_arrays * H * HALF + FLOAT) + (H + MARKS) * FLOAT)
     moved += changes(queries >> 16, keys & 0xFFFF) * 2 * blocks.k * H * HALF
-    moved += changes(queries >> 16, keys >> 16) * blocks.k * (H + MARKS) * FLOAT
+    moved += changes(queries >> 16, keys & tables) * blocks.k * (H + MARKS) * FLOAT
     return {name: np.asarray(x, np.int64) for name, x in runs.items()}, moved

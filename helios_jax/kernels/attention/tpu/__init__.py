@@ -19,8 +19,10 @@ from jaxtyping import Float, Int, Num
 from helios_jax.kernels.attention.splash import RESIDUALS
 from helios_jax.kernels.attention.tpu import backward_kernel, forward_kernel, work
 from helios_jax.kernels.attention.tpu import blocks as sizes
+from helios_jax.kernels.attention.tpu.backward_kernel import Inputs
 from helios_jax.kernels.attention.tpu.tiles import LOG2E, MARKS
 from helios_jax.kernels.attention.tpu.work import Blocks
+from helios_jax.kernels.quantize import FORMATS, Stored, store
 
 
 class Rows(NamedTuple):
@@ -48,6 +50,7 @@ class Options:
     backward: Blocks
     vmem: int  # bytes
     interpret: Any
+    residuals: str = ''  # what q, k and v are kept as for backward: '' | fp8 | int8
 
 
 def attention(
@@ -55,6 +58,7 @@ def attention(
     k: Float[Array, 'B S K H'],
     v: Float[Array, 'B S K H'],
     *,
+    residuals: str = '',
     interpret: Any = False,
     blocks: tuple[Blocks, Blocks] | None = None,
     **arguments: Any,
@@ -62,12 +66,15 @@ def attention(
     """As `kernels.attention.attention`, on one device's arrays, whose other arguments it takes.
 
     Args:
+      residuals: what backward reads of q, k and v: themselves, or as 'fp8' or 'int8', which the
+        backward kernel restores block by block. The output does not change.
       interpret: run the kernels in Python on any device; `pltpu.InterpretParams` looks for races.
       blocks: of the forward and the backward kernel; by table unless given.
     Raises:
       NotImplementedError: H not a multiple of 32, or a dtype other than bfloat16 and float32.
     """
     rows, options = prepare(q, k, interpret=interpret, blocks=blocks, **arguments)
+    options = dataclasses.replace(options, residuals=residuals)
     return differentiable(options, q, k, v, rows)
 
 
@@ -105,7 +112,7 @@ def backward(
     Arguments and errors are `attention`'s.
     """
     rows, options = prepare(q, k, interpret=interpret, blocks=blocks, **arguments)
-    return run_backward(options, q, k, v, out, lse, cotangent, rows)
+    return run_backward(options, *operands(q, k, v), out, lse, cotangent, rows)
 
 
 def check(q: Array) -> None:
@@ -148,29 +155,39 @@ def differentiable(options: Options, q: Array, k: Array, v: Array, rows: Rows) -
 
 
 def forward_rule(options: Options, q: Array, k: Array, v: Array, rows: Rows) -> tuple[Array, Any]:
+    out, lse = run_forward(options, q, k, v, rows)
+    saved: Any = q, k, v
+    if options.residuals:
+        saved = tuple(store(x, options.residuals) for x in operands(q, k, v))
+        saved = checkpoint_name(saved, RESIDUALS)
     # Under a remat policy that saves this name, backward does not run the forward kernel again.
-    out, lse = checkpoint_name(run_forward(options, q, k, v, rows), RESIDUALS)
-    return out, (q, k, v, out, lse, rows)
+    out, lse = checkpoint_name((out, lse), RESIDUALS)
+    return out, (*saved, out, lse, rows)
 
 
 def backward_rule(options: Options, saved: Any, cotangent: Array) -> tuple[Any, ...]:
-    q, k, v, out, lse, rows = saved
-    return *run_backward(options, q, k, v, out, lse, cotangent, rows), None
+    *qkv, out, lse, rows = saved
+    qkv = qkv if options.residuals else operands(*qkv)
+    return *run_backward(options, *qkv, out, lse, cotangent, rows), None
 
 
 differentiable.defvjp(forward_rule, backward_rule)
 
 
 def run_forward(options: Options, q: Array, k: Array, v: Array, rows: Rows) -> tuple[Array, Array]:
-    (T, N), K, blocks = q.shape[1:3], k.shape[2], options.forward
-    listed, both = plan(rows, T, k.shape[1], blocks, options.window)
+    (B, T, N, _), S, blocks = q.shape, k.shape[1], options.forward
+    queries, keys, values = operands(q, k, v)
+    marks = mark(rows, T, S, blocks)
+    q_table, k_table = tables(rows, *marks)
     out, lse = forward_kernel.forward(
-        heads_first(q, K, blocks.q),
-        heads_first(k, 0, blocks.k),
-        heads_first(v, 0, blocks.k),
-        *both,
+        pad(queries, blocks.q, axis=-2),
+        pad(keys, blocks.k, axis=-2),
+        pad(values, blocks.k, axis=-2),
+        jnp.swapaxes(q_table[:, :-MARKS], 1, 2),
+        q_table[:, -MARKS:],
+        k_table,
         rows.scale.reshape(1) * LOG2E,
-        listed,
+        work.make(*marks, blocks, options.window, ordered=rows.key_positions is None),
         blocks=blocks,
         window=options.window,
         softcap=options.softcap,
@@ -178,24 +195,25 @@ def run_forward(options: Options, q: Array, k: Array, v: Array, rows: Rows) -> t
         vmem=options.vmem,
         interpret=options.interpret,
     )
-    return tokens_first(out, T), lse.reshape(len(q), N, -1)[:, :, :T]
+    return tokens_first(out, T), lse.reshape(B, N, -1)[:, :, :T]
 
 
 def run_backward(
     options: Options,
-    q: Array,
-    k: Array,
-    v: Array,
+    q: Array | Stored,
+    k: Array | Stored,
+    v: Array | Stored,
     out: Array,
     lse: Array,
     cotangent: Array,
     rows: Rows,
 ) -> tuple[Array, Array, Array]:
-    (T, N), (S, K), blocks = q.shape[1:3], k.shape[1:3], options.backward
-    queries, out, cotangent = (heads_first(x, K, blocks.q) for x in (q, out, cotangent))
+    """q [B K G T H], k and v [B K S H]: arrays, or stored. The rest and the results as `backward`'s."""
+    (B, T, N, H), (K, S), blocks = out.shape, (k.payload if isinstance(k, Stored) else k).shape[1:3], options.backward
+    queries, keys, values = padded(q, blocks.q), padded(k, blocks.k), padded(v, blocks.k)
+    out, cotangent = (pad(heads_first(x, K), blocks.q, axis=-2) for x in (out, cotangent))
     # A query that saw nothing has −∞, and padding is such a query.
-    lse = pad(lse, blocks.q, -jnp.inf).reshape(len(q), K, N // K, -1)
-    keys, values = (heads_first(x, 0, blocks.k) for x in (k, v))
+    lse = pad(lse, blocks.q, -jnp.inf).reshape(B, K, N // K, -1)
     kernel = functools.partial(
         backward_kernel.backward,
         scale=rows.scale.reshape(1) * LOG2E,
@@ -206,37 +224,36 @@ def run_backward(
         vmem=options.vmem,
         interpret=options.interpret,
     )
-    most, total = backward_kernel.keys_in_memory(queries, blocks, options.vmem), keys.shape[2]
+    marks = mark(rows, T, S, blocks)
+    q_table, k_table = tables(rows, *marks)
+    inputs = Inputs(queries, keys, values, out, lse, cotangent, q_table, k_table, ())
+    most, total = backward_kernel.keys_in_memory(out, blocks, options.vmem), k_table.shape[-1]
     if total <= most:
-        listed, both = plan(rows, T, S, blocks, options.window)
-        arrays = queries, keys, values, out, lse, cotangent, None, *both
-        dq, dk, dv = kernel(*arrays, listed=listed)
+        listed = work.make(*marks, blocks, options.window, ordered=rows.key_positions is None)
+        dq, dk, dv = kernel(inputs, listed=listed)
         return tokens_first(dq, T), tokens_first(dk, S), tokens_first(dv, S)
 
     chunk = -(-total // -(-total // most) // blocks.k) * blocks.k
-    q_marks, k_marks = (jnp.asarray(x, jnp.float32) for x in mark(rows, T, S, blocks))
-    q_table, k_table = tables(rows, q_marks, k_marks)
+    q_marks, k_marks = (jnp.asarray(x, jnp.float32) for x in marks)
 
-    def one(dq: Array, part: tuple[Array, ...]) -> tuple[Array, tuple[Array, ...]]:
+    def one(dq: Array, part: tuple[Any, ...]) -> tuple[Array, tuple[Array, ...]]:
         keys, values, marks, k_table = part
         listed = work.make(q_marks, marks, blocks, options.window, ordered=False)
-        arrays = queries, keys, values, out, lse, cotangent, dq, q_table, k_table
-        dq, *gradients = kernel(*arrays, listed=listed)
+        some = inputs._replace(k=keys, v=values, k_table=k_table, earlier=dq)
+        dq, *gradients = kernel(some, listed=listed)
         return dq, tuple(gradients)
 
-    chunks = (
-        in_chunks(keys, chunk, -2),
-        in_chunks(values, chunk, -2),
-        in_chunks(k_marks, chunk),
-        in_chunks(k_table, chunk),
-    )
-    dq, gradients = jax.lax.scan(one, jnp.zeros(queries.shape, jnp.float32), chunks)
-    dk, dv = (jnp.moveaxis(x, 0, 2).reshape(*keys.shape[:2], -1, keys.shape[-1]) for x in gradients)
-    return tokens_first(dq, T).astype(q.dtype), tokens_first(dk, S), tokens_first(dv, S)
+    cut = functools.partial(in_chunks, size=chunk)
+    chunks = cut(keys, axis=-2), cut(values, axis=-2), cut(k_marks), cut(k_table)
+    dq, gradients = jax.lax.scan(one, jnp.zeros(out.shape, jnp.float32), chunks)
+    dk, dv = (jnp.moveaxis(x, 0, 2).reshape(B, K, -1, H) for x in gradients)
+    return tokens_first(dq, T).astype(out.dtype), tokens_first(dk, S), tokens_first(dv, S)
 
 
-def in_chunks(x: Array, size: int, axis: int = -1) -> Array:
+def in_chunks(x: Array | Stored, size: int, axis: int = -1) -> Any:
     """An axis cut into chunks, which come first; the last is padded with zeros: no segment."""
+    if isinstance(x, Stored):
+        return Stored(in_chunks(x.payload, size, -2), in_chunks(x.exponents, size))
     x = pad(x, size, axis=axis)
     axis %= x.ndim
     cut = x.reshape(*x.shape[:axis], -1, size, *x.shape[axis + 1 :])
@@ -251,11 +268,22 @@ def pad(x: Array, multiple: int, value: float = 0.0, axis: int = -1) -> Array:
     return jnp.pad(x, widths, constant_values=value) if missing else x
 
 
-def heads_first(x: Array, K: int, block: int) -> Array:
-    """[B T N H] → [B K G T H], or [B T K H] → [B K T H] where K is 0; T padded to a block."""
+def padded(x: Any, multiple: int) -> Any:
+    """The tokens of q, k or v to a multiple; exponents of keys with an axis more, for their block."""
+    if not isinstance(x, Stored):
+        return pad(x, multiple, axis=-2)
+    exponents = x.exponents if x.exponents.ndim == 4 else x.exponents[:, :, None]
+    return Stored(pad(x.payload, multiple, axis=-2), pad(exponents, multiple))
+
+
+def operands(q: Array, k: Array, v: Array) -> tuple[Array, Array, Array]:
+    return heads_first(q, k.shape[2]), heads_first(k), heads_first(v)
+
+
+def heads_first(x: Array, K: int = 0) -> Array:
+    """[B T N H] → [B K G T H], or [B T K H] → [B K T H] where K is 0."""
     B, T, N, H = x.shape
-    grouped = x.reshape(B, T, K, N // K, H) if K else x
-    return pad(jnp.moveaxis(grouped, 1, -2), block, axis=-2)
+    return jnp.moveaxis(x.reshape(B, T, K, N // K, H) if K else x, 1, -2)
 
 
 def tokens_first(x: Array, T: int) -> Array:

@@ -8,7 +8,7 @@ together, until the last queries that see them. Only finished gradients are writ
 """
 
 import functools
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -30,8 +30,10 @@ from helios_jax.kernels.attention.tpu.tiles import (
     specs,
     spread,
     visible,
+    walk,
 )
 from helios_jax.kernels.attention.tpu.work import Blocks, Work
+from helios_jax.kernels.quantize import Stored, power_of_two
 
 KEY_SHARE = 0.6  # of the VMEM, for what is kept of keys
 
@@ -44,16 +46,27 @@ def keys_in_memory(q: Array, blocks: Blocks, vmem: int) -> int:
     return max(int(KEY_SHARE * vmem) // each // blocks.k, 1) * blocks.k
 
 
+class Inputs(NamedTuple):
+    """Arrays, or their block specs, or references to blocks.
+
+    q, k and v are unrotated: an array, or `Stored`.
+    """
+
+    q: Any  # [B K G T H]; exponents [B K G T]
+    k: Any  # [B K S H]; exponents [B K 1 S]
+    v: Any
+    out: Any  # [B K G T H], as `cotangent`
+    lse: Any  # float32 [B K G T], natural, over all keys
+    cotangent: Any
+    q_table: Any  # float32 [B H+MARKS T], as `k_table` [B H+MARKS S]
+    k_table: Any
+    # Float32 [B K G T H] to add dq of other keys to: it becomes the result's buffer. () is none, and
+    # dq is written in the dtype of `out`.
+    earlier: Any
+
+
 def backward(
-    q: Array,
-    k: Array,
-    v: Array,
-    out: Array,
-    lse: Array,
-    cotangent: Array,
-    dq: Array | None,
-    q_table: Array,
-    k_table: Array,
+    inputs: Inputs,
     *,
     scale: Array,
     listed: Work,
@@ -64,36 +77,34 @@ def backward(
     vmem: int,
     interpret: Any,
 ) -> tuple[Array, Array, Array]:
-    """(dq [B K G T H], dk and dv [B K S H]) of unrotated q and k.
-
-    Args:
-      out, cotangent: [B K G T H]; lse: float32 [B K G T], natural, over all keys.
-      dq: float32 [B K G T H] to add to (it becomes the result's buffer): of other keys. None: dq is
-        written in q's dtype.
-      The rest as `forward`.
-    """
-    K, G, _, H = q.shape[1:]
-    S = k.shape[2]
-    width = G * blocks.q
-    at = specs(q, blocks, cached=True)
-    body = functools.partial(
-        kernel if dq is None else add_kernel,
-        blocks=blocks,
-        window=window,
-        softcap=softcap,
-        segmented=segmented,
-    )
-    tile = functools.partial(pltpu.VMEM, dtype=q.dtype)
+    """(dq [B K G T H], dk and dv [B K S H]) of unrotated q and k. Arguments as `forward`'s."""
+    B, K, G, T, H = inputs.out.shape
+    S = inputs.k_table.shape[-1]
+    width, dtype = G * blocks.q, inputs.out.dtype
+    at = specs(inputs.out, blocks, cached=True)
+    tile = functools.partial(pltpu.VMEM, dtype=dtype)
     total = functools.partial(pltpu.VMEM, dtype=jnp.float32)
-    inputs = [q, k, v, out, lse, cotangent, q_table, k_table]
-    in_specs = [at.queries, at.begun_keys, at.begun_keys, at.queries, at.rows, at.queries]
-    in_specs += [at.query_table, at.key_table]
+    keys = Stored(at.begun_keys, at.begun_rows)
+    in_specs = Inputs(
+        Stored(at.queries, at.rows) if isinstance(inputs.q, Stored) else at.queries,
+        keys if isinstance(inputs.k, Stored) else at.begun_keys,
+        keys if isinstance(inputs.v, Stored) else at.begun_keys,
+        at.queries,
+        at.rows,
+        at.queries,
+        at.query_table,
+        at.key_table,
+        () if isinstance(inputs.earlier, tuple) else at.queries,
+    )
+    adds = in_specs.earlier is at.queries
     return pl.pallas_call(
-        body,
+        functools.partial(
+            kernel, blocks=blocks, window=window, softcap=softcap, segmented=segmented
+        ),
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=5,
             grid=(K, listed.count),
-            in_specs=in_specs if dq is None else [*in_specs, at.queries],
+            in_specs=[in_specs],
             out_specs=[at.queries, at.finished_keys, at.finished_keys],
             scratch_shapes=[
                 tile((H, width)),
@@ -110,35 +121,41 @@ def backward(
             ],
         ),
         out_shape=[
-            jax.ShapeDtypeStruct(q.shape, q.dtype if dq is None else jnp.float32),
-            jax.ShapeDtypeStruct(k.shape, k.dtype),
-            jax.ShapeDtypeStruct(v.shape, v.dtype),
+            jax.ShapeDtypeStruct((B, K, G, T, H), jnp.float32 if adds else dtype),
+            jax.ShapeDtypeStruct((B, K, S, H), dtype),
+            jax.ShapeDtypeStruct((B, K, S, H), dtype),
         ],
-        input_output_aliases={} if dq is None else {5 + len(inputs): 0},
+        input_output_aliases={4 + len(jax.tree.leaves(inputs)): 0} if adds else {},
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=('parallel', 'arbitrary'), vmem_limit_bytes=vmem
         ),
         interpret=interpret,
         name='helios_attention_backward',
-    )(*listed[:-1], scale, *inputs, *([] if dq is None else [dq]))
+    )(*listed[:-1], scale, inputs)
 
 
-def add_kernel(*refs: Any, **options: Any) -> None:
-    """`kernel`, on top of what dq holds."""
-    kernel(*refs[:13], *refs[14:], earlier=refs[13], **options)
+def turned(x: Any, head: int | None = None) -> Array:
+    """A block, or one head's of queries, as float32 [H n]."""
+    at: Any = ... if head is None else head
+    if not isinstance(x, Stored):
+        return x[at].T.astype(jnp.float32)
+    scales = power_of_two(x.exponents[...].astype(jnp.int32))
+    row = scales if head is None else scales[head : head + 1]
+    payload = x.payload[at]
+    if payload.dtype == jnp.uint8:
+        payload = pltpu.bitcast(payload, jnp.float8_e4m3fn)
+    return payload.astype(jnp.float32).T * row
 
 
 def kernel(
     queries: Any, keys: Any, writes: Any, parts: Any, scale: Any,
-    q_ref: Any, k_ref: Any, v_ref: Any, out_ref: Any, lse_ref: Any, cotangent_ref: Any,
-    q_table: Any, k_table: Any,
-    dq_ref: Any, dk_ref: Any, dv_ref: Any,
+    x: Inputs, dq_ref: Any, dk_ref: Any, dv_ref: Any,
     q_turned: Any, cotangent: Any, k_turned: Any, k_upright: Any, v_upright: Any,
     marks: Any, lse: Any, delta: Any, dq: Any, dk: Any, dv: Any,
-    *, earlier: Any = None, blocks: Blocks, window: int, softcap: float, segmented: bool,
+    *, blocks: Blocks, window: int, softcap: float, segmented: bool,
 ) -> None:  # fmt: skip
     del queries, writes  # the index maps read them
-    G, bq, H = q_ref.shape
+    G, bq, H = dq_ref.shape
     item = pl.program_id(1)
     flags = parts[item]
     j = high(keys[item])
@@ -149,23 +166,24 @@ def kernel(
     def _() -> None:
         for g in range(G):
             at = slice(g * bq, (g + 1) * bq)
-            q = rotate(q_ref[g].T.astype(jnp.float32), q_table) * scale[0]
+            q = rotate(turned(x.q, g), x.q_table) * scale[0]
             q_turned[:, at] = q.astype(q_turned.dtype)
-            cotangent[:, at] = cotangent_ref[g].T
-            marks[:, at] = q_table[H:]
-            product = cotangent[:, at].astype(jnp.float32) * out_ref[g].T.astype(jnp.float32)
+            cotangent[:, at] = x.cotangent[g].T
+            marks[:, at] = x.q_table[H:]
+            product = cotangent[:, at].astype(jnp.float32) * x.out[g].T.astype(jnp.float32)
             delta[:, at] = jnp.sum(product, axis=0, keepdims=True)
             # A query that saw nothing has −∞ here; from +10³⁰ its weights come out as zero.
-            seen = lse_ref[g : g + 1] > MASKED
-            lse[:, at] = jnp.where(seen, lse_ref[g : g + 1] * LOG2E, -MASKED)
+            seen = x.lse[g : g + 1] > MASKED
+            lse[:, at] = jnp.where(seen, x.lse[g : g + 1] * LOG2E, -MASKED)
         dq[...] = jnp.zeros_like(dq)
 
     @pl.when(flags & work.FIRST_K != 0)
     def _() -> None:
-        k = rotate(k_ref[...].T.astype(jnp.float32), k_table).astype(k_turned.dtype)
+        k = rotate(turned(x.k), x.k_table).astype(k_turned.dtype)
         k_turned[j] = k
         k_upright[block] = k.T
-        v_upright[block] = v_ref[...]
+        stored = isinstance(x.v, Stored)
+        v_upright[block] = turned(x.v).astype(v_upright.dtype).T if stored else x.v[...]
         dk[block] = jnp.zeros((blocks.k, H), jnp.float32)
         dv[block] = jnp.zeros((blocks.k, H), jnp.float32)
 
@@ -179,7 +197,7 @@ def kernel(
             logits = capped(dot(k_upright[at], q, (1, 0)), softcap)
             slope = 1 - jnp.square(logits / (softcap * LOG2E)) if softcap else None
             if masked:
-                rows = k_table[H : H + 2, part]
+                rows = x.k_table[H : H + 2, part]
                 segment, position = (
                     spread(column(rows[i : i + 1]), logits.shape[1]) for i in (0, 1)
                 )
@@ -195,25 +213,17 @@ def kernel(
             dk[at] += dot(change, q, (1, 1))
             dq[:, on] += dot(k_turned[j, :, part], change, (1, 0))
 
-    @pl.when(flags & work.FULL != 0)
-    def _() -> None:
-        attend(0, blocks.k, masked=False)
-
-    @pl.when(flags & work.FULL == 0)
-    def _() -> None:
-        def one(part: Array, _: None) -> None:
-            attend(pl.multiple_of(part * blocks.part, blocks.part), blocks.part, masked=True)
-
-        jax.lax.fori_loop(flags & 0xFF, flags >> 8 & 0xFF, one, None)
+    walk(flags, blocks, attend)
 
     @pl.when(flags & work.LAST_Q != 0)
     def _() -> None:
         for g in range(G):
             # q came in scaled by `scale`, which has log₂e in it; the logits' gradient is natural.
-            x = rotate(dq[:, g * bq : (g + 1) * bq], q_table, -1) * (scale[0] / LOG2E)
-            dq_ref[g] = (x.T if earlier is None else x.T + earlier[g]).astype(dq_ref.dtype)
+            gradient = rotate(dq[:, g * bq : (g + 1) * bq], x.q_table, -1) * (scale[0] / LOG2E)
+            before = 0 if isinstance(x.earlier, tuple) else x.earlier[g]
+            dq_ref[g] = (gradient.T + before).astype(dq_ref.dtype)
 
     @pl.when(flags & work.LAST_K != 0)
     def _() -> None:
-        dk_ref[...] = rotate(dk[block].T / LOG2E, k_table, -1).T.astype(dk_ref.dtype)
+        dk_ref[...] = rotate(dk[block].T / LOG2E, x.k_table, -1).T.astype(dk_ref.dtype)
         dv_ref[...] = dv[block].astype(dv_ref.dtype)

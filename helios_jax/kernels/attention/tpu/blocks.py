@@ -18,6 +18,7 @@ KINDS = {
     'TPU7x': 'tpu7x',
 }
 DEFAULT = 'v5p'  # the smaller VMEM
+MOST_KEYS = 4096  # of a block; a grid step costs some hundred cycles
 
 
 def generation() -> str:
@@ -29,15 +30,14 @@ def generation() -> str:
 
 def choose(generation: str, G: int, H: int, T: int, S: int, wide: bool, backward: bool) -> Blocks:
     """Blocks for G heads a group of size H, T queries and S keys; `wide` operands are float32."""
-    large = generation in ('v6e', 'tpu7x')
-    rows, keys = (2048, 512) if large and backward else (1024, 1024)
+    large = generation in ('v6e', 'tpu7x')  # matmul units of 256 by 256
+    rows, run = 2048 if large and backward else 1024, 1024
     if wide or H > 128:
-        rows, keys = rows // 2, keys // 2
+        rows, run = rows // 2, run // 2
     q = 128
     while q * 2 * G <= rows and q < T:
         q *= 2
-    k = 128
-    while k < keys and k < S:
-        k *= 2
-    width = (2048 if large else 256) if backward else min(k, 512)
-    return Blocks(q, k, min(k, 256), width)
+    part = 256 if S > 128 else 128
+    k = -(-S // -(-S // MOST_KEYS) // part) * part
+    width = (2048 if large else 256) if backward else 512
+    return Blocks(q, k, part, run // part, width)

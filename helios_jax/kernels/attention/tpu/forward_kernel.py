@@ -17,15 +17,20 @@ from helios_jax.kernels.attention.tpu import work
 from helios_jax.kernels.attention.tpu.tiles import (
     LANES,
     LOG2E,
+    MARKS,
     MASKED,
     capped,
     column,
+    compact,
     dot,
     high,
+    inverse,
     rotate,
     specs,
     spread,
+    swapped,
     visible,
+    walk,
 )
 from helios_jax.kernels.attention.tpu.work import Blocks, Work
 
@@ -37,6 +42,7 @@ def forward(
     k: Array,
     v: Array,
     q_table: Array,
+    q_marks: Array,
     k_table: Array,
     scale: Array,
     listed: Work,
@@ -52,7 +58,9 @@ def forward(
 
     Args:
       q: [B K G T H]; k, v: [B K S H], unrotated, T and S multiples of their blocks.
-      q_table, k_table: float32 [B H+MARKS T or S]: cosines, sines, segment ids, positions.
+      q_table: float32 [B T H], cosines beside sines; q_marks: float32 [B MARKS T], segment ids,
+        positions.
+      k_table: float32 [B H+MARKS S]: cosines, sines, segment ids, positions.
       scale: float32 [1], of the logits in base 2.
       segmented: there is more than one segment, or padding between tokens.
       vmem: bytes that the kernel may take.
@@ -60,7 +68,7 @@ def forward(
     B, K, G, T, H = q.shape
     S = k.shape[2]
     width = G * blocks.q
-    cached = 2 * S * max(H, LANES) * q.dtype.itemsize <= KEY_SHARE * vmem
+    cached = S * (2 * max(H, LANES) * q.dtype.itemsize + 4 * MARKS) <= KEY_SHARE * vmem
     at = specs(q, blocks, cached)
     row = pltpu.VMEM((width, LANES), jnp.float32)
     return pl.pallas_call(
@@ -75,12 +83,15 @@ def forward(
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=5,
             grid=(K, listed.count),
-            in_specs=[at.queries, at.begun_keys, at.begun_keys, at.query_table, at.key_table],
+            in_specs=[
+                at.queries, at.begun_keys, at.begun_keys, at.upright_table, at.query_marks, at.begun_table
+            ],
             out_specs=[at.queries, at.rows],
             scratch_shapes=[
                 pltpu.VMEM((width, H), q.dtype),
                 pltpu.VMEM((S // blocks.k if cached else 1, H, blocks.k), q.dtype),
                 pltpu.VMEM((S if cached else blocks.k, H), q.dtype),
+                pltpu.VMEM((S // blocks.k if cached else 1, MARKS, blocks.k), jnp.float32),
                 pltpu.VMEM((2, blocks.q, LANES), jnp.float32),
                 row,
                 row,
@@ -96,14 +107,15 @@ def forward(
         ),
         interpret=interpret,
         name='helios_attention_forward',
-    )(*listed[:-1], scale, q, k, v, q_table, k_table)
+    )(*listed[:-1], scale, q, k, v, q_table, q_marks, k_table)
 
 
 def kernel(
     queries: Any, keys: Any, writes: Any, parts: Any, scale: Any,
-    q_ref: Any, k_ref: Any, v_ref: Any, q_table: Any, k_table: Any,
+    q_ref: Any, k_ref: Any, v_ref: Any, q_table: Any, q_marks: Any, k_table: Any,
     out_ref: Any, lse_ref: Any,
-    q_rotated: Any, k_turned: Any, values: Any, marks: Any, greatest: Any, total: Any, out: Any,
+    q_rotated: Any, k_turned: Any, values: Any, k_marks: Any,
+    marks: Any, greatest: Any, total: Any, out: Any,
     *, blocks: Blocks, window: int, softcap: float, segmented: bool, cached: bool,
 ) -> None:  # fmt: skip
     del queries, writes  # the index maps read them
@@ -115,12 +127,15 @@ def kernel(
 
     @pl.when(flags & work.FIRST_Q != 0)
     def _() -> None:
+        turn = q_table[...] * scale[0]  # cosines beside sines
+        turned = swapped(turn)
+        left = jax.lax.broadcasted_iota(jnp.int32, turn.shape, 1) < H // 2
+        cos, sin = jnp.where(left, turn, turned), jnp.where(left, -turned, turn)
         for g in range(G):
-            at = slice(g * bq, (g + 1) * bq)
-            q = rotate(q_ref[g].T.astype(jnp.float32), q_table) * scale[0]
-            q_rotated[at] = q.astype(q_rotated.dtype).T
-        for i in (0, 1):
-            marks[i] = column(q_table[H + i : H + i + 1])
+            q, other = (x.astype(jnp.float32) for x in (q_ref[g], swapped(q_ref[g])))
+            q_rotated[g * bq : (g + 1) * bq] = (q * cos + other * sin).astype(q_rotated.dtype)
+        for i in (0, 1) if segmented else (1,):
+            marks[i] = column(q_marks[i : i + 1])
         # The first keys shrink to nothing what the last queries left in the sums.
         greatest[...] = jnp.full_like(greatest, MASKED)
 
@@ -134,18 +149,23 @@ def kernel(
     def _() -> None:
         k = rotate(k_ref[...].T.astype(jnp.float32), k_table)
         k_turned[slot] = k.astype(k_turned.dtype)
+        k_marks[slot] = k_table[H:]
         values[pl.ds(pl.multiple_of(first_key, blocks.k), blocks.k)] = v_ref[...]
 
     def attend(start: Any, size: int, masked: bool) -> None:
+        """Adds the keys [start, start + size) of this block to what its queries have seen."""
+        for chunk in range(0, size, blocks.width):
+            add(start + chunk, min(blocks.width, size), masked)
+
+    def add(start: Any, size: int, masked: bool) -> None:
         """Adds the keys [start, start + size) of this block to what its queries have seen."""
         at = pl.ds(start, size)
         logits = capped(dot(q_rotated[...], k_turned[slot, :, at], (1, 0)), softcap)
         if masked:
             segments, positions = (jnp.tile(spread(marks[i], size), (G, 1)) for i in (0, 1))
-            k_marks = k_table[H : H + 1, at], k_table[H + 1 : H + 2, at]
-            logits = jnp.where(
-                visible((segments, positions), k_marks, window, segmented), logits, MASKED
-            )
+            rows = k_marks[slot, :1, at], k_marks[slot, 1:2, at]
+            seen = visible((segments, positions), rows, window, segmented)
+            logits = jnp.where(seen, logits, MASKED)
         before = greatest[...]
         now = jnp.maximum(before, jnp.max(logits, axis=1, keepdims=True))
         weights, shrink = jnp.exp2(logits - spread(now, size)), jnp.exp2(before - now)
@@ -156,25 +176,16 @@ def kernel(
         value = dot(weights.astype(values.dtype), values[seen], (1, 0))
         out[...] = out[...] * spread(shrink, H) + value
 
-    @pl.when(flags & work.FULL != 0)
-    def _() -> None:
-        for start in range(0, blocks.k, blocks.width):
-            attend(start, min(blocks.width, blocks.k), masked=False)
-
-    @pl.when(flags & work.FULL == 0)
-    def _() -> None:
-        def one(part: Array, _: None) -> None:
-            attend(pl.multiple_of(part * blocks.part, blocks.part), blocks.part, masked=True)
-
-        jax.lax.fori_loop(flags & 0xFF, flags >> 8 & 0xFF, one, None)
+    walk(flags, blocks, attend)
 
     @pl.when(flags & work.LAST_Q != 0)
     def _() -> None:
-        seen = greatest[...] > MASKED / 2
-        sums = jnp.broadcast_to(jnp.sum(total[...], axis=1, keepdims=True), seen.shape)
-        result = out[...] * spread(jnp.where(seen, 1 / sums, 0), H)
-        lse = jnp.where(seen, (greatest[...] + jnp.log2(sums)) / LOG2E, -jnp.inf).T
+        sums = jnp.broadcast_to(jnp.sum(total[...], axis=1, keepdims=True), total.shape)
+        most = compact(greatest[...])
+        lse = jnp.where(most > MASKED / 2, (most + jnp.log2(compact(sums))) / LOG2E, -jnp.inf)
+        share = jnp.where(greatest[...] > MASKED / 2, inverse(sums), 0)
+        result = out[...] * spread(share, H)
         for g in range(G):
             at = slice(g * bq, (g + 1) * bq)
             out_ref[g] = result[at].astype(out_ref.dtype)
-            lse_ref[g : g + 1] = lse[:1, at]
+            lse_ref[g : g + 1] = lse[:, at]

@@ -18,20 +18,19 @@ SEGMENT, POSITION = 0, 1  # rows of `marks`, float32 [B 2 T]: integers, exact up
 FAR = 1e9  # beyond every segment and position: padding keys
 NOBODY = -1.0  # the segment of queries that are padding; that of keys is 0
 
-# Flags of an item.
-FULL, FIRST_Q, LAST_Q, FIRST_K, LAST_K = (1 << bit for bit in range(16, 21))
+# Flags of an item, above the four numbers of parts.
+PART_BITS = 6
+FIRST_Q, LAST_Q, FIRST_K, LAST_K = (1 << bit for bit in range(24, 28))
 
 
 class Blocks(NamedTuple):
-    """How a kernel cuts its work, in tokens.
+    """How a kernel cuts its work, in tokens."""
 
-    `width` is of one product: keys in the forward kernel, query rows of all heads in the backward.
-    """
-
-    q: int
-    k: int
-    part: int  # of keys: blocks that need a mask are computed in parts, those that see nothing not
-    width: int
+    q: int  # of each head
+    k: int  # fetched at once: a multiple of `part`, fewer than 64 of them
+    part: int  # what sees nothing is left out, and what needs a mask is masked, by parts
+    run: int  # parts computed at once where nothing needs a mask
+    width: int  # of one product: keys in the forward kernel, rows of all heads in the backward
 
 
 class Work(NamedTuple):
@@ -43,8 +42,22 @@ class Work(NamedTuple):
     queries: Array  # row of the batch << 16 | block of queries
     keys: Array  # block of keys << 16 | the one that was begun last
     writes: Array  # the block of keys that is finished next
-    parts: Array  # first part | end part << 8 | flags
+    parts: Array  # `Spans` of parts of the block of keys, `PART_BITS` each | flags
     count: Any  # int, or int32 scalar
+
+
+class Spans(NamedTuple):
+    """Parts that some query of the block sees: [first, end), and every query: [full, mixed)."""
+
+    first: Any
+    full: Any
+    mixed: Any
+    end: Any
+
+
+def spans(word: Any) -> Spans:
+    """Of an element of `Work.parts`."""
+    return Spans(*(word >> PART_BITS * i & (1 << PART_BITS) - 1 for i in range(4)))
 
 
 class Ranges(NamedTuple):
@@ -100,22 +113,25 @@ def make(q_marks: Any, k_marks: Any, blocks: Blocks, window: int, ordered: bool)
     nothing, so that the kernels write all of their outputs.
     """
     xp = np if isinstance(q_marks, np.ndarray) else jnp
-    queries = ranges(q_marks, blocks.q)
-    _, every = meet(queries, ranges(k_marks, blocks.k), window)
-    some, _ = meet(queries, ranges(k_marks, blocks.part), window)
-    B, nq, nk = every.shape
-    some = some.reshape(B, nq, nk, -1)
-    num_parts = some.shape[-1]
-    active = some.any(-1)
+    some, every = meet(ranges(q_marks, blocks.q), ranges(k_marks, blocks.part), window)
+    (B, nq, _), num_parts = some.shape, blocks.k // blocks.part
+    some, every = (x.reshape(B, nq, -1, num_parts) for x in (some, every))
+    active, nk = some.any(-1), some.shape[2]
     i, j = np.arange(nq)[None, :, None], np.arange(nk)[None, None]
     visit = active | (~active.any(2, keepdims=True) & (j == 0))
     visit = visit | (~visit.any(1, keepdims=True) & (i == nq - 1))
 
-    first_part = xp.argmax(some, axis=-1)
-    end_part = xp.where(active, num_parts - xp.argmax(some[..., ::-1], axis=-1), first_part)
-    parts = first_part | end_part << 8
+    first = xp.argmax(some, axis=-1)
+    end = xp.where(active, num_parts - xp.argmax(some[..., ::-1], axis=-1), first)
+    # Every query sees a contiguous span of parts of sorted rows; the first one of others is taken.
+    full = xp.where(every.any(-1), xp.argmax(every, axis=-1), end)
+    after = ~every & (np.arange(num_parts)[None, None, None] >= full[..., None])
+    mixed = xp.where(after.any(-1), xp.argmax(after, axis=-1), num_parts)
+    mixed = xp.where(full < end, mixed, end)
+    parts = functools.reduce(
+        lambda word, x: word | x[1] << PART_BITS * x[0], enumerate((first, full, mixed, end)), 0
+    )
     flags = (
-        (FULL, every),
         (FIRST_Q, visit & (xp.cumsum(visit, 2) == 1)),
         (LAST_Q, visit & (xp.cumsum(visit[:, :, ::-1], 2)[:, :, ::-1] == 1)),
         (FIRST_K, visit & (xp.cumsum(visit, 1) == 1)),
