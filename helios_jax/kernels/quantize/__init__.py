@@ -13,8 +13,10 @@ from jaxtyping import Float, Int8, UInt8
 
 FORMATS = ('fp8', 'int8')
 LARGEST = {'fp8': 448, 'int8': 127}  # of a payload
+DTYPES = {'fp8': jnp.float8_e4m3fn, 'int8': jnp.int8}
 LOST = -128  # the exponent of a row with a NaN or an infinity: it comes back as NaN
 BIAS = 127  # of float32's exponent, which lies above 23 bits of mantissa
+MANTISSA = (1 << 23) - 1
 
 
 class Stored(NamedTuple):
@@ -27,7 +29,7 @@ class Stored(NamedTuple):
     def values(self) -> Array:
         """The payload in the dtype that it has a meaning in."""
         fp8 = self.payload.dtype == jnp.uint8
-        return jax.lax.bitcast_convert_type(self.payload, jnp.float8_e4m3fn) if fp8 else self.payload
+        return jax.lax.bitcast_convert_type(self.payload, DTYPES['fp8']) if fp8 else self.payload
 
 
 def store(x: Float[Array, '... H'], form: str) -> Stored:
@@ -40,16 +42,36 @@ def store(x: Float[Array, '... H'], form: str) -> Stored:
         raise ValueError(f'form={form!r}: must be one of {FORMATS}.')
     x = x.astype(jnp.float32)
     largest = jnp.max(jnp.abs(x), axis=-1, keepdims=True)
-    # Exact: the exponent of the next power of two, from the bits of the quotient.
-    bits = jax.lax.bitcast_convert_type(largest / LARGEST[form], jnp.int32)
-    exponents = jnp.clip((bits + (1 << 23) - 1 >> 23) - BIAS, 1 - BIAS, BIAS)
-    exponents = jnp.where(jnp.isfinite(largest), exponents, LOST)
-    scaled = jnp.where(jnp.isfinite(largest), x / power_of_two(exponents), 0)
-    if form == 'int8':
-        payload = jnp.round(scaled).astype(jnp.int8)
-    else:
-        payload = jax.lax.bitcast_convert_type(scaled.astype(jnp.float8_e4m3fn), jnp.uint8)
-    return Stored(payload, exponents[..., 0].astype(jnp.int8))
+    return pack(encode(x, largest, form), exponents_for(largest[..., 0], form))
+
+
+def pack(values: Array, exponents: Array) -> Stored:
+    """Of values in the format's own dtype."""
+    if values.dtype == DTYPES['fp8']:
+        values = jax.lax.bitcast_convert_type(values, jnp.uint8)
+    return Stored(values, exponents)
+
+
+def scale_bits(largest: Array, form: str) -> Array:
+    """The float32 bits of the least power of two, 2⁻¹²⁶ or more, that scales a row enough."""
+    quotient = jax.lax.bitcast_convert_type(largest * (1 / LARGEST[form]), jnp.int32)
+    return jnp.maximum((quotient + MANTISSA) & ~MANTISSA, 1 << 23)
+
+
+def exponents_for(largest: Array, form: str) -> Array:
+    """int8 exponents of rows whose largest magnitudes these are, in float32."""
+    exponents = jax.lax.shift_right_logical(scale_bits(largest, form), 23) - BIAS
+    return jnp.where(largest < jnp.inf, exponents, LOST).astype(jnp.int8)  # NaN is no less
+
+
+def encode(x: Array, largest: Array, form: str) -> Array:
+    """Float32 rows in the format's dtype; of a row that is `LOST`, anything.
+
+    Written for kernels: few operations on each value, none of them slow.
+    """
+    inverse = jax.lax.bitcast_convert_type((2 * BIAS << 23) - scale_bits(largest, form), jnp.float32)
+    scaled = x * inverse
+    return (jnp.round(scaled) if form == 'int8' else scaled).astype(DTYPES[form])
 
 
 def restore(stored: Stored, dtype: str) -> Float[Array, '... H']:

@@ -22,7 +22,7 @@ from helios_jax.kernels.attention.tpu import blocks as sizes
 from helios_jax.kernels.attention.tpu.backward_kernel import Inputs
 from helios_jax.kernels.attention.tpu.tiles import LOG2E, MARKS
 from helios_jax.kernels.attention.tpu.work import Blocks
-from helios_jax.kernels.quantize import FORMATS, Stored, store
+from helios_jax.kernels.quantize import FORMATS, Stored
 
 
 class Rows(NamedTuple):
@@ -74,6 +74,8 @@ def attention(
       NotImplementedError: H not a multiple of 32, or a dtype other than bfloat16 and float32.
     """
     rows, options = prepare(q, k, interpret=interpret, blocks=blocks, **arguments)
+    if residuals not in ('', *FORMATS):
+        raise ValueError(f"residuals={residuals!r}: must be '' or one of {FORMATS}.")
     options = dataclasses.replace(options, residuals=residuals)
     return differentiable(options, q, k, v, rows)
 
@@ -92,7 +94,7 @@ def forward(
     Arguments and errors are `attention`'s.
     """
     rows, options = prepare(q, k, interpret=interpret, blocks=blocks, **arguments)
-    return run_forward(options, q, k, v, rows)
+    return run_forward(options, q, k, v, rows)[:2]
 
 
 def backward(
@@ -155,14 +157,9 @@ def differentiable(options: Options, q: Array, k: Array, v: Array, rows: Rows) -
 
 
 def forward_rule(options: Options, q: Array, k: Array, v: Array, rows: Rows) -> tuple[Array, Any]:
-    out, lse = run_forward(options, q, k, v, rows)
-    saved: Any = q, k, v
-    if options.residuals:
-        saved = tuple(store(x, options.residuals) for x in operands(q, k, v))
-        saved = checkpoint_name(saved, RESIDUALS)
     # Under a remat policy that saves this name, backward does not run the forward kernel again.
-    out, lse = checkpoint_name((out, lse), RESIDUALS)
-    return out, (*saved, out, lse, rows)
+    out, lse, kept = checkpoint_name(run_forward(options, q, k, v, rows), RESIDUALS)
+    return out, (*(kept or (q, k, v)), out, lse, rows)
 
 
 def backward_rule(options: Options, saved: Any, cotangent: Array) -> tuple[Any, ...]:
@@ -174,12 +171,15 @@ def backward_rule(options: Options, saved: Any, cotangent: Array) -> tuple[Any, 
 differentiable.defvjp(forward_rule, backward_rule)
 
 
-def run_forward(options: Options, q: Array, k: Array, v: Array, rows: Rows) -> tuple[Array, Array]:
+def run_forward(
+    options: Options, q: Array, k: Array, v: Array, rows: Rows
+) -> tuple[Array, Array, tuple[Stored, ...]]:
+    """(out, log-sum-exp, q, k and v as the options keep them or ())."""
     (B, T, N, _), S, blocks = q.shape, k.shape[1], options.forward
     queries, keys, values = operands(q, k, v)
     marks = mark(rows, T, S, blocks)
     q_table, k_table = tables(rows, *marks)
-    out, lse = forward_kernel.forward(
+    out, lse, kept = forward_kernel.forward(
         pad(queries, blocks.q, axis=-2),
         pad(keys, blocks.k, axis=-2),
         pad(values, blocks.k, axis=-2),
@@ -192,10 +192,15 @@ def run_forward(options: Options, q: Array, k: Array, v: Array, rows: Rows) -> t
         window=options.window,
         softcap=options.softcap,
         segmented=rows.segmented,
+        residuals=options.residuals,
         vmem=options.vmem,
         interpret=options.interpret,
     )
-    return tokens_first(out, T), lse.reshape(B, N, -1)[:, :, :T]
+    kept = tuple(
+        Stored(x.payload[..., :length, :], x.exponents[..., :length])
+        for x, length in zip(kept, (T, S, S), strict=False)
+    )
+    return tokens_first(out, T), lse.reshape(B, N, -1)[:, :, :T], kept
 
 
 def run_backward(
@@ -269,11 +274,10 @@ def pad(x: Array, multiple: int, value: float = 0.0, axis: int = -1) -> Array:
 
 
 def padded(x: Any, multiple: int) -> Any:
-    """The tokens of q, k or v to a multiple; exponents of keys with an axis more, for their block."""
+    """The tokens of q, k or v to a multiple."""
     if not isinstance(x, Stored):
         return pad(x, multiple, axis=-2)
-    exponents = x.exponents if x.exponents.ndim == 4 else x.exponents[:, :, None]
-    return Stored(pad(x.payload, multiple, axis=-2), pad(exponents, multiple))
+    return Stored(pad(x.payload, multiple, axis=-2), pad(x.exponents, multiple))
 
 
 def operands(q: Array, k: Array, v: Array) -> tuple[Array, Array, Array]:

@@ -81,6 +81,10 @@ def backward(
     B, K, G, T, H = inputs.out.shape
     S = inputs.k_table.shape[-1]
     width, dtype = G * blocks.q, inputs.out.dtype
+    q, k, v = (
+        x._replace(payload=x.values) if isinstance(x, Stored) else x for x in inputs[:3]
+    )
+    inputs = inputs._replace(q=q, k=k, v=v)
     at = specs(inputs.out, blocks, cached=True)
     tile = functools.partial(pltpu.VMEM, dtype=dtype)
     total = functools.partial(pltpu.VMEM, dtype=jnp.float32)
@@ -141,10 +145,7 @@ def turned(x: Any, head: int | None = None) -> Array:
         return x[at].T.astype(jnp.float32)
     scales = power_of_two(x.exponents[...].astype(jnp.int32))
     row = scales if head is None else scales[head : head + 1]
-    payload = x.payload[at]
-    if payload.dtype == jnp.uint8:
-        payload = pltpu.bitcast(payload, jnp.float8_e4m3fn)
-    return payload.astype(jnp.float32).T * row
+    return x.payload[at].astype(jnp.float32).T * row
 
 
 def kernel(

@@ -33,6 +33,7 @@ from helios_jax.kernels.attention.tpu.tiles import (
     walk,
 )
 from helios_jax.kernels.attention.tpu.work import Blocks, Work
+from helios_jax.kernels.quantize import DTYPES, encode, exponents_for, pack
 
 KEY_SHARE = 0.7  # of the VMEM, for keys and values kept from one block of queries to the next
 
@@ -51,10 +52,13 @@ def forward(
     window: int,
     softcap: float,
     segmented: bool,
+    residuals: str,
     vmem: int,
     interpret: Any,
-) -> tuple[Array, Array]:
-    """(out [B K G T H], log-sum-exp float32 [B K G T]).
+) -> tuple[Array, Array, Any]:
+    """(out [B K G T H], log-sum-exp float32 [B K G T], q, k and v as `residuals` or ()).
+
+    These are `Stored` [B K G T H], [B K S H], [B K S H], with exponents [B K G T], [B K 1 S].
 
     Args:
       q: [B K G T H]; k, v: [B K S H], unrotated, T and S multiples of their blocks.
@@ -63,6 +67,7 @@ def forward(
       k_table: float32 [B H+MARKS S]: cosines, sines, segment ids, positions.
       scale: float32 [1], of the logits in base 2.
       segmented: there is more than one segment, or padding between tokens.
+      residuals: '' | fp8 | int8.
       vmem: bytes that the kernel may take.
     """
     B, K, G, T, H = q.shape
@@ -71,7 +76,16 @@ def forward(
     cached = S * (2 * max(H, LANES) * q.dtype.itemsize + 4 * MARKS) <= KEY_SHARE * vmem
     at = specs(q, blocks, cached)
     row = pltpu.VMEM((width, LANES), jnp.float32)
-    return pl.pallas_call(
+    rows, keys = (B, K, G, T), (B, K, S)
+    shape = jax.ShapeDtypeStruct
+    kept_specs: Any = ()
+    kept_shapes: Any = ()
+    if residuals:
+        dtype = DTYPES[residuals]
+        key_shape = shape((*keys, H), dtype), shape((B, K, 1, S), jnp.int8)
+        kept_specs = (at.queries, at.rows), *[(at.begun_keys, at.begun_rows)] * 2
+        kept_shapes = (shape(q.shape, dtype), shape(rows, jnp.int8)), key_shape, key_shape
+    out, lse, kept = pl.pallas_call(
         functools.partial(
             kernel,
             blocks=blocks,
@@ -79,6 +93,7 @@ def forward(
             softcap=softcap,
             segmented=segmented,
             cached=cached,
+            residuals=residuals,
         ),
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=5,
@@ -86,7 +101,7 @@ def forward(
             in_specs=[
                 at.queries, at.begun_keys, at.begun_keys, at.upright_table, at.query_marks, at.begun_table
             ],
-            out_specs=[at.queries, at.rows],
+            out_specs=(at.queries, at.rows, kept_specs),
             scratch_shapes=[
                 pltpu.VMEM((width, H), q.dtype),
                 pltpu.VMEM((S // blocks.k if cached else 1, H, blocks.k), q.dtype),
@@ -98,25 +113,23 @@ def forward(
                 pltpu.VMEM((width, H), jnp.float32),
             ],
         ),
-        out_shape=[
-            jax.ShapeDtypeStruct(q.shape, q.dtype),
-            jax.ShapeDtypeStruct((B, K, G, T), jnp.float32),
-        ],
+        out_shape=(shape(q.shape, q.dtype), shape(rows, jnp.float32), kept_shapes),
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=('parallel', 'arbitrary'), vmem_limit_bytes=vmem
         ),
         interpret=interpret,
         name='helios_attention_forward',
     )(*listed[:-1], scale, q, k, v, q_table, q_marks, k_table)
+    return out, lse, tuple(pack(*x) for x in kept)
 
 
 def kernel(
     queries: Any, keys: Any, writes: Any, parts: Any, scale: Any,
     q_ref: Any, k_ref: Any, v_ref: Any, q_table: Any, q_marks: Any, k_table: Any,
-    out_ref: Any, lse_ref: Any,
+    out_ref: Any, lse_ref: Any, kept: Any,
     q_rotated: Any, k_turned: Any, values: Any, k_marks: Any,
     marks: Any, greatest: Any, total: Any, out: Any,
-    *, blocks: Blocks, window: int, softcap: float, segmented: bool, cached: bool,
+    *, blocks: Blocks, window: int, softcap: float, segmented: bool, cached: bool, residuals: str,
 ) -> None:  # fmt: skip
     del queries, writes  # the index maps read them
     G, bq, H = q_ref.shape
@@ -136,6 +149,8 @@ def kernel(
             q_rotated[g * bq : (g + 1) * bq] = (q * cos + other * sin).astype(q_rotated.dtype)
         for i in (0, 1) if segmented else (1,):
             marks[i] = column(q_marks[i : i + 1])
+        if residuals:
+            keep(kept[0], q_ref, residuals)
         # The first keys shrink to nothing what the last queries left in the sums.
         greatest[...] = jnp.full_like(greatest, MASKED)
 
@@ -151,6 +166,9 @@ def kernel(
         k_turned[slot] = k.astype(k_turned.dtype)
         k_marks[slot] = k_table[H:]
         values[pl.ds(pl.multiple_of(first_key, blocks.k), blocks.k)] = v_ref[...]
+        if residuals:
+            keep(kept[1], k_ref, residuals)
+            keep(kept[2], v_ref, residuals)
 
     def attend(start: Any, size: int, masked: bool) -> None:
         """Adds the keys [start, start + size) of this block to what its queries have seen."""
@@ -189,3 +207,15 @@ def kernel(
             at = slice(g * bq, (g + 1) * bq)
             out_ref[g] = result[at].astype(out_ref.dtype)
             lse_ref[g : g + 1] = lse[:, at]
+
+
+def keep(kept: Any, x_ref: Any, form: str) -> None:
+    """Writes a block [heads n H], or [n H], in a byte a value, and the exponents of its rows."""
+    payload, exponents = kept
+    rows = []
+    for head in range(x_ref.shape[0]) if x_ref.ndim == 3 else (...,):
+        x = x_ref[head].astype(jnp.float32)
+        largest = jnp.max(jnp.abs(x), axis=1, keepdims=True)
+        payload[head] = encode(x, largest, form)
+        rows.append(exponents_for(compact(jnp.broadcast_to(largest, (len(x), LANES))), form))
+    exponents[...] = jnp.concatenate(rows)
