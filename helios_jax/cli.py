@@ -245,14 +245,26 @@ def attention_bench(argv: Sequence[str]) -> None:
     flags.DEFINE_string('earlier', '', 'File of JSON rows to compare with.', flag_values=values)
     flags.DEFINE_integer('jobs', 1, 'Compilations at a time.', flag_values=values)
     flags.DEFINE_bool('json', False, 'JSON lines.', flag_values=values)
+    flags.DEFINE_bool('tune', False, "Search our kernels' block sizes.", flag_values=values)
+    flags.DEFINE_bool('verify', False, 'Our kernels against float64.', flag_values=values)
     flags.DEFINE_string('here', '', 'One compilation, in this process.', flag_values=values)
     options.parse(values, argv)
     os.environ['JAX_PLATFORMS'] = 'cpu'
-    from helios_jax.bench import attention, attention_task
+    from helios_jax.bench import attention, attention_task, attention_tune, attention_verify
 
     if values.here:
         task = attention_task.Task(**json.loads(values.here))
         print(json.dumps(attention_task.compile_here(task)))
+        return
+    require(
+        values.target in attention.CHIPS,
+        f'--target={values.target}: there are {", ".join(attention.CHIPS)}.',
+    )
+    if values.tune:
+        attention_tune.tune(values.target, values.head_dim, values.jobs)
+        return
+    if values.verify:
+        attention_verify.report(values.jobs)
         return
     for length in values.lengths:
         require(length.isdigit() and length != '0', f'--lengths={length}: not a number of tokens.')

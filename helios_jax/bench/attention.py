@@ -32,9 +32,10 @@ from pathlib import Path
 
 import jax
 
-from helios_jax.bench import attention_tokamax, tpu_timing
+from helios_jax.bench import attention_tokamax
 from helios_jax.bench.attention_problem import PASSES, Problem
 from helios_jax.bench.attention_task import IMPLEMENTATIONS, NOTHING, OURS, Row, Task, run
+from helios_jax.bench.tpu_timing import CHIPS
 from helios_jax.errors import require
 
 # TFLOP/s of tokamax's forward pass with residuals, causal, bfloat16, H = 128, by its authors.
@@ -58,7 +59,7 @@ def measure(
         tasks = [
             base._replace(implementation=name, options=options, alone=True)
             for name in names
-            for options in IMPLEMENTATIONS[name].variants(problem, which)
+            for options in IMPLEMENTATIONS[name].variants(problem, which, target)
         ]
         tried = []
         for row in run(tasks, jobs):
@@ -90,7 +91,7 @@ def describe_trial(row: Row) -> str:
 
 def finished(row: Row, nothing: Row, problem: Problem) -> Row:
     """A layer's row with what attention adds to the one that does nothing."""
-    chip = tpu_timing.CHIPS[row['target']]
+    chip = CHIPS[row['target']]
     around_ms = row['others_ms'] - nothing['others_ms']
     total_ms = row['kernel_ms'] + around_ms
     row |= {
@@ -162,12 +163,8 @@ def compare(
       earlier: file of an earlier run's JSON: its rows of the same problems, by implementations that
         are not compiled now, are printed and compared too.
     Raises:
-      UserError: no such target, implementation or file.
+      UserError: no such implementation or file.
     """
-    require(
-        target in tpu_timing.CHIPS,
-        f'--target={target}: there are {", ".join(tpu_timing.CHIPS)}.',
-    )
     known = [name for name in IMPLEMENTATIONS if name != NOTHING]
     for name in names:
         require(name in known, f'--implementations={name}: there are {", ".join(known)}.')

@@ -11,31 +11,21 @@ from helios_jax.bench.attention_peers import FLOAT, HALF, changes, plan
 from helios_jax.bench.attention_problem import Problem, Setup, frequencies
 from helios_jax.bench.tpu_timing import Plan
 from helios_jax.kernels.attention import tpu
-from helios_jax.kernels.attention.tpu import work
+from helios_jax.kernels.attention.tpu import blocks, work
+from helios_jax.kernels.attention.tpu.blocks import Shape
 from helios_jax.kernels.attention.tpu.tiles import MARKS
 from helios_jax.kernels.attention.tpu.work import Blocks
 
 Options = dict[str, Any]
-# Rows of one block, G heads × queries; keys of a block and of a part; parts of a run; width.
-SHAPES = {
-    'forward': [(1024, 4096, 256, 4, 512)],
-    'backward': [(1024, 4096, 256, 4, 256), (2048, 4096, 256, 4, 2048)],
-}
-
-
-def variants(problem: Problem, which: str) -> list[Options]:
-    """Blocks that are worth a try."""
-    group = problem.heads // problem.kv_heads
-    tried = []
-    for rows, keys, *rest in SHAPES[which]:
-        queries = max(128, 2 ** int(math.log2(rows // group)))
-        if queries <= problem.length:
-            tried.append({'blocks': [queries, min(keys, problem.length), *rest]})
-    return tried
+def variants(problem: Problem, which: str, target: str) -> list[Options]:
+    """The shape that the kernels take for the problem."""
+    at = problem.head_dim, problem.length
+    return [{'shape': blocks.shape(target, *at, wide=False, backward=which == 'backward')}]
 
 
 def setup(problem: Problem, options: Options) -> Setup:
-    blocks = Blocks(*options['blocks'])
+    group, T = problem.heads // problem.kv_heads, problem.length
+    chosen = blocks.fit(Shape(*options['shape']), group, T, T)
     turns = jnp.asarray(frequencies(problem))
 
     def attend(q: Array, k: Array, v: Array, positions: Array, segments: Array) -> Array:
@@ -52,30 +42,30 @@ def setup(problem: Problem, options: Options) -> Setup:
             scale=1 / math.sqrt(problem.head_dim),
             window=problem.window,
             softcap=0.0,
-            blocks=(blocks, blocks),
+            blocks=(chosen, chosen),
             residuals=options.get('residuals', ''),
         )
 
     marks = np.stack([problem.segment_ids, problem.positions], axis=1).astype(np.float32)
-    listed = work.make(marks, marks, blocks, problem.window, ordered=True)
+    listed = work.make(marks, marks, chosen, problem.window, ordered=True)
     plans = {
-        'helios_attention_forward': forward_plan(problem, blocks, listed),
-        'helios_attention_backward': backward_plan(problem, blocks, listed),
+        'helios_attention_forward': forward_plan(problem, chosen, listed),
+        'helios_attention_backward': backward_plan(problem, chosen, listed),
     }
     return Setup(attend, 'btnh', plans)
 
 
-def forward_plan(problem: Problem, blocks: Blocks, listed: work.Work) -> Plan:
-    runs, moved = visits(problem, blocks, listed, query_arrays=2, tables=0xFFFF)
+def forward_plan(problem: Problem, sizes: Blocks, listed: work.Work) -> Plan:
+    runs, moved = visits(problem, sizes, listed, query_arrays=2, tables=0xFFFF)
     del runs['last_k']
     return plan(repeat(runs, problem), np.tile(moved, problem.kv_heads), 1)
 
 
-def backward_plan(problem: Problem, blocks: Blocks, listed: work.Work) -> Plan:
-    runs, moved = visits(problem, blocks, listed, query_arrays=4, tables=~0xFFFF)
+def backward_plan(problem: Problem, sizes: Blocks, listed: work.Work) -> Plan:
+    runs, moved = visits(problem, sizes, listed, query_arrays=4, tables=~0xFFFF)
     del runs['start']
     written = np.asarray(listed.writes)
-    moved = moved + 2 * blocks.k * problem.head_dim * HALF * changes(written)
+    moved = moved + 2 * sizes.k * problem.head_dim * HALF * changes(written)
     return plan(repeat(runs, problem), np.tile(moved, problem.kv_heads), 1)
 
 
@@ -85,7 +75,7 @@ def repeat(runs: dict[str, np.ndarray], problem: Problem) -> dict[str, np.ndarra
 
 
 def visits(
-    problem: Problem, blocks: Blocks, listed: work.Work, query_arrays: int, tables: int
+    problem: Problem, sizes: Blocks, listed: work.Work, query_arrays: int, tables: int
 ) -> tuple[dict[str, np.ndarray], np.ndarray]:
     """For one key head's items: how often each region runs, and the bytes copied.
 
@@ -94,20 +84,20 @@ def visits(
     parts, queries, keys = (np.asarray(x) for x in (listed.parts, listed.queries, listed.keys))
     at = work.spans(parts)
     whole = at.mixed - at.full
-    halves = [1 << i for i in reversed(range(blocks.run.bit_length() - 1))]
+    halves = [1 << i for i in reversed(range(sizes.run.bit_length() - 1))]
     runs = {
         'first_q': parts & work.FIRST_Q > 0,
         'start': np.arange(len(parts)) == 0,
         'first_k': parts & work.FIRST_K > 0,
-        'run': whole // blocks.run,
-        **{f'run/{blocks.run // size}': whole // size % 2 for size in halves},
+        'run': whole // sizes.run,
+        **{f'run/{sizes.run // size}': whole // size % 2 for size in halves},
         'masked': at.end - at.first - whole,
         'last_q': parts & work.LAST_Q > 0,
         'last_k': parts & work.LAST_K > 0,
     }
     G, H = problem.heads // problem.kv_heads, problem.head_dim
     rows = changes(queries)
-    moved = rows * blocks.q * (G * (query_arrays * H * HALF + FLOAT) + (H + MARKS) * FLOAT)
-    moved += changes(queries >> 16, keys & 0xFFFF) * 2 * blocks.k * H * HALF
-    moved += changes(queries >> 16, keys & tables) * blocks.k * (H + MARKS) * FLOAT
+    moved = rows * sizes.q * (G * (query_arrays * H * HALF + FLOAT) + (H + MARKS) * FLOAT)
+    moved += changes(queries >> 16, keys & 0xFFFF) * 2 * sizes.k * H * HALF
+    moved += changes(queries >> 16, keys & tables) * sizes.k * (H + MARKS) * FLOAT
     return {name: np.asarray(x, np.int64) for name, x in runs.items()}, moved

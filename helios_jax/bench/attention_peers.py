@@ -26,7 +26,7 @@ SUBLANES = 8  # the same, where queries lie along the lanes
 FLOAT, HALF = 4, 2  # bytes
 
 
-def variants(problem: Problem, which: str) -> list[Options]:
+def variants(problem: Problem, which: str, _: str) -> list[Options]:
     """Block sizes; backward in two kernels, or in one that keeps a dq for each key block."""
     if which == 'forward':
         return block_sizes(problem, [(512, 512), (1024, 512), (2048, 512)])

@@ -1,6 +1,7 @@
 """What the attention bench can compile, and one compilation, in a process of its own."""
 
 import concurrent.futures
+import dataclasses
 import json
 import subprocess
 import sys
@@ -32,7 +33,7 @@ class Implementation(NamedTuple):
     and inner loops with vector work in the order of the code, `Plan.steps` counts kinds of steps.
     """
 
-    variants: Callable[[Problem, str], list[dict[str, Any]]]  # the options to try in a pass
+    variants: Callable[[Problem, str, str], list[dict[str, Any]]]  # to try in a pass, on a target
     setup: Callable[[Problem, dict[str, Any]], Setup]
 
 
@@ -43,7 +44,7 @@ IMPLEMENTATIONS = {
     'jax_splash': Implementation(attention_peers.variants, attention_peers.setup),
     'tokamax': Implementation(attention_tokamax.variants, attention_tokamax.setup),
     NOTHING: Implementation(
-        lambda problem, which: [{}], lambda problem, options: attention_problem.nothing(problem)
+        lambda problem, which, target: [{}], lambda problem, options: attention_problem.nothing(problem)
     ),
 }
 
@@ -57,6 +58,7 @@ class Task(NamedTuple):
     implementation: str
     options: dict[str, Any]
     alone: bool  # without the projections
+    lengths: tuple[int, ...] = ()  # others to predict from the same schedule
 
 
 def compile_here(task: Task) -> Row:
@@ -66,7 +68,8 @@ def compile_here(task: Task) -> Row:
       The task and what came of it, or the task and why the compiler refused it.
     """
     chip, problem = tpu_timing.CHIPS[task.target], Problem(**task.problem)
-    setup = IMPLEMENTATIONS[task.implementation].setup(problem, task.options)
+    implementation = IMPLEMENTATIONS[task.implementation]
+    setup = implementation.setup(problem, task.options)
     function, arguments = attention_problem.program(problem, setup, task.which, alone=task.alone)
     row: Row = {**task._asdict()}
     try:
@@ -82,7 +85,13 @@ def compile_here(task: Task) -> Row:
         for operation in program.kernels
         if task.implementation != NOTHING
     ]
+    at_lengths = {}
+    for length in task.lengths:
+        other = implementation.setup(dataclasses.replace(problem, length=length), task.options)
+        rows = [kernel_row(o, program.schedules, other, chip) for o in program.kernels]
+        at_lengths[length] = sum(kernel['ms'] for kernel in rows)
     return row | {
+        'at_lengths': at_lengths,
         'kernels': kernels,
         'kernel_ms': sum(kernel['ms'] for kernel in kernels),
         'others_ms': 1e3 * program.seconds,

@@ -39,7 +39,7 @@ def missing() -> str:
     return f"tokamax: needs {wanted}, there is {version}; pip install 'helios_jax[bench]'."
 
 
-def variants(problem: Problem, which: str) -> list[Options]:
+def variants(problem: Problem, which: str, _: str) -> list[Options]:
     """Block sizes; products above the diagonal left out; dq kept for each key block, or for three.
 
     The products can be left out where a block is multiplied whole.

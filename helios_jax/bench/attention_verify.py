@@ -48,6 +48,16 @@ def verify(attention: Callable[..., jax.Array], cases: Iterable[Case]) -> Iterat
         yield Check(case, *compare(given, case.dtype, actual), seconds)
 
 
+def report(jobs: int) -> None:
+    """Checks every case of the product in interpret mode and prints those that fail.
+
+    Raises:
+      UserError: a case failed.
+    """
+    from jax.experimental.pallas import tpu as pltpu
+
+    del jobs
+
 def run(attention: Callable[..., jax.Array], given: Problem) -> list[np.ndarray]:
     """out, dq, dk, dv of all calls together."""
 

@@ -156,7 +156,7 @@ def test_programs_have_the_layers_results(name, alone, request):
     problem = Problem(1024, batch=2, heads=4, kv_heads=2, documents=2)
     implementation = attention_task.IMPLEMENTATIONS[name]
     for which in PASSES:
-        options = implementation.variants(problem, which)[0]
+        options = implementation.variants(problem, which, 'v5e')[0]
         setup = implementation.setup(problem, options)
         function, arguments = attention_problem.program(problem, setup, which, alone=alone)
         results = jax.eval_shape(function, *arguments)
@@ -173,7 +173,7 @@ def test_variants_fit_the_problem():
     for problem in (*PROBLEMS, Problem(1536), Problem(16384), Problem(1000)):
         for name in ('jax_splash', 'tokamax'):
             for which in PASSES:
-                found = attention_task.IMPLEMENTATIONS[name].variants(problem, which)
+                found = attention_task.IMPLEMENTATIONS[name].variants(problem, which, 'v5e')
                 assert all(problem.length % options['block'] == 0 for options in found)
                 assert bool(found) == (problem.length != 1000)
                 assert len({json.dumps(options) for options in found}) == len(found) <= 6

@@ -17,6 +17,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from helios_jax.kernels.attention.tpu import work
+from helios_jax.kernels.attention.tpu.blocks import working_set
 from helios_jax.kernels.attention.tpu.tiles import (
     LANES,
     LOG2E,
@@ -35,15 +36,17 @@ from helios_jax.kernels.attention.tpu.tiles import (
 from helios_jax.kernels.attention.tpu.work import Blocks, Work
 from helios_jax.kernels.quantize import Stored, power_of_two
 
-KEY_SHARE = 0.6  # of the VMEM, for what is kept of keys
+def keys_in_memory(out: Array, blocks: Blocks, vmem: int) -> int:
+    """How many keys of a head, a multiple of the block, have all that is kept of them in VMEM.
 
-
-def keys_in_memory(q: Array, blocks: Blocks, vmem: int) -> int:
-    """How many keys of a head, a multiple of the block, have all that is kept of them in VMEM."""
-    H = q.shape[-1]
+    Args:
+      out: [B K G T H], in the dtype of q, k and v.
+    """
+    G, H, itemsize = out.shape[2], out.shape[-1], out.dtype.itemsize
     lanes = max(H, LANES)
-    each = 2 * 4 * lanes + (2 * lanes + H) * q.dtype.itemsize
-    return max(int(KEY_SHARE * vmem) // each // blocks.k, 1) * blocks.k
+    each = 2 * 4 * lanes + (2 * lanes + H) * itemsize
+    free = vmem - working_set(blocks, G, H, itemsize, backward=True)
+    return max(free // each // blocks.k, 1) * blocks.k
 
 
 class Inputs(NamedTuple):

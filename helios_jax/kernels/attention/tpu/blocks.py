@@ -1,7 +1,12 @@
-"""How large the kernels' blocks are, per TPU generation, pass and head size.
+"""How large the kernels' blocks are: by a table, per TPU generation, pass, head size and length.
 
-`helios bench attention --tune` searches these by the compiler's schedules.
+`helios bench attention --tune` writes the table, from the compiler's schedules.
 """
+
+import functools
+import json
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import jax
 
@@ -18,7 +23,17 @@ KINDS = {
     'TPU7x': 'tpu7x',
 }
 DEFAULT = 'v5p'  # the smaller VMEM
-MOST_KEYS = 4096  # of a block; a grid step costs some hundred cycles
+TABLE = Path(__file__).with_name('blocks.json')
+
+
+class Shape(NamedTuple):
+    """Blocks as the table has them, for any number of heads and tokens."""
+
+    rows: int  # queries × heads of a group
+    k: int
+    part: int
+    run: int
+    width: int
 
 
 def generation() -> str:
@@ -30,14 +45,51 @@ def generation() -> str:
 
 def choose(generation: str, G: int, H: int, T: int, S: int, wide: bool, backward: bool) -> Blocks:
     """Blocks for G heads a group of size H, T queries and S keys; `wide` operands are float32."""
+    return fit(shape(generation, H, T, wide, backward), G, T, S)
+
+
+def shape(generation: str, H: int, T: int, wide: bool, backward: bool) -> Shape:
+    """The table's, from the nearest length that is no longer; the default where it knows no H."""
+    known = tuned().get(generation, {}).get('backward' if backward else 'forward', {})
+    lengths = {} if wide else known.get(str(H), {})
+    if not lengths:
+        return default(generation, H, wide, backward)
+    length = max((int(n) for n in lengths if int(n) <= T), default=min(map(int, lengths)))
+    return Shape(*lengths[str(length)])
+
+
+@functools.cache
+def tuned() -> dict[str, Any]:
+    """generation → pass → head size → length, from which on → `Shape`."""
+    return json.loads(TABLE.read_text())
+
+
+def default(generation: str, H: int, wide: bool, backward: bool) -> Shape:
     large = generation in ('v6e', 'tpu7x')  # matmul units of 256 by 256
-    rows, run = 2048 if large and backward else 1024, 1024
-    if wide or H > 128:
-        rows, run = rows // 2, run // 2
-    q = 128
-    while q * 2 * G <= rows and q < T:
-        q *= 2
-    part = 256 if S > 128 else 128
-    k = -(-S // -(-S // MOST_KEYS) // part) * part
+    scale = 2 if wide or H > 128 else 1
     width = (2048 if large else 256) if backward else 512
-    return Blocks(q, k, part, run // part, width)
+    return Shape((2048 if large else 1024) // scale, 4096 // scale, 256, 4 // scale, width)
+
+
+def fit(shape: Shape, G: int, T: int, S: int) -> Blocks:
+    """The nearest blocks for a problem, none much larger than it."""
+    q = 128
+    while q * 2 * G <= shape.rows and q < T:
+        q *= 2
+    part = 128 if S <= 128 else shape.part
+    k = -(-S // -(-S // shape.k) // part) * part
+    run = shape.run
+    while run * part > k:
+        run //= 2
+    return Blocks(q, k, part, run, shape.width)
+
+
+def working_set(blocks: Blocks, G: int, H: int, itemsize: int, backward: bool) -> int:
+    """Bytes of VMEM that a kernel takes, but for what it keeps of all keys; estimated from above."""
+    lanes, rows, arrays = max(H, 128), G * blocks.q, 4 if backward else 2
+    copies = 2 * arrays * lanes * itemsize * (rows + blocks.k)  # blocks of inputs and outputs
+    tables = 2 * 4 * (lanes + 16) * (blocks.q + blocks.k)
+    state = rows * lanes * (2 * itemsize + 12)
+    chunk = min(blocks.width, rows) if backward else rows
+    keys = blocks.run * blocks.part if backward else min(blocks.width, blocks.run * blocks.part)
+    return copies + tables + state + 3 * 4 * chunk * keys

@@ -14,6 +14,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from helios_jax.kernels.attention.tpu import work
+from helios_jax.kernels.attention.tpu.blocks import working_set
 from helios_jax.kernels.attention.tpu.tiles import (
     LANES,
     LOG2E,
@@ -34,9 +35,6 @@ from helios_jax.kernels.attention.tpu.tiles import (
 )
 from helios_jax.kernels.attention.tpu.work import Blocks, Work
 from helios_jax.kernels.quantize import DTYPES, encode, exponents_for, pack
-
-KEY_SHARE = 0.7  # of the VMEM, for keys and values kept from one block of queries to the next
-
 
 def forward(
     q: Array,
@@ -73,7 +71,8 @@ def forward(
     B, K, G, T, H = q.shape
     S = k.shape[2]
     width = G * blocks.q
-    cached = S * (2 * max(H, LANES) * q.dtype.itemsize + 4 * MARKS) <= KEY_SHARE * vmem
+    kept_bytes = S * (2 * max(H, LANES) * q.dtype.itemsize + 4 * MARKS)
+    cached = kept_bytes + working_set(blocks, G, H, q.dtype.itemsize, backward=False) <= vmem
     at = specs(q, blocks, cached)
     row = pltpu.VMEM((width, LANES), jnp.float32)
     rows, keys = (B, K, G, T), (B, K, S)
@@ -147,8 +146,12 @@ def kernel(
         for g in range(G):
             q, other = (x.astype(jnp.float32) for x in (q_ref[g], swapped(q_ref[g])))
             q_rotated[g * bq : (g + 1) * bq] = (q * cos + other * sin).astype(q_rotated.dtype)
-        for i in (0, 1) if segmented else (1,):
-            marks[i] = column(q_marks[i : i + 1])
+        if segmented:
+            for i in (0, 1):
+                marks[i] = column(q_marks[i : i + 1])
+        else:  # the position is the index
+            index = jax.lax.broadcasted_iota(jnp.int32, (bq, LANES), 0)
+            marks[1] = q_marks[1:2, :1] + index.astype(jnp.float32)
         if residuals:
             keep(kept[0], q_ref, residuals)
         # The first keys shrink to nothing what the last queries left in the sums.
@@ -201,7 +204,9 @@ def kernel(
         sums = jnp.broadcast_to(jnp.sum(total[...], axis=1, keepdims=True), total.shape)
         most = compact(greatest[...])
         lse = jnp.where(most > MASKED / 2, (most + jnp.log2(compact(sums))) / LOG2E, -jnp.inf)
-        share = jnp.where(greatest[...] > MASKED / 2, inverse(sums), 0)
+        share = inverse(sums, steps=1 if out_ref.dtype == jnp.bfloat16 else 2)
+        if segmented:  # otherwise each query sees itself
+            share = jnp.where(greatest[...] > MASKED / 2, share, 0)
         result = out[...] * spread(share, H)
         for g in range(G):
             at = slice(g * bq, (g + 1) * bq)

@@ -1,0 +1,66 @@
+"""The table of block sizes of our TPU kernels, searched by the compiler's schedules.
+
+    helios bench attention --tune --target=v5e --head_dim=128
+
+Each shape is compiled once, at 4,096 tokens; what it takes at other lengths follows from the same
+schedule, as only the number of times that its regions run depends on them.
+"""
+
+import dataclasses
+import itertools
+import json
+import sys
+
+from helios_jax.bench.attention_problem import PASSES, Problem
+from helios_jax.bench.attention_task import OURS, Task, run
+from helios_jax.kernels.attention.tpu import blocks
+from helios_jax.kernels.attention.tpu.blocks import Shape
+
+LENGTHS = (2048, 4096, 8192, 16384, 131072)
+COMPILED = 4096
+# Rows, keys of a block, of a part, of a run, and the width of a product. Grid steps cost some
+# hundred cycles each, so that blocks of keys are as long as VMEM allows.
+CANDIDATES = {
+    'forward': itertools.product((1024, 2048), (4096,), (256, 512), (1024, 2048), (512, 1024)),
+    'backward': itertools.product((1024, 2048), (4096,), (256, 512), (512, 1024), (256, 512, 2048)),
+}
+
+
+def tune(target: str, head_dim: int, jobs: int) -> None:
+    """Writes the fastest shapes of both passes into the package's table."""
+    problem = Problem(length=COMPILED, head_dim=head_dim)
+    found = {}
+    for which in PASSES:
+        shapes = [
+            Shape(rows, keys, part, run // part, width)
+            for rows, keys, part, run, width in CANDIDATES[which]
+            if width <= (rows if which == 'backward' else run)
+        ]
+        base = Task(target, dataclasses.asdict(problem), which, OURS, {}, True, LENGTHS)
+        tasks = [base._replace(options={'shape': shape}) for shape in shapes]
+        times = []
+        for shape, row in zip(shapes, run(tasks, jobs), strict=True):
+            took = row.get('at_lengths', {})
+            print(target, which, *shape, took or row['refused'], file=sys.stderr, flush=True)
+            times.append({int(length): ms for length, ms in took.items()})
+        found[which] = {
+            length: min(
+                (time[length], shape) for time, shape in zip(times, shapes, strict=True) if time
+            )[1]
+            for length in LENGTHS
+        }
+    write(target, head_dim, found)
+
+
+def write(target: str, head_dim: int, found: dict[str, dict[int, Shape]]) -> None:
+    """Lengths at which nothing changes are left out."""
+    table = json.loads(blocks.TABLE.read_text())
+    for which, at in found.items():
+        changes = {
+            str(length): list(shape)
+            for before, (length, shape) in zip((None, *at.values()), at.items(), strict=False)
+            if shape != before
+        }
+        table.setdefault(target, {}).setdefault(which, {})[str(head_dim)] = changes
+    lines = json.dumps(table, indent=1, sort_keys=True)
+    blocks.TABLE.write_text(lines + '\n')
