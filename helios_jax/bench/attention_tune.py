@@ -21,8 +21,8 @@ COMPILED = 4096
 # Rows, keys of a block, of a part, of a run, and the width of a product. Grid steps cost some
 # hundred cycles each, so that blocks of keys are as long as VMEM allows.
 CANDIDATES = {
-    'forward': itertools.product((1024, 2048), (4096,), (256, 512), (1024, 2048), (512, 1024)),
-    'backward': itertools.product((1024, 2048), (4096,), (256, 512), (512, 1024), (256, 512, 2048)),
+    'forward': list(itertools.product((1024, 2048), (4096,), (256, 512), (1024, 2048), (512,))),
+    'backward': list(itertools.product((1024, 2048), (4096,), (256, 512), (1024,), (256, 2048))),
 }
 
 
@@ -34,7 +34,6 @@ def tune(target: str, head_dim: int, jobs: int) -> None:
         shapes = [
             Shape(rows, keys, part, run // part, width)
             for rows, keys, part, run, width in CANDIDATES[which]
-            if width <= (rows if which == 'backward' else run)
         ]
         base = Task(target, dataclasses.asdict(problem), which, OURS, {}, True, LENGTHS)
         tasks = [base._replace(options={'shape': shape}) for shape in shapes]
