@@ -247,10 +247,16 @@ def attention_bench(argv: Sequence[str]) -> None:
     flags.DEFINE_bool('json', False, 'JSON lines.', flag_values=values)
     flags.DEFINE_bool('tune', False, "Search our kernels' block sizes.", flag_values=values)
     flags.DEFINE_bool('verify', False, 'Our kernels against float64.', flag_values=values)
+    flags.DEFINE_integer('cases', 0, 'To verify; 0: all of them.', flag_values=values)
     flags.DEFINE_string('here', '', 'One compilation, in this process.', flag_values=values)
     options.parse(values, argv)
+    if values.verify:
+        from helios_jax.bench import attention_verify
+
+        attention_verify.report(values.cases, values.jobs)
+        return
     os.environ['JAX_PLATFORMS'] = 'cpu'
-    from helios_jax.bench import attention, attention_task, attention_tune, attention_verify
+    from helios_jax.bench import attention, attention_task, attention_tune
 
     if values.here:
         task = attention_task.Task(**json.loads(values.here))
@@ -262,9 +268,6 @@ def attention_bench(argv: Sequence[str]) -> None:
     )
     if values.tune:
         attention_tune.tune(values.target, values.head_dim, values.jobs)
-        return
-    if values.verify:
-        attention_verify.report(values.jobs)
         return
     for length in values.lengths:
         require(length.isdigit() and length != '0', f'--lengths={length}: not a number of tokens.')

@@ -1,6 +1,12 @@
 """Eight simulated devices, checked annotations, and no silent broadcasting, in every test."""
 
-from jaxtyping import install_import_hook
+import os
+
+# Interpreted kernels hold a thread of XLA's pool while they wait for another, which copies their
+# arguments: with no more threads than devices, all of which may wait, they wait for ever.
+os.environ['NPROC'] = '32'
+
+from jaxtyping import install_import_hook  # noqa: E402
 
 install_import_hook('helios_jax', 'beartype.beartype')
 

@@ -11,9 +11,12 @@ import itertools
 import json
 import sys
 
+import jax
+import jax.numpy as jnp
+
 from helios_jax.bench.attention_problem import PASSES, Problem
 from helios_jax.bench.attention_task import OURS, Task, run
-from helios_jax.kernels.attention.tpu import blocks
+from helios_jax.kernels.attention.tpu import backward_kernel, blocks
 from helios_jax.kernels.attention.tpu.blocks import Shape
 
 LENGTHS = (2048, 4096, 8192, 16384, 131072)
@@ -42,13 +45,25 @@ def tune(target: str, head_dim: int, jobs: int) -> None:
             took = row.get('at_lengths', {})
             print(target, which, *shape, took or row['refused'], file=sys.stderr, flush=True)
             times.append({int(length): ms for length, ms in took.items()})
-        found[which] = {
-            length: min(
-                (time[length], shape) for time, shape in zip(times, shapes, strict=True) if time
-            )[1]
-            for length in LENGTHS
-        }
+        found[which] = {}
+        for length in LENGTHS:
+            able = [
+                (chunks(target, problem, which, length, shape), time[length], shape)
+                for time, shape in zip(times, shapes, strict=True)
+                if time
+            ]
+            found[which][length] = min(able)[-1]
     write(target, head_dim, found)
+
+
+def chunks(target: str, problem: Problem, which: str, length: int, shape: Shape) -> int:
+    """How many parts the keys are in, of which the prediction knows nothing."""
+    if which == 'forward':
+        return 1
+    group = problem.heads // problem.kv_heads
+    out = jax.ShapeDtypeStruct((1, 1, group, length, problem.head_dim), jnp.bfloat16)
+    sizes = blocks.fit(shape, group, length, length)
+    return -(-length // backward_kernel.keys_in_memory(out, sizes, blocks.VMEM[target]))
 
 
 def write(target: str, head_dim: int, found: dict[str, dict[int, Shape]]) -> None:

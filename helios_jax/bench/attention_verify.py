@@ -1,30 +1,39 @@
 """Attention against float64, and how large an error may be.
 
-    helios bench attention --verify
+    helios bench attention --verify [--cases=N] [--jobs=N]
 
 A result is right if its error is at most twice that of a plain computation in the same dtype, plus
 1e-5, by its largest value and by its root mean square; what sees nothing must be exactly zero.
 """
 
+import functools
 import math
+import multiprocessing
 import time
+import zlib
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Bool, Shaped
 
 from helios_jax.bench.attention_cases import Case, Problem, cases, covering, problem
 from helios_jax.bench.attention_oracle import Results, oracle, rounded_to, visible
+from helios_jax.errors import require
+from helios_jax.kernels.attention import tpu
+from helios_jax.kernels.attention.tpu.work import Blocks
 
-__all__ = ['Case', 'Problem', 'cases', 'compare', 'covering', 'problem', 'run', 'verify']
+__all__ = ['Case', 'Problem', 'cases', 'compare', 'covering', 'kernels', 'problem', 'run', 'verify']
 
 SLACK = 1e-5
 # Plain computations, the same but for how they round, of which the worst counts: a largest error is
 # a matter of luck where numbers are few or one of them stands out.
 EQUALS = 6
+# Blocks of which a row has several: the kernels' own are larger than most cases.
+SMALL = Blocks(q=128, k=384, part=128, run=2, width=128)
 
 
 class Check(NamedTuple):
@@ -48,15 +57,47 @@ def verify(attention: Callable[..., jax.Array], cases: Iterable[Case]) -> Iterat
         yield Check(case, *compare(given, case.dtype, actual), seconds)
 
 
-def report(jobs: int) -> None:
-    """Checks every case of the product in interpret mode and prints those that fail.
+def kernels(case: Case, **options: Any) -> Callable[..., jax.Array]:
+    """Our TPU kernels, interpreted off TPU; every other case has small blocks."""
+    if zlib.crc32(case.name.encode()) % 2:
+        options['blocks'] = SMALL, SMALL
+    if jax.default_backend() != 'tpu':
+        options['interpret'] = pltpu.InterpretParams(detect_races=True)
+    return functools.partial(tpu.attention, **options)
 
+
+def report(number: int, jobs: int) -> None:
+    """Checks cases of the product in an order that makes the first ones a sample of all.
+
+    On a TPU the kernels run as compiled; elsewhere they are interpreted, in seconds a case.
+
+    Args:
+      number: how many cases; 0: all.
     Raises:
       UserError: a case failed.
     """
-    from jax.experimental.pallas import tpu as pltpu
+    order = sorted(cases(), key=lambda case: zlib.crc32(case.name.encode()))
+    order = order[: number or None]
+    failed, worst, start = 0, 0.0, time.monotonic()
+    with multiprocessing.get_context('spawn').Pool(jobs) as pool:
+        for done, check in enumerate(pool.imap_unordered(verify_kernels, order), start=1):
+            worst = max(worst, check.worst)
+            failed += bool(check.faults)
+            for fault in check.faults:
+                print(f'{check.case.name}: {fault}', flush=True)
+            if done % 20 == 0 or done == len(order):
+                minutes = (time.monotonic() - start) / 60
+                print(
+                    f'{done} of {len(order)} cases, {failed} failed, the largest error '
+                    f'{worst:.0%} of what is allowed, {minutes:.1f} minutes', flush=True,
+                )  # fmt: skip
+    require(not failed, f'{failed} of {len(order)} cases failed.')
 
-    del jobs
+
+def verify_kernels(case: Case) -> Check:
+    [check] = verify(kernels(case), [case])
+    return check
+
 
 def run(attention: Callable[..., jax.Array], given: Problem) -> list[np.ndarray]:
     """out, dq, dk, dv of all calls together."""

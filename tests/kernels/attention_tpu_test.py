@@ -15,6 +15,8 @@ from jax.experimental.pallas import tpu as pltpu
 from helios_jax.bench import attention_verify as bench
 from helios_jax.bench.attention_oracle import oracle, visible
 from helios_jax.kernels.attention import tpu
+from helios_jax.kernels.attention.tpu import work
+from helios_jax.kernels.quantize import restore, store
 
 INTERPRET = pltpu.InterpretParams(detect_races=True)
 RACE = 'RACE DETECTED'  # printed by jax 0.10, raised since
@@ -53,14 +55,14 @@ def test_a_race_is_noticed(capsys):
 
 @pytest.mark.parametrize('case', PAIRS, ids=lambda case: case.name)
 def test_errors_stay_near_those_of_a_plain_computation(case):
-    [check] = bench.verify(attention, [case])
+    [check] = bench.verify(bench.kernels(case), [case])
     assert not check.faults
 
 
 @pytest.mark.long
 @pytest.mark.parametrize('case', [c for c in TRIPLES if c not in PAIRS], ids=lambda case: case.name)
 def test_errors_stay_near_those_of_a_plain_computation_for_triples(case):
-    [check] = bench.verify(attention, [case])
+    [check] = bench.verify(bench.kernels(case), [case])
     assert not check.faults
 
 
@@ -206,6 +208,86 @@ def test_what_is_not_seen_may_be_huge():
     for got, want in zip(padded, expected, strict=True):
         np.testing.assert_array_equal(got[:, :cut], want[:, :cut])
         assert not got[:, cut:].any()
+
+
+@pytest.mark.parametrize(('form', 'keys'), [('fp8', 'own'), ('int8', 'ring')])
+def test_backward_reads_what_the_forward_kernel_stored(form, keys):
+    """Bit for bit the gradients at the restored arrays, and the output as without storage."""
+    rows = problem(dtype='bfloat16', keys=keys, H=96, softcap=20.0)
+    [call] = rows.calls
+    options = {'interpret': INTERPRET, 'blocks': (bench.SMALL, bench.SMALL)}
+    stored = functools.partial(tpu.attention, residuals=form, **options)
+    out, *gradients = bench.run(stored, rows)
+    expected, lse = bench.jitted(tpu.forward, rows[:3], call | options)
+    np.testing.assert_array_equal(out, expected)
+    q, k, v = (np.asarray(restore(store(jnp.asarray(x), form), str(x.dtype))) for x in rows[:3])
+    arrays = q, k, v, out, lse, rows.cotangent
+    for got, want in zip(gradients, bench.jitted(tpu.backward, arrays, call | options), strict=True):
+        np.testing.assert_array_equal(got, want)
+    assert any((x != y).any() for x, y in zip(rows[:3], (q, k, v), strict=True))
+
+
+def test_keys_beyond_the_memory_come_in_chunks(monkeypatch):
+    rows = problem(T=1500, mask='segments', G=2)
+    own = functools.partial(attention, blocks=(bench.SMALL, bench.SMALL))
+    expected = bench.run(own, rows)
+    monkeypatch.setattr(tpu.backward_kernel, 'keys_in_memory', lambda *_: 768)
+    for residuals in ('', 'int8'):
+        actual = bench.run(functools.partial(own, residuals=residuals), rows)
+        for got, want in zip(actual, expected, strict=True):
+            error = 0.02 if residuals else 1e-6
+            np.testing.assert_allclose(got, want, rtol=0, atol=error * np.abs(want).max())
+
+
+@pytest.mark.parametrize('window', [0, 150])
+@pytest.mark.parametrize('kind', ['plain', 'packed', 'shuffled'])
+def test_what_is_listed_is_what_is_seen(kind, window):
+    """Every visible pair is in a listed part; what is not masked is seen by all; no part for nothing."""
+    blocks, T = bench.SMALL, 1536
+    rng = np.random.default_rng(window)
+    cuts = np.sort(rng.integers(0, T, 0 if kind == 'plain' else 5))
+    ids = 1 + np.searchsorted(cuts, np.arange(T), side='right')
+    positions = np.arange(T) - np.array([0, *cuts])[ids - 1]
+    ids = np.where(ids == 6, 0, ids)
+    if kind == 'shuffled':
+        at = rng.permutation(T)
+        ids, positions = ids[at], positions[at]
+    q = np.stack([np.where(ids > 0, ids, work.NOBODY), positions])[None].astype(np.float32)
+    k = np.stack([ids, positions])[None].astype(np.float32)
+    listed = work.make(q, k, blocks, window, ordered=kind != 'shuffled')
+    traced = jax.jit(
+        lambda q, k: work.make(q, k, blocks, window, ordered=kind != 'shuffled')
+    )(q, k)  # fmt: skip
+    assert int(traced.count) == listed.count
+    for made, constant in zip(traced[:-1], listed[:-1], strict=True):
+        np.testing.assert_array_equal(made[: listed.count], constant)
+
+    seen = visible(positions[None], positions[None], ids[None], None, window)[0]
+    computed = np.zeros((T // blocks.q, T // blocks.part), int)
+    at = work.spans(np.asarray(listed.parts))
+    queries, keys = np.asarray(listed.queries) & 0xFFFF, np.asarray(listed.keys) >> 16
+    for item in range(listed.count):
+        parts = keys[item] * (blocks.k // blocks.part) + np.arange(blocks.k // blocks.part)
+        span = [parts[a[item] : b[item]] for a, b in ((at.first, at.end), (at.full, at.mixed))]
+        computed[queries[item], span[0]] += 1
+        for part in span[1]:
+            rows = slice(queries[item] * blocks.q, (queries[item] + 1) * blocks.q)
+            assert seen[rows, part * blocks.part : (part + 1) * blocks.part].all()
+    tiles = seen.reshape(T // blocks.q, blocks.q, T // blocks.part, blocks.part)
+    assert (computed <= 1).all()
+    assert (computed >= tiles.any((1, 3))).all()
+    if kind != 'shuffled':
+        np.testing.assert_array_equal(computed, tiles.any((1, 3)))
+        assert sum(at.mixed - at.full) == tiles.all((1, 3)).sum()
+    flags = np.asarray(listed.parts)
+    for first, last, block in (
+        (work.FIRST_Q, work.LAST_Q, queries),
+        (work.FIRST_K, work.LAST_K, keys),
+    ):
+        for flag, pick in ((first, 0), (last, -1)):
+            marked = np.flatnonzero(flags & flag)
+            assert sorted(block[marked]) == sorted(set(block))
+            assert all(np.flatnonzero(block == block[i])[pick] == i for i in marked)
 
 
 def test_two_cores_share_the_key_heads():

@@ -1,9 +1,8 @@
 """Attention: one function, several implementations.
 
 `reference` (any device, every feature), `tpu` (our kernels), `splash` (jax's for TPU, to compare
-with), `cudnn` (NVIDIA). Each is a module whose
-`attention` raises NotImplementedError for what it cannot do; `auto` takes the device's own, and the
-reference where that refuses.
+with), `cudnn` (NVIDIA). Each is a module whose `attention` raises NotImplementedError for what it
+cannot do; `auto` takes the device's own, and the reference where that refuses.
 """
 
 import functools
@@ -16,6 +15,7 @@ from jax import Array
 from jaxtyping import Float, Int, Num
 
 from helios_jax.kernels.attention import gpu, reference, splash, tpu
+from helios_jax.kernels.quantize import FORMATS
 
 log = logging.getLogger(__name__)
 
@@ -26,6 +26,7 @@ IMPLEMENTATIONS = {
     'cudnn': gpu.attention,
 }
 BLOCKWISE = {'reference': reference, 'tpu': tpu}
+QUANTISES = ('tpu',)  # those that can keep q, k and v in a byte a value for backward
 # Of several for a platform, `auto` takes the first.
 PLATFORMS = {'tpu': 'tpu', 'splash': 'tpu', 'cudnn': 'gpu'}
 DTYPES = ('bfloat16', 'float16', 'float32', 'float64')
@@ -45,6 +46,7 @@ def attention(
     scale: float | None = None,
     window: int = 0,
     softcap: float = 0.0,
+    residuals: str = '',
     implementation: str = 'auto',
     platform: str | None = None,
 ) -> Float[Array, 'B T N H']:
@@ -70,6 +72,9 @@ def attention(
       scale: multiplies the logits, 1/√H by default.
       window: tokens that a query sees, itself included; 0 is all.
       softcap: c, in units of logits; 0 is none.
+      residuals: what backward reads of q, k and v: '' themselves, 'fp8' or 'int8' what is left of
+        them in a byte a value, with a power-of-two scale for each token and head. The result is the
+        same; only `tpu` can, and any other must be given stored arrays by its caller.
       implementation: auto | reference | tpu | splash | cudnn.
       platform: 'tpu', 'gpu' or 'cpu', for `auto` when compiling for another machine; this
         machine's default backend by default.
@@ -87,6 +92,8 @@ def attention(
         raise ValueError(
             f'implementation={implementation!r}: take auto or {", ".join(IMPLEMENTATIONS)}.'
         )
+    if residuals not in ('', *FORMATS):
+        raise ValueError(f"residuals={residuals!r}: must be '' or one of {FORMATS}.")
     platform = platform or jax.default_backend()
     arguments = {
         'positions': positions,
@@ -98,7 +105,7 @@ def attention(
         'scale': 1 / math.sqrt(q.shape[-1]) if scale is None else scale,
         'window': window,
         'softcap': softcap,
-    }
+    } | ({'residuals': residuals} if residuals else {})
     if implementation != 'auto':
         return run(implementation, platform, q, k, v, arguments)
     choice = next((name for name, place in PLATFORMS.items() if place == platform), 'reference')
@@ -141,6 +148,8 @@ def run(
 ) -> Float[Array, 'B T N H']:
     if platform != PLATFORMS.get(name, platform):
         raise NotImplementedError(f'{name} needs platform {PLATFORMS[name]!r}, not {platform!r}.')
+    if 'residuals' in arguments and name not in QUANTISES:
+        raise NotImplementedError(f'{name} keeps q, k and v as they are for backward.')
     return IMPLEMENTATIONS[name](q, k, v, **arguments)
 
 

@@ -22,7 +22,7 @@ from helios_jax.kernels.attention.tpu import blocks as sizes
 from helios_jax.kernels.attention.tpu.backward_kernel import Inputs
 from helios_jax.kernels.attention.tpu.tiles import LOG2E, MARKS
 from helios_jax.kernels.attention.tpu.work import Blocks
-from helios_jax.kernels.quantize import FORMATS, Stored
+from helios_jax.kernels.quantize import Stored
 
 
 class Rows(NamedTuple):
@@ -74,8 +74,6 @@ def attention(
       NotImplementedError: H not a multiple of 32, or a dtype other than bfloat16 and float32.
     """
     rows, options = prepare(q, k, interpret=interpret, blocks=blocks, **arguments)
-    if residuals not in ('', *FORMATS):
-        raise ValueError(f"residuals={residuals!r}: must be '' or one of {FORMATS}.")
     options = dataclasses.replace(options, residuals=residuals)
     return differentiable(options, q, k, v, rows)
 

@@ -36,7 +36,7 @@ from helios_jax.kernels.attention.tpu.tiles import (
 from helios_jax.kernels.attention.tpu.work import Blocks, Work
 from helios_jax.kernels.quantize import Stored, power_of_two
 
-def keys_in_memory(out: Array, blocks: Blocks, vmem: int) -> int:
+def keys_in_memory(out: Any, blocks: Blocks, vmem: int) -> int:
     """How many keys of a head, a multiple of the block, have all that is kept of them in VMEM.
 
     Args:

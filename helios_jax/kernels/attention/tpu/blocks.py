@@ -92,4 +92,4 @@ def working_set(blocks: Blocks, G: int, H: int, itemsize: int, backward: bool) -
     state = rows * lanes * (2 * itemsize + 12)
     chunk = min(blocks.width, rows) if backward else rows
     keys = blocks.run * blocks.part if backward else min(blocks.width, blocks.run * blocks.part)
-    return copies + tables + state + 3 * 4 * chunk * keys
+    return copies + tables + state + 4 * chunk * keys
