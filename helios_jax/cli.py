@@ -15,6 +15,7 @@ from typing import Any, NoReturn
 from absl import flags
 
 from helios_jax import config, options
+from helios_jax.bench.commands import bench_command, show
 from helios_jax.config import UserError, nearest, require
 
 
@@ -207,131 +208,6 @@ def explain_command(argv: Sequence[str]) -> None:
     require(bool(chosen), f'{name}: no such setting.{nearest(name, described)}')
     for setting, (default, comment) in chosen.items():
         print(f'{setting} = {default}\n    {comment}')
-
-
-def bench_command(argv: Sequence[str]) -> None:
-    """bench attention | compile | train | torch_peer: measurements, each with its own flags."""
-    benches = {
-        'attention': attention_bench,
-        'compile': compile_bench,
-        'torch_peer': torch_bench,
-        'train': train_bench,
-    }
-    name = argv[0] if argv else ''
-    require(
-        name in benches,
-        f'helios bench {name}: no such measurement.{nearest(name, benches)} '
-        f'There are: {", ".join(benches)}.',
-    )
-    benches[name](argv[1:])
-
-
-def attention_bench(argv: Sequence[str]) -> None:
-    """TPU attention by its schedule: --target --lengths [--documents --window --json …]."""
-    values = flags.FlagValues()
-    shape = {
-        'batch': (1, 'Rows, B.'),
-        'heads': (32, 'Query heads, N.'),
-        'kv_heads': (8, 'Key heads, K.'),
-        'head_dim': (128, 'H; the layer is N·H wide.'),
-        'documents': (1, 'Of a row.'),
-        'window': (0, 'Tokens that a query sees; 0: all before it.'),
-    }
-    flags.DEFINE_string('target', 'v5p', 'v5e | v5p | v6e | tpu7x.', flag_values=values)
-    flags.DEFINE_list('lengths', ['2048', '4096', '16384'], 'Tokens, T.', flag_values=values)
-    for name, (default, text) in shape.items():
-        flags.DEFINE_integer(name, default, text, flag_values=values)
-    flags.DEFINE_list('implementations', [], 'Those to compile; none: all.', flag_values=values)
-    flags.DEFINE_string('earlier', '', 'File of JSON rows to compare with.', flag_values=values)
-    flags.DEFINE_integer('jobs', 1, 'Compilations at a time.', flag_values=values)
-    flags.DEFINE_bool('json', False, 'JSON lines.', flag_values=values)
-    flags.DEFINE_bool('tune', False, "Search our kernels' block sizes.", flag_values=values)
-    flags.DEFINE_bool('verify', False, 'Our kernels against float64.', flag_values=values)
-    flags.DEFINE_integer('cases', 0, 'To verify; 0: all of them.', flag_values=values)
-    flags.DEFINE_string('here', '', 'One compilation, in this process.', flag_values=values)
-    options.parse(values, argv)
-    if values.verify:
-        from helios_jax.bench import attention_verify
-
-        attention_verify.report(values.cases, values.jobs)
-        return
-    os.environ['JAX_PLATFORMS'] = 'cpu'
-    from helios_jax.bench import attention, attention_task, attention_tune
-
-    if values.here:
-        task = attention_task.Task(**json.loads(values.here))
-        print(json.dumps(attention_task.compile_here(task)))
-        return
-    require(
-        values.target in attention.CHIPS,
-        f'--target={values.target}: there are {", ".join(attention.CHIPS)}.',
-    )
-    if values.tune:
-        attention_tune.tune(values.target, values.head_dim, values.jobs)
-        return
-    for length in values.lengths:
-        require(length.isdigit() and length != '0', f'--lengths={length}: not a number of tokens.')
-    sizes: Any = {name: values[name].value for name in shape}
-    problems = [attention.Problem(length=int(length), **sizes) for length in values.lengths]
-    attention.compare(
-        values.target,
-        problems,
-        names=values.implementations,
-        earlier=values.earlier,
-        jobs=values.jobs,
-        as_json=values.json,
-    )
-
-
-def compile_bench(argv: Sequence[str]) -> None:
-    values = flags.FlagValues()
-    options.config_flag(values, argv)
-    flags.DEFINE_string('topology', 'v5p:2x2x4', 'What to compile for.', flag_values=values)
-    flags.DEFINE_bool('json', False, 'One JSON object.', flag_values=values)
-    options.parse(values, options.config_file(argv))
-    os.environ['JAX_PLATFORMS'] = 'cpu'
-    from helios_jax.bench import compile as compiling
-
-    show(compiling.measure(config.from_dict(values.config), values.topology), values.json)
-
-
-def train_bench(argv: Sequence[str]) -> None:
-    """Training speed on real text: --config [--kinds --packings --peer --json]."""
-    values = flags.FlagValues()
-    options.config_flag(values, argv)
-    flags.DEFINE_list('kinds', ['residual', 'convex'], 'GMU kinds.', flag_values=values)
-    flags.DEFINE_list('packings', ['concatenate', 'best_fit'], 'Packings.', flag_values=values)
-    flags.DEFINE_bool('peer', False, 'Measure PyTorch as well.', flag_values=values)
-    flags.DEFINE_bool('json', False, 'JSON lines alone.', flag_values=values)
-    flags.DEFINE_bool('here', False, 'One variant, in this process.', flag_values=values)
-    options.parse(values, options.config_file(argv))
-    cfg = config.from_dict(values.config)
-    from helios_jax.bench import train as training
-
-    if values.here:
-        print(json.dumps(training.measure(cfg)))
-        return
-    training.compare(
-        argv,
-        kinds=values.kinds,
-        packings=values.packings,
-        with_peer=values.peer,
-        as_json=values.json,
-    )
-
-
-def torch_bench(argv: Sequence[str]) -> None:
-    from helios_jax.bench import torch_peer
-
-    torch_peer.main(argv)
-
-
-def show(values: dict[str, Any], as_json: bool) -> None:
-    if as_json:
-        print(json.dumps(values))
-        return
-    text = lambda v: f'{v:.4f}' if isinstance(v, float) else str(v)  # noqa: E731
-    print('  '.join(f'{name}={text(value)}' for name, value in values.items()))
 
 
 COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {

@@ -6,7 +6,7 @@ import os
 # arguments: with no more threads than devices, all of which may wait, they wait for ever.
 os.environ['NPROC'] = '32'
 
-from jaxtyping import install_import_hook  # noqa: E402
+from jaxtyping import install_import_hook
 
 install_import_hook('helios_jax', 'beartype.beartype')
 

@@ -17,6 +17,8 @@ from helios_jax.kernels.attention.tpu.tiles import MARKS
 from helios_jax.kernels.attention.tpu.work import Blocks
 
 Options = dict[str, Any]
+
+
 def variants(problem: Problem, which: str, target: str) -> list[Options]:
     """The shape that the kernels take for the problem."""
     at = problem.head_dim, problem.length

@@ -44,7 +44,8 @@ IMPLEMENTATIONS = {
     'jax_splash': Implementation(attention_peers.variants, attention_peers.setup),
     'tokamax': Implementation(attention_tokamax.variants, attention_tokamax.setup),
     NOTHING: Implementation(
-        lambda problem, which, target: [{}], lambda problem, options: attention_problem.nothing(problem)
+        lambda problem, which, target: [{}],
+        lambda problem, options: attention_problem.nothing(problem),
     ),
 }
 

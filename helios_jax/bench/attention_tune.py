@@ -32,7 +32,7 @@ CANDIDATES = {
 def tune(target: str, head_dim: int, jobs: int) -> None:
     """Writes the fastest shapes of both passes into the package's table."""
     problem = Problem(length=COMPILED, head_dim=head_dim)
-    found = {}
+    found: dict[str, dict[int, Shape]] = {}
     for which in PASSES:
         shapes = [
             Shape(rows, keys, part, run // part, width)

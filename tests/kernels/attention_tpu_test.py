@@ -222,7 +222,9 @@ def test_backward_reads_what_the_forward_kernel_stored(form, keys):
     np.testing.assert_array_equal(out, expected)
     q, k, v = (np.asarray(restore(store(jnp.asarray(x), form), str(x.dtype))) for x in rows[:3])
     arrays = q, k, v, out, lse, rows.cotangent
-    for got, want in zip(gradients, bench.jitted(tpu.backward, arrays, call | options), strict=True):
+    for got, want in zip(
+        gradients, bench.jitted(tpu.backward, arrays, call | options), strict=True
+    ):
         np.testing.assert_array_equal(got, want)
     assert any((x != y).any() for x, y in zip(rows[:3], (q, k, v), strict=True))
 
@@ -242,7 +244,7 @@ def test_keys_beyond_the_memory_come_in_chunks(monkeypatch):
 @pytest.mark.parametrize('window', [0, 150])
 @pytest.mark.parametrize('kind', ['plain', 'packed', 'shuffled'])
 def test_what_is_listed_is_what_is_seen(kind, window):
-    """Every visible pair is in a listed part; what is not masked is seen by all; no part for nothing."""
+    """Each visible pair is in a listed part, once; what is not masked is seen by all."""
     blocks, T = bench.SMALL, 1536
     rng = np.random.default_rng(window)
     cuts = np.sort(rng.integers(0, T, 0 if kind == 'plain' else 5))

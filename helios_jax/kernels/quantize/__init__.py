@@ -4,12 +4,12 @@ A product with a power of two is exact, so that all of the error is the payload'
 relative 2⁻⁴ in FP8 (e4m3, three bits of mantissa), 1/127 of the row's largest in int8.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import Array
-from jaxtyping import Float, Int8, UInt8
+from jaxtyping import Float
 
 FORMATS = ('fp8', 'int8')
 LARGEST = {'fp8': 448, 'int8': 127}  # of a payload
@@ -22,8 +22,8 @@ MANTISSA = (1 << 23) - 1
 class Stored(NamedTuple):
     """Rows of H values. FP8 is kept as its bits: `jax.checkpoint` would round float8 to NaN."""
 
-    payload: UInt8[Array, '... H'] | Int8[Array, '... H']
-    exponents: Int8[Array, '...']
+    payload: Any  # uint8 or int8 [... H]
+    exponents: Any  # int8 [...]
 
     @property
     def values(self) -> Array:
@@ -69,7 +69,9 @@ def encode(x: Array, largest: Array, form: str) -> Array:
 
     Written for kernels: few operations on each value, none of them slow.
     """
-    inverse = jax.lax.bitcast_convert_type((2 * BIAS << 23) - scale_bits(largest, form), jnp.float32)
+    inverse = jax.lax.bitcast_convert_type(
+        (2 * BIAS << 23) - scale_bits(largest, form), jnp.float32
+    )
     scaled = x * inverse
     return (jnp.round(scaled) if form == 'int8' else scaled).astype(DTYPES[form])
 

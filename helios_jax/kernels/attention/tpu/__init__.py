@@ -7,11 +7,10 @@ kernels take [B heads T H]: the transpose around them folds into the projections
 
 import dataclasses
 import functools
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import Array
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Float, Int, Num
@@ -20,24 +19,18 @@ from helios_jax.kernels.attention.splash import RESIDUALS
 from helios_jax.kernels.attention.tpu import backward_kernel, forward_kernel, work
 from helios_jax.kernels.attention.tpu import blocks as sizes
 from helios_jax.kernels.attention.tpu.backward_kernel import Inputs
+from helios_jax.kernels.attention.tpu.layout import (
+    heads_first,
+    in_chunks,
+    operands,
+    pad,
+    padded,
+    tokens_first,
+)
+from helios_jax.kernels.attention.tpu.rows import Rows, mark, tables
 from helios_jax.kernels.attention.tpu.tiles import LOG2E, MARKS
 from helios_jax.kernels.attention.tpu.work import Blocks
 from helios_jax.kernels.quantize import Stored
-
-
-class Rows(NamedTuple):
-    """Where queries and keys stand. Without segments and keys of their own, rows are causal."""
-
-    positions: Array  # [B T]
-    segment_ids: Array | None
-    key_positions: Array | None  # [B S]
-    key_segment_ids: Array | None
-    frequencies: Array  # [R]
-    scale: Array  # float32 scalar, of the logits
-
-    @property
-    def segmented(self) -> bool:
-        return any(x is not None for x in self[1:4])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -161,9 +154,10 @@ def forward_rule(options: Options, q: Array, k: Array, v: Array, rows: Rows) -> 
 
 
 def backward_rule(options: Options, saved: Any, cotangent: Array) -> tuple[Any, ...]:
-    *qkv, out, lse, rows = saved
-    qkv = qkv if options.residuals else operands(*qkv)
-    return *run_backward(options, *qkv, out, lse, cotangent, rows), None
+    q, k, v, out, lse, rows = saved
+    if not options.residuals:
+        q, k, v = operands(q, k, v)
+    return *run_backward(options, q, k, v, out, lse, cotangent, rows), None
 
 
 differentiable.defvjp(forward_rule, backward_rule)
@@ -211,8 +205,9 @@ def run_backward(
     cotangent: Array,
     rows: Rows,
 ) -> tuple[Array, Array, Array]:
-    """q [B K G T H], k and v [B K S H]: arrays, or stored. The rest and the results as `backward`'s."""
-    (B, T, N, H), (K, S), blocks = out.shape, (k.payload if isinstance(k, Stored) else k).shape[1:3], options.backward
+    """As `backward`, of q [B K G T H], k and v [B K S H]: arrays or stored."""
+    keys = k.payload if isinstance(k, Stored) else k
+    (B, T, N, H), (K, S), blocks = out.shape, keys.shape[1:3], options.backward
     queries, keys, values = padded(q, blocks.q), padded(k, blocks.k), padded(v, blocks.k)
     out, cotangent = (pad(heads_first(x, K), blocks.q, axis=-2) for x in (out, cotangent))
     # A query that saw nothing has −∞, and padding is such a query.
@@ -251,101 +246,3 @@ def run_backward(
     dq, gradients = jax.lax.scan(one, jnp.zeros(out.shape, jnp.float32), chunks)
     dk, dv = (jnp.moveaxis(x, 0, 2).reshape(B, K, -1, H) for x in gradients)
     return tokens_first(dq, T).astype(out.dtype), tokens_first(dk, S), tokens_first(dv, S)
-
-
-def in_chunks(x: Array | Stored, size: int, axis: int = -1) -> Any:
-    """An axis cut into chunks, which come first; the last is padded with zeros: no segment."""
-    if isinstance(x, Stored):
-        return Stored(in_chunks(x.payload, size, -2), in_chunks(x.exponents, size))
-    x = pad(x, size, axis=axis)
-    axis %= x.ndim
-    cut = x.reshape(*x.shape[:axis], -1, size, *x.shape[axis + 1 :])
-    return jnp.moveaxis(cut, axis, 0)
-
-
-def pad(x: Array, multiple: int, value: float = 0.0, axis: int = -1) -> Array:
-    """With `value`, an axis to a multiple."""
-    missing = -x.shape[axis] % multiple
-    widths = [(0, 0)] * x.ndim
-    widths[axis] = (0, missing)
-    return jnp.pad(x, widths, constant_values=value) if missing else x
-
-
-def padded(x: Any, multiple: int) -> Any:
-    """The tokens of q, k or v to a multiple."""
-    if not isinstance(x, Stored):
-        return pad(x, multiple, axis=-2)
-    return Stored(pad(x.payload, multiple, axis=-2), pad(x.exponents, multiple))
-
-
-def operands(q: Array, k: Array, v: Array) -> tuple[Array, Array, Array]:
-    return heads_first(q, k.shape[2]), heads_first(k), heads_first(v)
-
-
-def heads_first(x: Array, K: int = 0) -> Array:
-    """[B T N H] → [B K G T H], or [B T K H] → [B K T H] where K is 0."""
-    B, T, N, H = x.shape
-    return jnp.moveaxis(x.reshape(B, T, K, N // K, H) if K else x, 1, -2)
-
-
-def tokens_first(x: Array, T: int) -> Array:
-    """The inverse of `heads_first`."""
-    x = jnp.moveaxis(x[..., :T, :], -2, 1)
-    return x.reshape(*x.shape[:2], -1, x.shape[-1])
-
-
-def plan(
-    rows: Rows, T: int, S: int, blocks: Blocks, window: int
-) -> tuple[work.Work, tuple[Array, Array]]:
-    """The list of work, and the tables of queries and keys: float32 [B H+MARKS T or S], padded."""
-    marks = mark(rows, T, S, blocks)
-    listed = work.make(*marks, blocks, window, ordered=rows.key_positions is None)
-    return listed, tables(rows, *marks)
-
-
-def mark(rows: Rows, T: int, S: int, blocks: Blocks) -> tuple[Any, Any]:
-    """Segments and positions of queries and keys: float32 [B 2 T or S], padded.
-
-    In NumPy where the index alone says who sees whom: the list of work is then a constant, and the
-    positions of padding at the end do no harm.
-    """
-    B = len(rows.positions)
-    if not rows.segmented:
-        queries, keys = np.arange(T + -T % blocks.q), np.arange(S + -S % blocks.k)
-        return (
-            np.stack([np.where(queries < T, 1, work.NOBODY), queries])[None].repeat(B, 0),
-            np.stack([keys < S, np.where(keys < S, keys, work.FAR)])[None].repeat(B, 0),
-        )
-    segments = jnp.ones((B, T)) if rows.segment_ids is None else rows.segment_ids
-    positions = rows.positions if rows.key_positions is None else rows.key_positions
-    key_segments = rows.key_segment_ids
-    if key_segments is None:
-        key_segments = segments if rows.key_positions is None else jnp.ones((B, S))
-    segments = jnp.where(segments > 0, segments, work.NOBODY)
-
-    def stack(segments: Array, positions: Array, block: int, nobody: float, far: float) -> Array:
-        padded = pad(segments, block, nobody), pad(positions, block, far)
-        return jnp.stack([x.astype(jnp.float32) for x in padded], axis=1)
-
-    return (
-        stack(segments, rows.positions, blocks.q, work.NOBODY, 0.0),
-        stack(key_segments, positions, blocks.k, 0.0, work.FAR),
-    )
-
-
-def tables(rows: Rows, q_marks: Any, k_marks: Any) -> tuple[Array, Array]:
-    key_positions = rows.positions if rows.key_positions is None else rows.key_positions
-    return (
-        table(rows.positions, q_marks, rows.frequencies),
-        table(key_positions, k_marks, rows.frequencies),
-    )
-
-
-def table(positions: Array, marks: Any, frequencies: Array) -> Array:
-    """float32 [B H+MARKS T]: cosines, sines, segment ids, positions, zeros."""
-    at = positions.astype(jnp.float32)
-    at = jnp.pad(at, [(0, 0), (0, marks.shape[-1] - at.shape[-1])])
-    angles = at[:, None] * frequencies.astype(jnp.float32)[None, :, None]
-    spare = jnp.zeros((len(at), MARKS - 2, at.shape[-1]), jnp.float32)
-    rows = jnp.cos(angles), jnp.sin(angles), jnp.asarray(marks, jnp.float32), spare
-    return jnp.concatenate(rows, axis=1)

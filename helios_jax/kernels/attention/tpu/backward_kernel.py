@@ -36,6 +36,7 @@ from helios_jax.kernels.attention.tpu.tiles import (
 from helios_jax.kernels.attention.tpu.work import Blocks, Work
 from helios_jax.kernels.quantize import Stored, power_of_two
 
+
 def keys_in_memory(out: Any, blocks: Blocks, vmem: int) -> int:
     """How many keys of a head, a multiple of the block, have all that is kept of them in VMEM.
 
@@ -63,8 +64,8 @@ class Inputs(NamedTuple):
     cotangent: Any
     q_table: Any  # float32 [B H+MARKS T], as `k_table` [B H+MARKS S]
     k_table: Any
-    # Float32 [B K G T H] to add dq of other keys to: it becomes the result's buffer. () is none, and
-    # dq is written in the dtype of `out`.
+    # Float32 [B K G T H], dq of other keys, which becomes the result's buffer; or (), and dq is
+    # written in the dtype of `out`.
     earlier: Any
 
 
@@ -84,18 +85,15 @@ def backward(
     B, K, G, T, H = inputs.out.shape
     S = inputs.k_table.shape[-1]
     width, dtype = G * blocks.q, inputs.out.dtype
-    q, k, v = (
-        x._replace(payload=x.values) if isinstance(x, Stored) else x for x in inputs[:3]
-    )
+    q, k, v = (x._replace(payload=x.values) if isinstance(x, Stored) else x for x in inputs[:3])
     inputs = inputs._replace(q=q, k=k, v=v)
     at = specs(inputs.out, blocks, cached=True)
     tile = functools.partial(pltpu.VMEM, dtype=dtype)
     total = functools.partial(pltpu.VMEM, dtype=jnp.float32)
-    keys = Stored(at.begun_keys, at.begun_rows)
     in_specs = Inputs(
-        Stored(at.queries, at.rows) if isinstance(inputs.q, Stored) else at.queries,
-        keys if isinstance(inputs.k, Stored) else at.begun_keys,
-        keys if isinstance(inputs.v, Stored) else at.begun_keys,
+        block(inputs.q, at.queries, at.rows),
+        block(inputs.k, at.begun_keys, at.begun_rows),
+        block(inputs.v, at.begun_keys, at.begun_rows),
         at.queries,
         at.rows,
         at.queries,
@@ -139,6 +137,11 @@ def backward(
         interpret=interpret,
         name='helios_attention_backward',
     )(*listed[:-1], scale, inputs)
+
+
+def block(x: Any, payload: Any, exponents: Any) -> Any:
+    """The block spec of q, k or v."""
+    return Stored(payload, exponents) if isinstance(x, Stored) else payload
 
 
 def turned(x: Any, head: int | None = None) -> Array:

@@ -85,7 +85,7 @@ def fit(shape: Shape, G: int, T: int, S: int) -> Blocks:
 
 
 def working_set(blocks: Blocks, G: int, H: int, itemsize: int, backward: bool) -> int:
-    """Bytes of VMEM that a kernel takes, but for what it keeps of all keys; estimated from above."""
+    """Bytes of VMEM that a kernel takes, but for what it keeps of all keys; rather too many."""
     lanes, rows, arrays = max(H, 128), G * blocks.q, 4 if backward else 2
     copies = 2 * arrays * lanes * itemsize * (rows + blocks.k)  # blocks of inputs and outputs
     tables = 2 * 4 * (lanes + 16) * (blocks.q + blocks.k)

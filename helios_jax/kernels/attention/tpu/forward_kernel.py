@@ -36,6 +36,7 @@ from helios_jax.kernels.attention.tpu.tiles import (
 from helios_jax.kernels.attention.tpu.work import Blocks, Work
 from helios_jax.kernels.quantize import DTYPES, encode, exponents_for, pack
 
+
 def forward(
     q: Array,
     k: Array,
@@ -98,7 +99,12 @@ def forward(
             num_scalar_prefetch=5,
             grid=(K, listed.count),
             in_specs=[
-                at.queries, at.begun_keys, at.begun_keys, at.upright_table, at.query_marks, at.begun_table
+                at.queries,
+                at.begun_keys,
+                at.begun_keys,
+                at.upright_table,
+                at.query_marks,
+                at.begun_table,
             ],
             out_specs=(at.queries, at.rows, kept_specs),
             scratch_shapes=[
@@ -193,8 +199,8 @@ def kernel(
         greatest[...] = now
         lanes = [weights[:, i : i + LANES] for i in range(0, size, LANES)]
         total[...] = total[...] * shrink + functools.reduce(jnp.add, lanes)
-        seen = pl.ds(pl.multiple_of(first_key + start, size), size)
-        value = dot(weights.astype(values.dtype), values[seen], (1, 0))
+        here = pl.ds(pl.multiple_of(first_key + start, size), size)
+        value = dot(weights.astype(values.dtype), values[here], (1, 0))
         out[...] = out[...] * spread(shrink, H) + value
 
     walk(flags, blocks, attend)

@@ -46,7 +46,9 @@ def diagonal() -> Array:
 
 def column(row: Array) -> Array:
     """[1 n] → [n LANES], each value along its own sublane."""
-    squares = (jnp.where(diagonal(), row[:, i : i + LANES], 0) for i in range(0, row.shape[1], LANES))
+    squares = (
+        jnp.where(diagonal(), row[:, i : i + LANES], 0) for i in range(0, row.shape[1], LANES)
+    )
     columns = [jnp.sum(square, axis=1, keepdims=True) for square in squares]
     return jnp.broadcast_to(jnp.concatenate(columns), (row.shape[1], LANES))
 
@@ -127,7 +129,7 @@ def capped(logits: Array, softcap: float) -> Array:
 
 
 class Specs(NamedTuple):
-    """Blocks of [B K G T H] and [B K G T], [B K S H] and [B K 1 S], and tables, by the work list."""
+    """Blocks of queries [B K G T H] and [B K G T], keys [B K S H] and [B K 1 S], tables."""
 
     queries: pl.BlockSpec
     rows: pl.BlockSpec

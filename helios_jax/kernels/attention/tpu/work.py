@@ -128,9 +128,7 @@ def make(q_marks: Any, k_marks: Any, blocks: Blocks, window: int, ordered: bool)
     after = ~every & (np.arange(num_parts)[None, None, None] >= full[..., None])
     mixed = xp.where(after.any(-1), xp.argmax(after, axis=-1), num_parts)
     mixed = xp.where(full < end, mixed, end)
-    parts = functools.reduce(
-        lambda word, x: word | x[1] << PART_BITS * x[0], enumerate((first, full, mixed, end)), 0
-    )
+    parts = first | full << PART_BITS | mixed << 2 * PART_BITS | end << 3 * PART_BITS
     flags = (
         (FIRST_Q, visit & (xp.cumsum(visit, 2) == 1)),
         (LAST_Q, visit & (xp.cumsum(visit[:, :, ::-1], 2)[:, :, ::-1] == 1)),
