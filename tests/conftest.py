@@ -4,7 +4,7 @@ import os
 
 # Interpreted kernels hold a thread of XLA's pool while they wait for another, which copies their
 # arguments: with no more threads than devices, all of which may wait, they wait for ever.
-os.environ['NPROC'] = '32'
+os.environ.setdefault('NPROC', '32')
 
 from jaxtyping import install_import_hook
 

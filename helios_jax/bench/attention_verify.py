@@ -33,7 +33,7 @@ SLACK = 1e-5
 # a matter of luck where numbers are few or one of them stands out.
 EQUALS = 6
 # Blocks of which a row has several: the kernels' own are larger than most cases.
-SMALL = Blocks(q=128, k=384, part=128, run=2, width=128)
+SMALL = Blocks(q=256, k=768, part=256, run=2, width=256)
 
 
 class Check(NamedTuple):

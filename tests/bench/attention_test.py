@@ -180,7 +180,7 @@ def test_variants_fit_the_problem():
 
 
 def test_a_program_is_read_with_its_loops_and_twins():
-    from tpu_schedule_test import CYCLES, by_hand
+    from bench.tpu_schedule_test import CYCLES, by_hand
 
     chip = CHIPS['v5e']
     hlo = (Path(__file__).parent / 'dumps' / 'program.txt').read_text()
