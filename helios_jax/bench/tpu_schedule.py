@@ -159,7 +159,9 @@ def parse(bundles: str, final: str, cycles: str, delay_slots: int) -> Schedule:
 def table(utilization: str) -> tuple[list[str], list[list[int]]]:
     """Names of the units, and how many of each are busy, row by row."""
     head, rows = utilization.split('== UTILIZATION:\n')
-    units = [unit.strip() for unit in head.splitlines()[1].split(',')]
+    # From libtpu 0.0.52 on, what was MXU is MATMUL, beside the loading of weights.
+    renamed = {'MATMUL': 'MXU'}
+    units = [renamed.get(unit, unit) for unit in head.splitlines()[1].split(', ')]
     return units, [[int(count) for count in row.split()] for row in rows.splitlines() if row]
 
 

@@ -144,7 +144,7 @@ def prepare(
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def differentiable(options: Options, q: Array, k: Array, v: Array, rows: Rows) -> Array:
-    return run_forward(options, q, k, v, rows)[0]
+    return run_forward(dataclasses.replace(options, residuals=''), q, k, v, rows)[0]
 
 
 def forward_rule(options: Options, q: Array, k: Array, v: Array, rows: Rows) -> tuple[Array, Any]:

@@ -53,7 +53,7 @@ def shape(generation: str, H: int, T: int, wide: bool, backward: bool) -> Shape:
     known = tuned().get(generation, {}).get('backward' if backward else 'forward', {})
     lengths = {} if wide else known.get(str(H), {})
     if not lengths:
-        return default(generation, H, wide, backward)
+        return default(H, wide, backward)
     length = max((int(n) for n in lengths if int(n) <= T), default=min(map(int, lengths)))
     return Shape(*lengths[str(length)])
 
@@ -64,19 +64,18 @@ def tuned() -> dict[str, Any]:
     return json.loads(TABLE.read_text())
 
 
-def default(generation: str, H: int, wide: bool, backward: bool) -> Shape:
-    large = generation in ('v6e', 'tpu7x')  # matmul units of 256 by 256
+def default(H: int, wide: bool, backward: bool) -> Shape:
     scale = 2 if wide or H > 128 else 1
-    width = (2048 if large else 256) if backward else 512
-    return Shape((2048 if large else 1024) // scale, 4096 // scale, 256, 4 // scale, width)
+    return Shape(2048 // scale, 4096 // scale, 512, 2 // scale, 256 if backward else 512)
 
 
 def fit(shape: Shape, G: int, T: int, S: int) -> Blocks:
     """The nearest blocks for a problem, none much larger than it."""
-    q = 128
+    q = part = 128
     while q * 2 * G <= shape.rows and q < T:
         q *= 2
-    part = 128 if S <= 128 else shape.part
+    while part < min(shape.part, S):
+        part *= 2
     k = -(-S // -(-S // shape.k) // part) * part
     run = shape.run
     while run * part > k:
