@@ -26,11 +26,7 @@ PAIRS, TRIPLES = bench.covering(), bench.covering(3)
 
 @pytest.fixture(autouse=True)
 def no_race(capsys):
-    # Most of the time goes into compiling the interpreter's many small steps.
-    optimized = jax.config.jax_disable_most_optimizations
-    jax.config.update('jax_disable_most_optimizations', True)
     yield
-    jax.config.update('jax_disable_most_optimizations', optimized)
     pltpu.reset_tpu_interpret_mode_state()  # after a failure it would spoil the next test
     assert RACE not in capsys.readouterr().out
 
