@@ -45,7 +45,6 @@ def setup(problem: Problem, options: Options) -> Setup:
             window=problem.window,
             softcap=0.0,
             blocks=(chosen, chosen),
-            residuals=options.get('residuals', ''),
         )
 
     marks = np.stack([problem.segment_ids, problem.positions], axis=1).astype(np.float32)

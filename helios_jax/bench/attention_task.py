@@ -118,12 +118,16 @@ def kernel_row(
             f'kernel {operation.name}: {len(plans)} plans are for it (there are: '
             f'{", ".join(setup.plans)}), {len(schedules)} schedules were dumped.'
         )
+    if operation.times > 1:
+        raise UserError(
+            f'kernel {operation.name} runs {operation.times} times, on parts of keys that do not '
+            'fit in VMEM together: no plan is for that. Take a shorter --lengths.'
+        )
     found = tpu_timing.predict(schedules[operation.name], plans[0], chip)._asdict()
     return {
         'name': operation.name,
-        'calls': operation.times,
-        'ms': 1e3 * operation.times * found.pop('seconds'),
-        'hbm_mib': operation.times * found.pop('hbm_bytes') / MIB,
+        'ms': 1e3 * found.pop('seconds'),
+        'hbm_mib': found.pop('hbm_bytes') / MIB,
         'vmem_mib': operation.vmem_bytes / MIB,
         **found,
     }
