@@ -252,7 +252,7 @@ def test_the_fastest_variant_is_measured_in_the_layer(compilations, capsys, tmp_
     earlier = tmp_path / 'rows.json'
     earlier.write_text('\n'.join(map(json.dumps, rows)))
     ours = attention_task.Implementation(
-        lambda problem, which: [{'block': 1536}], lambda problem, options: None
+        lambda problem, which, target: [{'block': 1536}], lambda problem, options: None
     )
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(attention.IMPLEMENTATIONS, attention.OURS, ours)
