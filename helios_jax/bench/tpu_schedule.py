@@ -53,6 +53,12 @@ class Region:
     def works(self) -> bool:
         return sum(self.busy[unit] for unit in VECTOR) >= WORK
 
+    @property
+    def copies(self) -> bool:
+        """It loads and stores, and computes nothing."""
+        computes = any(self.busy[unit] for unit in ('MXU', 'XLU', 'VALU', 'EUP'))
+        return self.busy['VLOAD'] > 0 and self.busy['VSTORE'] > 0 and not computes
+
     def walk(self) -> Iterator['Region']:
         """All regions inside, in the order of the code."""
         for region in self.inner:

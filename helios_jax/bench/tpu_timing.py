@@ -69,7 +69,10 @@ def predict(schedule: Schedule, plan: Plan, chip: Chip) -> Prediction:
     Raises:
       ValueError: the schedule has another number of bodies than the plan names.
     """
-    found = schedule.bodies
+    found, every_step = schedule.bodies, schedule.every_step
+    if len(found) == len(plan.bodies) + 1 and found[-1].copies:
+        # XLA put the result in VMEM, and a finished block is copied there last of all.
+        every_step += found.pop().cycles
     if len(found) != len(plan.bodies):
         raise ValueError(
             f'the plan names {len(plan.bodies)} bodies ({", ".join(plan.bodies)}), the schedule '
@@ -81,7 +84,7 @@ def predict(schedule: Schedule, plan: Plan, chip: Chip) -> Prediction:
     cycles = float(schedule.code.total - schedule.grid.total)
     waiting = multiplying = 0.0
     for step in plan.steps:
-        busy = schedule.every_step + sum(bodies[name] * runs for name, runs in step.runs.items())
+        busy = every_step + sum(bodies[name] * runs for name, runs in step.runs.items())
         wait = max(0.0, step.hbm_bytes * cycles_per_byte - busy / num_cores)
         cycles += step.number * (busy / num_cores + wait)
         waiting += step.number * wait
@@ -92,7 +95,7 @@ def predict(schedule: Schedule, plan: Plan, chip: Chip) -> Prediction:
         multiplying += step.number * products / num_cores / chip.num_mxus
     return Prediction(
         grid_steps=sum(step.number for step in plan.steps),
-        every_step=schedule.every_step,
+        every_step=every_step,
         bodies=bodies,
         spills=sum(region.busy['VSTORE:SPILL'] for region in found),
         num_cores=num_cores,

@@ -1,5 +1,6 @@
 """Reading schedules: a program by hand, and the dumps of a small kernel of our own."""
 
+import dataclasses
 import json
 import os
 import subprocess
@@ -157,6 +158,29 @@ def test_a_plan_for_another_kernel_is_refused_with_the_tree():
     with pytest.raises(ValueError, match=r'2 bodies \(clear, write\).*has 3') as caught:
         tpu_timing.predict(schedule, Plan(('clear', 'write'), []), CHIPS['v5e'])
     assert str(schedule.grid) in str(caught.value)
+
+
+def test_a_copy_behind_the_bodies_is_part_of_every_step():
+    """Of a block of the result, where XLA puts that in VMEM. Work there is still refused."""
+    chip = CHIPS['v5e']
+    schedule = tpu_schedule.read(DUMPS / 'v5e', 4)['small_kernel_parallel.1']
+    plan = Plan(('clear', 'product'), [Step(3, {'product': 1}, 0.0)])
+    with pytest.raises(ValueError, match='has 3'):
+        tpu_timing.predict(schedule, plan, chip)
+    write = schedule.bodies[-1]
+    idle = dict.fromkeys(write.busy, 0)
+    copy = dataclasses.replace(write, busy=idle | {'VLOAD': 20, 'VSTORE': 20})
+    assert copy.copies
+    assert not write.copies
+
+    def replaced(region):
+        inner = tuple(copy if r == write else replaced(r) for r in region.inner)
+        return dataclasses.replace(region, inner=inner)
+
+    copying = dataclasses.replace(schedule, code=replaced(schedule.code))
+    found = tpu_timing.predict(copying, plan, chip)
+    assert set(found.bodies) == {'clear', 'product'}
+    assert found.every_step == schedule.every_step + write.cycles
 
 
 def test_clocks_follow_from_the_peaks():

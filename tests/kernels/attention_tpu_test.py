@@ -53,6 +53,7 @@ def test_a_race_is_noticed(capsys):
     assert RACE in capsys.readouterr().out + message
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('case', PAIRS, ids=lambda case: case.name)
 def test_errors_stay_near_those_of_a_plain_computation(case):
     [check] = bench.verify(bench.kernels(case), [case])
@@ -97,6 +98,7 @@ LSE_CASES = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     'name', ['ring', *(pytest.param(n, marks=pytest.mark.long) for n in LSE_CASES if n != 'ring')]
 )
@@ -146,6 +148,7 @@ def order(kind, length, seed):
     return np.concatenate([chunks[c] for c in (0, 7, 1, 6, 2, 5, 3, 4)])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ('mask', 'kind'),
     [
@@ -199,6 +202,7 @@ def test_blocks_of_keys_merge_by_their_log_sum_exp():
     assert not faults
 
 
+@pytest.mark.slow
 def test_what_is_not_seen_may_be_huge():
     """Keys of the future and of padding, whose weights overflow unless they are masked."""
     rows = problem(dtype='bfloat16', T=600, mask='causal')
@@ -220,6 +224,7 @@ def test_what_is_not_seen_may_be_huge():
         assert not got[:, cut:].any()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ('form', 'keys'), [('fp8', 'own'), pytest.param('int8', 'ring', marks=pytest.mark.long)]
 )
@@ -241,6 +246,7 @@ def test_backward_reads_what_the_forward_kernel_stored(form, keys):
     assert any((x != y).any() for x, y in zip(rows[:3], (q, k, v), strict=True))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('residuals', [pytest.param('', marks=pytest.mark.long), 'int8'])
 def test_keys_beyond_the_memory_come_in_chunks(residuals, monkeypatch):
     rows = problem(T=1500, mask='segments', G=2)
@@ -303,6 +309,7 @@ def test_what_is_listed_is_what_is_seen(kind, window):
             assert all(np.flatnonzero(block == block[i])[pick] == i for i in marked)
 
 
+@pytest.mark.slow
 def test_two_cores_share_the_key_heads():
     visits = set()
 
@@ -320,6 +327,7 @@ def test_two_cores_share_the_key_heads():
     assert not faults
 
 
+@pytest.mark.slow
 @settings(
     max_examples=2,
     deadline=None,
