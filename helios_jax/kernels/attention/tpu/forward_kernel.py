@@ -185,7 +185,6 @@ def kernel(
             add(start + chunk, min(blocks.width, size), masked)
 
     def add(start: Any, size: int, masked: bool) -> None:
-        """Adds the keys [start, start + size) of this block to what its queries have seen."""
         at = pl.ds(start, size)
         logits = capped(dot(q_rotated[...], k_turned[slot, :, at], (1, 0)), softcap)
         if masked:
