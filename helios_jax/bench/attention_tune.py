@@ -7,6 +7,7 @@ schedule, as only the number of times that its regions run depends on them.
 """
 
 import dataclasses
+import functools
 import itertools
 import json
 import sys
@@ -64,7 +65,8 @@ def chunks(target: str, problem: Problem, which: str, length: int, shape: Shape)
     group = problem.heads // problem.kv_heads
     out = jax.ShapeDtypeStruct((1, 1, group, length, problem.head_dim), jnp.bfloat16)
     sizes = blocks.fit(shape, group, length, length)
-    return -(-length // backward_kernel.keys_in_memory(out, sizes, blocks.VMEM[target]))
+    most = functools.partial(backward_kernel.keys_in_memory, out, sizes, blocks.VMEM[target])
+    return 1 if length <= most() else -(-length // most(in_chunks=True))
 
 
 def write(target: str, head_dim: int, found: dict[str, dict[int, Shape]]) -> None:

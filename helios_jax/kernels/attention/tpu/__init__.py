@@ -225,13 +225,14 @@ def run_backward(
     marks = mark(rows, T, S, blocks)
     q_table, k_table = tables(rows, *marks)
     inputs = Inputs(queries, keys, values, out, lse, cotangent, q_table, k_table, ())
-    most, total = backward_kernel.keys_in_memory(out, blocks, options.vmem), k_table.shape[-1]
-    if total <= most:
+    most = functools.partial(backward_kernel.keys_in_memory, out, blocks, options.vmem)
+    total = k_table.shape[-1]
+    if total <= most():
         listed = work.make(*marks, blocks, options.window, ordered=rows.key_positions is None)
         dq, dk, dv = kernel(inputs, listed=listed)
         return tokens_first(dq, T), tokens_first(dk, S), tokens_first(dv, S)
 
-    chunk = -(-total // -(-total // most) // blocks.k) * blocks.k
+    chunk = -(-total // -(-total // most(in_chunks=True)) // blocks.k) * blocks.k
     q_marks, k_marks = (jnp.asarray(x, jnp.float32) for x in marks)
 
     def one(dq: Array, part: tuple[Any, ...]) -> tuple[Array, tuple[Array, ...]]:

@@ -37,16 +37,17 @@ from helios_jax.kernels.attention.tpu.work import Blocks, Work
 from helios_jax.kernels.quantize import Stored, power_of_two
 
 
-def keys_in_memory(out: Any, blocks: Blocks, vmem: int) -> int:
+def keys_in_memory(out: Any, blocks: Blocks, vmem: int, in_chunks: bool = False) -> int:
     """How many keys of a head, a multiple of the block, have all that is kept of them in VMEM.
 
     Args:
       out: [B K G T H], in the dtype of q, k and v.
+      in_chunks: there are more keys than that.
     """
     G, H, itemsize = out.shape[2], out.shape[-1], out.dtype.itemsize
     lanes = max(H, LANES)
     each = 2 * 4 * lanes + (2 * lanes + H) * itemsize
-    free = vmem - working_set(blocks, G, H, itemsize, backward=True)
+    free = vmem - working_set(blocks, G, H, itemsize, True, in_chunks)
     return max(free // each // blocks.k, 1) * blocks.k
 
 

@@ -83,12 +83,17 @@ def fit(shape: Shape, G: int, T: int, S: int) -> Blocks:
     return Blocks(q, k, part, run, shape.width)
 
 
-def working_set(blocks: Blocks, G: int, H: int, itemsize: int, backward: bool) -> int:
-    """Bytes of VMEM that a kernel takes, but for what it keeps of all keys; rather too many."""
+def working_set(
+    blocks: Blocks, G: int, H: int, itemsize: int, backward: bool, in_chunks: bool = False
+) -> int:
+    """Bytes of VMEM that a kernel takes, but for what it keeps of all keys; rather too many.
+
+    in_chunks: dq comes in, and goes out, in float32 for every chunk of the keys.
+    """
     lanes, rows, arrays = max(H, 128), G * blocks.q, 4 if backward else 2
     copies = 2 * arrays * lanes * itemsize * (rows + blocks.k)  # blocks of inputs and outputs
     tables = 2 * 4 * (lanes + 16) * (blocks.q + blocks.k)
-    state = rows * lanes * (2 * itemsize + 12)
+    state = rows * lanes * (2 * itemsize + (32 if in_chunks else 12))
     chunk = min(blocks.width, rows) if backward else rows
     keys = blocks.run * blocks.part if backward else min(blocks.width, blocks.run * blocks.part)
     return copies + tables + state + 4 * chunk * keys
