@@ -126,6 +126,8 @@ class Transformer(nn.Module):
             in_axes=(0, nn.broadcast, nn.broadcast, nn.broadcast),
             length=model.num_periods,
             metadata_params={nn.PARTITION_NAME: 'layers'},
+            # It would trace the layers once more, and takes interpreted kernels for variables.
+            check_constancy_invariants=False,
         )(model, model.period_kinds, self.platform, self.checkpoint_policy, scanned=True)
         self.final_norm = RMSNorm()
         if not model.tied_embeddings:
