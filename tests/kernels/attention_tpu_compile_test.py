@@ -99,7 +99,9 @@ def test_128k_tokens_fit_in_16_gib(generation, packed):
 @pytest.mark.parametrize('H', [64, 96, 128, 192, 256])
 @pytest.mark.parametrize('generation', TOPOLOGIES)
 def test_every_head_size_compiles(generation, H):
-    compiled(generation, 2048, 6, 2, H, packed=True, window=300, softcap=30.0)
+    text = compiled(generation, 2048, 6, 2, H, packed=True, window=300, softcap=30.0).as_text()
+    for kernel in ('forward', 'backward'):
+        assert re.search(rf'= .* custom-call\(.*helios_attention_{kernel}', text)
 
 
 def test_the_table_is_of_blocks_that_the_kernels_take():

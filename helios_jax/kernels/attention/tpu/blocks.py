@@ -93,6 +93,7 @@ def working_set(
     lanes, rows, arrays = max(H, 128), G * blocks.q, 4 if backward else 2
     copies = 2 * arrays * lanes * itemsize * (rows + blocks.k)  # blocks of inputs and outputs
     tables = 2 * 4 * (lanes + 16) * (blocks.q + blocks.k)
+    # In chunks the compiler takes 5 MiB more for 2,048 rows of 128: 20 bytes a value.
     state = rows * lanes * (2 * itemsize + (32 if in_chunks else 12))
     chunk = min(blocks.width, rows) if backward else rows
     keys = blocks.run * blocks.part if backward else min(blocks.width, blocks.run * blocks.part)
