@@ -4,8 +4,11 @@ import dataclasses
 
 from helios_jax.errors import at_least_zero, fraction, one_of, positive, require
 
-ACTIONS = ('', 'remat', 'device', 'offload')
-POLICIES = ('none', 'full', 'dots', 'minimal', 'offload')
+# What a saved activation becomes, and those that keep every bit.
+EXACT_ACTIONS = ('remat', 'device', 'offload')
+ACTIONS = ('', *EXACT_ACTIONS, 'fp8', 'int8', 'fp8+offload', 'int8+offload')
+EXACT_ONLY = ('log_sum_exp', 'router_choices')  # rounding these would be another function
+POLICIES = ('none', 'minimal', 'full', 'fp8', 'offload', 'fp8_offload', 'auto')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -103,7 +106,7 @@ class Mesh:
 
 @dataclasses.dataclass(frozen=True)
 class Actions:
-    """What each saved activation becomes: '' (as the policy says) | remat | device | offload."""
+    """What each saved activation becomes: '' is as the policy says; memory/policy.py has the rest."""
 
     block_input: str = ''  # the stream at a layer's bottom [B T D]
     attention_input: str = ''  # x̂ of the attention sublayer [B T D]
@@ -111,24 +114,36 @@ class Actions:
     k: str = ''  # unrotated keys [B T K H]
     v: str = ''  # values [B T K H]
     attention_output: str = ''  # per head, before the output projection [B T N H]
+    log_sum_exp: str = ''  # of each query's logits, float32 [B N T]
     attention_update: str = ''  # F(x̂) of the attention sublayer [B T D]
     attention_gate: str = ''  # its gate before the sigmoid [B T D]
     mlp_input: str = ''  # x̂ of the feed-forward sublayer [B T D]
     gate_up: str = ''  # gate and up projections, of dense layers and experts [B T F] each
-    dispatched: str = ''  # tokens sorted to experts [tokens·X D]
+    dispatched: str = ''  # tokens as they reach the devices of their experts [B T D]
+    expert_input: str = ''  # tokens sorted by expert [tokens·X D]
     router_choices: str = ''  # chosen experts [B T X]
     mlp_update: str = ''  # F(x̂) of the feed-forward sublayer [B T D]
     mlp_gate: str = ''  # its gate before the sigmoid [B T D]
+    final_hidden: str = ''  # the stream below the last norm [B T D]
 
     def __post_init__(self) -> None:
         for name, action in dataclasses.asdict(self).items():
             one_of(f'memory.actions.{name}', action, ACTIONS)
+            require(
+                action in ('', *EXACT_ACTIONS) or name not in EXACT_ONLY,
+                f'memory.actions.{name}={action!r} would round it; choose one of '
+                f'{", ".join(EXACT_ACTIONS)}.',
+            )
 
 
 @dataclasses.dataclass(frozen=True)
 class Memory:
-    policy: str = 'full'  # preset: none (save all) | full (layer inputs) | dots | minimal | offload
+    policy: str = 'full'  # none (save all) | minimal | full | fp8 | offload | fp8_offload | auto
+    optimizer: str = 'device'  # where the optimizer's moments live: device | host
+    parameters: str = 'device'  # where the float32 parameters live: device | host
     actions: Actions = Actions()
 
     def __post_init__(self) -> None:
         one_of('memory.policy', self.policy, POLICIES)
+        one_of('memory.optimizer', self.optimizer, ('device', 'host'))
+        one_of('memory.parameters', self.parameters, ('device', 'host'))

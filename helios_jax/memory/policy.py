@@ -1,55 +1,90 @@
 """What each saved activation becomes: one table from tensor name to action.
 
 The model names its intermediate tensors once (`config.Actions` lists them). A preset gives every
-name an action, the user's actions override it, and `jax.checkpoint` carries the table out:
+name an action, the user's actions override it, and memory/store.py carries the table out:
 
-  remat    recomputed in the backward pass
-  device   kept on the device as it is
-  offload  kept in pinned host memory
+  remat                      recomputed in the backward pass
+  device                     kept on the device as it is
+  fp8, int8                  kept on the device in a byte a value (kernels/quantize)
+  offload                    kept in pinned host memory
+  fp8+offload, int8+offload  both
 
-`none` keeps everything and `dots` keeps the results of matmuls; both are policies of XLA's
-primitives, not of names, and take no actions.
+`none` leaves it all to differentiation: everything is saved, nothing has a name. A name that a
+model does not have, or that its backward pass never reads, costs nothing under a preset.
 """
 
 import dataclasses
-from collections.abc import Callable
-from typing import Any
-
-import jax
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
 
 from helios_jax import config
+from helios_jax.config.run import EXACT_ONLY
 
-NAMES = tuple(field.name for field in dataclasses.fields(config.Actions))
-# The kernel's own residuals: without them its forward pass would run again.
-KERNEL_RESIDUALS = 'attention_residuals'
-
-PRESETS: dict[str, dict[str, str]] = {
-    'full': {'block_input': 'device'},
-    'minimal': {
-        name: 'device'
-        for name in (
-            'block_input',
-            'q',
-            'k',
-            'v',
-            'attention_output',
-            'attention_update',
-            'gate_up',
-            'dispatched',
-            'mlp_update',
-        )
-    },
-    'offload': {'block_input': 'offload'},
+# Logical axes (parallel/sharding.py) of each tensor, where it is not one device's own.
+AXES: dict[str, tuple[str, ...]] = {
+    'block_input': ('batch', 'stored_length', 'stream'),
+    'attention_input': ('batch', 'stored_length', 'stream'),
+    'q': ('batch', 'length', 'heads', 'head_dim'),
+    'k': ('batch', 'length', 'kv_heads', 'head_dim'),
+    'v': ('batch', 'length', 'kv_heads', 'head_dim'),
+    'attention_output': ('batch', 'length', 'heads', 'head_dim'),
+    'log_sum_exp': ('batch', 'heads', 'length'),
+    'attention_update': ('batch', 'stored_length', 'stream'),
+    'attention_gate': ('batch', 'stored_length', 'stream'),
+    'mlp_input': ('batch', 'stored_length', 'stream'),
+    'gate_up': ('batch', 'length', 'mlp'),
+    'dispatched': ('batch', 'length', 'stream'),
+    'expert_input': ('batch', 'stream'),
+    'router_choices': ('batch', 'length', 'whole'),
+    'mlp_update': ('batch', 'stored_length', 'stream'),
+    'mlp_gate': ('batch', 'stored_length', 'stream'),
+    'final_hidden': ('batch', 'stored_length', 'stream'),
 }
+NAMES = tuple(AXES)
+# A kernel that is one primitive names nothing; these are the names of its results.
+PRIMITIVES = {'dot_product_attention_fwd_wrapper': ('attention_output', 'log_sum_exp')}
+
+# Results of matmuls, dear to recompute. Without its log-sum-exp attention would run again.
+MATMULS = (
+    'block_input', 'q', 'k', 'v', 'attention_update', 'gate_up', 'dispatched', 'expert_input',
+    'mlp_update',
+)  # fmt: skip
+ATTENTION = {'attention_output': 'device', 'log_sum_exp': 'device'}
+PRESETS: dict[str, dict[str, str]] = {
+    'minimal': dict.fromkeys(MATMULS, 'device') | ATTENTION,
+    'full': {'block_input': 'device'},
+    'fp8': dict.fromkeys(MATMULS, 'fp8') | ATTENTION,
+    'offload': {'block_input': 'offload'},
+    'fp8_offload': {'block_input': 'fp8+offload'},
+}
+
+
+class Action(NamedTuple):
+    saved: bool
+    form: str  # '' as it is, or one of kernels.quantize.FORMATS
+    host: bool
+
+
+def parse(action: str) -> Action:
+    form, _, place = action.rpartition('+')
+    if action in ('fp8', 'int8'):
+        form, place = action, 'device'
+    return Action(action != 'remat', form, place == 'offload')
 
 
 def actions(memory: config.Memory) -> dict[str, str]:
     """Tensor name → action, the user's choices over the preset's.
 
     Raises:
-      UserError: actions beside a policy that works on primitives, or a layer's input as `remat`.
+      UserError: actions beside a policy that names nothing, a layer's input as `remat`, or a policy
+        that is still to be resolved.
     """
-    chosen = {n: a for n, a in dataclasses.asdict(memory.actions).items() if a}
+    chosen = chosen_actions(memory)
+    config.require(
+        memory.policy != 'auto',
+        "memory.policy='auto' is resolved by `helios plan --search`, which knows the device; "
+        f'here choose one of none, {", ".join(PRESETS)}.',
+    )
     config.require(
         not chosen or memory.policy in PRESETS,
         f'memory.policy={memory.policy!r} has no named tensors, but memory.actions sets '
@@ -58,35 +93,34 @@ def actions(memory: config.Memory) -> dict[str, str]:
     config.require(
         chosen.get('block_input') != 'remat',
         "memory.actions.block_input='remat', but a layer is recomputed from its input; choose "
-        'device or offload.',
+        'device, fp8 or offload.',
     )
-    table = dict.fromkeys(NAMES, 'remat') | PRESETS.get(memory.policy, {}) | chosen
     # Routing again could break a tie otherwise than the forward pass did.
-    if not chosen.get('router_choices'):
-        table['router_choices'] = 'device'
-    return table
+    table = dict.fromkeys(NAMES, 'remat') | {'router_choices': 'device', 'final_hidden': 'device'}
+    return table | PRESETS.get(memory.policy, {}) | chosen
 
 
-def checkpoint_policy(memory: config.Memory) -> Callable[..., Any] | None:
-    """The `jax.checkpoint` policy; None means no checkpoint at all: everything is saved."""
-    table = actions(memory)
-    if memory.policy == 'none':
-        return None
-    policies = jax.checkpoint_policies
-    if memory.policy == 'dots':
-        return policies.save_from_both_policies(
-            policies.dots_with_no_batch_dims_saveable,
-            policies.save_only_these_names('router_choices', KERNEL_RESIDUALS),
-        )
-    kept = [name for name, action in table.items() if action == 'device']
-    if table['attention_output'] == 'device':
-        kept.append(KERNEL_RESIDUALS)
-    moved = [name for name, action in table.items() if action == 'offload']
-    if not moved:
-        return policies.save_only_these_names(*kept)
-    return policies.save_and_offload_only_these_names(
-        names_which_can_be_saved=kept,
-        names_which_can_be_offloaded=moved,
-        offload_src='device',
-        offload_dst='pinned_host',
-    )
+def chosen_actions(memory: config.Memory) -> dict[str, str]:
+    """Those that the user asked for by name."""
+    return {n: a for n, a in dataclasses.asdict(memory.actions).items() if a}
+
+
+def checkpoint_policy(table: Mapping[str, str]) -> Callable[..., bool]:
+    """The `jax.checkpoint` policy that saves every tensor whose action is not `remat`."""
+    saved = {name for name, action in table.items() if action != 'remat'}
+
+    def policy(primitive: Any, *_: Any, **params: Any) -> bool:
+        if primitive.name == 'name':
+            return params['name'] in saved
+        return not saved.isdisjoint(PRIMITIVES.get(primitive.name, ()))
+
+    return policy
+
+
+def kernel_form(table: Mapping[str, str]) -> str:
+    """The form that q, k and v share, in which a kernel that can keeps them by itself; or ''."""
+    forms = {parse(table[name]).form for name in ('q', 'k', 'v')}
+    return forms.pop() if len(forms) == 1 else ''
+
+
+assert set(EXACT_ONLY) < set(NAMES)

@@ -27,6 +27,7 @@ class Attention(nn.Module):
     model: config.Model
     window: int = 0  # 0: full
     platform: str = ''  # compiled for another platform than the running one: 'tpu'; '' is ours
+    residuals: str = ''  # what a kernel that can keeps q, k and v as for backward: '' | fp8 | int8
 
     @nn.compact
     def __call__(
@@ -70,7 +71,6 @@ class Attention(nn.Module):
         out = q
         if not self.is_initializing():
             out = self.attend(q, k, v, positions, segment_ids, keys)
-        out = checkpoint_name(out, 'attention_output')
         return Einsum((N, H, D), ('heads', 'head_dim', 'embed'), N * H, dtype, name='out')(
             'btnh,nhd->btd', out
         )
@@ -107,6 +107,7 @@ class Attention(nn.Module):
             model=self.model,
             window=self.window,
             platform=self.platform,
+            residuals=self.residuals,
         )
         if len(tables.query_scale) == 1:
             return attend(
@@ -150,6 +151,7 @@ def _attend_sharded(
     model: config.Model,
     window: int,
     platform: str,
+    residuals: str,
 ) -> Array:
     """The kernel on each device's rows and heads.
 
@@ -170,7 +172,7 @@ def _attend_sharded(
         }
         where: dict[str, Any] = {'implementation': model.attention, 'platform': platform or None}
         if not ring:
-            return attention(q, k, v, **options, **where)
+            return attention(q, k, v, **options, **where, residuals=residuals)
         kernel = blockwise(q, **where)
         kernel = context.Kernel(kernel.forward, kernel.backward)
         return context.ring_attention(kernel, q, k, v, **options, scale=1 / math.sqrt(q.shape[-1]))

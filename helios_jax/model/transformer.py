@@ -1,6 +1,6 @@
 """The decoder: embedding, layers scanned over repeating periods, final norm."""
 
-from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import flax.linen as nn
@@ -10,6 +10,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
 from helios_jax import config
+from helios_jax.memory import policy, store
 from helios_jax.model.attention import Attention
 from helios_jax.model.gmu import GatedMemoryUnit, input_eps
 from helios_jax.model.layers import Einsum, Embed, RMSNorm
@@ -26,6 +27,7 @@ class Block(nn.Module):
     model: config.Model
     kind: str
     platform: str = ''
+    residuals: str = ''  # what attention keeps q, k and v as: '' | fp8 | int8
 
     @nn.compact
     def __call__(
@@ -38,13 +40,13 @@ class Block(nn.Module):
     ) -> tuple[Float[Array, 'B T D'], Stats | None]:
         """Layer `index` (from 0; may be traced) of the stream x."""
         model = self.model
-        x = checkpoint_name(constrain(x, 'batch', 'length', 'stream'), 'block_input')
+        x = constrain(x, 'batch', 'length', 'stream')
         window = model.window if self.kind.endswith('window') else 0
 
         sublayer = 2 * index + 1
         x_hat = RMSNorm(name='attention_norm')(x, input_eps(model, sublayer))
         x_hat = checkpoint_name(x_hat, 'attention_input')
-        attention = Attention(model, window, self.platform, name='attention')
+        attention = Attention(model, window, self.platform, self.residuals, name='attention')
         update = attention(x_hat, positions, segment_ids, cache_length)
         update = checkpoint_name(update, 'attention_update')
         x = GatedMemoryUnit(model, 'attention', name='attention_gmu')(x, x_hat, update, sublayer)
@@ -64,13 +66,11 @@ class Block(nn.Module):
 
 
 class Layers(nn.Module):
-    """Consecutive layers of the given kinds, each rematerialised on its own."""
+    """Consecutive layers of the given kinds."""
 
     model: config.Model
     kinds: tuple[str, ...]
     platform: str
-    checkpoint_policy: Callable[..., Any] | None
-    scanned: bool
 
     @nn.compact
     def __call__(
@@ -81,18 +81,10 @@ class Layers(nn.Module):
         segment_ids: Int[Array, 'B T'] | None,
         cache_length: int = 0,
     ) -> tuple[Float[Array, 'B T D'], LayerStats]:
-        block: Any = Block
-        if self.checkpoint_policy is not None and not cache_length:
-            block = nn.remat(
-                Block,
-                policy=self.checkpoint_policy,
-                prevent_cse=not self.scanned,
-                static_argnums=(5,),  # cache_length
-            )
         stats = {}
         for i, kind in enumerate(self.kinds):
             name = f'layer_{i}'
-            layer = block(self.model, kind, self.platform, name=name)
+            layer = Block(self.model, kind, self.platform, name=name)
             x, reported = layer(x, first_index + i, positions, segment_ids, cache_length)
             if reported is not None:
                 stats[name] = reported
@@ -103,11 +95,12 @@ class Transformer(nn.Module):
     """Tokens to final hidden states and, through `unembed`, to logits.
 
     Parameters are float32. `platform` names the platform to compile for where it is not the one
-    that runs ('tpu' when a topology is compiled for on a CPU).
+    that runs ('tpu' when a topology is compiled for on a CPU). `memory` says what becomes of the
+    activations that a gradient needs.
     """
 
     model: config.Model
-    checkpoint_policy: Callable[..., Any] | None = None
+    memory: config.Memory = config.Memory('none')
     platform: str = ''
 
     def setup(self) -> None:
@@ -116,9 +109,7 @@ class Transformer(nn.Module):
         D, V = model.embed_dim, model.padded_vocab_size
         self.embed = Embed(V, D, dtype)
         if model.prefix_kinds:
-            self.prefix = Layers(
-                model, model.prefix_kinds, self.platform, self.checkpoint_policy, scanned=False
-            )
+            self.prefix = Layers(model, model.prefix_kinds, self.platform)
         self.periods = nn.scan(
             Layers,
             variable_axes={'params': 0, 'router': 0, 'cache': 0},
@@ -128,7 +119,7 @@ class Transformer(nn.Module):
             metadata_params={nn.PARTITION_NAME: 'layers'},
             # It would trace the layers once more, and takes interpreted kernels for variables.
             check_constancy_invariants=False,
-        )(model, model.period_kinds, self.platform, self.checkpoint_policy, scanned=True)
+        )(model, model.period_kinds, self.platform)
         self.final_norm = RMSNorm()
         if not model.tied_embeddings:
             self.unembedding = Einsum((D, V), ('stream', 'unembed_vocab'), D, dtype)
@@ -152,14 +143,59 @@ class Transformer(nn.Module):
         args = (positions, segment_ids, cache_length)
         reported: dict[str, LayerStats] = {}
         first = len(model.prefix_kinds)
-        if first:
-            x, reported['prefix'] = self.prefix(x, 0, *args)
         indices = first + len(model.period_kinds) * jnp.arange(model.num_periods)
-        x, reported['periods'] = self.periods(x, indices, *args)
-        x = self.final_norm(x, input_eps(model, 2 * model.num_layers + 1))
+        eps = input_eps(model, 2 * model.num_layers + 1)
+        if self.memory.policy == 'none' or cache_length or self.is_initializing():
+            if first:
+                x, reported['prefix'] = self.prefix(x, 0, *args)
+            x, reported['periods'] = self.periods(x, indices, *args)
+            x = self.final_norm(x, eps)
+        else:
+            x, reported = self.stored(x, indices, positions, segment_ids, eps)
         if self.is_initializing():
             self.unembedding_weight()
         return x, {group: stats for group, stats in reported.items() if stats}
+
+    @nn.nowrap
+    def stored(
+        self, x: Array, indices: Array, positions: Array, segment_ids: Array | None, eps: Any
+    ) -> tuple[Array, dict[str, LayerStats]]:
+        """The layers and the last norm, whose gradient reads what `memory` says."""
+        model, table = self.model, policy.actions(self.memory)
+        form = policy.kernel_form(table)
+        where: dict[str, Any] = {
+            'table': table,
+            'host': (self.platform or jax.default_backend()) != 'cpu',
+        }
+        reported: dict[str, LayerStats] = {}
+
+        def layer(kind: str, params: Any, x: Array, others: Any, *args: Any) -> Any:
+            router, index = others
+            block = Block(model, kind, self.platform, form, parent=None)
+            return block.apply({'params': params, 'router': router}, x, index, *args)
+
+        args = (positions, segment_ids)
+        for i, kind in enumerate(model.prefix_kinds):
+            params, router = parts(self.prefix, i)
+            x, stats = store.apply(
+                partial(layer, kind), params=params, x=x, others=((router, i), *args),
+                input_name='block_input', **where,
+            )  # fmt: skip
+            if stats is not None:
+                reported.setdefault('prefix', {})[f'layer_{i}'] = stats
+        period = range(len(model.period_kinds))
+        params, routers = zip(*(parts(self.periods, i) for i in period), strict=True)
+        x, reports = store.scan(
+            [partial(layer, kind) for kind in model.period_kinds],
+            params=params, x=x, scanned=[(routers[i], indices + i) for i in period], others=args,
+            input_name='block_input', **where,
+        )  # fmt: skip
+        stats = {f'layer_{i}': report for i, report in enumerate(reports) if report is not None}
+        reported['periods'] = stats
+        norm = lambda params, x: RMSNorm(parent=None).apply({'params': params}, x, eps)  # noqa: E731
+        params = self.final_norm.variables['params']
+        x = store.apply(norm, params=params, x=x, others=(), input_name='final_hidden', **where)
+        return x, reported
 
     def unembedding_weight(self) -> Float[Array, 'D V']:
         """float32; V is padded."""
@@ -179,6 +215,12 @@ class Transformer(nn.Module):
         evaluation go through `loss.cross_entropy`, which never holds them all."""
         hidden, _ = self(tokens, positions, segment_ids, cache_length)
         return project(hidden, self.unembedding_weight(), self.model.vocab_size)
+
+
+def parts(layers: nn.Module, i: int) -> tuple[Any, Any]:
+    """(parameters, router) of layer i of bound layers."""
+    name, variables = f'layer_{i}', layers.variables
+    return variables['params'][name], variables.get('router', {}).get(name, {})
 
 
 def abstract_variables(model: Transformer) -> Any:

@@ -23,7 +23,6 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.experimental.layout import Layout, with_layout_constraint
 from jaxtyping import Array, Float, Int, Num, PyTree, Shaped
 
-from helios_jax.kernels.attention.splash import RESIDUALS
 from helios_jax.parallel.sharding import constrain
 
 
@@ -111,8 +110,8 @@ def _forward(
         arrived, here = _send_while(sent, axis, attend, block)
         # Merged before the next step begins: else all steps' results might wait for the end.
         block, out, lse = jax.lax.optimization_barrier((arrived, *merge(out, lse, *here)))
-    out = checkpoint_name(_tokens_first(out).astype(q.dtype), RESIDUALS)
-    lse = checkpoint_name(lse, RESIDUALS)
+    out = checkpoint_name(_tokens_first(out).astype(q.dtype), 'attention_output')
+    lse = checkpoint_name(lse, 'log_sum_exp')
     return out, (q, own, rows, out, lse)
 
 

@@ -125,7 +125,7 @@ def _local(
     capacity = math.ceil(capacity_factor * experts.shape[0] / num_experts)
     p = plan(jnp.where(valid, experts, ours), ours, capacity)
     rows = dispatch(tokens, p.source, p.slot, num_chosen)
-    rows = checkpoint_name(rows, 'dispatched')
+    rows = checkpoint_name(rows, 'expert_input')
     if capacity:
         rows = rows.reshape(ours, capacity, -1)
         exact = jax.lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
@@ -169,8 +169,9 @@ def apply_experts(
     def on_device(x, choices, weights, w_gate, w_up, w_down):
         gather = lambda a: jax.lax.all_gather(a, 'expert', axis=0, tiled=True)  # noqa: E731
         first = jax.lax.axis_index('expert') * w_gate.shape[0]
+        tokens = checkpoint_name(gather(x), 'dispatched')
         y, dropped = _local(
-            gather(x), gather(choices), gather(weights), w_gate, w_up, w_down,
+            tokens, gather(choices), gather(weights), w_gate, w_up, w_down,
             first, num_experts, capacity_factor,
         )  # fmt: skip
         y = jax.lax.psum(y, 'tensor')

@@ -15,6 +15,7 @@ RULES: Mapping[str, Axes] = {
     # activations
     'batch': ('slice', 'data', 'fsdp', 'expert'),
     'length': ('context',),
+    'stored_length': ('context', 'tensor'),  # of a saved activation that tensor does not split
     'stream': (),
     'loss_batch': ('slice', 'data', 'expert'),  # beside unembed_vocab, which takes fsdp
     'whole': (),
@@ -113,6 +114,16 @@ def constrain(x: jax.Array, *axes: str) -> jax.Array:
     if mesh.empty:
         return x
     return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, spec(axes)))
+
+
+def fitting(shape: Sequence[int], axes: Axes) -> Axes:
+    """`axes`, with `length` for a `stored_length` that the mesh which is set does not divide."""
+    mesh = jax.sharding.get_abstract_mesh()
+    fits = lambda size, name: mesh.empty or size % shards(mesh, name) == 0  # noqa: E731
+    return tuple(
+        'length' if name == 'stored_length' and not fits(size, name) else name
+        for size, name in zip(shape, axes, strict=True)
+    )
 
 
 def table() -> str:

@@ -11,7 +11,6 @@ import optax
 from jaxtyping import PyTree
 
 from helios_jax import config
-from helios_jax.memory.policy import checkpoint_policy
 from helios_jax.model.transformer import Transformer, abstract_variables
 from helios_jax.parallel import sharding
 from helios_jax.train import optimizer
@@ -50,7 +49,7 @@ def create(
       UserError: the mesh does not divide a weight or the batch.
     """
     check_batch(cfg, mesh)
-    model = Transformer(cfg.model, checkpoint_policy(cfg.memory), platform)
+    model = Transformer(cfg.model, cfg.memory, platform)
     boxed = abstract_variables(model)
     variables = nn.unbox(boxed)
     axes = sharding.logical_axes(boxed)

@@ -1,5 +1,8 @@
 """Attention: one function, several implementations.
 
+Each gives what its backward pass reads the names of `config.Actions`: q, k, v, attention_output and
+log_sum_exp, or is one primitive that memory/policy.py knows.
+
 `reference` (any device, every feature), `tpu` (our kernels), `splash` (jax's for TPU, to compare
 with), `cudnn` (NVIDIA). Each is a module whose `attention` raises NotImplementedError for what it
 cannot do; `auto` takes the device's own, and the reference where that refuses.
@@ -74,7 +77,7 @@ def attention(
       softcap: c, in units of logits; 0 is none.
       residuals: what backward reads of q, k and v: '' themselves, 'fp8' or 'int8' what is left of
         them in a byte a value, with a power-of-two scale for each token and head. The result is the
-        same; only `tpu` can, and any other must be given stored arrays by its caller.
+        same; only `tpu` can, the others read q, k and v themselves.
       implementation: auto | reference | tpu | splash | cudnn.
       platform: 'tpu', 'gpu' or 'cpu', for `auto` when compiling for another machine; this
         machine's default backend by default.
@@ -105,7 +108,8 @@ def attention(
         'scale': 1 / math.sqrt(q.shape[-1]) if scale is None else scale,
         'window': window,
         'softcap': softcap,
-    } | ({'residuals': residuals} if residuals else {})
+        'residuals': residuals,
+    }
     if implementation != 'auto':
         return run(implementation, platform, q, k, v, arguments)
     choice = next((name for name, place in PLATFORMS.items() if place == platform), 'reference')
@@ -148,8 +152,8 @@ def run(
 ) -> Float[Array, 'B T N H']:
     if platform != PLATFORMS.get(name, platform):
         raise NotImplementedError(f'{name} needs platform {PLATFORMS[name]!r}, not {platform!r}.')
-    if 'residuals' in arguments and name not in QUANTISES:
-        raise NotImplementedError(f'{name} keeps q, k and v as they are for backward.')
+    if name not in QUANTISES:
+        arguments = {n: value for n, value in arguments.items() if n != 'residuals'}
     return IMPLEMENTATIONS[name](q, k, v, **arguments)
 
 

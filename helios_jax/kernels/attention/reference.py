@@ -12,6 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import Array
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Bool, Float, Int, Num, Shaped
 
 from helios_jax.kernels.attention.rotation import rotate
@@ -30,7 +31,7 @@ def attention(
     **arguments: Any,
 ) -> Float[Array, 'B T N H']:
     """As `kernels.attention.attention`; computes in float64 where q is float64."""
-    return forward(q, k, v, **arguments)[0]
+    return checkpoint_name(forward(q, k, v, **arguments)[0], 'attention_output')
 
 
 def forward(

@@ -16,9 +16,9 @@ from jaxtyping import Float, Int, Num
 
 from helios_jax.kernels.attention.rotation import rotate
 
-# Under a remat policy that saves this name, backward does not run the forward kernel again; saving
-# the attention's output alone does not prevent that.
-RESIDUALS = 'attention_residuals'
+# Of the output and its log-sum-exp. Under a remat policy that saves it, backward does not run the
+# forward kernel again.
+RESIDUALS = 'attention_output'
 BLOCKS = (1024, 512, 256, 128)  # tokens
 
 

@@ -15,7 +15,6 @@ from jax import Array
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Float, Int, Num
 
-from helios_jax.kernels.attention.splash import RESIDUALS
 from helios_jax.kernels.attention.tpu import backward_kernel, forward_kernel, work
 from helios_jax.kernels.attention.tpu import blocks as sizes
 from helios_jax.kernels.attention.tpu.backward_kernel import Inputs
@@ -148,8 +147,10 @@ def differentiable(options: Options, q: Array, k: Array, v: Array, rows: Rows) -
 
 
 def forward_rule(options: Options, q: Array, k: Array, v: Array, rows: Rows) -> tuple[Array, Any]:
-    # Under a remat policy that saves this name, backward does not run the forward kernel again.
-    out, lse, kept = checkpoint_name(run_forward(options, q, k, v, rows), RESIDUALS)
+    # Under a remat policy that saves these two, backward does not run the forward kernel again.
+    out, lse, kept = run_forward(options, q, k, v, rows)
+    out, lse = checkpoint_name(out, 'attention_output'), checkpoint_name(lse, 'log_sum_exp')
+    kept = tuple(checkpoint_name(x, name) for x, name in zip(kept, 'qkv', strict=False))
     return out, (*(kept or (q, k, v)), out, lse, rows)
 
 

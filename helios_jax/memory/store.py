@@ -1,0 +1,233 @@
+"""Functions whose saved tensors are what a table of actions says; their values do not change.
+
+The forward rule runs a function and its linearization (memory/linearized.py) and puts every saved
+tensor into the form and the place that its action names; the backward rule brings it back. Of the
+arguments only the stream x is a tensor like any other: weights stay where they are. Quantisation
+touches nothing but what the backward pass reads, so that errors do not compound from layer to
+layer.
+
+Layers are scanned. What lies on the host comes back one step of the backward scan before it is
+used, while the device computes.
+"""
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
+from jaxtyping import Array, PyTree
+
+from helios_jax.kernels import quantize
+from helios_jax.memory.linearized import Leaf, Linearized, linearize
+from helios_jax.memory.policy import AXES, Action, parse
+from helios_jax.parallel.sharding import constrain, fitting
+
+# Marks a stored array in the jaxpr, for memory/proof.py: stored/NAME/ACTION/manual or auto.
+MARK = 'stored'
+KEPT = 'device'  # what becomes of a tensor without a name
+
+
+class Kept(NamedTuple):
+    """What is stored of one function's leaves: index of the leaf → array or `quantize.Stored`."""
+
+    near: dict[int, Any]
+    far: dict[int, Any]  # on the host
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Plan:
+    """What `apply` and `scan` are specialised to."""
+
+    functions: Sequence[Callable[..., Any]]
+    table: Mapping[str, str]
+    input_name: str
+    host: bool
+
+    def linearize(self, i: int, *arguments: Any) -> Linearized:
+        return linearize(self.functions[i], self.table, self.input_name, *arguments)
+
+    def action(self, leaf: Leaf) -> Action:
+        return parse(self.table.get(leaf.name, KEPT))
+
+
+def apply(
+    function: Callable[..., Any],
+    *,
+    table: Mapping[str, str],
+    params: PyTree,
+    x: Array,
+    others: Sequence[Any] = (),
+    input_name: str,
+    host: bool = True,
+) -> Any:
+    """function(params, x, *others), whose gradient in params and x reads what the table says.
+
+    Args:
+      table: tensor name → action, as of `policy.actions`.
+      input_name: what x is called in the table.
+      host: whether there is a host memory space; without one, what would be offloaded stays on the
+        device.
+    """
+    return _apply(Plan((function,), table, input_name, host), params, x, tuple(others))
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _apply(plan: Plan, params: PyTree, x: Array, others: Any) -> Any:
+    return plan.functions[0](params, x, *others)
+
+
+def _apply_forward(plan: Plan, params: PyTree, x: Array, others: Any) -> Any:
+    linear = plan.linearize(0, params, x, *others)
+    out, leaves = linear.forward(params, x, *others)
+    return out, (linear, params, others, keep(plan, linear, leaves))
+
+
+def _apply_backward(plan: Plan, residuals: Any, cotangents: Any) -> Any:
+    linear, params, others, kept = residuals
+    kept = Kept(kept.near, fetch(kept.far))
+    leaves = restore(linear, kept, params, others)
+    return *linear.backward(leaves, cotangents), None
+
+
+_apply.defvjp(_apply_forward, _apply_backward)
+
+
+def scan(
+    functions: Sequence[Callable[..., Any]],
+    *,
+    table: Mapping[str, str],
+    params: Sequence[PyTree],
+    x: Array,
+    scanned: Sequence[PyTree],
+    others: Sequence[Any] = (),
+    input_name: str,
+    host: bool = True,
+) -> tuple[Array, list[Any]]:
+    """The functions one after another, over and over: (the last x, what each reports, stacked).
+
+    Each is function(params_i, x, scanned_i, *others) → (x, report), of the i-th tree of `params`
+    and of `scanned`, whose leading axis is scanned over. Differentiable in params and x; the other
+    arguments are `apply`'s.
+    """
+    plan = Plan(functions, table, input_name, host)
+    return _scan(plan, list(params), x, list(scanned), tuple(others))
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _scan(plan: Plan, params: Any, x: Array, scanned: Any, others: Any) -> Any:
+    def step(x: Array, parts: Any) -> Any:
+        reports = []
+        for function, mine, its in zip(plan.functions, *parts, strict=True):
+            x, report = function(mine, x, its, *others)
+            reports.append(report)
+        return x, reports
+
+    return jax.lax.scan(step, x, (params, scanned))
+
+
+def _scan_forward(plan: Plan, params: Any, x: Array, scanned: Any, others: Any) -> Any:
+    one = jax.eval_shape(lambda tree: jax.tree.map(lambda a: a[0], tree), (params, scanned))
+    linears = tuple(
+        plan.linearize(i, mine, x, its, *others)
+        for i, (mine, its) in enumerate(zip(*one, strict=True))
+    )
+
+    def step(x: Array, parts: Any) -> Any:
+        reports, kept = [], []
+        for linear, mine, its in zip(linears, *parts, strict=True):
+            (x, report), leaves = linear.forward(mine, x, its, *others)
+            reports.append(report)
+            kept.append(keep(plan, linear, leaves))
+        return x, (reports, kept)
+
+    x, (reports, kept) = jax.lax.scan(step, x, (params, scanned))
+    return (x, reports), (linears, params, scanned, others, kept)
+
+
+def _scan_backward(plan: Plan, residuals: Any, cotangents: Any) -> Any:
+    linears, params, scanned, others, kept = residuals
+    d_x, d_reports = cotangents
+    near, far = [k.near for k in kept], [k.far for k in kept]
+    length = jax.tree.leaves(params)[0].shape[0]
+
+    def bring(index: Any) -> Any:
+        take = lambda a: jax.lax.dynamic_index_in_dim(a, index, keepdims=False)  # noqa: E731
+        return fetch(jax.tree.map(take, far))
+
+    def step(carry: Any, parts: Any) -> Any:
+        d_x, arrived = carry
+        index, params, scanned, d_reports, near = parts
+        following = bring(jnp.maximum(index - 1, 0))
+        gradients = []
+        for i in reversed(range(len(linears))):
+            kept = Kept(near[i], arrived[i])
+            leaves = restore(linears[i], kept, params[i], (scanned[i], *others))
+            gradient, d_x = linears[i].backward(leaves, (d_x, d_reports[i]))
+            gradients.append(gradient)
+        return (d_x, following), gradients[::-1]
+
+    parts = (jnp.arange(length), params, scanned, d_reports, near)
+    (d_x, _), gradients = jax.lax.scan(step, (d_x, bring(length - 1)), parts, reverse=True)
+    return gradients, d_x, None, None
+
+
+_scan.defvjp(_scan_forward, _scan_backward)
+
+
+def keep(plan: Plan, linear: Linearized, leaves: list[Array]) -> Kept:
+    """Stores every leaf that is neither an argument nor a constant, once."""
+    kept = Kept({}, {})
+    for i, (leaf, value) in enumerate(zip(linear.leaves, leaves, strict=True)):
+        if leaf.twin != i or leaf.argument >= 0 or leaf.constant >= 0:
+            continue
+        action = plan.action(leaf)
+        mark = '/'.join(
+            (MARK, leaf.name, plan.table.get(leaf.name, KEPT), 'manual' if leaf.manual else 'auto')
+        )
+        # A kernel may have quantised it already, and integers are no numbers to be rounded.
+        stored: Any = value
+        if action.form and jnp.issubdtype(value.dtype, jnp.floating):
+            stored = quantize.store(value, action.form)
+        if leaf.name and not leaf.manual:
+            stored = jax.tree.map(partial(_place, leaf.name), stored)
+        stored = jax.tree.map(lambda a, mark=mark: checkpoint_name(a, mark), stored)
+        if action.host and plan.host:
+            kept.far[i] = jax.device_put(stored, jax.memory.Space.Host)
+        else:
+            kept.near[i] = stored
+    return kept
+
+
+def fetch(far: Any) -> Any:
+    """From the host, still in the form that it was stored in."""
+    return jax.device_put(far, jax.memory.Space.Device)
+
+
+def restore(linear: Linearized, kept: Kept, params: PyTree, others: Any) -> list[Array]:
+    """The leaves of the vjp, from what was stored and the arguments other than x."""
+    stored = kept.near | kept.far
+    mine, rest = jax.tree.leaves(params), jax.tree.leaves(others)
+    arguments = [*mine, None, *rest]  # x, which is among the stored, lies between
+    leaves: list[Any] = []
+    for i, leaf in enumerate(linear.leaves):
+        if leaf.twin != i:
+            leaves.append(leaves[leaf.twin])
+        elif leaf.argument >= 0:
+            leaves.append(arguments[leaf.argument])
+        elif leaf.constant >= 0:
+            leaves.append(linear.jaxpr.consts[leaf.constant])
+        else:
+            leaves.append(_restored(stored[i], linear.dtype(i)))
+    return leaves
+
+
+def _place(name: str, array: Array) -> Array:
+    """A stored array where its logical axes say; an exponent lacks the last of them."""
+    return constrain(array, *fitting(array.shape, AXES[name][: array.ndim]))
+
+
+def _restored(stored: Any, dtype: Any) -> Array:
+    return quantize.restore(stored, dtype) if isinstance(stored, quantize.Stored) else stored
