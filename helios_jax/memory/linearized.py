@@ -3,15 +3,17 @@
 `jax.vjp` of a `jax.checkpoint`ed function is a pytree whose leaves are the tensors that the policy
 saves and the function's own arguments. The leaves have no names, so the function is traced once and
 each leaf followed back through the jaxpr: to an argument, or to the `checkpoint_name` (or the
-kernel) that made it.
+kernel) that made it. A leaf may serve nothing but computations that are dead in the backward pass,
+such as a kernel whose results are all saved: those are removed before anything is stored.
 """
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import jax
 from jax.extend import core as jex
+from jax.interpreters.partial_eval import dce_jaxpr
 
 from helios_jax.memory import policy
 
@@ -22,6 +24,7 @@ TRANSPARENT = ('reduce_precision', 'reshape', 'broadcast_in_dim', 'squeeze')
 class Leaf(NamedTuple):
     """Where one leaf of a vjp comes from."""
 
+    place: int  # among the forward jaxpr's outputs
     twin: int  # the first leaf that is the same array: its own index if there is none before
     argument: int  # which of the flat arguments other than x, −1 if it is none
     constant: int  # which of the jaxpr's constants, −1 if it is none
@@ -34,24 +37,25 @@ class Leaf(NamedTuple):
 class Linearized:
     """function(params, x, *others), differentiable in params and x, ready to run forward."""
 
-    jaxpr: jex.ClosedJaxpr
+    jaxpr: jex.ClosedJaxpr  # arguments → the function's value, the leaves
     out_tree: Any
-    vjp_tree: Any
-    leaves: tuple[Leaf, ...]
+    leaves: tuple[Leaf, ...]  # those that the backward pass reads
+    transposed: jex.ClosedJaxpr  # these leaves, cotangents of the value → gradients
+    gradient_tree: Any
 
     def forward(self, *arguments: Any) -> tuple[Any, list[jax.Array]]:
         """(the function's value, the leaves of its vjp)."""
         values = jex.jaxpr_as_fun(self.jaxpr)(*jax.tree.leaves(arguments))
-        outputs = self.out_tree.num_leaves
-        return jax.tree.unflatten(self.out_tree, values[:outputs]), values[outputs:]
+        value = jax.tree.unflatten(self.out_tree, values[: self.out_tree.num_leaves])
+        return value, [values[leaf.place] for leaf in self.leaves]
 
-    def dtype(self, i: int) -> Any:
-        """Of leaf i."""
-        return self.jaxpr.out_avals[self.out_tree.num_leaves + i].dtype
+    def dtype(self, leaf: Leaf) -> Any:
+        return self.jaxpr.out_avals[leaf.place].dtype
 
     def backward(self, leaves: list[jax.Array], cotangents: Any) -> Any:
         """Gradients of params and x."""
-        return jax.tree.unflatten(self.vjp_tree, leaves)(cotangents)
+        run = jex.jaxpr_as_fun(self.transposed)
+        return jax.tree.unflatten(self.gradient_tree, run(*leaves, *jax.tree.leaves(cotangents)))
 
 
 def linearize(
@@ -75,22 +79,45 @@ def linearize(
         return jax.vjp(lambda params, x: checkpointed(params, x, *others), params, x)
 
     closed, (out, vjp) = jax.make_jaxpr(run, return_shape=True)(params, x, *others)
-    jaxpr = closed.jaxpr
-    out_tree: Any = jax.tree.structure(out)
-    vjp_tree: Any = jax.tree.structure(vjp)
+    shapes, vjp_tree = jax.tree.flatten(vjp)
+    back, gradients = jax.make_jaxpr(
+        lambda leaves, cotangents: jax.tree.unflatten(vjp_tree, leaves)(cotangents),
+        return_shape=True,
+    )(shapes, out)
+    num_leaves = len(shapes)
+    # The cotangents stay, read or not.
+    live, used = dce_jaxpr(
+        back.jaxpr, [True] * len(back.out_avals), [False] * num_leaves + [True] * _size(out)
+    )
+    return Linearized(
+        closed,
+        jax.tree.structure(out),
+        tuple(_leaves(closed.jaxpr, used[:num_leaves], _size(out), _size(params), input_name)),
+        jex.ClosedJaxpr(live, back.consts),
+        jax.tree.structure(gradients),
+    )
+
+
+def _size(tree: Any) -> int:
+    return len(jax.tree.leaves(tree))
+
+
+def _leaves(
+    jaxpr: Any, used: list[bool], first: int, place_of_x: int, input_name: str
+) -> Iterator[Leaf]:
+    """Those used of the leaves that `jaxpr` returns from its output number `first` on."""
     arguments = {id(v): i for i, v in enumerate(jaxpr.invars)}
     constants = {id(v): i for i, v in enumerate(jaxpr.constvars)}
-    place_of_x = len(jax.tree.leaves(params))
-    first: dict[int, int] = {}
-    leaves = []
-    for i, v in enumerate(jaxpr.outvars[out_tree.num_leaves :]):
-        name, manual = origin(v, jaxpr)
-        argument = arguments.get(id(v), -1)
+    seen: dict[int, int] = {}
+    places = [first + i for i, is_used in enumerate(used) if is_used]
+    for i, place in enumerate(places):
+        variable = jaxpr.outvars[place]
+        name, manual = origin(variable, jaxpr)
+        argument = arguments.get(id(variable), -1)
         if argument == place_of_x:
             argument, name = -1, input_name
-        twin = first.setdefault(id(v), i)
-        leaves.append(Leaf(twin, argument, constants.get(id(v), -1), name, manual))
-    return Linearized(closed, out_tree, vjp_tree, tuple(leaves))
+        twin = seen.setdefault(id(variable), i)
+        yield Leaf(place, twin, argument, constants.get(id(variable), -1), name, manual)
 
 
 def origin(variable: Any, jaxpr: Any) -> tuple[str, bool]:

@@ -220,7 +220,7 @@ def restore(linear: Linearized, kept: Kept, params: PyTree, others: Any) -> list
         elif leaf.constant >= 0:
             leaves.append(linear.jaxpr.consts[leaf.constant])
         else:
-            leaves.append(_restored(stored[i], linear.dtype(i)))
+            leaves.append(_restored(stored[i], linear.dtype(leaf)))
     return leaves
 
 

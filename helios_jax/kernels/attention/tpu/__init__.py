@@ -172,15 +172,9 @@ def run_forward(
     queries, keys, values = operands(q, k, v)
     marks = mark(rows, T, S, blocks)
     q_table, k_table = tables(rows, *marks)
-    out, lse, kept = forward_kernel.forward(
-        pad(queries, blocks.q, axis=-2),
-        pad(keys, blocks.k, axis=-2),
-        pad(values, blocks.k, axis=-2),
-        jnp.swapaxes(q_table[:, :-MARKS], 1, 2),
-        q_table[:, -MARKS:],
-        k_table,
-        rows.scale.reshape(1) * LOG2E,
-        work.make(*marks, blocks, options.window, ordered=rows.key_positions is None),
+    kernel = functools.partial(
+        forward_kernel.forward,
+        listed=work.make(*marks, blocks, options.window, ordered=rows.key_positions is None),
         blocks=blocks,
         window=options.window,
         softcap=options.softcap,
@@ -188,6 +182,17 @@ def run_forward(
         residuals=options.residuals,
         vmem=options.vmem,
         interpret=options.interpret,
+    )
+    # In a jit, because jax takes dead ones out of a backward pass, but never a dead kernel: with
+    # all of its results saved, q, k and v would have to be saved for it as well.
+    out, lse, kept = jax.jit(kernel)(
+        pad(queries, blocks.q, axis=-2),
+        pad(keys, blocks.k, axis=-2),
+        pad(values, blocks.k, axis=-2),
+        jnp.swapaxes(q_table[:, :-MARKS], 1, 2),
+        q_table[:, -MARKS:],
+        k_table,
+        rows.scale.reshape(1) * LOG2E,
     )
     kept = tuple(
         Stored(x.payload[..., :length, :], x.exponents[..., :length])
