@@ -24,6 +24,8 @@ PEAK_FLOPS = {
     'A100': 312e12,
 }
 
+CHUNK_LOGITS_BYTES = 2**28  # of one device's float32 logits in the loss; larger gains nothing
+
 
 class Parameters(NamedTuple):
     total: int  # vocabulary padded, as stored
@@ -93,3 +95,17 @@ def segment_flops_per_token(model: Model, mean_context: float) -> float:
 def peak_flops(device_kind: str) -> float:
     """FLOP/s of one device, NaN if the table lacks it."""
     return next((peak for kind, peak in PEAK_FLOPS.items() if kind in device_kind), math.nan)
+
+
+def loss_chunks(batch_rows: int, row_length: int, vocab_size: int, num_devices: int) -> int:
+    """Parts that model/loss.py cuts rows into: the fewest whose logits stay within bounds.
+
+    A divisor of `row_length` that keeps a chunk's logits below `CHUNK_LOGITS_BYTES` on each device.
+
+    Args:
+      batch_rows: of all devices.
+      vocab_size: padded.
+    """
+    wanted = batch_rows * row_length * vocab_size * 4 / num_devices / CHUNK_LOGITS_BYTES
+    divisors = (c for c in range(1, row_length + 1) if row_length % c == 0)
+    return next(c for c in divisors if c >= min(wanted, row_length))

@@ -13,10 +13,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from helios_jax.model.flops import loss_chunks
 from helios_jax.model.layers import float32_or_wider, precision
 from helios_jax.parallel.sharding import constrain
-
-CHUNK_LOGITS_BYTES = 2**28  # of one device's float32 logits; larger gains nothing
 
 
 class Losses(NamedTuple):
@@ -59,8 +58,7 @@ def _num_chunks(hidden: Array, head: Array) -> int:
     mesh = jax.sharding.get_abstract_mesh()
     devices = 1 if mesh.empty else mesh.size
     batch, length, _ = hidden.shape
-    wanted = batch * length * head.shape[1] * 4 / devices / CHUNK_LOGITS_BYTES
-    return next(c for c in range(1, length + 1) if length % c == 0 and c >= min(wanted, length))
+    return loss_chunks(batch, length, head.shape[1], devices)
 
 
 def _chunk(

@@ -1,6 +1,5 @@
 """Device meshes: real, simulated, or a named TPU topology without devices."""
 
-import math
 import os
 from collections.abc import Sequence
 
@@ -9,8 +8,8 @@ import numpy as np
 from jax.experimental import mesh_utils, topologies
 
 from helios_jax import config
-
-AXES = ('slice', 'data', 'fsdp', 'expert', 'context', 'tensor')
+from helios_jax.parallel import rules
+from helios_jax.parallel.rules import MESH_AXES as AXES
 
 
 def make(sizes: config.Mesh, devices: Sequence[jax.Device] | None = None) -> jax.sharding.Mesh:
@@ -20,7 +19,7 @@ def make(sizes: config.Mesh, devices: Sequence[jax.Device] | None = None) -> jax
       UserError: the axis sizes do not multiply to the number of devices.
     """
     devices = list(jax.devices() if devices is None else devices)
-    shape = _fill([getattr(sizes, axis) for axis in AXES], len(devices))
+    shape = rules.sizes(sizes, len(devices))
     if shape[0] > 1 and hasattr(devices[0], 'slice_index'):
         grid = mesh_utils.create_hybrid_device_mesh(
             [1, *shape[1:]], [shape[0], *[1] * (len(shape) - 1)], devices
@@ -34,21 +33,10 @@ def make(sizes: config.Mesh, devices: Sequence[jax.Device] | None = None) -> jax
 
 def abstract(sizes: config.Mesh, num_devices: int) -> jax.sharding.AbstractMesh:
     """The same mesh without devices, to lay out arrays that are never made."""
-    shape = _fill([getattr(sizes, axis) for axis in AXES], num_devices)
+    shape = rules.sizes(sizes, num_devices)
     return jax.sharding.AbstractMesh(
         tuple(shape), AXES, axis_types=(jax.sharding.AxisType.Auto,) * len(AXES)
     )
-
-
-def _fill(shape: list[int], num_devices: int) -> list[int]:
-    known = math.prod(size for size in shape if size != -1)
-    named = ', '.join(f'{axis}={size}' for axis, size in zip(AXES, shape, strict=True))
-    config.require(
-        num_devices % known == 0 and (-1 in shape or known == num_devices),
-        f'mesh ({named}) does not fit {num_devices} devices: the sizes must multiply to '
-        f'{num_devices}; set one axis, such as mesh.fsdp, to -1 to take what is left.',
-    )
-    return [num_devices // known if size == -1 else size for size in shape]
 
 
 def topology_devices(name: str) -> list[jax.Device]:

@@ -1,39 +1,28 @@
 """Logical axes → mesh axes: one table says where every dimension of every array lives."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import flax.linen as nn
 import jax
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
-from helios_jax import config
+from helios_jax.parallel.rules import BATCH_AXES, RULES, Axes, check, shards
 
-Axes = tuple[str, ...]
-
-RULES: Mapping[str, Axes] = {
-    # activations
-    'batch': ('slice', 'data', 'fsdp', 'expert'),
-    'length': ('context',),
-    'stored_length': ('context', 'tensor'),  # of a saved activation that tensor does not split
-    'stream': (),
-    'loss_batch': ('slice', 'data', 'expert'),  # beside unembed_vocab, which takes fsdp
-    'whole': (),
-    # parameters; heads, kv_heads and mlp name activations as well
-    'layers': (),
-    'embed': ('fsdp',),
-    'heads': ('tensor',),
-    'kv_heads': ('tensor',),
-    'head_dim': (),
-    'mlp': ('tensor',),
-    'experts': ('expert',),
-    'vocab': ('tensor',),
-    'unembed_vocab': ('fsdp', 'tensor'),  # gathering tokens moves less than gathering the head
-    'gate': (),
-    'gate_embed': ('fsdp',),
-    'norm': (),
-}
-BATCH_AXES = RULES['batch']
+__all__ = [
+    'BATCH_AXES',
+    'RULES',
+    'Axes',
+    'check',
+    'constrain',
+    'fitting',
+    'logical_axes',
+    'sharding',
+    'shards',
+    'spec',
+    'table',
+    'tree_shardings',
+]
 
 
 def spec(axes: Sequence[str]) -> PartitionSpec:
@@ -61,31 +50,6 @@ def spec(axes: Sequence[str]) -> PartitionSpec:
 
 def sharding(mesh: Mesh | AbstractMesh, axes: Sequence[str]) -> NamedSharding:
     return NamedSharding(mesh, spec(axes))
-
-
-def shards(mesh: Any, name: str) -> int:
-    """Number of parts that a dimension of this logical name is cut into."""
-    size = 1
-    for mesh_axis in RULES[name]:
-        size *= mesh.shape[mesh_axis]
-    return size
-
-
-def check(label: str, shape: Sequence[int], axes: Sequence[str], mesh: Any) -> None:
-    """Refuses a shape that the mesh does not divide.
-
-    Raises:
-      UserError: naming `label`, the dimension and the mesh axes.
-    """
-    assert len(shape) == len(axes), f'{label}: shape {shape} has other dimensions than {axes}'
-    for size, name in zip(shape, axes, strict=True):
-        parts = shards(mesh, name)
-        split = {axis: mesh.shape[axis] for axis in RULES[name]}
-        config.require(
-            size % parts == 0,
-            f'{label} {tuple(shape)}: dimension {name}={size} is not divisible by the mesh, which '
-            f'cuts it into {parts} parts {split}; change the size or the mesh.',
-        )
 
 
 def logical_axes(boxed: Any) -> Any:

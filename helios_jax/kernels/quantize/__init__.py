@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import Array
+from jax.typing import DTypeLike
 from jaxtyping import Float
 
 FORMATS = ('fp8', 'int8')
@@ -76,7 +77,7 @@ def encode(x: Array, largest: Array, form: str) -> Array:
     return (jnp.round(scaled) if form == 'int8' else scaled).astype(DTYPES[form])
 
 
-def restore(stored: Stored, dtype: str) -> Float[Array, '... H']:
+def restore(stored: Stored, dtype: DTypeLike) -> Float[Array, '... H']:
     """What `store` kept, rounded to its format."""
     scales = power_of_two(stored.exponents.astype(jnp.int32))[..., None]
     return (stored.values.astype(jnp.float32) * scales).astype(dtype)

@@ -1,0 +1,79 @@
+"""Logical axes → mesh axes, and the sizes of meshes, as plain data.
+
+Nothing here needs JAX, so that `helios plan` can lay out a model without loading it.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from helios_jax import config
+
+Axes = tuple[str, ...]
+
+MESH_AXES = ('slice', 'data', 'fsdp', 'expert', 'context', 'tensor')
+RULES: Mapping[str, Axes] = {
+    # activations
+    'batch': ('slice', 'data', 'fsdp', 'expert'),
+    'length': ('context',),
+    'stored_length': ('context', 'tensor'),  # of a saved activation that tensor does not split
+    'stream': (),
+    'loss_batch': ('slice', 'data', 'expert'),  # beside unembed_vocab, which takes fsdp
+    'whole': (),
+    # parameters; heads, kv_heads and mlp name activations as well
+    'layers': (),
+    'embed': ('fsdp',),
+    'heads': ('tensor',),
+    'kv_heads': ('tensor',),
+    'head_dim': (),
+    'mlp': ('tensor',),
+    'experts': ('expert',),
+    'vocab': ('tensor',),
+    'unembed_vocab': ('fsdp', 'tensor'),  # gathering tokens moves less than gathering the head
+    'gate': (),
+    'gate_embed': ('fsdp',),
+    'norm': (),
+}
+BATCH_AXES = RULES['batch']
+
+
+def shards(mesh: Any, name: str) -> int:
+    """Number of parts that a dimension of this logical name is cut into."""
+    size = 1
+    for mesh_axis in RULES[name]:
+        size *= mesh.shape[mesh_axis]
+    return size
+
+
+def check(label: str, shape: Sequence[int], axes: Sequence[str], mesh: Any) -> None:
+    """Refuses a shape that the mesh does not divide.
+
+    Raises:
+      UserError: naming `label`, the dimension and the mesh axes.
+    """
+    assert len(shape) == len(axes), f'{label}: shape {shape} has other dimensions than {axes}'
+    for size, name in zip(shape, axes, strict=True):
+        parts = shards(mesh, name)
+        split = {axis: mesh.shape[axis] for axis in RULES[name]}
+        config.require(
+            size % parts == 0,
+            f'{label} {tuple(shape)}: dimension {name}={size} is not divisible by the mesh, which '
+            f'cuts it into {parts} parts {split}; change the size or the mesh.',
+        )
+
+
+def sizes(mesh: config.Mesh, num_devices: int) -> list[int]:
+    """The size of each of `MESH_AXES`, with -1 filled in.
+
+    Raises:
+      UserError: the sizes do not multiply to the number of devices.
+    """
+    shape = [getattr(mesh, axis) for axis in MESH_AXES]
+    known = math.prod(size for size in shape if size != -1)
+    named = ', '.join(f'{axis}={size}' for axis, size in zip(MESH_AXES, shape, strict=True))
+    config.require(
+        num_devices % known == 0 and (-1 in shape or known == num_devices),
+        f'mesh ({named}) does not fit {num_devices} devices: the sizes must multiply to '
+        f'{num_devices}; set one axis, such as mesh.fsdp, to -1 to take what is left.',
+    )
+    return [num_devices // known if size == -1 else size for size in shape]

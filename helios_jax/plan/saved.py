@@ -1,0 +1,233 @@
+"""Which tensors live from forward to backward, and their bytes on one device.
+
+A tensor that the table of actions saves costs memory only if the backward pass reads it: directly,
+or to recompute something that is not saved. `_graph` says of each value in a layer what it is
+computed from and whether a gradient reads it; the rest is a walk that stops at what is saved.
+"""
+
+import dataclasses
+import math
+from typing import NamedTuple
+
+from helios_jax.memory import policy
+from helios_jax.parallel import rules
+from helios_jax.plan.layout import DTYPE_BYTES, Layout
+
+
+class Saved(NamedTuple):
+    """One named tensor of one layer kind, on one device."""
+
+    name: str
+    dtype: str
+    place: str  # device | host
+    layers: int  # that keep one each
+    elements: int  # of one layer
+    rows: int  # of them with an exponent of a byte each; 0 where it is kept as it is
+
+    @property
+    def num_bytes(self) -> int:
+        """Of all its layers."""
+        return self.layers * self.layer_bytes
+
+    @property
+    def layer_bytes(self) -> int:
+        return self.elements * DTYPE_BYTES[self.dtype] + self.rows
+
+
+@dataclasses.dataclass(frozen=True)
+class Graph:
+    """The values of a layer that matter to its backward pass."""
+
+    sources: dict[str, tuple[str, ...]]  # value → the values that it is computed from
+    read: tuple[str, ...]  # by gradients
+
+
+def saved_tensors(layout: Layout) -> list[Saved]:
+    """Of the whole model under the config's policy, bottom first.
+
+    Raises:
+      UserError: as `policy.actions`.
+    """
+    model = layout.config.model
+    if layout.config.memory.policy == 'none':
+        return [t for kind in set(model.layer_kinds) for t in _everything(layout, kind)]
+    table = policy.actions(layout.config.memory)
+    found = [
+        tensor for kind in model.prefix_kinds for tensor in _of_layer(layout, kind, table, layers=1)
+    ]
+    for kind in model.period_kinds:
+        found += _of_layer(layout, kind, table, layers=model.num_periods)
+    return [*found, *_stored(layout, 'final_hidden', model.layer_kinds[-1], table, layers=1)]
+
+
+def read_by_backward(layout: Layout, kind: str, table: dict[str, str]) -> list[str]:
+    """The saved values of a layer that its backward pass reads."""
+    graph = _graph(layout, kind, table)
+    name = lambda value: value.removeprefix('kernel_')  # noqa: E731
+    is_saved = lambda value: table.get(name(value), 'remat') != 'remat'  # noqa: E731
+    seen: set[str] = set()
+    waiting = list(graph.read)
+    while waiting:
+        value = waiting.pop()
+        if value not in seen:
+            seen.add(value)
+            waiting += () if is_saved(value) else graph.sources[value]
+    return [value for value in graph.sources if value in seen and is_saved(value)]
+
+
+def _graph(layout: Layout, kind: str, table: dict[str, str]) -> Graph:
+    """The model as model/transformer.py has it; `kernel_q` is what a kernel keeps of q itself."""
+    model = layout.config.model
+    unit = model.gmu
+    kept = 'kernel_' if layout.keeps_quantised and policy.kernel_form(table) else ''
+    qkv = tuple(f'{kept}{name}' for name in 'qkv')
+    q, k = ('q_product', 'k_product') if model.qk_norm else ('attention_input',) * 2
+    sources: dict[str, tuple[str, ...]] = {
+        'block_input': (),
+        'attention_input': ('block_input',),
+        'q_product': ('attention_input',),
+        'k_product': ('attention_input',),
+        'q': (q,),
+        'k': (k,),
+        'v': ('attention_input',),
+        'kernel_q': ('q', 'k', 'v'),  # one call of the kernel makes all of these
+        'kernel_k': ('q', 'k', 'v'),
+        'kernel_v': ('q', 'k', 'v'),
+        'attention_output': ('q', 'k', 'v'),
+        'log_sum_exp': ('q', 'k', 'v'),
+        'attention_update': ('attention_output',),
+    }
+    read = ['block_input', 'attention_input', *qkv, 'attention_output']
+    read += ['q_product', 'k_product'] if model.qk_norm else []
+    read += ['log_sum_exp'] if layout.attention_kernel or layout.shape['context'] > 1 else []
+    logits = unit.has_gate and unit.gate != 'static'
+    for name, stream in (('attention', 'block_input'), ('mlp', 'middle')):
+        update = f'{name}_update'
+        inputs = (f'{name}_input',) if unit.kind == 'highway' else (f'{name}_input', update)
+        sources[f'{name}_gate'] = inputs
+        if name == 'attention':
+            gate = ('attention_gate',) if logits else ()
+            sources['middle'] = ('block_input', update, *gate)  # the stream between sublayers
+            sources['mlp_input'] = ('middle',)
+            sources |= _feed_forward(layout, kind)
+        read += [*inputs, f'{name}_gate'] if logits else []
+        read += [update] if unit.kind != 'residual' or unit.normalizes else []
+        # The gate's gradient is d y · (u − x) of a mix, d y · u of a sum.
+        read += [stream] if unit.kind in ('convex', 'highway') else []
+    read += ['middle', 'mlp_input', 'gate_up']
+    read += ['router_choices', 'expert_input', 'expert_output'] if kind.startswith('moe') else []
+    return Graph(sources, tuple(read))
+
+
+def _feed_forward(layout: Layout, kind: str) -> dict[str, tuple[str, ...]]:
+    if not kind.startswith('moe'):
+        return {'gate_up': ('mlp_input',), 'mlp_update': ('gate_up',)}
+    return {
+        'router_choices': ('mlp_input',),
+        'dispatched': ('mlp_input',),
+        'expert_input': ('dispatched', 'router_choices'),
+        'gate_up': ('expert_input', 'router_choices'),
+        'expert_output': ('gate_up', 'router_choices'),  # before the sum over a token's experts
+        'mlp_update': ('expert_output', 'mlp_input'),
+    }
+
+
+def _of_layer(layout: Layout, kind: str, table: dict[str, str], layers: int) -> list[Saved]:
+    values = read_by_backward(layout, kind, table)
+    return [s for value in values for s in _stored(layout, value, kind, table, layers)]
+
+
+def _stored(
+    layout: Layout, value: str, kind: str, table: dict[str, str], layers: int
+) -> list[Saved]:
+    name = value.removeprefix('kernel_')
+    action = policy.parse(table[name])
+    place = 'host' if action.host and layout.platform != 'cpu' else 'device'
+    found = []
+    for shape, axes in shapes(layout, name, kind):
+        elements = layout.elements(shape, _fitting(layout, shape, axes))
+        dtype, rows = _dtype(layout, name), 0
+        if action.form and dtype != 'int32':
+            dtype = 'uint8' if action.form == 'fp8' else 'int8'
+            rows = elements // layout.elements(shape[-1:], axes[-1:])
+        found.append(Saved(name, dtype, place, layers, elements, rows))
+    return found
+
+
+def _dtype(layout: Layout, name: str) -> str:
+    return {'log_sum_exp': 'float32', 'router_choices': 'int32'}.get(
+        name, layout.config.model.compute_dtype
+    )
+
+
+def _fitting(layout: Layout, shape: tuple[int, ...], axes: rules.Axes) -> rules.Axes:
+    """As parallel/sharding.fitting: a length that the mesh does not divide for storage is whole."""
+    return tuple(
+        'length' if name == 'stored_length' and size % rules.shards(layout, name) else name
+        for size, name in zip(shape, axes, strict=True)
+    )
+
+
+def shapes(layout: Layout, name: str, kind: str) -> list[tuple[tuple[int, ...], rules.Axes]]:
+    """(shape on all devices, logical axes) of every tensor of one layer with this name."""
+    cfg = layout.config
+    model = cfg.model
+    B, T, D = layout.microbatch_rows, cfg.data.row_length, model.embed_dim
+    N, K, H, F = model.num_heads, model.num_kv_heads, model.head_dim, model.mlp_dim
+    moe = kind.startswith('moe')
+    if name == 'gate_up' and moe:
+        pairs, experts = expert_slots(layout), model.expert_mlp_dim
+        shared = experts * model.moe.num_shared_experts
+        routed = ((pairs, experts), ('whole', 'mlp'))
+        return [routed] * 2 + [((B, T, shared), policy.AXES[name])] * (2 if shared else 0)
+    if name in ('dispatched', 'expert_input') and moe:
+        rows = layout.local_tokens * layout.shape['expert']
+        rows = expert_slots(layout) if name == 'expert_input' else rows
+        return [((rows, D), ('whole', 'stream'))]
+    heads = {'q': N, 'k': K, 'v': K, 'attention_output': N}
+    if name in heads:
+        return [((B, T, heads[name], H), policy.AXES[name])]
+    if name == 'gate_up':
+        return [((B, T, F), policy.AXES[name])] * 2
+    if name == 'log_sum_exp':
+        return [((B, N, T), policy.AXES[name])]
+    width = {
+        'router_choices': model.moe.num_experts_per_token,
+        'attention_gate': gate_width(layout),
+        'mlp_gate': gate_width(layout),
+    }.get(name, D)
+    return [((B, T, width), policy.AXES[name])]
+
+
+def gate_width(layout: Layout) -> int:
+    """Of the gate's logits: channels, heads or one."""
+    model = layout.config.model
+    widths = {'per_head': model.embed_dim // model.head_dim, 'scalar': 1}
+    return widths.get(model.gmu.gate, model.embed_dim)
+
+
+def expert_slots(layout: Layout) -> int:
+    """Rows of the buffer that one device's experts compute, as parallel/experts.plan sizes it."""
+    moe = layout.config.model.moe
+    pairs = layout.local_tokens * layout.shape['expert'] * moe.num_experts_per_token
+    if not moe.capacity_factor:
+        return pairs
+    capacity = math.ceil(moe.capacity_factor * pairs / moe.num_experts)
+    return moe.num_experts // layout.shape['expert'] * capacity
+
+
+def _everything(layout: Layout, kind: str) -> list[Saved]:
+    """Without a policy: what differentiation keeps of a layer. An estimate.
+
+    Every named tensor, the float32 forms that norms, gates and SiLU are differentiated at, and the
+    product that the down projection reads.
+    """
+    model = layout.config.model
+    layers = model.layer_kinds.count(kind)
+    table = dict.fromkeys(policy.NAMES, 'device')
+    found = _of_layer(layout, kind, table, layers)
+    tokens, D = layout.local_tokens, model.embed_dim
+    F = sum(s.elements for s in found if s.name == 'gate_up') // 2
+    wide = 4 * tokens * D + (6 * tokens * D if model.gmu.has_gate else 0)
+    found.append(Saved('(norms, gates)', 'float32', 'device', layers, wide, 0))
+    return [*found, Saved('(activations)', model.compute_dtype, 'device', layers, 3 * F, 0)]

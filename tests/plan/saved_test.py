@@ -1,0 +1,98 @@
+"""The closed form of what is saved, against the marks in the traced gradient: exact."""
+
+import collections
+import dataclasses
+
+import pytest
+
+from helios_jax import config
+from helios_jax.memory import policy
+from helios_jax.plan import saved
+from helios_jax.plan.layout import layout
+from tests.plan.traced import stored_bytes
+
+# A dense layer, then MoE layers: no two sizes coincide.
+MODEL = config.Model(
+    num_layers=3, embed_dim=48, num_heads=6, num_kv_heads=2, head_dim=32, mlp_dim=56,
+    prefix='dense', period='moe',
+    moe=config.MoE(num_experts=12, num_experts_per_token=3, mlp_dim=40),
+)  # fmt: skip
+CONVEX = config.GMU(kind='convex', gate='low_rank')
+RESIDUAL = config.GMU(kind='residual')
+MESH = config.Mesh(fsdp=2, expert=2, tensor=2)
+
+
+def make(model: config.Model, memory: config.Memory, mesh: config.Mesh = MESH) -> config.Config:
+    return config.Config(
+        model=model,
+        data=config.Data(row_length=64),
+        train=config.Train(batch_rows=8),
+        mesh=mesh,
+        memory=memory,
+    ).resolve(300)
+
+
+def planned_bytes(cfg: config.Config, num_devices: int, platform: str) -> dict:
+    found = collections.Counter()
+    for tensor in saved.saved_tensors(layout(cfg, num_devices, platform)):
+        found[tensor.name, tensor.place] += tensor.num_bytes
+    return dict(found)
+
+
+def compare(cfg: config.Config, num_devices: int, platform: str) -> None:
+    assert planned_bytes(cfg, num_devices, platform) == stored_bytes(cfg, num_devices, platform)
+
+
+@pytest.mark.parametrize('platform', ['gpu', 'tpu'])
+@pytest.mark.parametrize('gmu', [CONVEX, RESIDUAL], ids=lambda gmu: gmu.kind)
+@pytest.mark.parametrize('preset', policy.PRESETS)
+def test_what_each_preset_saves_is_what_is_traced(preset, gmu, platform):
+    # On a GPU the reference stands in: the kernel there is another library's.
+    attention = 'tpu' if platform == 'tpu' else 'reference'
+    model = dataclasses.replace(MODEL, gmu=gmu, attention=attention)
+    compare(make(model, config.Memory(preset)), 8, platform)
+
+
+GMUS = [
+    config.GMU(kind='additive', gate='full'),
+    config.GMU(kind='highway', gate='per_head'),
+    config.GMU(kind='residual', normalize_output='on'),
+    config.GMU(kind='rezero'),
+    config.GMU(kind='convex', gate='static', normalize_output='off'),
+]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('gmu', GMUS, ids=lambda gmu: f'{gmu.kind}-{gmu.gate}')
+@pytest.mark.parametrize('skipped', ['q', 'attention_output', 'gate_up', 'attention_update'])
+def test_any_table_of_actions_saves_what_is_traced(gmu, skipped):
+    saves = dict.fromkeys(policy.NAMES, 'device') | {skipped: 'remat'}
+    model = dataclasses.replace(MODEL, gmu=gmu, head_dim=24, qk_norm=True, attention='reference')
+    compare(make(model, config.Memory('minimal', actions=config.Actions(**saves))), 8, 'gpu')
+
+
+def test_shared_experts_and_bounded_buffers_are_counted():
+    moe = dataclasses.replace(MODEL.moe, num_shared_experts=2, capacity_factor=1.5)
+    model = dataclasses.replace(MODEL, moe=moe, attention='reference')
+    compare(make(model, config.Memory('fp8')), 8, 'gpu')
+
+
+def test_rows_split_over_devices_are_counted():
+    compare(make(MODEL, config.Memory('minimal'), config.Mesh(context=2, fsdp=2)), 4, 'tpu')
+
+
+def test_a_tensor_that_backward_never_reads_costs_nothing():
+    model = dataclasses.replace(MODEL, gmu=RESIDUAL)
+    names = lambda preset: {  # noqa: E731
+        t.name for t in saved.saved_tensors(layout(make(model, config.Memory(preset)), 8, 'tpu'))
+    }
+    assert 'mlp_update' not in names('minimal')
+    assert 'dispatched' not in names('minimal')
+    assert names('full') == {'block_input', 'router_choices', 'final_hidden'}
+
+
+def test_offload_stays_on_the_device_where_there_is_no_host_memory_space():
+    cfg = make(MODEL, config.Memory('offload'))
+    on = lambda platform: {place for _, place in planned_bytes(cfg, 8, platform)}  # noqa: E731
+    assert on('cpu') == {'device'}
+    assert on('tpu') == {'device', 'host'}
