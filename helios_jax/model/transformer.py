@@ -170,25 +170,30 @@ class Transformer(nn.Module):
         }
         reported: dict[str, LayerStats] = {}
 
-        def layer(kind: str, params: Any, x: Array, others: Any, *args: Any) -> Any:
-            router, index = others
+        def layer(kind: str, index: Any, router: Any, params: Any, x: Array, *args: Any) -> Any:
             block = Block(model, kind, self.platform, form, parent=None)
             return block.apply({'params': params, 'router': router}, x, index, *args)
+
+        def scanned(i: int, kind: str, params: Any, x: Array, period: Any, *args: Any) -> Any:
+            first_index, router = period
+            return layer(kind, first_index + i, router, params, x, *args)
 
         args = (positions, segment_ids)
         for i, kind in enumerate(model.prefix_kinds):
             params, router = parts(self.prefix, i)
             x, stats = store.apply(
-                partial(layer, kind), params=params, x=x, others=((router, i), *args),
-                input_name='block_input', **where,
+                lambda params, x, router, *args, i=i, kind=kind: layer(
+                    kind, i, router, params, x, *args
+                ),
+                params=params, x=x, others=(router, *args), input_name='block_input', **where,
             )  # fmt: skip
             if stats is not None:
                 reported.setdefault('prefix', {})[f'layer_{i}'] = stats
         period = range(len(model.period_kinds))
         params, routers = zip(*(parts(self.periods, i) for i in period), strict=True)
         x, reports = store.scan(
-            [partial(layer, kind) for kind in model.period_kinds],
-            params=params, x=x, scanned=[(routers[i], indices + i) for i in period], others=args,
+            [partial(scanned, i, kind) for i, kind in enumerate(model.period_kinds)],
+            params=params, x=x, scanned=[(indices, router) for router in routers], others=args,
             input_name='block_input', **where,
         )  # fmt: skip
         stats = {f'layer_{i}': report for i, report in enumerate(reports) if report is not None}

@@ -1,0 +1,184 @@
+"""Stored functions: the same value, the same jaxpr, and a gradient that reads what was kept."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.ad_checkpoint import checkpoint_name
+
+from helios_jax.kernels import quantize
+from helios_jax.memory import policy, proof, store
+
+B, D, F, L = 3, 6, 10, 4
+NONE = dict.fromkeys(policy.NAMES, 'remat') | {'block_input': 'device'}
+
+
+def block(params, x, scale, ids):
+    """Two named tensors, one of them read twice, one inside a jit."""
+    h = checkpoint_name(x @ params['up'], 'gate_up')
+    out = jax.jit(lambda h: checkpoint_name(jnp.sin(h) * h, 'mlp_update'))(h)
+    return x + scale * jnp.where(ids[:, None] > 0, jnp.tanh(out) @ params['down'], 0), h.sum()
+
+
+@pytest.fixture
+def arguments():
+    keys = jax.random.split(jax.random.key(0), 4)
+    params = {
+        'up': jax.random.normal(keys[0], (L, D, F)) * D**-0.5,
+        'down': jax.random.normal(keys[1], (L, F, D)) * F**-0.5,
+    }
+    x = jax.random.normal(keys[2], (B, D))
+    return params, x, 1 + jnp.arange(L) / 7, jnp.asarray([1, 0, 2])
+
+
+def plain(params, x, scales, ids):
+    def step(x, parts):
+        return block(*parts[:1], x, *parts[1:], ids)
+
+    return jax.lax.scan(step, x, (params, scales))
+
+
+def stored(table, params, x, scales, ids):
+    x, reports = store.scan(
+        [block], table=table, params=[params], x=x, scanned=[scales], others=(ids,),
+        input_name='block_input',
+    )  # fmt: skip
+    return x, reports[0]
+
+
+def loss_of(run):
+    def loss(params, x, scales, ids):
+        x, reports = run(params, x, scales, ids)
+        return jnp.sum(jnp.cos(x)) + jnp.sum(reports**2)
+
+    return loss
+
+
+TABLES = {
+    'nothing': {},
+    'device': {'gate_up': 'device', 'mlp_update': 'device'},
+    'offload': {'gate_up': 'offload', 'block_input': 'offload'},
+    'fp8': {'gate_up': 'fp8', 'mlp_update': 'int8', 'block_input': 'fp8+offload'},
+}
+
+
+@pytest.mark.parametrize('table', TABLES.values(), ids=TABLES)
+def test_value_is_the_functions_own(table, arguments):
+    run = lambda *args: stored(NONE | table, *args)  # noqa: E731
+    for got, expected in zip(jax.jit(run)(*arguments), jax.jit(plain)(*arguments), strict=True):
+        np.testing.assert_array_equal(got, expected)
+    value, _ = jax.jit(jax.value_and_grad(loss_of(run), argnums=(0, 1)))(*arguments)
+    np.testing.assert_allclose(value, loss_of(plain)(*arguments), rtol=1e-6)
+
+
+@pytest.mark.parametrize('name', ['nothing', 'device', 'offload'])
+def test_actions_that_keep_every_bit_keep_the_gradient(name, arguments):
+    run = lambda *args: stored(NONE | TABLES[name], *args)  # noqa: E731
+    got = jax.jit(jax.grad(loss_of(run), argnums=(0, 1)))(*arguments)
+    expected = jax.jit(jax.grad(loss_of(plain), argnums=(0, 1)))(*arguments)
+    jax.tree.map(lambda g, e: np.testing.assert_allclose(g, e, rtol=2e-5, atol=1e-6), got, expected)
+
+
+def test_the_gradient_is_of_the_function_at_the_restored_tensors(arguments):
+    """One layer, one name: what a plain vjp gives where the tensor is replaced by its rounding."""
+    params, x, scales, ids = arguments
+    up = params['up'][0]
+    run = lambda up: store.apply(  # noqa: E731
+        lambda up, x: jnp.sin(checkpoint_name(x @ up, 'gate_up')),
+        table=NONE | {'gate_up': 'fp8'}, params=up, x=x, input_name='block_input',
+    ).sum()  # fmt: skip
+    rounded = quantize.restore(quantize.store(x @ up, 'fp8'), 'float32')
+    expected = x.T @ jnp.cos(rounded)
+    np.testing.assert_allclose(jax.grad(run)(up), expected, rtol=1e-5, atol=1e-6)
+    assert np.abs(expected - x.T @ jnp.cos(x @ up)).max() > 1e-4
+
+
+def test_errors_do_not_compound_with_depth(arguments):
+    """Every layer's tensors are those of the exact forward pass, rounded once."""
+    got = jax.grad(loss_of(lambda *a: stored(NONE | TABLES['fp8'], *a)))(*arguments)
+    expected = jax.grad(loss_of(plain))(*arguments)
+    for g, e in zip(jax.tree.leaves(got), jax.tree.leaves(expected), strict=True):
+        cosine = jnp.vdot(g, e) / jnp.sqrt(jnp.vdot(g, g) * jnp.vdot(e, e))
+        assert cosine > 0.99
+
+
+def arrays(run, *args):
+    return proof.saved(jax.jit(jax.grad(loss_of(run), argnums=(0, 1))).trace(*args).jaxpr, 1)
+
+
+def test_what_is_stored_is_what_the_table_says_and_weights_are_not(arguments):
+    table = NONE | {'gate_up': 'fp8', 'block_input': 'device'}
+    found = arrays(lambda *args: stored(table, *args), *arguments)
+    assert {(a.name, a.dtype, a.shape, a.layers) for a in found} == {
+        ('block_input', 'float32', (B, D), L),
+        ('gate_up', 'uint8', (B, F), L),
+        ('gate_up', 'int8', (B,), L),
+    }
+    # Payload and exponents: a byte a value and one more a row.
+    assert sum(a.num_bytes for a in found if a.name == 'gate_up') == L * B * (F + 1)
+
+
+def test_a_tensor_that_two_consumers_read_is_stored_once(arguments):
+    table = NONE | {'gate_up': 'device'}
+    names = [a.name for a in arrays(lambda *args: stored(table, *args), *arguments)]
+    assert sorted(names) == ['block_input', 'gate_up']
+
+
+def test_what_backward_does_not_read_is_not_stored():
+    def linear(params, x):
+        # Of a sum, the gradient reads nothing.
+        return x + checkpoint_name(x @ params, 'mlp_update'), None
+
+    table = NONE | {'mlp_update': 'device'}
+    run = lambda p, x: store.scan(  # noqa: E731
+        [lambda p, x, _: linear(p, x)], table=table, params=[p], x=x, scanned=[()],
+        input_name='block_input',
+    )[0].sum()  # fmt: skip
+    params, x = jnp.ones((L, D, D)), jnp.ones((B, D))
+    found = proof.saved(jax.jit(jax.grad(run)).trace(params, x).jaxpr, 1)
+    assert [a.name for a in found] == ['block_input']
+
+
+def test_integers_and_what_has_no_name_stay_as_they_are():
+    def route(params, x):
+        _, choices = jax.lax.top_k(x, 2)
+        choices = checkpoint_name(choices, 'router_choices')
+        return jnp.take_along_axis(x * params[None], choices, axis=-1).sum()
+
+    table = NONE | {'router_choices': 'device', 'block_input': 'int8'}
+    run = lambda p, x: store.apply(route, table=table, params=p, x=x, input_name='block_input')  # noqa: E731
+    found = proof.saved(jax.jit(jax.grad(run)).trace(jnp.ones(D), jnp.ones((B, D))).jaxpr, 1)
+    # The payload is int8, and so are the exponents.
+    assert {(a.name, a.dtype) for a in found} == {('router_choices', 'int32'), ('block_input', 'int8')}
+
+
+def test_two_functions_take_turns(arguments):
+    """A period of two layers: each recomputed on its own."""
+    params, x, scales, ids = arguments
+    even, odd = (jax.tree.map(lambda a, i=i: a[i::2], (params, scales)) for i in range(2))
+
+    def run(even, odd, x):
+        table = NONE | {'gate_up': 'device', 'block_input': 'fp8+offload'}
+        x, reports = store.scan(
+            [block, block], table=table, params=[even[0], odd[0]], x=x,
+            scanned=[even[1], odd[1]], others=(ids,), input_name='block_input',
+        )  # fmt: skip
+        return x, jnp.stack(reports, axis=1).reshape(-1)
+
+    for got, expected in zip(run(even, odd, x), plain(*arguments), strict=True):
+        np.testing.assert_allclose(got, expected, rtol=1e-6)
+    gradient = jax.jit(jax.grad(lambda params: run((params, even[1]), odd, x)[0].sum()))
+    found = sorted((a.name, a.layers) for a in proof.saved(gradient.trace(even[0]).jaxpr, 1))
+    assert found == [('block_input', L // 2)] * 4 + [('gate_up', L // 2)] * 2
+
+
+def test_nan_infinity_and_zero_survive_storage():
+    x = jnp.asarray([[1.0, -jnp.inf, 2.0], [0.0, 0.0, 0.0], [1.0, jnp.nan, 2.0], [3.0, 4.0, 5.0]])
+    run = lambda p: store.apply(  # noqa: E731
+        lambda p, x: p * x, table=NONE | {'block_input': 'fp8'}, params=p, x=x,
+        input_name='block_input',
+    ).sum()  # fmt: skip
+    lost, zero, lost_too, kept = jax.grad(run)(jnp.ones_like(x)).sum(axis=1)
+    assert np.isnan(lost) and np.isnan(lost_too)
+    assert zero == 0
+    np.testing.assert_allclose(kept, 12.0, rtol=2**-4)
