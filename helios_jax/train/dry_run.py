@@ -59,11 +59,14 @@ def _parameters(setup: states.Setup) -> str:
 
 def _state_bytes(setup: states.Setup) -> str:
     lines = []
-    for name in ('params', 'optimizer'):
+    memory = setup.config.memory
+    for name, where in (('params', memory.parameters), ('optimizer', memory.optimizer)):
         leaves = jax.tree.leaves(getattr(setup.state, name))
         total = sum(leaf.size * jnp.dtype(leaf.dtype).itemsize for leaf in leaves)
+        note = ', in the memory of its host' if where == 'host' else ''
         each = sum(_shard_bytes(leaf) for leaf in leaves)
-        lines.append(f'{name + " GiB":21} {total / GIB:.3f} in all, {each / GIB:.3f} per device')
+        size = f'{total / GIB:.3f} in all, {each / GIB:.3f} per device{note}'
+        lines.append(f'{name + " GiB":21} {size}')
     return '\n'.join(lines)
 
 

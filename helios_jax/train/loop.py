@@ -27,7 +27,7 @@ from helios_jax.parallel import cluster, sharding
 from helios_jax.parallel import mesh as meshes
 from helios_jax.train import metrics, report
 from helios_jax.train import state as states
-from helios_jax.train.run import Run, restore_or_initialize, save, save_config, variables
+from helios_jax.train.run import Run, readable, restore_or_initialize, save, save_config
 from helios_jax.train.step import make_train_step
 
 log = logging.getLogger(__name__)
@@ -173,7 +173,7 @@ def score(run: Run, state: states.TrainState) -> dict[str, float]:
     )
     return evaluate(
         Transformer(cfg.model),
-        variables(state),
+        readable(run, state),
         (pipeline.to_global(batch, rows) for batch in batches),
         eos_id=run.tokenizer.eos_id,
         packed=cfg.data.packing == 'best_fit',
@@ -221,7 +221,7 @@ def continuation(run: Run, state: states.TrainState) -> tuple[str, str]:
     prompt = [int(token) for token in row.tokens[0, :length]]
     made = generate(
         Transformer(run.config.model),
-        variables(state),
+        readable(run, state),
         [prompt],
         max_tokens=SAMPLE_TOKENS,
         eos_id=run.tokenizer.eos_id,

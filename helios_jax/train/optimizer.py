@@ -8,11 +8,14 @@ that one learning rate serves both.
 """
 
 import dataclasses
+from collections.abc import Collection
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import PyTree
+from flax.traverse_util import flatten_dict
+from jaxtyping import Array, Float, PyTree
 
 # `scale_by_shape` is in no public module of optax 0.2.8.
 from optax.contrib._muon import MuonDimensionNumbers, scale_by_muon, scale_by_shape
@@ -20,6 +23,7 @@ from optax.contrib._muon import MuonDimensionNumbers, scale_by_muon, scale_by_sh
 from helios_jax.config import Optimizer, UserError
 from helios_jax.parallel.sharding import RULES, Axes
 
+Key = tuple[str, ...]  # a parameter's place in the tree
 MUON_MOMENTUM = 0.95
 MUON_RMS = 0.2  # of an update's elements, as AdamW's
 
@@ -136,16 +140,36 @@ def state_shardings(state: PyTree, shardings: PyTree[jax.sharding.NamedSharding]
       state: of `make(…).init`, arrays or shapes.
       shardings: of each parameter.
     """
-    of_parameter = dict(jax.tree_util.tree_leaves_with_path(shardings))
+    of_parameter = flatten_dict(shardings)
     mesh = next(iter(of_parameter.values())).mesh
     replicated = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+    owned = owners(state, of_parameter).values()
+    leaves = [of_parameter.get(key, replicated) for key in owned]
+    return jax.tree.unflatten(jax.tree.structure(state), leaves)
 
-    def of(path, leaf):
-        # A moment's path ends with its parameter's, whatever optax wraps around it.
-        ends = (path[i:] for i in range(len(path)))
-        return next((of_parameter[end] for end in ends if end in of_parameter), replicated)
 
-    return jax.tree_util.tree_map_with_path(of, state)
+def owners(state: PyTree, keys: Collection[Key]) -> dict[str, Key]:
+    """Path of each array of an optimizer's state → the parameter that it is a moment of, or ().
+
+    Args:
+      keys: of the parameters, as of `flatten_dict`.
+    """
+
+    def owner(path: tuple[Any, ...]) -> Key:
+        # It ends with its parameter's, whatever optax wraps around it.
+        names = tuple(getattr(part, 'key', None) for part in path)
+        return next((names[i:] for i in range(len(names)) if names[i:] in keys), ())
+
+    paths = [path for path, _ in jax.tree_util.tree_leaves_with_path(state)]
+    return {jax.tree_util.keystr(path): owner(path) for path in paths}
+
+
+def clip(config: Optimizer, gradients: PyTree, norm: Float[Array, '']) -> PyTree:
+    """`optax.clip_by_global_norm` of some of the gradients, whose norm in all is given."""
+    if not config.clip_norm:
+        return gradients
+    small = norm < config.clip_norm
+    return jax.tree.map(lambda g: jnp.where(small, g, g / norm * config.clip_norm), gradients)
 
 
 def _is_router(axes: Axes) -> bool:

@@ -1,8 +1,10 @@
 """A run: what its parts share, and how it is saved, resumed and started from another."""
 
 import dataclasses
+import functools
 import json
 import logging
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -12,7 +14,7 @@ from jaxtyping import PyTree
 from helios_jax import api, checkpoint, config
 from helios_jax.data import pipeline
 from helios_jax.data import tokenizer as tokenizers
-from helios_jax.train import report
+from helios_jax.train import report, streaming
 from helios_jax.train import state as states
 
 log = logging.getLogger(__name__)
@@ -41,9 +43,20 @@ class Run:
     def config(self) -> config.Config:
         return self.setup.config
 
+    @functools.cached_property
+    def copy(self) -> Callable[[PyTree], PyTree]:
+        return jax.jit(functools.partial(streaming.working_copy, self.setup))
+
 
 def variables(state: states.TrainState) -> PyTree:
     return {'params': state.params} | ({'router': state.router} if state.router else {})
+
+
+def readable(run: Run, state: states.TrainState) -> PyTree:
+    """`variables` on the device, for the model to read: the copy that a step would make."""
+    if run.config.memory.parameters == 'device':
+        return variables(state)
+    return variables(state.replace(params=run.copy(state.params)))
 
 
 def save_config(run: Run) -> None:
@@ -68,7 +81,7 @@ def save(run: Run, state: states.TrainState, step: int, scores: dict[str, float]
 
 def restore_or_initialize(run: Run) -> tuple[states.TrainState, int]:
     """The state to go on from, and the samples consumed so far."""
-    directory, abstract = run.checkpoints.directory, run.setup.state
+    directory, counter = run.checkpoints.directory, run.setup.state.step
     step = run.checkpoints.latest()
     if step is None:
         source = run.config.train.init_from
@@ -76,16 +89,20 @@ def restore_or_initialize(run: Run) -> tuple[states.TrainState, int]:
         return states.initialize(run.setup).replace(**borrowed), 0
     metadata = checkpoint.read_metadata(directory, step)
     check_resumable(run, metadata)
-    collections = {'params': abstract.params, 'optimizer': abstract.optimizer}
-    if abstract.router:
-        collections['router'] = abstract.router
-    restored = {n: checkpoint.restore(directory, step, n, t) for n, t in collections.items()}
-    counter = jax.device_put(jax.numpy.asarray(step, abstract.step.dtype), abstract.step.sharding)
+    restored = restore(run, directory, step, 'params', 'optimizer', 'router')
+    count = jax.device_put(jax.numpy.asarray(step, counter.dtype), counter.sharding)
     log.info('Resuming %s from step %d.', run.workdir, step)
-    state = states.TrainState(
-        counter, restored['params'], restored['optimizer'], restored.get('router', {})
-    )
-    return state, metadata['samples']
+    return states.TrainState(count, **restored), metadata['samples']
+
+
+def restore(run: Run, directory: epath.Path, step: int, *items: str) -> dict[str, PyTree]:
+    """Parts of a saved state, where this run keeps them."""
+    abstract = {item: getattr(run.setup.state, item) for item in items}
+    # A dense model has no router to be saved.
+    return {
+        item: checkpoint.restore(directory, step, item, tree) if tree else tree
+        for item, tree in abstract.items()
+    }
 
 
 def borrow(run: Run, init_from: str) -> dict[str, PyTree]:
@@ -99,8 +116,7 @@ def borrow(run: Run, init_from: str) -> dict[str, PyTree]:
         f'tokens) than data.tokenizer={run.config.data.tokenizer!r} ({run.tokenizer.vocab_size} '
         'tokens); use the one in its checkpoints/tokenizer.',
     )
-    variables = api.restore_variables(run.setup.model, directory, step, run.setup.mesh)
-    return {'params': variables['params'], 'router': variables.get('router', {})}
+    return restore(run, directory, step, 'params', 'router')
 
 
 def check_resumable(run: Run, metadata: dict[str, Any]) -> None:

@@ -56,16 +56,25 @@ def create(
     shardings = sharding.tree_shardings(mesh, axes, variables)
     tx = optimizer.make(cfg.optimizer, cfg.train.num_steps, axes['params'])
     moments = jax.eval_shape(tx.init, variables['params'])
+    of_params = in_memory(cfg.memory.parameters, shardings['params'])
+    of_moments = optimizer.state_shardings(
+        moments, in_memory(cfg.memory.optimizer, shardings['params'])
+    )
     place = lambda shape, where: jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=where)  # noqa: E731
     state = TrainState(
         step=place(jax.ShapeDtypeStruct((), jnp.int32), sharding.sharding(mesh, ())),
-        params=jax.tree.map(place, variables['params'], shardings['params']),
-        optimizer=jax.tree.map(
-            place, moments, optimizer.state_shardings(moments, shardings['params'])
-        ),
+        params=jax.tree.map(place, variables['params'], of_params),
+        optimizer=jax.tree.map(place, moments, of_moments),
         router=jax.tree.map(place, variables.get('router', {}), shardings.get('router', {})),
     )
     return Setup(cfg, mesh, model, tx, axes['params'], state)
+
+
+def in_memory(kind: str, shardings: PyTree) -> PyTree:
+    """The shardings, in the memory of the devices or of their host."""
+    if kind == 'device':
+        return shardings
+    return jax.tree.map(lambda where: where.with_memory_kind('pinned_host'), shardings)
 
 
 def check_batch(cfg: config.Config, mesh: Any) -> None:

@@ -10,10 +10,11 @@ from jaxtyping import Array, Float, PyTree
 
 from helios_jax import config
 from helios_jax.data.pipeline import Batch
+from helios_jax.model.layers import float32_or_wider
 from helios_jax.model.loss import cross_entropy, next_tokens
 from helios_jax.parallel.context import zigzag_rows
 from helios_jax.parallel.sharding import constrain
-from helios_jax.train import optimizer
+from helios_jax.train import optimizer, streaming
 from helios_jax.train.state import Setup, TrainState
 
 Metrics = dict[str, Array]
@@ -36,17 +37,24 @@ def make_train_step(setup: Setup) -> Callable[[TrainState, Batch], tuple[TrainSt
     """The step as a pure function; jit it with the state donated, under the setup's mesh."""
     cfg = setup.config
     learning_rate = optimizer.schedule(cfg.optimizer, cfg.train.num_steps)
+    on_host = 'host' in (cfg.memory.optimizer, cfg.memory.parameters)
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
-        gradients, metrics, load = gradient(setup, state, batch)
-        updates, moments = setup.optimizer.update(gradients, state.optimizer, state.params)
+        copy = streaming.working_copy(setup, state.params)
+        gradients, metrics, load = gradient(setup, state.replace(params=copy), batch)
+        norm = optax.global_norm(jax.tree.map(float32_or_wider, gradients))
+        if on_host:
+            params, moments = streaming.update(setup, gradients, norm, state)
+        else:
+            updates, moments = setup.optimizer.update(gradients, state.optimizer, state.params)
+            params = optax.apply_updates(state.params, updates)
         metrics |= {
-            'gradient_norm': optax.global_norm(gradients),
+            'gradient_norm': norm,
             'learning_rate': jnp.asarray(learning_rate(state.step), jnp.float32),
         }
         state = TrainState(
             step=state.step + 1,
-            params=optax.apply_updates(state.params, updates),
+            params=params,
             optimizer=moments,
             router=balance(cfg.model.moe, state.router, load),
         )
@@ -91,7 +99,10 @@ def gradient(
             whole,
         )
         first = jax.tree.map(lambda x: x[0], whole)
-        zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(of, first))
+        # Gradients of a bfloat16 copy of the weights add up in float32 all the same.
+        zeros = jax.tree.map(
+            lambda x: float32_or_wider(jnp.zeros(x.shape, x.dtype)), jax.eval_shape(of, first)
+        )
 
         def add(total: Any, part: Any) -> tuple[Any, None]:
             return jax.tree.map(jnp.add, total, of(part)), None
