@@ -17,6 +17,7 @@ from absl import flags
 from helios_jax import config, options
 from helios_jax.bench.commands import bench_command, show
 from helios_jax.config import UserError, nearest, require
+from helios_jax.plan.command import plan_command
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -215,6 +216,7 @@ COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {
     'eval': eval_command,
     'generate': generate_command,
     'data': data_command,
+    'plan': plan_command,
     'ckpt': ckpt_command,
     'explain': explain_command,
     'bench': bench_command,

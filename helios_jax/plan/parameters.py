@@ -3,6 +3,8 @@
 The truth is `model.transformer.abstract_variables`, which a test compares with; this needs no JAX.
 """
 
+import functools
+import math
 from typing import NamedTuple
 
 from helios_jax.config import Model
@@ -19,13 +21,11 @@ class Parameter(NamedTuple):
 
     @property
     def size(self) -> int:
-        size = 1
-        for dim in self.shape:
-            size *= dim
-        return size
+        return math.prod(self.shape)
 
 
-def parameters(model: Model) -> list[Parameter]:
+@functools.cache
+def parameters(model: Model) -> tuple[Parameter, ...]:
     """Of the whole model; those of a period's layers have its repetitions as their first axis."""
     D, V = model.embed_dim, model.padded_vocab_size
     found = [
@@ -47,7 +47,7 @@ def parameters(model: Model) -> list[Parameter]:
             )
     if not model.tied_embeddings:
         found.append(Parameter('unembedding.w', (D, V), ('stream', 'unembed_vocab'), True))
-    return found
+    return tuple(found)
 
 
 def layer(model: Model, kind: str) -> list[Parameter]:

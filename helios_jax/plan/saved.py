@@ -62,17 +62,40 @@ def saved_tensors(layout: Layout) -> list[Saved]:
 
 def read_by_backward(layout: Layout, kind: str, table: dict[str, str]) -> list[str]:
     """The saved values of a layer that its backward pass reads."""
+    return [value for value in _needed(layout, kind, table) if _is_saved(value, table)]
+
+
+def recomputed_by_backward(layout: Layout, kind: str, table: dict[str, str]) -> list[str]:
+    """The values of a layer that its backward pass computes again."""
+    return [value for value in _needed(layout, kind, table) if not _is_saved(value, table)]
+
+
+def table(layout: Layout) -> dict[str, str]:
+    """The config's action for each tensor; without a policy all are kept.
+
+    Raises:
+      UserError: as `policy.actions`.
+    """
+    if layout.config.memory.policy == 'none':
+        return dict.fromkeys(policy.NAMES, 'device')
+    return policy.actions(layout.config.memory)
+
+
+def _is_saved(value: str, table: dict[str, str]) -> bool:
+    return table.get(value.removeprefix('kernel_'), 'remat') != 'remat'
+
+
+def _needed(layout: Layout, kind: str, table: dict[str, str]) -> list[str]:
+    """The values that gradients read, and those that these are recomputed from."""
     graph = _graph(layout, kind, table)
-    name = lambda value: value.removeprefix('kernel_')  # noqa: E731
-    is_saved = lambda value: table.get(name(value), 'remat') != 'remat'  # noqa: E731
     seen: set[str] = set()
     waiting = list(graph.read)
     while waiting:
         value = waiting.pop()
         if value not in seen:
             seen.add(value)
-            waiting += () if is_saved(value) else graph.sources[value]
-    return [value for value in graph.sources if value in seen and is_saved(value)]
+            waiting += () if _is_saved(value, table) else graph.sources[value]
+    return [value for value in graph.sources if value in seen]
 
 
 def _graph(layout: Layout, kind: str, table: dict[str, str]) -> Graph:
@@ -224,8 +247,7 @@ def _everything(layout: Layout, kind: str) -> list[Saved]:
     """
     model = layout.config.model
     layers = model.layer_kinds.count(kind)
-    table = dict.fromkeys(policy.NAMES, 'device')
-    found = _of_layer(layout, kind, table, layers)
+    found = _of_layer(layout, kind, dict.fromkeys(policy.NAMES, 'device'), layers)
     tokens, D = layout.local_tokens, model.embed_dim
     F = sum(s.elements for s in found if s.name == 'gate_up') // 2
     wide = 4 * tokens * D + (6 * tokens * D if model.gmu.has_gate else 0)

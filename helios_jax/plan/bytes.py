@@ -1,0 +1,158 @@
+"""Bytes of a train step on one device, in closed form, by what they are for.
+
+The peak is the largest of a step's phases. What is alive in each was read from the schedules that
+XLA makes for TPUs (libtpu 0.0.50, jax 0.12): see `phases`. `plan/validate.py` holds it against the
+compiler's figures.
+"""
+
+import dataclasses
+
+from helios_jax.model import flops
+from helios_jax.parallel import rules
+from helios_jax.plan.layout import DTYPE_BYTES, Layout
+from helios_jax.plan.parameters import Parameter, parameters
+from helios_jax.plan.saved import Saved, saved_tensors
+from helios_jax.plan.state import Arguments, arguments, is_narrow, layer_weights, local
+from helios_jax.plan.working import gathered_bytes, working_bytes
+
+
+@dataclasses.dataclass(frozen=True)
+class Bytes:
+    """Of one device; `host` of its share of the host's memory."""
+
+    layout: Layout
+    arguments: Arguments
+    saved: list[Saved]
+    gradients: int  # of all layers and the head, as they wait for the update
+    weights_copy: int  # of all layers in the compute dtype, cast once a step
+    working: int  # one layer's backward pass: recomputed tensors, their gradients
+    gathered: int  # one layer's weights, whole, and what collectives hold beside them
+    loss: int  # a chunk's logits and their gradient, the gathered tokens, the gradient of the head
+    prefetched: int  # of the host's: what is on its way back
+    streamed: int  # of the host's optimizer state: the parts that are being updated
+
+    @property
+    def saved_device(self) -> int:
+        return sum(s.num_bytes for s in self.saved if s.place == 'device')
+
+    @property
+    def saved_host(self) -> int:
+        return sum(s.num_bytes for s in self.saved if s.place == 'host')
+
+    @property
+    def arguments_device(self) -> int:
+        return self.arguments.on_device(self.layout)
+
+    @property
+    def host(self) -> int:
+        return self.saved_host + self.arguments.on_host(self.layout)
+
+    @property
+    def phases(self) -> dict[str, int]:
+        """Bytes beyond the arguments in each phase of a step.
+
+        In the loss no layer has a gradient yet; in the backward pass the stacks of all layers'
+        gradients are there from its first step on, beside all that was saved; in the update nothing
+        is left but gradients. XLA casts the scanned weights once, before the scan, so that their
+        compute-dtype copies live as long as the two passes.
+        """
+        passes = self.weights_copy + self.saved_device
+        accumulated = self.gradients if self.layout.config.train.microbatches > 1 else 0
+        return {
+            'loss': passes + self.loss + accumulated,
+            'backward': passes + self.gradients + accumulated + self.working + self.gathered
+            + self.prefetched,
+            'update': self.gradients + accumulated + self.streamed,
+        }  # fmt: skip
+
+    @property
+    def temporary(self) -> int:
+        return max(self.phases.values())
+
+    @property
+    def peak(self) -> int:
+        """Of the whole step, arguments included: what has to fit."""
+        return self.arguments_device + self.temporary
+
+    @property
+    def peak_phase(self) -> str:
+        return max(self.phases, key=lambda phase: self.phases[phase])
+
+
+def step_bytes(layout: Layout) -> Bytes:
+    """Of a train step of the config on its mesh.
+
+    Raises:
+      UserError: the mesh does not divide a weight, or the policy is still to be resolved.
+    """
+    saved = saved_tensors(layout)
+    return Bytes(
+        layout=layout,
+        arguments=arguments(layout),
+        saved=saved,
+        gradients=_gradients(layout),
+        weights_copy=_weights_copy(layout),
+        working=working_bytes(layout),
+        gathered=gathered_bytes(layout),
+        loss=_loss(layout),
+        # One step's tensors have arrived, the next step's are on their way.
+        prefetched=2 * sum(s.layer_bytes for s in saved if s.place == 'host'),
+        streamed=_streamed(layout),
+    )
+
+
+def _copied(layout: Layout, weight: Parameter) -> bool:
+    """Whether the device holds a compute-dtype copy instead of float32 parameters."""
+    return layout.config.memory.parameters == 'host' and is_narrow(weight)
+
+
+def _gradients(layout: Layout) -> int:
+    """Of all parameters but an untied embedding, whose gradient comes when little else is left.
+
+    Float32, or the compute dtype where the parameters that they belong to are such a copy.
+    """
+    tied, total = layout.config.model.tied_embeddings, 0
+    for weight in parameters(layout.config.model):
+        narrow = _copied(layout, weight) and layout.config.train.microbatches == 1
+        if tied or weight.name != 'embed.w':
+            total += (layout.dtype_bytes if narrow else 4) * local(layout, weight)
+    return total
+
+
+def _weights_copy(layout: Layout) -> int:
+    """Compute-dtype copies that live through both passes."""
+    model, total = layout.config.model, 0
+    on_host = layout.config.memory.parameters == 'host'
+    for weight in parameters(model):
+        scanned = weight.axes[0] == 'layers' and model.num_periods > 1
+        narrow = is_narrow(weight) and layout.dtype_bytes < 4
+        if on_host:
+            total += (layout.dtype_bytes if narrow else 4) * local(layout, weight)
+        elif narrow and scanned:
+            total += layout.dtype_bytes * local(layout, weight)
+    return total
+
+
+def _loss(layout: Layout) -> int:
+    """model/loss.py: logits in float32, their gradient in the compute dtype, tokens gathered."""
+    model, cfg = layout.config.model, layout.config
+    rows, T = layout.microbatch_rows, cfg.data.row_length
+    chunks = flops.loss_chunks(rows, T, model.padded_vocab_size, layout.num_devices)
+    tokens = rows // rules.shards(layout, 'loss_batch') * T // chunks
+    vocab = model.padded_vocab_size // rules.shards(layout, 'unembed_vocab')
+    logits = tokens * vocab * (4 + layout.dtype_bytes)
+    head = model.embed_dim * vocab * (4 + layout.dtype_bytes)
+    stream = 2 * layout.local_tokens * model.embed_dim * layout.dtype_bytes
+    return logits + head + 2 * tokens * model.embed_dim * layout.dtype_bytes + stream
+
+
+def _streamed(layout: Layout) -> int:
+    """Of state on the host: a layer in use and the next on its way, or an array of no layer's."""
+    memory = layout.config.memory
+    moment = DTYPE_BYTES[layout.config.optimizer.moments_dtype]
+    each = (4 if memory.parameters == 'host' else 0) + (
+        2 * moment if memory.optimizer == 'host' else 0
+    )
+    layers = [2 * sum(local(layout, w) for w in ws) for ws in layer_weights(layout)]
+    alone = [local(layout, w) for w in parameters(layout.config.model) if w.axes[0] != 'layers']
+    return each * max([*layers, *alone])

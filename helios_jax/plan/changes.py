@@ -1,0 +1,70 @@
+"""What to change where a plan does not fit: the fastest ways out, as command-line overrides."""
+
+import dataclasses
+import itertools
+from collections.abc import Iterator
+from typing import NamedTuple
+
+from helios_jax import config
+from helios_jax.memory import policy
+from helios_jax.plan.closed_form import Plan, plan
+from helios_jax.plan.hardware import Chip
+
+# Presets in the order of the work that they add; each is exact but for those that say fp8.
+PRESETS = ('minimal', 'fp8', 'full', 'offload', 'fp8_offload')
+assert set(PRESETS) == set(policy.PRESETS)
+
+
+class Change(NamedTuple):
+    overrides: tuple[str, ...]  # such as --config.memory.policy=fp8
+    plan: Plan
+
+
+def cheapest(cfg: config.Config, chip: Chip, num_devices: int, count: int = 3) -> list[Change]:
+    """The changes that make it fit, by predicted step time: one override each, else two."""
+    single = list(_single(cfg, num_devices))
+    found = [c for change in single if (c := _try(cfg, [change], chip, num_devices))]
+    if len(found) < count:
+        pairs = itertools.combinations(single, 2)
+        found += [c for pair in pairs if (c := _try(cfg, list(pair), chip, num_devices))]
+    kept: list[Change] = []
+    for change in sorted(found, key=lambda c: c.plan.seconds.step):
+        # A pair that one of its halves makes needless is no answer of its own.
+        if not any(set(k.overrides) < set(change.overrides) for k in found):
+            kept.append(change)
+    return kept[:count]
+
+
+def _single(cfg: config.Config, num_devices: int) -> Iterator[tuple[str, str, object]]:
+    """(section, field, value) of each setting worth trying."""
+    for preset in PRESETS:
+        if preset != cfg.memory.policy and not policy.chosen_actions(cfg.memory):
+            yield 'memory', 'policy', preset
+    for parts in (2, 4, 8, 16):
+        yield 'train', 'microbatches', cfg.train.microbatches * parts
+    if cfg.memory.optimizer == 'device':
+        yield 'memory', 'optimizer', 'host'
+    if cfg.memory.parameters == 'device':
+        yield 'memory', 'parameters', 'host'
+    for axis, other in itertools.permutations(('data', 'fsdp', 'expert', 'context', 'tensor'), 2):
+        # One axis takes what another has; the other becomes what is left.
+        size = getattr(cfg.mesh, axis)
+        if size == 1 and getattr(cfg.mesh, other) == -1:
+            yield from (('mesh', axis, n) for n in (2, 4, 8, 16) if num_devices % n == 0)
+
+
+def _try(
+    cfg: config.Config, changes: list[tuple[str, str, object]], chip: Chip, num_devices: int
+) -> Change | None:
+    """The plan with these changes, None where it is refused or does not fit."""
+    if len({change[:2] for change in changes}) < len(changes):
+        return None
+    try:
+        for section, field, value in changes:
+            part = dataclasses.replace(getattr(cfg, section), **{field: value})
+            cfg = dataclasses.replace(cfg, **{section: part})
+        changed = plan(cfg, chip, num_devices)
+    except config.UserError:
+        return None
+    overrides = tuple(f'--config.{section}.{field}={value}' for section, field, value in changes)
+    return Change(overrides, changed) if changed.fits else None

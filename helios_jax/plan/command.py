@@ -1,0 +1,116 @@
+"""helios plan: what a run needs and what fits, before it runs."""
+
+import dataclasses
+import json
+import os
+from collections.abc import Sequence
+from typing import Any
+
+from absl import flags
+
+from helios_jax import config, options
+from helios_jax.plan import changes, closed_form, hardware, report, search
+
+BYTE_VOCABULARY = 256  # of data.tokenizer=bytes, without loading the tokenizers' libraries
+CONFIRMED = 3  # configurations of a search that --compile compiles
+
+
+def plan_command(argv: Sequence[str]) -> None:
+    """Bytes and seconds of a step: --config [--topology --batch --json --compile --search]."""
+    values = flags.FlagValues()
+    options.config_flag(values, argv)
+    flags.DEFINE_string(
+        'topology', 'h100', 'Chip, and how many: v5p:4x4x4, h100:8, cpu.', flag_values=values
+    )
+    flags.DEFINE_integer('batch', 0, "Rows of a step; 0: the config's.", flag_values=values)
+    flags.DEFINE_bool('json', False, 'One JSON object.', flag_values=values)
+    flags.DEFINE_bool('compile', False, 'Compile for the TPU, and compare.', flag_values=values)
+    flags.DEFINE_bool('search', False, 'Policies × batches × meshes.', flag_values=values)
+    flags.DEFINE_bool('validate', False, 'Our arithmetic against the compiler.', flag_values=values)
+    options.parse(values, options.config_file(argv))
+    if values.validate:
+        os.environ['JAX_PLATFORMS'] = 'cpu'
+        from helios_jax.plan import validate
+
+        validate.report(values.json)
+        return
+    topology = hardware.topology(values.topology)
+    cfg = prepared(config.from_dict(values.config), topology, values.batch)
+    found: dict[str, Any] = {}
+    if values.search:
+        found = searched(cfg, topology, values.compile, values.json)
+    else:
+        found = planned(cfg, topology, values.compile, values.json)
+    if values.json:
+        print(json.dumps(found))
+
+
+def prepared(cfg: config.Config, topology: hardware.Topology, batch_rows: int = 0) -> config.Config:
+    """The config with V, L_train, the rows and the policy filled in.
+
+    Raises:
+      UserError: as a run would.
+    """
+    vocab_size = cfg.model.vocab_size
+    if not vocab_size and cfg.data.tokenizer == 'bytes':
+        vocab_size = BYTE_VOCABULARY
+    elif not vocab_size:
+        from helios_jax.data import tokenizer
+
+        vocab_size = tokenizer.load(cfg.data.tokenizer).vocab_size
+    cfg = cfg.resolve(vocab_size)
+    if batch_rows:
+        train = dataclasses.replace(cfg.train, batch_rows=batch_rows)
+        cfg = dataclasses.replace(cfg, train=train)
+    if cfg.memory.policy == 'auto':
+        memory = search.resolve_auto(cfg, topology.chip, topology.num_devices)
+        cfg = dataclasses.replace(cfg, memory=memory)
+    return cfg
+
+
+def planned(
+    cfg: config.Config, topology: hardware.Topology, compile_too: bool, as_json: bool
+) -> dict[str, Any]:
+    """Prints the plan as text unless it is wanted as JSON; returns it."""
+    made = closed_form.plan(cfg, topology.chip, topology.num_devices)
+    most = report.limits(made, topology)
+    found = report.as_dict(made, topology) | most
+    if not as_json:
+        print(report.text(made, topology, most))
+    if not made.fits:
+        better = changes.cheapest(cfg, topology.chip, topology.num_devices)
+        found['changes'] = report.changes_as_list(better)
+        if not as_json:
+            print('\n' + report.changes_text(better))
+    if compile_too:
+        found['compiled'] = compiled(made, topology, as_json)
+    return found
+
+
+def searched(
+    cfg: config.Config, topology: hardware.Topology, compile_too: bool, as_json: bool
+) -> dict[str, Any]:
+    best = search.search(cfg, topology.chip, topology.num_devices)[:10]
+    config.require(
+        bool(best),
+        f'nothing fits {topology.name}, not even one row a device under memory.policy=fp8_offload; '
+        'take more devices or a smaller model.',
+    )
+    if not as_json:
+        print(report.ranking_text(best))
+    found: dict[str, Any] = {'search': report.changes_as_list(best)}
+    if compile_too:
+        found['compiled'] = [
+            compiled(change.plan, topology, as_json) for change in best[:CONFIRMED]
+        ]
+    return found
+
+
+def compiled(made: closed_form.Plan, topology: hardware.Topology, as_json: bool) -> dict[str, Any]:
+    os.environ['JAX_PLATFORMS'] = 'cpu'
+    from helios_jax.plan import compiled as compiling
+
+    measured = compiling.measure(made.config, topology.name)
+    if not as_json:
+        print('\n' + compiling.comparison(made, measured))
+    return measured

@@ -1,0 +1,106 @@
+"""The best of many configurations by closed form: policies × batches × meshes."""
+
+import dataclasses
+import itertools
+import math
+from collections.abc import Iterator
+
+from helios_jax import config
+from helios_jax.parallel.rules import BATCH_AXES
+from helios_jax.plan.changes import PRESETS, Change
+from helios_jax.plan.closed_form import Plan, largest_rows, layout_shape, plan
+from helios_jax.plan.hardware import GIB, Chip
+
+MICROBATCHES = (1, 2, 4)
+NEAR = 0.01  # of tokens/s: what counts as as good
+
+
+def search(cfg: config.Config, chip: Chip, num_devices: int) -> list[Change]:
+    """Those that fit, by predicted tokens/s: presets × rows and microbatches × meshes.
+
+    The batch of a step may grow or shrink: rows of a device are powers of two up to what fits. Of a
+    mesh and a preset the smallest batch that is as good as the fastest is shown. The user's own
+    actions are kept under every preset.
+    """
+    best = []
+    for mesh, preset in itertools.product(_meshes(cfg, num_devices), PRESETS):
+        memory = dataclasses.replace(cfg.memory, policy=preset)
+        tried = dataclasses.replace(cfg, mesh=mesh, memory=memory)
+        found = [
+            change
+            for parts in MICROBATCHES
+            for change in _rows(tried, cfg, parts, chip, num_devices)
+        ]
+        speed = max((c.plan.seconds.tokens_per_second for c in found), default=0.0)
+        near = [c for c in found if c.plan.seconds.tokens_per_second > (1 - NEAR) * speed]
+        best += sorted(near, key=lambda c: (c.plan.config.train.batch_rows, c.plan.bytes.peak))[:1]
+    return sorted(best, key=lambda c: -c.plan.seconds.tokens_per_second)
+
+
+def resolve_auto(cfg: config.Config, chip: Chip, num_devices: int) -> config.Memory:
+    """What memory.policy='auto' stands for on these devices: the fastest preset that fits.
+
+    Raises:
+      UserError: none does.
+    """
+    tried = []
+    for preset in PRESETS:
+        memory = dataclasses.replace(cfg.memory, policy=preset)
+        tried.append(plan(dataclasses.replace(cfg, memory=memory), chip, num_devices))
+    fitting = [made for made in tried if made.fits]
+    least = min(made.bytes.peak for made in tried)
+    config.require(
+        bool(fitting),
+        f"memory.policy='auto': no preset fits {num_devices} {chip.name}; the smallest needs "
+        f'{least / GIB:.1f} of {chip.hbm_bytes / GIB:.1f} GiB a device. Take fewer rows, more '
+        'train.microbatches or more devices (`helios plan` names what would do).',
+    )
+    return min(fitting, key=lambda made: made.seconds.step).config.memory
+
+
+def _meshes(cfg: config.Config, num_devices: int) -> Iterator[config.Mesh]:
+    """The config's own axes, and every split of the devices over fsdp, data, expert and tensor.
+
+    Slices and context stay: they answer to the machine and the row's length.
+    """
+    shape = layout_shape(cfg, num_devices)
+    left = num_devices // shape['slice'] // shape['context']
+    experts = cfg.model.moe.num_experts or 1
+    for tensor, expert in itertools.product((1, 2, 4, 8), (1, 2, 4, 8, 16)):
+        if left % (tensor * expert) or experts % expert:
+            continue
+        rest = left // tensor // expert
+        for fsdp in (rest, *(f for f in (8, 16, 32, 64) if f < rest and rest % f == 0)):
+            sizes = {'data': rest // fsdp, 'fsdp': fsdp, 'expert': expert, 'tensor': tensor}
+            # The config's own mesh keeps the -1 that it was written with.
+            yield cfg.mesh if shape | sizes == shape else config.Mesh(**(shape | sizes))
+
+
+def _rows(
+    cfg: config.Config, original: config.Config, parts: int, chip: Chip, num_devices: int
+) -> Iterator[Change]:
+    """Rows of a device's microbatch: powers of two up to the most that fit, and the most itself."""
+    shape = layout_shape(cfg, num_devices)
+    sharded = math.prod(shape[axis] for axis in BATCH_AXES)
+    train = dataclasses.replace(cfg.train, microbatches=parts, batch_rows=parts * sharded)
+    cfg = dataclasses.replace(cfg, train=train)
+    try:
+        most = min(largest_rows(cfg, chip, num_devices), 64)
+    except config.UserError:
+        return
+    for rows in {2**i for i in range(7) if 2**i <= most} | ({most} if most else set()):
+        train = dataclasses.replace(cfg.train, batch_rows=rows * parts * sharded)
+        made = plan(dataclasses.replace(cfg, train=train), chip, num_devices)
+        yield Change(_overrides(original, made), made)
+
+
+def _overrides(original: config.Config, made: Plan) -> tuple[str, ...]:
+    """What differs from the config, as it is written on the command line."""
+    found = []
+    for section in ('memory', 'mesh', 'train'):
+        old, new = getattr(original, section), getattr(made.config, section)
+        for field in dataclasses.fields(new):
+            value = getattr(new, field.name)
+            if value != getattr(old, field.name):
+                found.append(f'--config.{section}.{field.name}={value}')
+    return tuple(found)

@@ -1,0 +1,163 @@
+"""Seconds of a train step, in closed form: what each resource would take, and which one binds.
+
+A device computes and passes over its memory by turns; the network and the link to the host work
+beside both. So a step takes as long as the longest of these three. Fractions of the makers' peaks
+are what one H100 was measured at; `passes` over the stream are counted from its profile of
+helios_1b, as README.md has it. Ranks configurations; a measured step takes longer.
+"""
+
+import dataclasses
+
+from helios_jax.model import flops
+from helios_jax.parallel import rules
+from helios_jax.plan.bytes import Bytes
+from helios_jax.plan.hardware import Chip
+from helios_jax.plan.layout import Layout
+from helios_jax.plan.parameters import parameters
+from helios_jax.plan.saved import recomputed_by_backward, shapes, table
+from helios_jax.plan.state import local
+
+MATMUL_FRACTION = 0.8  # of peak FLOP/s: 798 of 989 TFLOP/s, bfloat16, 8192³
+ATTENTION_FRACTION = 0.44  # cuDNN forward and backward, 436 TFLOP/s
+MEMORY_FRACTION = 0.9  # of HBM bandwidth: a copy, 3.0 of 3.35 TB/s
+STREAM_PASSES = 120  # times that a layer's elementwise work reads or writes an array like x
+GATE_PASSES = 35  # more for each gated sublayer
+
+
+@dataclasses.dataclass(frozen=True)
+class Seconds:
+    """Of one step; FLOPs and bytes are one device's."""
+
+    flops: float  # recomputation included
+    memory_bytes: float
+    network_bytes: float
+    host_bytes: float
+    compute: float
+    memory: float
+    network: float
+    host: float
+    tokens_per_second: float  # of all devices
+    mfu: float
+
+    @property
+    def step(self) -> float:
+        return max(self.compute + self.memory, self.network, self.host)
+
+    @property
+    def bound(self) -> str:
+        """The resource that a step waits for: compute | memory | network | host."""
+        if self.step == self.network or self.step == self.host:
+            return 'network' if self.step == self.network else 'host'
+        return 'compute' if self.compute >= self.memory else 'memory'
+
+
+def step_seconds(layout: Layout, planned: Bytes, chip: Chip) -> Seconds:
+    cfg = layout.config
+    tokens = cfg.train.batch_rows * cfg.data.row_length
+    length = cfg.data.row_length
+    attention = flops.attention_flops(cfg.model, length) * tokens / layout.num_devices
+    matmul = 6 * flops.parameters(cfg.model).active_matmul * tokens / layout.num_devices
+    counted = matmul + attention
+    again_matmul, again_attention = _recomputed(layout)
+    matmul = (matmul + again_matmul) * _dense_experts(layout)
+    attention += again_attention
+    memory_bytes = _memory_bytes(layout, planned)
+    network_bytes = _network_bytes(layout)
+    host_bytes = 2.0 * cfg.train.microbatches * planned.saved_host
+    host_bytes += 2 * planned.arguments.on_host(layout)
+    compute = matmul / MATMUL_FRACTION + attention / ATTENTION_FRACTION
+    made = Seconds(
+        flops=matmul + attention,
+        memory_bytes=memory_bytes,
+        network_bytes=network_bytes,
+        host_bytes=host_bytes,
+        compute=compute / chip.peak_flops,
+        memory=memory_bytes / chip.hbm_bandwidth / MEMORY_FRACTION,
+        network=network_bytes / chip.network_bandwidth,
+        host=host_bytes / chip.host_bandwidth,
+        tokens_per_second=0.0,
+        mfu=0.0,
+    )
+    return dataclasses.replace(
+        made,
+        tokens_per_second=tokens / made.step,
+        mfu=counted / made.step / chip.peak_flops,
+    )
+
+
+def _recomputed(layout: Layout) -> tuple[float, float]:
+    """FLOPs (of matmuls, of attention) that the backward pass spends on the forward's again."""
+    model, cfg = layout.config.model, layout.config
+    tokens = cfg.train.batch_rows * cfg.data.row_length / layout.num_devices
+    D, N, K, H = model.embed_dim, model.num_heads, model.num_kv_heads, model.head_dim
+    attention = flops.attention_flops(model, cfg.data.row_length) / 3 / len(model.layer_kinds)
+    total, total_attention = 0.0, 0.0
+    for kind in set(model.layer_kinds):
+        again = set(recomputed_by_backward(layout, kind, table(layout)))
+        moe = kind.startswith('moe')
+        inside = model.expert_mlp_dim * model.moe.num_experts_per_token if moe else model.mlp_dim
+        of = {
+            'q': 2 * D * N * H,
+            'k': 2 * D * K * H,
+            'v': 2 * D * K * H,
+            'attention_update': 2 * D * N * H,
+            'gate_up': 4 * D * inside,
+            'mlp_update': 0 if moe else 2 * D * inside,
+            'expert_output': 2 * D * inside,
+        }
+        layers = model.layer_kinds.count(kind)
+        total += layers * sum(n for value, n in of.items() if value in again) * tokens
+        if again.intersection(('attention_output', 'log_sum_exp')):
+            total_attention += layers * attention * tokens
+    return total, total_attention
+
+
+def _dense_experts(layout: Layout) -> float:
+    """How many times the matmuls' FLOPs: outside TPUs XLA computes every expert for every row."""
+    moe = layout.config.model.moe
+    kinds = layout.config.model.layer_kinds
+    if layout.platform == 'tpu' or not any(kind.startswith('moe') for kind in kinds):
+        return 1.0
+    return float(moe.num_experts // layout.shape['expert'])
+
+
+def _memory_bytes(layout: Layout, planned: Bytes) -> float:
+    """Over HBM: the update, weights, saved tensors, and elementwise passes over activations."""
+    model, parts = layout.config.model, layout.config.train.microbatches
+    weights = sum(local(layout, weight) for weight in parameters(model))
+    moments = planned.arguments.optimizer
+    # Parameters and moments are read and written, gradients written and read; three bfloat16 reads.
+    update = 8 * weights + 2 * moments + 8 * weights
+    stream = layout.local_tokens * model.embed_dim * layout.dtype_bytes
+    passes = STREAM_PASSES + (2 * GATE_PASSES if model.gmu.has_gate else 0)
+    inside = 0
+    for kind in model.layer_kinds:
+        shape, axes = shapes(layout, 'gate_up', kind)[0]
+        inside += 9 * layout.elements(shape, axes) * layout.dtype_bytes
+    layers = passes * stream * model.num_layers + inside
+    gathered = 3 * planned.gathered * model.num_layers
+    kept = 2 * sum(s.num_bytes for s in planned.saved)
+    return float(update + parts * (layers + gathered + kept))
+
+
+def _network_bytes(layout: Layout) -> float:
+    """That a device sends: weights, gradients, tokens to experts, partial sums, keys in rings."""
+    model, shape = layout.config.model, layout.shape
+    width = layout.dtype_bytes
+    of_layers = [w for w in parameters(model) if w.matmul and w.name != 'unembedding.w']
+    owned = width * sum(local(layout, weight) for weight in of_layers)
+    copies = shape['slice'] * shape['data']
+    # Gathered for each pass, and its gradient reduced; then summed over the copies of the model.
+    weights = 3 * owned * (shape['fsdp'] - 1)
+    summed = 2 * owned * (copies - 1) / copies
+    stream = layout.local_tokens * model.embed_dim * width
+    # Sums of both sublayers in each of forward, recomputation and backward; two passes a sum.
+    sums = 2 * 3 * 2 * stream * (shape['tensor'] - 1) / shape['tensor'] * model.num_layers
+    routed = sum(kind.startswith('moe') for kind in model.layer_kinds)
+    exchanged = 5 * stream * (shape['expert'] - 1) * routed
+    keys = 2 * layout.local_tokens * model.num_kv_heads * model.head_dim * width
+    keys //= rules.shards(layout, 'kv_heads')
+    rings = 4 * keys * (shape['context'] - 1) * model.num_layers
+    loss = 2 * stream * (shape['fsdp'] - 1)
+    each = weights + sums + exchanged + rings + loss
+    return float(layout.config.train.microbatches * (each + summed))

@@ -1,0 +1,79 @@
+"""Bytes of what a step is given: parameters, optimizer state, router biases and the batch."""
+
+from typing import NamedTuple
+
+from helios_jax.parallel import rules
+from helios_jax.plan.layout import DTYPE_BYTES, Layout
+from helios_jax.plan.parameters import Parameter, parameters, router_biases
+
+
+class Arguments(NamedTuple):
+    """Bytes on one device, or in its share of the host's memory where the config says so."""
+
+    parameters: int
+    optimizer: int
+    router: int
+    batch: int
+
+    def on_device(self, layout: Layout) -> int:
+        return sum(self) - self.on_host(layout)
+
+    def on_host(self, layout: Layout) -> int:
+        memory = layout.config.memory
+        host = self.parameters if memory.parameters == 'host' else 0
+        return host + (self.optimizer if memory.optimizer == 'host' else 0)
+
+
+def arguments(layout: Layout) -> Arguments:
+    """Of a whole train step.
+
+    Raises:
+      UserError: the mesh does not divide a weight.
+    """
+    weights = parameters(layout.config.model)
+    for weight in weights:
+        rules.check(weight.name.replace('.', '/'), weight.shape, weight.axes, layout)
+    moment = DTYPE_BYTES[layout.config.optimizer.moments_dtype]
+    moments = sum(
+        (1 if takes_muon(layout, weight) else 2) * local(layout, weight) for weight in weights
+    )
+    rows = layout.config.train.batch_rows // rules.shards(layout, 'batch')
+    # tokens, segment ids and positions in int32, the loss mask in bool; a row's number of bytes
+    batch = rows * (layout.local_length * 13 + 4)
+    return Arguments(
+        parameters=4 * sum(local(layout, weight) for weight in weights),
+        optimizer=moment * moments,
+        router=4 * sum(local(layout, bias) for bias in router_biases(layout.config.model)),
+        batch=batch,
+    )
+
+
+def local(layout: Layout, weight: Parameter) -> int:
+    """Elements on one device."""
+    return layout.elements(weight.shape, weight.axes)
+
+
+def takes_muon(layout: Layout, weight: Parameter) -> bool:
+    """Whether one moment is kept instead of two, as train/optimizer.py decides by the axes."""
+    inside = {'heads', 'kv_heads', 'head_dim', 'mlp'}.intersection(weight.axes)
+    return layout.config.optimizer.name == 'muon' and bool(inside) and 'embed' in weight.axes
+
+
+def is_narrow(weight: Parameter) -> bool:
+    """Whether the model reads a weight in the compute dtype alone (train/streaming.py).
+
+    Every matmul's, but for the router's and both embeddings'.
+    """
+    wide = {'vocab', 'unembed_vocab'}.intersection(weight.axes) or weight.axes[-1] == 'experts'
+    return weight.matmul and not wide
+
+
+def layer_weights(layout: Layout) -> list[list[Parameter]]:
+    """Parameters of each layer of the period, without their stacking axis."""
+    found: dict[str, list[Parameter]] = {}
+    for weight in parameters(layout.config.model):
+        group, _, rest = weight.name.partition('.')
+        if group == 'periods':
+            one = weight._replace(shape=weight.shape[1:], axes=weight.axes[1:])
+            found.setdefault(rest.split('.')[0], []).append(one)
+    return list(found.values())

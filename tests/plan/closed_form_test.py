@@ -1,0 +1,192 @@
+"""Bytes, seconds and limits of a plan: against the state of a run, and against each other."""
+
+import dataclasses
+import math
+
+import jax
+import pytest
+
+from helios_jax import config
+from helios_jax.parallel import mesh as meshes
+from helios_jax.plan import changes, closed_form, compiled, hardware, search
+from helios_jax.plan.closed_form import plan
+from helios_jax.plan.hardware import GIB
+from helios_jax.train import state as states
+
+MODEL = config.Model(
+    num_layers=5, embed_dim=96, num_heads=8, num_kv_heads=4, head_dim=24, mlp_dim=160,
+    prefix='dense', period='moe,dense', moe=config.MoE(num_experts=12, mlp_dim=40),
+)  # fmt: skip
+SMALL = config.Config(
+    model=MODEL, data=config.Data(row_length=64), train=config.Train(batch_rows=48)
+).resolve(300)
+V5E = hardware.CHIPS['v5e']
+
+
+def large(**memory: str) -> config.Config:
+    """Of 16 v5e: what fits depends on the policy."""
+    return config.Config(
+        model=config.Model(
+            num_layers=32, embed_dim=4096, num_heads=32, num_kv_heads=8, head_dim=128,
+            mlp_dim=14_336,
+        ),
+        data=config.Data(row_length=4096),
+        train=config.Train(batch_rows=32),
+        memory=config.Memory(**memory),
+    ).resolve(32_000)  # fmt: skip
+
+
+@pytest.mark.parametrize('optimizer', ['adamw', 'muon'])
+@pytest.mark.parametrize('moments', ['float32', 'bfloat16'])
+@pytest.mark.parametrize(
+    'mesh',
+    [
+        config.Mesh(),
+        config.Mesh(fsdp=2, expert=2, tensor=2),
+        config.Mesh(data=2, fsdp=2, context=2),
+        config.Mesh(slice=2, fsdp=4),
+    ],
+    ids=lambda mesh: '-'.join(map(str, dataclasses.astuple(mesh))),
+)
+def test_arguments_are_the_shards_of_state_and_batch(mesh, optimizer, moments):
+    chosen = config.Optimizer(name=optimizer, moments_dtype=moments)
+    cfg = dataclasses.replace(SMALL, mesh=mesh, optimizer=chosen)
+    planned = plan(cfg, V5E, 8).bytes
+    abstract = meshes.abstract(mesh, 8)
+    setup = states.create(cfg, abstract)
+
+    def shards(tree) -> int:
+        leaves = jax.tree.leaves(tree)
+        return sum(math.prod(a.sharding.shard_shape(a.shape)) * a.dtype.itemsize for a in leaves)
+
+    given = planned.arguments
+    assert given.parameters == shards(setup.state.params)
+    assert given.router == shards(setup.state.router)
+    assert given.batch == shards(compiled.abstract_batch(cfg, abstract))
+    # Besides the moments: a few counts, and Muon's coefficients.
+    assert 0 <= shards(setup.state.optimizer) - given.optimizer <= 64
+
+
+def test_a_plan_refuses_what_a_run_would():
+    with pytest.raises(config.UserError, match='does not fit 6 devices'):
+        plan(dataclasses.replace(SMALL, mesh=config.Mesh(fsdp=4)), V5E, 6)
+    with pytest.raises(config.UserError, match='kv_heads=4 is not divisible'):
+        plan(dataclasses.replace(SMALL, mesh=config.Mesh(tensor=8)), V5E, 8)
+    with pytest.raises(config.UserError, match='batch_rows=48'):
+        plan(dataclasses.replace(SMALL, mesh=config.Mesh(data=32)), V5E, 32)
+
+
+def test_policies_are_ordered_as_their_names_say():
+    of = {p: plan(large(policy=p), V5E, 16) for p in changes.PRESETS}
+    peak = {p: made.bytes.peak for p, made in of.items()}
+    assert peak['fp8'] < peak['minimal']
+    assert peak['full'] < peak['fp8']
+    assert peak['fp8_offload'] < peak['offload'] < peak['full']
+    inputs = sum(s.num_bytes for s in of['full'].bytes.saved if s.name == 'block_input')
+    assert of['offload'].bytes.saved_host == inputs
+    assert of['full'].bytes.saved_device - of['offload'].bytes.saved_device == inputs
+    assert of['full'].seconds.flops > of['minimal'].seconds.flops
+    assert of['full'].bytes.host == 0
+
+
+def test_state_on_the_host_leaves_the_device():
+    device = plan(large(), V5E, 16).bytes
+    moments = plan(large(optimizer='host'), V5E, 16).bytes
+    both = plan(large(optimizer='host', parameters='host'), V5E, 16)
+    assert device.arguments_device - moments.arguments_device == device.arguments.optimizer
+    assert moments.host == device.arguments.optimizer
+    assert both.bytes.host == device.arguments.optimizer + device.arguments.parameters
+    assert both.bytes.peak < moments.peak < device.peak
+    assert both.seconds.host > 0
+
+
+def test_accumulating_takes_fewer_activations_and_the_gradients_twice():
+    one = plan(large(), V5E, 16).bytes
+    cfg = large()
+    cfg = dataclasses.replace(cfg, train=dataclasses.replace(cfg.train, microbatches=2))
+    two = plan(cfg, V5E, 16).bytes
+    assert 2 * two.saved_device == one.saved_device
+    assert two.phases['update'] == 2 * one.phases['update']
+
+
+@pytest.mark.parametrize('policy', ['full', 'fp8', 'offload'])
+def test_the_most_rows_and_the_longest_row_are_really_the_most(policy):
+    cfg = large(policy=policy)
+    rows = closed_form.largest_rows(cfg, V5E, 16)
+    fits = lambda n: plan(closed_form.with_rows(cfg, 16, n), V5E, 16).fits  # noqa: E731
+    assert fits(rows)
+    assert not fits(rows + 1)
+    length = closed_form.longest_row(cfg, V5E, 16)
+    fits = lambda n: plan(closed_form.with_length(cfg, n), V5E, 16).fits  # noqa: E731
+    assert fits(length)
+    assert not fits(length + closed_form.LENGTH_STEP)
+
+
+def test_the_cheapest_changes_fit_and_are_sorted_by_time():
+    cfg = large(policy='minimal')
+    assert not plan(cfg, V5E, 16).fits
+    found = changes.cheapest(cfg, V5E, 16)
+    assert len(found) == 3
+    seconds = [change.plan.seconds.step for change in found]
+    assert seconds == sorted(seconds)
+    for change in found:
+        assert change.plan.fits
+        assert all(override.startswith('--config.') for override in change.overrides)
+
+
+def test_auto_is_the_fastest_preset_that_fits():
+    cfg = large(policy='auto')
+    memory = search.resolve_auto(cfg, V5E, 16)
+    made = plan(dataclasses.replace(cfg, memory=memory), V5E, 16)
+    assert made.fits
+    for preset in changes.PRESETS:
+        other = plan(large(policy=preset), V5E, 16)
+        assert not other.fits or made.seconds.step <= other.seconds.step
+    assert search.resolve_auto(cfg, hardware.CHIPS['v5p'], 16).policy in ('minimal', 'fp8')
+    with pytest.raises(config.UserError, match=r"'auto'.*no preset fits 1 v5e.*GiB"):
+        search.resolve_auto(cfg, V5E, 1)
+
+
+@pytest.mark.slow
+def test_a_search_is_sorted_and_its_overrides_make_its_plans():
+    chip = hardware.CHIPS['v5p']
+    found = search.search(large(), chip, 4)
+    speeds = [change.plan.seconds.tokens_per_second for change in found]
+    assert speeds == sorted(speeds, reverse=True)
+    assert all(change.plan.fits for change in found)
+    best = found[0]
+    cfg = large()
+    for override in best.overrides:
+        name, value = override.removeprefix('--config.').split('=')
+        section, field = name.split('.')
+        part = getattr(cfg, section)
+        kind = type(getattr(part, field))
+        cfg = dataclasses.replace(
+            cfg, **{section: dataclasses.replace(part, **{field: kind(value)})}
+        )
+    assert plan(cfg, chip, 4).bytes.peak == best.plan.bytes.peak
+
+
+@pytest.mark.parametrize(
+    ('name', 'num_devices'),
+    [('v5p:2x2x4', 16), ('tpu7x:2x2x1', 8), ('h100', 1), ('h100:8', 8), ('cpu', 1)],
+)
+def test_a_topology_is_a_chip_and_a_number_of_devices(name, num_devices):
+    where = hardware.topology(name)
+    assert where.num_devices == num_devices
+    assert where.chip.peak_flops > 0
+    assert where.chip.hbm_bytes > GIB
+
+
+@pytest.mark.parametrize(
+    ('name', 'message'),
+    [
+        ('v5q:2x2', "'v5q'.*Did you mean 'v5"),
+        ('v5p:2x', "'2x' must be numbers"),
+        ('v5p:0x2', 'must be numbers'),
+        ('h100:', 'must be numbers'),
+    ],
+)
+def test_a_topology_that_is_none_is_refused(name, message):
+    with pytest.raises(config.UserError, match=message):
+        hardware.topology(name)
