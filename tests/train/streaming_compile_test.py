@@ -15,7 +15,7 @@ def compiled(num_layers: int, **memory):
         ),
         data=config.Data(row_length=256),
         train=config.Train(batch_rows=4),
-        memory=config.Memory('full', **memory),
+        memory=config.Memory('none', **memory),
     )  # fmt: skip
     return compiling.lower(cfg, 'v5e:2x2').compile().memory_analysis()
 
