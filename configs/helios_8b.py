@@ -2,7 +2,7 @@
 
 helios train --config=helios_8b --workdir=gs://BUCKET/helios_8b --config.data.corpus=tfds:NAME \
     --config.data.tokenizer=tokenizer.json
-helios plan --config=helios_8b --topology=v5p:2x2x4   (memory; --compile: by the compiler, without a TPU)
+helios plan --config=helios_8b --topology=v5p:2x2x4 --compile   (memory, without a TPU)
 
 Compiled for 16 v5p chips: 5.7 GiB of state a chip, 18.2 GiB temporary, 17.0 GiB at the peak.
 """
