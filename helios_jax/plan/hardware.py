@@ -44,21 +44,22 @@ def _cpu_bytes() -> float:
 
 # HBM of TPUs: "available HBM" in libtpu 0.0.50's out-of-memory message for each generation, which
 # is what the compiler lets a program use. HBM and ICI bandwidth of TPUs: the system architecture
-# pages cloud.google.com/tpu/docs/{v5e,v5p,v6e,tpu7x} (ICI is quoted a chip, bits/s: 1600 G, 4800 G,
-# 3584 G, 9600 G). Host links: jax-ml.github.io/scaling-book/tpus, PCIe 16 GB/s a chip, 32 on v6e;
-# tpu7x is not published, taken as v6e's. Host memory: machine types ct5lp-hightpu-4t 192 GB,
-# ct5p-hightpu-4t 448, ct6e-standard-4t 720, tpu7x-standard-4t 960 (cloud.google.com/tpu/docs), for
-# four chips each. NVIDIA: data sheets (HBM, NVLink one way: half of 900 or 600 GB/s; PCIe 5 or 4
-# x16, one way); 0.93 of the memory is what the driver, CUDA and XLA's allocator leave at
+# pages docs.cloud.google.com/tpu/docs/{v5e,v5p,v6e,tpu7x}, one way and a chip (v5e 400 and v6e 800
+# GB/s both ways, v5p 4800 Gb/s, tpu7x 1200 GB/s both ways). Host links:
+# jax-ml.github.io/scaling-book/tpus, PCIe 16 GB/s a chip, 32 on v6e; tpu7x is not published, taken
+# as v6e's. Host memory: machine types ct5lp-hightpu-4t 192 GB, ct5p-hightpu-4t 448,
+# ct6e-standard-4t 720, tpu7x-standard-4t 960 (docs.cloud.google.com/tpu/docs), of four chips each.
+# NVIDIA: data sheets (HBM, NVLink one way: half of 900 or 600 GB/s; PCIe 5 or 4 x16, one way); 0.93
+# of the memory is what the driver, CUDA and XLA's allocator leave at
 # XLA_PYTHON_CLIENT_MEM_FRACTION=.95. Hosts a3-highgpu-8g 1872 GB, a3-ultragpu-8g 2952,
-# a2-ultragpu-8g 1360, for eight.
+# a2-ultragpu-8g 1360, of eight.
 CHIPS: dict[str, Chip] = {
     chip.name: chip
     for chip in (
         Chip('v5e', 'TPU v5e', 15.75 * GIB, 819e9, 200e9, 16e9, 48e9),
         Chip('v5p', 'TPU v5p', 95.73 * GIB, 2765e9, 600e9, 16e9, 112e9),
-        Chip('v6e', 'TPU v6e', 31.24 * GIB, 1640e9, 448e9, 32e9, 180e9),
-        Chip('tpu7x', 'TPU7x', 94.74 * GIB, 3690e9, 600e9, 16e9, 120e9, devices_per_chip=2),
+        Chip('v6e', 'TPU v6e', 31.24 * GIB, 1600e9, 400e9, 32e9, 180e9),
+        Chip('tpu7x', 'TPU7x', 94.74 * GIB, 3690e9, 300e9, 16e9, 120e9, devices_per_chip=2),
         Chip('h100', 'H100', 0.93 * 80e9, 3350e9, 450e9, 64e9, 234e9, 'gpu'),
         Chip('h200', 'H200', 0.93 * 141e9, 4800e9, 450e9, 64e9, 369e9, 'gpu'),
         Chip('a100', 'A100', 0.93 * 80e9, 2039e9, 300e9, 32e9, 170e9, 'gpu'),
