@@ -29,7 +29,8 @@ class Bytes:
     gathered: int  # one layer's weights, whole, and what collectives hold beside them
     loss: int  # a chunk's logits and their gradient, the gathered tokens, the gradient of the head
     prefetched: int  # of the host's: what is on its way back
-    streamed: int  # of the host's optimizer state: the parts that are being updated
+    fetched_early: int  # of the host's: moments of arrays that are no layer's
+    streamed: int  # of the host's state: the parts that are being updated
 
     @property
     def saved_device(self) -> int:
@@ -54,14 +55,15 @@ class Bytes:
         In the loss no layer has a gradient yet; in the backward pass the stacks of all layers'
         gradients are there from its first step on, beside all that was saved; in the update nothing
         is left but gradients. XLA casts the scanned weights once, before the scan, so that their
-        compute-dtype copies live as long as the two passes.
+        compute-dtype copies live as long as the two passes. Moments that come from the host whole,
+        not layer by layer, it fetches before the backward pass has ended.
         """
         passes = self.weights_copy + self.saved_device
         accumulated = self.gradients if self.layout.config.train.microbatches > 1 else 0
         return {
             'loss': passes + self.loss + accumulated,
             'backward': passes + self.gradients + accumulated + self.working + self.gathered
-            + self.prefetched,
+            + self.prefetched + self.fetched_early,
             'update': self.gradients + accumulated + self.streamed,
         }  # fmt: skip
 
@@ -97,6 +99,7 @@ def step_bytes(layout: Layout) -> Bytes:
         loss=_loss(layout),
         # One step's tensors have arrived, the next step's are on their way.
         prefetched=2 * sum(s.layer_bytes for s in saved if s.place == 'host'),
+        fetched_early=_fetched_early(layout),
         streamed=_streamed(layout),
     )
 
@@ -146,6 +149,18 @@ def _loss(layout: Layout) -> int:
     return logits + head + 2 * tokens * model.embed_dim * layout.dtype_bytes + stream
 
 
+def _fetched_early(layout: Layout) -> int:
+    if layout.config.memory.optimizer == 'device':
+        return 0
+    moment = DTYPE_BYTES[layout.config.optimizer.moments_dtype]
+    return 2 * moment * sum(_alone(layout))
+
+
+def _alone(layout: Layout) -> list[int]:
+    """Elements of each array that is not stacked layers."""
+    return [local(layout, w) for w in parameters(layout.config.model) if w.axes[0] != 'layers']
+
+
 def _streamed(layout: Layout) -> int:
     """Of state on the host: a layer in use and the next on its way, or an array of no layer's."""
     memory = layout.config.memory
@@ -154,5 +169,4 @@ def _streamed(layout: Layout) -> int:
         2 * moment if memory.optimizer == 'host' else 0
     )
     layers = [2 * sum(local(layout, w) for w in ws) for ws in layer_weights(layout)]
-    alone = [local(layout, w) for w in parameters(layout.config.model) if w.axes[0] != 'layers']
-    return each * max([*layers, *alone])
+    return each * max([*layers, *_alone(layout)])

@@ -45,6 +45,7 @@ def as_dict(made: Plan, topology: Topology) -> dict[str, Any]:
         'gathered_bytes': counted.gathered,
         'loss_bytes': counted.loss,
         'prefetched_bytes': counted.prefetched,
+        'fetched_early_bytes': counted.fetched_early,
         'streamed_bytes': counted.streamed,
         'phases_bytes': counted.phases,
         'seconds': dataclasses.asdict(made.seconds)
@@ -109,7 +110,8 @@ def _memory(made: Plan) -> list[str]:
             ('gradients', counted.gradients),
             ("one layer's backward pass", counted.working),
             ("one layer's weights, gathered", counted.gathered),
-            ("prefetched from the host", counted.prefetched),
+            ('prefetched from the host', counted.prefetched),
+            ('moments fetched early', counted.fetched_early),
         ],
         'loss': [('loss: logits of a chunk, head', counted.loss)],
         'update': [('gradients', counted.gradients), ('state from the host', counted.streamed)],
