@@ -12,10 +12,11 @@ from helios_jax.config import nearest, require
 
 
 def bench_command(argv: Sequence[str]) -> None:
-    """bench attention | compile | train | torch_peer: measurements, each with its own flags."""
+    """bench attention | compile | memory | train | torch_peer: measurements, each with its own flags."""
     benches = {
         'attention': attention_bench,
         'compile': compile_bench,
+        'memory': memory_bench,
         'torch_peer': torch_bench,
         'train': train_bench,
     }
@@ -120,6 +121,28 @@ def train_bench(argv: Sequence[str]) -> None:
         with_peer=values.peer,
         as_json=values.json,
     )
+
+
+def memory_bench(argv: Sequence[str]) -> None:
+    """Memory policies of one model: --config [--policies --json]."""
+    values = flags.FlagValues()
+    options.config_flag(values, argv)
+    presets = ['none', 'minimal', 'full', 'fp8', 'offload', 'fp8_offload']
+    text = 'Presets, each with actions if need be: fp8:gate_up=offload.'
+    flags.DEFINE_list('policies', presets, text, flag_values=values)
+    flags.DEFINE_bool('json', False, 'JSON lines.', flag_values=values)
+    flags.DEFINE_string('here', '', "One policy; its reference's gradients.", flag_values=values)
+    options.parse(values, options.config_file(argv))
+    cfg = config.from_dict(values.config)
+    from pathlib import Path
+
+    from helios_jax.bench import memory
+
+    if values.here:
+        print(json.dumps(memory.measure(cfg, Path(values.here))))
+        return
+    own = [a for a in argv if not a.startswith(('--policies', '--json', '--config.memory'))]
+    memory.compare(own, values.policies, as_json=values.json)
 
 
 def torch_bench(argv: Sequence[str]) -> None:

@@ -20,6 +20,7 @@ import jax
 from helios_jax import config
 from helios_jax.bench import trace
 from helios_jax.data import pipeline, tokenizer
+from helios_jax.memory import store
 from helios_jax.model import flops
 from helios_jax.parallel import mesh as meshes
 from helios_jax.parallel import sharding
@@ -43,7 +44,8 @@ def measure(cfg: config.Config) -> dict[str, Any]:
     with jax.set_mesh(mesh), tempfile.TemporaryDirectory() as profile:
         state = states.initialize(setup)
         first = pipeline.to_global(next(batches), rows)
-        step = jax.jit(make_train_step(setup), donate_argnums=0).lower(state, first).compile()
+        lowered = jax.jit(make_train_step(setup), donate_argnums=0).lower(state, first)
+        step = lowered.compile(store.compiler_options(cfg.memory))
         losses, tokens, context, start = [], 0.0, 0.0, 0.0
         total = WARMUP_STEPS + cfg.train.num_steps
         for count in range(total + PROFILED_STEPS):

@@ -43,7 +43,7 @@ class Linearized:
     transposed: jex.ClosedJaxpr  # these leaves, cotangents of the value → gradients
     gradient_tree: Any
 
-    def forward(self, *arguments: Any) -> tuple[Any, list[jax.Array]]:
+    def forward(self, *arguments: Any) -> tuple[Any, list[Any]]:
         """(the function's value, the leaves of its vjp)."""
         values = jex.jaxpr_as_fun(self.jaxpr)(*jax.tree.leaves(arguments))
         value = jax.tree.unflatten(self.out_tree, values[: self.out_tree.num_leaves])
@@ -52,7 +52,7 @@ class Linearized:
     def dtype(self, leaf: Leaf) -> Any:
         return self.jaxpr.out_avals[leaf.place].dtype
 
-    def backward(self, leaves: list[jax.Array], cotangents: Any) -> Any:
+    def backward(self, leaves: list[Any], cotangents: Any) -> Any:
         """Gradients of params and x."""
         run = jex.jaxpr_as_fun(self.transposed)
         return jax.tree.unflatten(self.gradient_tree, run(*leaves, *jax.tree.leaves(cotangents)))

@@ -46,14 +46,13 @@ PRIMITIVES = {'dot_product_attention_fwd_wrapper': ('attention_output', 'log_sum
 
 # Results of matmuls, dear to recompute. Without its log-sum-exp attention would run again.
 MATMULS = (
-    'block_input', 'q', 'k', 'v', 'attention_update', 'gate_up', 'dispatched', 'expert_input',
-    'mlp_update',
+    'block_input', 'q', 'k', 'v', 'attention_output', 'attention_update', 'gate_up', 'dispatched',
+    'expert_input', 'mlp_update',
 )  # fmt: skip
-ATTENTION = {'attention_output': 'device', 'log_sum_exp': 'device'}
 PRESETS: dict[str, dict[str, str]] = {
-    'minimal': dict.fromkeys(MATMULS, 'device') | ATTENTION,
+    'minimal': dict.fromkeys(MATMULS, 'device') | {'log_sum_exp': 'device'},
     'full': {'block_input': 'device'},
-    'fp8': dict.fromkeys(MATMULS, 'fp8') | ATTENTION,
+    'fp8': dict.fromkeys(MATMULS, 'fp8') | {'log_sum_exp': 'device'},
     'offload': {'block_input': 'offload'},
     'fp8_offload': {'block_input': 'fp8+offload'},
 }

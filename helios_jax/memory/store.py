@@ -20,9 +20,10 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, PyTree
 
+from helios_jax import config
 from helios_jax.kernels import quantize
 from helios_jax.memory.linearized import Leaf, Linearized, linearize
-from helios_jax.memory.policy import AXES, Action, parse
+from helios_jax.memory.policy import AXES, Action, actions, parse
 from helios_jax.parallel.sharding import constrain, fitting
 
 # Marks a stored array in the jaxpr, for memory/proof.py: stored/NAME/ACTION/manual or auto.
@@ -149,32 +150,59 @@ def _scan_forward(plan: Plan, params: Any, x: Array, scanned: Any, others: Any) 
 
 def _scan_backward(plan: Plan, residuals: Any, cotangents: Any) -> Any:
     linears, params, scanned, others, kept = residuals
-    d_x, d_reports = cotangents
     near, far = [k.near for k in kept], [k.far for k in kept]
     length = jax.tree.leaves(params)[0].shape[0]
 
-    def bring(index: Any) -> Any:
-        take = lambda a: jax.lax.dynamic_index_in_dim(a, index, keepdims=False)  # noqa: E731
-        return fetch(jax.tree.map(take, far))
+    def step(carry: Any) -> Any:
+        i, d_x, arrived, gradients = carry
+        index = length - 1 - i
+        mine, its, d_reports, close = _slices((params, scanned, cotangents[1], near), index)
+        # The slice's start is clamped to 0: the last step fetches its own layer once more.
+        following = fetch(_slices(far, index - 1))
+        for f in reversed(range(len(linears))):
+            kept = Kept(close[f], arrived[f])
+            leaves = restore(linears[f], kept, mine[f], (its[f], *others))
+            gradient, d_x = linears[f].backward(leaves, (d_x, d_reports[f]))
+            gradients[f] = jax.tree.map(
+                lambda stack, g: jax.lax.dynamic_update_index_in_dim(stack, g, index, 0),
+                gradients[f],
+                gradient,
+            )
+        return i + 1, d_x, following, gradients
 
-    def step(carry: Any, parts: Any) -> Any:
-        d_x, arrived = carry
-        index, params, scanned, d_reports, near = parts
-        following = bring(jnp.maximum(index - 1, 0))
-        gradients = []
-        for i in reversed(range(len(linears))):
-            kept = Kept(near[i], arrived[i])
-            leaves = restore(linears[i], kept, params[i], (scanned[i], *others))
-            gradient, d_x = linears[i].backward(leaves, (d_x, d_reports[i]))
-            gradients.append(gradient)
-        return (d_x, following), gradients[::-1]
-
-    parts = (jnp.arange(length), params, scanned, d_reports, near)
-    (d_x, _), gradients = jax.lax.scan(step, (d_x, bring(length - 1)), parts, reverse=True)
+    # A loop over its own counter: XLA moves slices by DMA only where it can tell their places from
+    # that, and by a kernel which takes the processors from the matmuls otherwise.
+    first = fetch(_slices(far, length - 1))
+    zeros = [jax.tree.map(jnp.zeros_like, p) for p in params]
+    start = (jnp.zeros((), jnp.int32), cotangents[0], first, zeros)
+    _, d_x, _, gradients = jax.lax.while_loop(lambda carry: carry[0] < length, step, start)
     return gradients, d_x, None, None
 
 
+def _slices(stacks: PyTree, index: Any) -> PyTree:
+    """Row `index` of every array, an index below 0 meaning the first."""
+
+    def one(a: Array) -> Array:
+        starts = (index, *[jnp.zeros((), jnp.int32)] * (a.ndim - 1))
+        return jax.lax.dynamic_slice(
+            a, starts, (1, *a.shape[1:]), allow_negative_indices=False
+        ).reshape(a.shape[1:])
+
+    return jax.tree.map(one, stacks)
+
+
 _scan.defvjp(_scan_forward, _scan_backward)
+
+
+def compiler_options(memory: config.Memory) -> dict[str, Any]:
+    """What XLA is to be told for transfers to and from the host to run beside the computation.
+
+    On a GPU it records a loop's kernels and copies as one graph, and runs them one by one.
+    """
+    moves = 'host' in (memory.optimizer, memory.parameters)
+    if memory.policy != 'none':
+        moves |= any(parse(action).host for action in actions(memory).values())
+    return {'xla_gpu_enable_command_buffer': ''} if moves and jax.default_backend() == 'gpu' else {}
 
 
 def keep(plan: Plan, linear: Linearized, leaves: list[Array]) -> Kept:
@@ -206,7 +234,7 @@ def fetch(far: Any) -> Any:
     return jax.device_put(far, jax.memory.Space.Device)
 
 
-def restore(linear: Linearized, kept: Kept, params: PyTree, others: Any) -> list[Array]:
+def restore(linear: Linearized, kept: Kept, params: PyTree, others: Any) -> list[Any]:
     """The leaves of the vjp, from what was stored and the arguments other than x."""
     stored = kept.near | kept.far
     mine, rest = jax.tree.leaves(params), jax.tree.leaves(others)
