@@ -5,6 +5,7 @@ and `--config.section.field=value` for each of its settings. Bad input ends with
 code 2.
 """
 
+import dataclasses
 import json
 import logging
 import os
@@ -66,7 +67,18 @@ def train_command(argv: Sequence[str]) -> None:
     cluster.start()
     from helios_jax.train import loop
 
-    loop.train(cfg, values.workdir)
+    loop.train(with_policy(cfg), values.workdir)
+
+
+def with_policy(cfg: config.Config) -> config.Config:
+    """The config with what memory.policy=auto stands for on this run's devices."""
+    if cfg.memory.policy != 'auto':
+        return cfg
+    from helios_jax.plan import command, hardware
+
+    memory = command.prepared(cfg, hardware.here()).memory
+    print(f'memory.policy=auto: {memory.policy}')
+    return dataclasses.replace(cfg, memory=memory)
 
 
 def dry_run(cfg: config.Config, num_devices: int) -> None:

@@ -12,10 +12,9 @@ from helios_jax.config import nearest, require
 
 
 def bench_command(argv: Sequence[str]) -> None:
-    """bench attention | compile | memory | train | torch_peer: measurements, each with its own flags."""
+    """bench attention | memory | train | torch_peer: measurements, each with its own flags."""
     benches = {
         'attention': attention_bench,
-        'compile': compile_bench,
         'memory': memory_bench,
         'torch_peer': torch_bench,
         'train': train_bench,
@@ -84,18 +83,6 @@ def attention_bench(argv: Sequence[str]) -> None:
         jobs=values.jobs,
         as_json=values.json,
     )
-
-
-def compile_bench(argv: Sequence[str]) -> None:
-    values = flags.FlagValues()
-    options.config_flag(values, argv)
-    flags.DEFINE_string('topology', 'v5p:2x2x4', 'What to compile for.', flag_values=values)
-    flags.DEFINE_bool('json', False, 'One JSON object.', flag_values=values)
-    options.parse(values, options.config_file(argv))
-    os.environ['JAX_PLATFORMS'] = 'cpu'
-    from helios_jax.bench import compile as compiling
-
-    show(compiling.measure(config.from_dict(values.config), values.topology), values.json)
 
 
 def train_bench(argv: Sequence[str]) -> None:

@@ -151,7 +151,7 @@ def text(row: dict[str, Any]) -> str:
         return f'{row["policy"]:24} {temp}failed: {row["failed"]}'
     cosine = f'{row["least_cosine"]:.5f} ({row["of_parameter"]})' if 'least_cosine' in row else '—'
     return (
-        f'{row["policy"]:24} saved {row["saved_gib"]:6.2f} GiB + host {row["saved_host_gib"]:5.2f}  '
+        f'{row["policy"]:24} saved {row["saved_gib"]:6.2f} GiB, host {row["saved_host_gib"]:5.2f}  '
         f'temp {row["temp_gib"]:6.2f}  peak {row["peak_gib"]:6.2f}  step {row["step_ms"]:7.1f} ms  '
         f'loss {row["loss"]:.6f} ({row["loss_bits"]})  least cosine {cosine}'
     )

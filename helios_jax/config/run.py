@@ -106,7 +106,7 @@ class Mesh:
 
 @dataclasses.dataclass(frozen=True)
 class Actions:
-    """What each saved activation becomes: '' is as the policy says; memory/policy.py has the rest."""
+    """What each saved activation becomes, of `ACTIONS`; '' is as the policy says."""
 
     block_input: str = ''  # the stream at a layer's bottom [B T D]
     attention_input: str = ''  # x̂ of the attention sublayer [B T D]

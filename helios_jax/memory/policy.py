@@ -81,8 +81,8 @@ def actions(memory: config.Memory) -> dict[str, str]:
     chosen = chosen_actions(memory)
     config.require(
         memory.policy != 'auto',
-        "memory.policy='auto' is resolved by `helios plan --search`, which knows the device; "
-        f'here choose one of none, {", ".join(PRESETS)}.',
+        "memory.policy='auto' is for `helios train` and `helios plan`, which know the device; here "
+        f'choose one of none, {", ".join(PRESETS)}.',
     )
     config.require(
         not chosen or memory.policy in PRESETS,

@@ -84,7 +84,7 @@ def check(memory: config.Memory, arrays: list[Saved], hlo: str, *, host: bool) -
       hlo: text of the compiled step.
       host: whether the platform has a host memory space.
     Raises:
-      UserError: an action that the user named, and that did not take effect; the tensor, the reason.
+      UserError: an action that did not take effect, with the tensor and the reason.
     """
     if memory.policy == 'none':
         return
@@ -92,8 +92,9 @@ def check(memory: config.Memory, arrays: list[Saved], hlo: str, *, host: bool) -
     for name, action in policy.chosen_actions(memory).items():
         config.require(
             action == 'remat' or name in there,
-            f'memory.actions.{name}={action!r} has no effect: this model has no such tensor, or its '
-            f'backward pass never reads it; leave it out. There are: {", ".join(sorted(there))}.',
+            f'memory.actions.{name}={action!r} has no effect: this model has no such tensor, or '
+            'its backward pass never reads it; leave it out. There are: '
+            f'{", ".join(sorted(there))}.',
         )
     found = _sizes(hlo)
     for array in arrays:
@@ -102,8 +103,8 @@ def check(memory: config.Memory, arrays: list[Saved], hlo: str, *, host: bool) -
         config.require(
             space in spaces or not array.elements,
             f'memory: {array.name!r} was to be kept as {array.action!r}, {array.dtype} '
-            f'{array.shape} × {array.layers} layers on the {"host" if space else "device"}, but the '
-            f'compiled step has no such array{_elsewhere(spaces)}; choose another action for it.',
+            f'{array.shape} × {array.layers} layers on the {"host" if space else "device"}, but '
+            f'the compiled step has no such array{_elsewhere(spaces)}; choose another action.',
         )
 
 

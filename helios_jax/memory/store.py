@@ -205,7 +205,7 @@ def compiler_options(memory: config.Memory) -> dict[str, Any]:
     return {'xla_gpu_enable_command_buffer': ''} if moves and jax.default_backend() == 'gpu' else {}
 
 
-def keep(plan: Plan, linear: Linearized, leaves: list[Array]) -> Kept:
+def keep(plan: Plan, linear: Linearized, leaves: list[Any]) -> Kept:
     """Stores every leaf that is neither an argument nor a constant, once."""
     kept = Kept({}, {})
     for i, (leaf, value) in enumerate(zip(linear.leaves, leaves, strict=True)):

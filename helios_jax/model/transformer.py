@@ -11,7 +11,6 @@ from jaxtyping import Array, Float, Int
 
 from helios_jax import config
 from helios_jax.memory import policy, store
-from helios_jax.memory.proof import has_host_memory
 from helios_jax.model.attention import Attention
 from helios_jax.model.gmu import GatedMemoryUnit, input_eps
 from helios_jax.model.layers import Einsum, Embed, RMSNorm

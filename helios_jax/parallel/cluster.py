@@ -18,6 +18,7 @@ from helios_jax.config import UserError
 log = logging.getLogger(__name__)
 
 START_SECONDS = 300
+HOST_SHARE = 0.9  # of a machine's memory, for what is offloaded from its GPUs
 
 
 def start() -> None:
@@ -29,6 +30,9 @@ def start() -> None:
     Raises:
       UserError: the peers did not all answer in time, or a variable is missing.
     """
+    # Of the host's memory XLA's GPU client takes 64 GB and no more unless it is told otherwise.
+    memory = os.sysconf('SC_PHYS_PAGES') * os.sysconf('SC_PAGE_SIZE')
+    os.environ.setdefault('XLA_PJRT_GPU_HOST_MEMORY_LIMIT_GB', str(int(HOST_SHARE * memory / 1e9)))
     address = os.environ.get('JAX_COORDINATOR_ADDRESS', '')
     on_tpu_host = any(Path('/dev').glob('accel*')) or Path('/dev/vfio/0').exists()
     wants_cpu = os.environ.get('JAX_PLATFORMS', '').startswith('cpu')

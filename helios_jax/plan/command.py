@@ -16,7 +16,7 @@ CONFIRMED = 3  # configurations of a search that --compile compiles
 
 
 def plan_command(argv: Sequence[str]) -> None:
-    """Bytes and seconds of a step: --config [--topology --batch --json --compile --search]."""
+    """Bytes and seconds of a step: --config [--topology --compile --explain --search …]."""
     values = flags.FlagValues()
     options.config_flag(values, argv)
     flags.DEFINE_string(
@@ -25,6 +25,7 @@ def plan_command(argv: Sequence[str]) -> None:
     flags.DEFINE_integer('batch', 0, "Rows of a step; 0: the config's.", flag_values=values)
     flags.DEFINE_bool('json', False, 'One JSON object.', flag_values=values)
     flags.DEFINE_bool('compile', False, 'Compile for the TPU, and compare.', flag_values=values)
+    flags.DEFINE_bool('explain', False, 'Compile, and list what is saved.', flag_values=values)
     flags.DEFINE_bool('search', False, 'Policies × batches × meshes.', flag_values=values)
     flags.DEFINE_bool('validate', False, 'Our arithmetic against the compiler.', flag_values=values)
     options.parse(values, options.config_file(argv))
@@ -40,7 +41,8 @@ def plan_command(argv: Sequence[str]) -> None:
     if values.search:
         found = searched(cfg, topology, values.compile, values.json)
     else:
-        found = planned(cfg, topology, values.compile, values.json)
+        wanted = values.compile or values.explain
+        found = planned(cfg, topology, wanted, values.json, values.explain)
     if values.json:
         print(json.dumps(found))
 
@@ -69,7 +71,11 @@ def prepared(cfg: config.Config, topology: hardware.Topology, batch_rows: int = 
 
 
 def planned(
-    cfg: config.Config, topology: hardware.Topology, compile_too: bool, as_json: bool
+    cfg: config.Config,
+    topology: hardware.Topology,
+    compile_too: bool,
+    as_json: bool,
+    explain: bool = False,
 ) -> dict[str, Any]:
     """Prints the plan as text unless it is wanted as JSON; returns it."""
     made = closed_form.plan(cfg, topology.chip, topology.num_devices)
@@ -83,7 +89,7 @@ def planned(
         if not as_json:
             print('\n' + report.changes_text(better))
     if compile_too:
-        found['compiled'] = compiled(made, topology, as_json)
+        found['compiled'] = compiled(made, topology, as_json, explain)
     return found
 
 
@@ -106,11 +112,15 @@ def searched(
     return found
 
 
-def compiled(made: closed_form.Plan, topology: hardware.Topology, as_json: bool) -> dict[str, Any]:
+def compiled(
+    made: closed_form.Plan, topology: hardware.Topology, as_json: bool, explain: bool = False
+) -> dict[str, Any]:
     os.environ['JAX_PLATFORMS'] = 'cpu'
     from helios_jax.plan import compiled as compiling
 
     measured = compiling.measure(made.config, topology.name)
     if not as_json:
         print('\n' + compiling.comparison(made, measured))
+        if explain:
+            print('\n' + compiling.explanation(measured))
     return measured

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 
 from helios_jax import config
 from helios_jax.data.pipeline import Batch
+from helios_jax.memory import proof
 from helios_jax.parallel import mesh as meshes
 from helios_jax.parallel import sharding
 from helios_jax.plan.closed_form import Plan
@@ -21,8 +22,8 @@ from helios_jax.train import state as states
 from helios_jax.train.step import make_train_step
 
 
-def lower(cfg: config.Config, name: str) -> jax.stages.Lowered:
-    """The train step of `cfg` for the devices of a topology, lowered but not compiled.
+def trace(cfg: config.Config, name: str) -> jax.stages.Traced:
+    """The train step of `cfg` for the devices of a topology, traced but not compiled.
 
     Raises:
       UserError: not a TPU topology, or one that libtpu does not know; what a run would refuse.
@@ -36,7 +37,7 @@ def lower(cfg: config.Config, name: str) -> jax.stages.Lowered:
     setup = states.create(cfg.resolve(cfg.model.vocab_size), mesh, platform='tpu')
     step = jax.jit(make_train_step(setup), donate_argnums=0)
     with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
-        return step.lower(setup.state, abstract_batch(cfg, mesh))
+        return step.trace(setup.state, abstract_batch(cfg, mesh))
 
 
 def abstract_batch(
@@ -61,12 +62,18 @@ def measure(cfg: config.Config, name: str) -> dict[str, Any]:
 
     `peak_gib` is what has to fit: arguments and what is alive beside them at the worst moment, that
     is `live_temp_gib`. `temp_gib` is more than that: a program whose arguments and temp together
-    exceed the device's memory compiles all the same, if its peak does not.
+    exceed the device's memory compiles all the same, if its peak does not. `saved` has a row for
+    each tensor that is saved for the backward pass.
+
+    Raises:
+      UserError: also an action of memory.actions that did not take effect.
     """
-    lowered = lower(cfg, name)
+    traced = trace(cfg, name)
     start = time.monotonic()
-    compiled = lowered.compile()
+    compiled = traced.lower().compile()
     seconds = time.monotonic() - start
+    saved = proof.saved(traced.jaxpr, topology(name).num_devices)
+    proof.check(cfg.memory, saved, compiled.as_text(), host=True)
     memory: Any = compiled.memory_analysis()
     arguments = memory.argument_size_in_bytes
     # XLA's peak counts arguments that lie on the host, though not what is offloaded there.
@@ -87,6 +94,7 @@ def measure(cfg: config.Config, name: str) -> dict[str, Any]:
         'host_temp_gib': memory.host_temp_size_in_bytes / GIB,
         'compile_seconds': seconds,
         'jax': jax.__version__,
+        'saved': proof.rows(saved, host=True),
     }
 
 
@@ -110,4 +118,14 @@ def comparison(made: Plan, measured: dict[str, Any]) -> str:
         error = f'{100 * (value / true - 1):+7.1f}%' if true > 1e-3 else ''
         lines.append(f'{name.removesuffix("_gib"):24} {value:10.3f} {true:10.3f} {error:>8}')
     lines.append(f'compiled in {measured["compile_seconds"]:.0f} s by jax {measured["jax"]}')
+    return '\n'.join(lines)
+
+
+def explanation(measured: dict[str, Any]) -> str:
+    """What the compiled step saves for its backward pass, a line a tensor."""
+    lines = [f'{"saved for backward":20} {"action":14} {"as":16} {"GiB a device":>12} {"host":>9}']
+    for row in measured['saved']:
+        device, host = row['device_bytes'] / GIB, row['host_bytes'] / GIB
+        dtypes = '+'.join(row['dtypes'])
+        lines.append(f'{row["name"]:20} {row["action"]:14} {dtypes:16} {device:12.3f} {host:9.3f}')
     return '\n'.join(lines)

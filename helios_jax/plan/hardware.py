@@ -76,6 +76,29 @@ class Topology:
     num_devices: int
 
 
+def here() -> Topology:
+    """This run's devices.
+
+    Raises:
+      UserError: a chip that the table lacks.
+    """
+    import jax
+
+    kind, platform = jax.devices()[0].device_kind, jax.devices()[0].platform
+    chips = [chip for chip in CHIPS.values() if chip.platform == platform]
+    named = [chip for chip in chips if chip.device_kind and chip.device_kind in kind]
+    # A TPU calls itself by another name: 'TPU v5 lite' is v5e.
+    alike = [c for c in chips if platform != 'gpu' and c.peak_flops == flops.peak_flops(kind)]
+    if platform == 'cpu':
+        named = [CHIPS['cpu']]
+    found = named or alike
+    config.require(
+        bool(found),
+        f"memory.policy='auto' knows no {kind!r}; name a policy, such as memory.policy=full.",
+    )
+    return Topology(found[0].name, found[0], jax.device_count())
+
+
 def topology(name: str) -> Topology:
     """The devices that a name such as 'v5p:2x2x4', 'h100:8' or 'cpu' stands for.
 

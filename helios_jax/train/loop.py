@@ -21,6 +21,7 @@ from helios_jax.data import baselines, pipeline
 from helios_jax.data import tokenizer as tokenizers
 from helios_jax.evaluate.generate import generate
 from helios_jax.evaluate.perplexity import evaluate
+from helios_jax.memory import proof, store
 from helios_jax.model import flops
 from helios_jax.model.transformer import Transformer
 from helios_jax.parallel import cluster, sharding
@@ -79,7 +80,7 @@ def run_steps(
         run.data, batch_rows=cfg.batch_rows, seed=cfg.seed, first_sample=samples
     )
     rows = sharding.sharding(run.setup.mesh, ('batch', 'length'))
-    train_step: Any = jax.jit(make_train_step(run.setup), donate_argnums=0)
+    train_step: Any = None
     with metrics.MetricWriter(
         run.workdir, tensorboard=cfg.tensorboard, resume_step=first, num_steps=cfg.num_steps
     ) as writer:
@@ -89,7 +90,7 @@ def run_steps(
                 batch = pipeline.to_global(next(batches), rows)
             if step == first + 1:
                 with progress.timer.measure('compile'):
-                    train_step = train_step.lower(state, batch).compile()
+                    train_step = compile_step(run, state, batch)
             with profiled(run, step - first) as ends:
                 state, reported = train_step(state, batch)
                 if ends:
@@ -112,6 +113,22 @@ def run_steps(
                 break
     run.checkpoints.wait()
     return state, held_out
+
+
+def compile_step(run: Run, state: states.TrainState, batch: pipeline.Batch) -> Any:
+    """The step compiled for these arrays, after proof of what it saves for its backward pass.
+
+    Raises:
+      UserError: an action of memory.actions that did not take effect.
+    """
+    memory = run.config.memory
+    traced = jax.jit(make_train_step(run.setup), donate_argnums=0).trace(state, batch)
+    compiled = traced.lower().compile(store.compiler_options(memory))
+    saved, host = proof.saved(traced.jaxpr, run.setup.mesh.size), proof.has_host_memory('')
+    proof.check(memory, saved, compiled.as_text() or '', host=host)
+    if jax.process_index() == 0 and saved:
+        log.info(proof.line(saved, host=host))
+    return compiled
 
 
 class Progress:

@@ -50,7 +50,7 @@ def test_actions_beside_a_preset_without_names_are_refused(preset):
 
 
 def test_a_policy_still_to_be_resolved_is_refused():
-    with pytest.raises(config.UserError, match=r"'auto'.*helios plan --search.*none, minimal"):
+    with pytest.raises(config.UserError, match=r"'auto'.*helios train.*none, minimal"):
         policy.actions(config.Memory('auto'))
 
 

@@ -81,7 +81,7 @@ def test_actions_that_keep_every_bit_keep_the_gradient(name, arguments):
 
 def test_the_gradient_is_of_the_function_at_the_restored_tensors(arguments):
     """One layer, one name: what a plain vjp gives where the tensor is replaced by its rounding."""
-    params, x, scales, ids = arguments
+    params, x, *_ = arguments
     up = params['up'][0]
     run = lambda up: store.apply(  # noqa: E731
         lambda up, x: jnp.sin(checkpoint_name(x @ up, 'gate_up')),
@@ -149,7 +149,10 @@ def test_integers_and_what_has_no_name_stay_as_they_are():
     run = lambda p, x: store.apply(route, table=table, params=p, x=x, input_name='block_input')  # noqa: E731
     found = proof.saved(jax.jit(jax.grad(run)).trace(jnp.ones(D), jnp.ones((B, D))).jaxpr, 1)
     # The payload is int8, and so are the exponents.
-    assert {(a.name, a.dtype) for a in found} == {('router_choices', 'int32'), ('block_input', 'int8')}
+    assert {(a.name, a.dtype) for a in found} == {
+        ('router_choices', 'int32'),
+        ('block_input', 'int8'),
+    }
 
 
 def test_two_functions_take_turns(arguments):

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from helios_jax import config
-from helios_jax.model import loss
+from helios_jax.model import flops, loss
 from helios_jax.parallel import mesh as meshes
 
 B, T, D, V, PADDED = 8, 6, 10, 37, 48

@@ -14,7 +14,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from helios_jax import config
 from helios_jax.kernels.attention import reference
-from helios_jax.kernels.attention.splash import RESIDUALS
+
 from helios_jax.parallel import context
 from helios_jax.parallel import mesh as meshes
 
@@ -198,7 +198,7 @@ def test_parts_of_the_keys_add_up():
     np.testing.assert_array_equal(np.isneginf(lse), np.repeat(ids[:, None] == 0, N, axis=1))
 
 
-@pytest.mark.parametrize(('saved', 'turns'), [([], 2), ([RESIDUALS], 1)])
+@pytest.mark.parametrize(('saved', 'turns'), [([], 2), (['attention_output', 'log_sum_exp'], 1)])
 def test_saving_the_residuals_spares_the_second_forward_turn(saved, turns):
     """Counted in keys sent, of which each turn of the ring sends C − 1 blocks."""
     num_shards = 4

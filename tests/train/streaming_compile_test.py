@@ -6,7 +6,7 @@ from helios_jax import config
 
 
 def compiled(num_layers: int, **memory):
-    from helios_jax.bench import compile as compiling
+    from helios_jax.plan import compiled as compiling
 
     cfg = config.Config(
         model=config.Model(
@@ -17,7 +17,7 @@ def compiled(num_layers: int, **memory):
         train=config.Train(batch_rows=4),
         memory=config.Memory('none', **memory),
     )  # fmt: skip
-    return compiling.lower(cfg, 'v5e:2x2').compile().memory_analysis()
+    return compiling.trace(cfg, 'v5e:2x2').lower().compile().memory_analysis()
 
 
 @pytest.mark.slow
