@@ -1,6 +1,7 @@
 """The whole model under every policy: the same function, and proof of what is stored."""
 
 import dataclasses
+import itertools
 
 import flax.linen as nn
 import jax
@@ -112,10 +113,19 @@ def test_every_policy_computes_the_same_jaxpr(model):
         assert of(config.Memory(preset)) == plain, preset
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize('devices', [1, 8])
-@pytest.mark.parametrize('dtype', ['float32', 'bfloat16'])
-@pytest.mark.parametrize('model', [DENSE, MOE], ids=['dense', 'moe'])
+SLOW = {('dense', 'float32', 8), ('moe', 'bfloat16', 1)}
+RUNS = [
+    pytest.param(
+        {'dense': DENSE, 'moe': MOE}[case[0]],
+        *case[1:],
+        marks=pytest.mark.slow if case in SLOW else pytest.mark.long,
+        id='-'.join(map(str, case)),
+    )
+    for case in itertools.product(('dense', 'moe'), ('float32', 'bfloat16'), (1, 8))
+]
+
+
+@pytest.mark.parametrize(('model', 'dtype', 'devices'), RUNS)
 def test_no_policy_moves_a_bit_of_the_loss(model, dtype, devices):
     """Nor, where every bit is kept, more of the gradient than XLA's fusion does."""
     model = dataclasses.replace(model, compute_dtype=dtype)

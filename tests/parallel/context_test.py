@@ -14,7 +14,6 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from helios_jax import config
 from helios_jax.kernels.attention import reference
-
 from helios_jax.parallel import context
 from helios_jax.parallel import mesh as meshes
 
