@@ -10,7 +10,7 @@ import dataclasses
 from helios_jax.model import flops
 from helios_jax.parallel import rules
 from helios_jax.plan.layout import DTYPE_BYTES, Layout
-from helios_jax.plan.parameters import Parameter, parameters
+from helios_jax.plan.parameters import parameters
 from helios_jax.plan.saved import Saved, saved_tensors
 from helios_jax.plan.state import Arguments, arguments, is_narrow, layer_weights, local
 from helios_jax.plan.working import gathered_bytes, working_bytes
@@ -23,7 +23,8 @@ class Bytes:
     layout: Layout
     arguments: Arguments
     saved: list[Saved]
-    gradients: int  # of all layers and the head, as they wait for the update
+    gradients: int  # of all layers and the head, of one microbatch
+    accumulated: int  # their float32 sums over microbatches, if there are several
     weights_copy: int  # of all layers in the compute dtype, cast once a step
     working: int  # one layer's backward pass: recomputed tensors, their gradients
     gathered: int  # one layer's weights, whole, and what collectives hold beside them
@@ -54,17 +55,17 @@ class Bytes:
 
         In the loss no layer has a gradient yet; in the backward pass the stacks of all layers'
         gradients are there from its first step on, beside all that was saved; in the update nothing
-        is left but gradients. XLA casts the scanned weights once, before the scan, so that their
-        compute-dtype copies live as long as the two passes. Moments that come from the host whole,
-        not layer by layer, it fetches before the backward pass has ended.
+        is left but gradients. The copies of the weights in the compute dtype live as long as the
+        two passes. Moments that come from the host whole, not layer by layer, XLA fetches before
+        the backward pass has ended.
         """
         passes = self.weights_copy + self.saved_device
-        accumulated = self.gradients if self.layout.config.train.microbatches > 1 else 0
+        accumulated = self.accumulated
         return {
             'loss': passes + self.loss + accumulated,
             'backward': passes + self.gradients + accumulated + self.working + self.gathered
             + self.prefetched + self.fetched_early,
-            'update': self.gradients + accumulated + self.streamed,
+            'update': (accumulated or self.gradients) + self.streamed,
         }  # fmt: skip
 
     @property
@@ -92,7 +93,8 @@ def step_bytes(layout: Layout) -> Bytes:
         layout=layout,
         arguments=arguments(layout),
         saved=saved,
-        gradients=_gradients(layout),
+        gradients=_gradients(layout, accumulated=False),
+        accumulated=_gradients(layout, accumulated=True),
         weights_copy=_weights_copy(layout),
         working=working_bytes(layout),
         gathered=gathered_bytes(layout),
@@ -104,19 +106,16 @@ def step_bytes(layout: Layout) -> Bytes:
     )
 
 
-def _copied(layout: Layout, weight: Parameter) -> bool:
-    """Whether the device holds a compute-dtype copy instead of float32 parameters."""
-    return layout.config.memory.parameters == 'host' and is_narrow(weight)
-
-
-def _gradients(layout: Layout) -> int:
+def _gradients(layout: Layout, *, accumulated: bool) -> int:
     """Of all parameters but an untied embedding, whose gradient comes when little else is left.
 
-    Float32, or the compute dtype where the parameters that they belong to are such a copy.
+    Float32, or the compute dtype where the model reads a copy in that; sums are float32.
     """
     tied, total = layout.config.model.tied_embeddings, 0
+    if accumulated and layout.config.train.microbatches == 1:
+        return 0
     for weight in parameters(layout.config.model):
-        narrow = _copied(layout, weight) and layout.config.train.microbatches == 1
+        narrow = is_narrow(weight) and not accumulated
         if tied or weight.name != 'embed.w':
             total += (layout.dtype_bytes if narrow else 4) * local(layout, weight)
     return total
@@ -127,12 +126,10 @@ def _weights_copy(layout: Layout) -> int:
     model, total = layout.config.model, 0
     on_host = layout.config.memory.parameters == 'host'
     for weight in parameters(model):
-        scanned = weight.axes[0] == 'layers' and model.num_periods > 1
-        narrow = is_narrow(weight) and layout.dtype_bytes < 4
-        if on_host:
-            total += (layout.dtype_bytes if narrow else 4) * local(layout, weight)
-        elif narrow and scanned:
+        if is_narrow(weight) and layout.dtype_bytes < 4:
             total += layout.dtype_bytes * local(layout, weight)
+        elif on_host:
+            total += 4 * local(layout, weight)
     return total
 
 

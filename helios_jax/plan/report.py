@@ -38,7 +38,7 @@ def as_dict(made: Plan, topology: Topology) -> dict[str, Any]:
         'parameters': {'bytes': given.parameters, 'place': memory.parameters},
         'optimizer': {'bytes': given.optimizer, 'place': memory.optimizer},
         'router_and_batch_bytes': given.router + given.batch,
-        'gradients_bytes': counted.gradients,
+        'gradients_bytes': counted.gradients + counted.accumulated,
         'weights_copy_bytes': counted.weights_copy,
         'saved': saved,
         'working_bytes': counted.working,
@@ -107,15 +107,18 @@ def _memory(made: Plan) -> list[str]:
     lines += [placed(f'saved {n}, {d}', size, p) for (n, d, p), size in saved.items()]
     alive = {
         'backward': [
-            ('gradients', counted.gradients),
+            ('gradients', counted.gradients + counted.accumulated),
             ("one layer's backward pass", counted.working),
             ("one layer's weights, gathered", counted.gathered),
             ('prefetched from the host', counted.prefetched),
             ('moments fetched early', counted.fetched_early),
         ],
         'loss': [('loss: logits of a chunk, head', counted.loss)],
-        'update': [('gradients', counted.gradients), ('state from the host', counted.streamed)],
-    }  # fmt: skip
+        'update': [
+            ('gradients', counted.accumulated or counted.gradients),
+            ('state from the host', counted.streamed),
+        ],
+    }
     lines += [line(name, size) for name, size in alive[phase] if size]
     verdict = 'fits' if made.fits else 'DOES NOT FIT'
     total = line(f'peak ({phase})', counted.peak, counted.host)

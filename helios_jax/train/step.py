@@ -40,13 +40,13 @@ def make_train_step(setup: Setup) -> Callable[[TrainState, Batch], tuple[TrainSt
     on_host = 'host' in (cfg.memory.optimizer, cfg.memory.parameters)
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
-        copy = streaming.working_copy(setup, state.params)
-        gradients, metrics, load = gradient(setup, state.replace(params=copy), batch)
+        gradients, metrics, load = gradient(setup, state, batch)
         norm = optax.global_norm(jax.tree.map(float32_or_wider, gradients))
         if on_host:
             params, moments = streaming.update(setup, gradients, norm, state)
         else:
-            updates, moments = setup.optimizer.update(gradients, state.optimizer, state.params)
+            wide = jax.tree.map(lambda g, p: g.astype(p.dtype), gradients, state.params)
+            updates, moments = setup.optimizer.update(wide, state.optimizer, state.params)
             params = optax.apply_updates(state.params, updates)
         metrics |= {
             'gradient_norm': norm,
@@ -68,6 +68,9 @@ def gradient(
 ) -> tuple[PyTree, Metrics, dict[str, dict[str, Array]]]:
     """Gradient and metrics of a whole batch, and each router's load.
 
+    Gradients of weights that the model reads in the compute dtype alone are in that dtype, unless
+    they add up over microbatches.
+
     The loss is the sum over all targets ÷ their number in the whole batch, so that it does not
     depend on how rows fall into microbatches; nor does the routers' z-loss, a mean over tokens.
     Their balance loss, no such mean, is the microbatches' own, averaged by their tokens.
@@ -76,12 +79,13 @@ def gradient(
     targets, weights = next_tokens(batch.tokens, batch.segment_ids, batch.loss_mask)
     num_targets = jnp.maximum(weights.sum(), 1)
     num_tokens = jnp.maximum(num_routed(data, batch), 1)
+    params = streaming.working_copy(setup, state.params)
     grad = jax.grad(loss, argnums=2, has_aux=True)
 
     def of(part: Any) -> Any:
         rows, targets, weights = part
         share = num_routed(data, rows) / num_tokens
-        return grad(setup, state.router, state.params, rows, targets, weights / num_targets, share)
+        return grad(setup, state.router, params, rows, targets, weights / num_targets, share)
 
     # In each row's order the targets are its next tokens; from here on its positions tell.
     whole = zigzag_rows((batch, targets, weights))

@@ -32,18 +32,19 @@ Pair = tuple[Arrays, Arrays]  # both
 
 
 def working_copy(setup: Setup, params: PyTree) -> PyTree:
-    """The parameters as the model is to read them, on the device; what is there already stays.
+    """The parameters as the model is to read them, on the device.
 
-    A weight that lies on the host comes layer by layer, and in the compute dtype if the model reads
-    it in no other. The loss is the same bit for bit; so is the gradient, which `Einsum` computes in
-    that dtype either way, but it is not widened to float32.
+    A weight is in the compute dtype if the model reads it in no other; one that lies on the host
+    comes layer by layer. The loss is the same bit for bit; so is the gradient, which `Einsum`
+    computes in that dtype either way, but all layers' gradients wait for the update in half the
+    bytes of float32. XLA would make the copy by itself, out of the scanned layers' casts.
     """
     dtype = jnp.dtype(setup.config.model.compute_dtype)
 
     def copy(weight: Array, axes: Axes) -> Array:
-        if jax.typeof(weight).memory_space != jax.memory.Space.Host:
-            return weight
         narrow = dtype if read_in_compute_dtype(axes) else weight.dtype
+        if jax.typeof(weight).memory_space != jax.memory.Space.Host:
+            return weight.astype(narrow)
         if axes[0] != 'layers':
             return fetch(weight).astype(narrow)
         layers = jnp.arange(weight.shape[0])

@@ -46,7 +46,7 @@ def test_the_text_names_what_is_large_and_what_binds(capsys):
 
 
 def test_what_does_not_fit_comes_with_changes_that_do(capsys):
-    arguments = ('--config=helios_8b', '--topology=v5e:4x4')
+    arguments = ('--config=helios_8b', '--topology=v5e:4x4', '--batch=96')
     assert 'DOES NOT FIT' in run(capsys, *arguments)
     found = json.loads(run(capsys, *arguments, '--json'))
     assert not found['fits']
