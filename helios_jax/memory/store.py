@@ -170,8 +170,8 @@ def _scan_backward(plan: Plan, residuals: Any, cotangents: Any) -> Any:
             )
         return i + 1, d_x, following, gradients
 
-    # A loop over its own counter: XLA moves slices by DMA only where it can tell their places from
-    # that, and by a kernel which takes the processors from the matmuls otherwise.
+    # Not jax.lax.scan, which would hand each step its own layer's slices: what is on the host is
+    # wanted a step earlier.
     first = fetch(_slices(far, length - 1))
     zeros = [jax.tree.map(jnp.zeros_like, p) for p in params]
     start = (jnp.zeros((), jnp.int32), cotangents[0], first, zeros)
