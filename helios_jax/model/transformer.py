@@ -11,6 +11,7 @@ from jaxtyping import Array, Float, Int
 
 from helios_jax import config
 from helios_jax.memory import policy, store
+from helios_jax.memory.proof import has_host_memory
 from helios_jax.model.attention import Attention
 from helios_jax.model.gmu import GatedMemoryUnit, input_eps
 from helios_jax.model.layers import Einsum, Embed, RMSNorm
@@ -163,10 +164,7 @@ class Transformer(nn.Module):
         """The layers and the last norm, whose gradient reads what `memory` says."""
         model, table = self.model, policy.actions(self.memory)
         form = policy.kernel_form(table)
-        where: dict[str, Any] = {
-            'table': table,
-            'host': (self.platform or jax.default_backend()) != 'cpu',
-        }
+        where: dict[str, Any] = {'table': table, 'host': has_host_memory(self.platform)}
         reported: dict[str, LayerStats] = {}
 
         def layer(kind: str, index: Any, router: Any, params: Any, x: Array, *args: Any) -> Any:
