@@ -229,7 +229,13 @@ EVERYTHING = config.Actions(
     ],
     ids=['full', 'fp8', 'offload', 'fp8_offload', 'everything'],
 )
-@pytest.mark.parametrize('shape', [{'fsdp': 4}, {'fsdp': 2, 'tensor': 2}], ids=['fsdp', 'tensor'])
+@pytest.mark.parametrize(
+    'shape',
+    [
+        pytest.param({'fsdp': 4}, id='fsdp'),
+        pytest.param({'fsdp': 2, 'tensor': 2}, marks=pytest.mark.long, id='tensor'),
+    ],
+)
 def test_actions_take_effect_on_a_tpu(memory, shape):
     """By the compiled program for four chips; no TPU is needed."""
     pytest.importorskip('libtpu', reason="needs libtpu: pip install 'helios_jax[aot]'")
