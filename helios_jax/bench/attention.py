@@ -2,7 +2,7 @@
 
     helios bench attention --target=v5p --lengths=2048,4096,16384 [--documents=16] [--json]
 
-Needs libtpu (the extra `aot`), and for tokamax the extra `bench`; no TPU. Each implementation and
+Needs libtpu (the extra `tpu`), and for tokamax the extra `bench`; no TPU. Each implementation and
 pass is compiled with each of its options (block sizes and the like), each in a process of its own;
 the fastest then inside the whole attention layer (attention_problem.py). A pass takes
   kernel: from its schedule, how often each region runs and the bytes that it copies

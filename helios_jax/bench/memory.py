@@ -51,7 +51,7 @@ def measure(cfg: config.Config, reference: Path) -> dict[str, Any]:
         seconds = time.perf_counter() - begin
         saved = proof.saved(traced.jaxpr, mesh.size)
         host = proof.has_host_memory('')
-        proof.check(cfg.memory, saved, compiled.as_text(), host=host)
+        proof.check(cfg.memory, saved, proof.program(compiled), host=host)
         row = bytes_of(compiled, proof.rows(saved, host=host)) | {'compile_seconds': seconds}
         try:
             row |= timed(compiled, state, batch)

@@ -76,12 +76,28 @@ def _walk(jaxpr: Any, num_devices: int, layers: int) -> Iterator[Saved]:
             yield from _walk(inner, num_devices, length)
 
 
+def program(compiled: jax.stages.Compiled) -> str:
+    """Text of the compiled program, as the compiler left it.
+
+    Raises:
+      UserError: libtpu is newer than the jaxlib that reads what it made.
+    """
+    try:
+        return compiled.as_text() or ''
+    except jax.errors.JaxRuntimeError as error:
+        raise config.UserError(
+            f'jaxlib {jax.lib.__version__} cannot read the program that its plugin compiled '
+            f"({str(error).splitlines()[0]}); install the libtpu that this jax names: "
+            "pip install 'helios_jax[tpu]'."
+        ) from error
+
+
 def check(memory: config.Memory, arrays: list[Saved], hlo: str, *, host: bool) -> None:
     """Compares what was asked for with what was traced and compiled.
 
     Args:
       arrays: `saved` of the traced step.
-      hlo: text of the compiled step.
+      hlo: `program` of the compiled step.
       host: whether the platform has a host memory space.
     Raises:
       UserError: an action that did not take effect, with the tensor and the reason.

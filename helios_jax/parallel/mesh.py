@@ -42,7 +42,7 @@ def abstract(sizes: config.Mesh, num_devices: int) -> jax.sharding.AbstractMesh:
 def topology_devices(name: str) -> list[jax.Device]:
     """The devices of a TPU topology such as 'v5p:2x2x4', to compile for on any machine.
 
-    Needs libtpu (the extra `aot`), but no TPU.
+    Needs libtpu (the extra `tpu`), but no TPU.
 
     Raises:
       UserError: libtpu is not installed, or does not know the topology.
@@ -58,6 +58,6 @@ def topology_devices(name: str) -> list[jax.Device]:
     except Exception as error:  # libtpu raises whatever its C API returned
         raise config.UserError(
             f'topology {name!r} cannot be described ({str(error).splitlines()[0]}); install '
-            "libtpu (pip install 'helios_jax[aot]') and name one such as 'v5p:2x2x4'."
+            "libtpu (pip install 'helios_jax[tpu]') and name one such as 'v5p:2x2x4'."
         ) from error
     return list(description.devices)

@@ -2,7 +2,7 @@
 
     helios plan --config=helios_8b --topology=v5p:2x2x4 --compile
 
-Needs libtpu (the extra `aot`), but no TPU. Bytes are per device, as the compiler assigns them.
+Needs libtpu (the extra `tpu`), but no TPU. Bytes are per device, as the compiler assigns them.
 """
 
 import time
@@ -73,7 +73,7 @@ def measure(cfg: config.Config, name: str) -> dict[str, Any]:
     compiled = traced.lower().compile()
     seconds = time.monotonic() - start
     saved = proof.saved(traced.jaxpr, topology(name).num_devices)
-    proof.check(cfg.memory, saved, compiled.as_text(), host=True)
+    proof.check(cfg.memory, saved, proof.program(compiled), host=True)
     memory: Any = compiled.memory_analysis()
     arguments = memory.argument_size_in_bytes
     # XLA's peak counts arguments that lie on the host, though not what is offloaded there.

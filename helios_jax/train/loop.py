@@ -125,7 +125,7 @@ def compile_step(run: Run, state: states.TrainState, batch: pipeline.Batch) -> A
     traced = jax.jit(make_train_step(run.setup), donate_argnums=0).trace(state, batch)
     compiled = traced.lower().compile(store.compiler_options(memory))
     saved, host = proof.saved(traced.jaxpr, run.setup.mesh.size), proof.has_host_memory('')
-    proof.check(memory, saved, compiled.as_text() or '', host=host)
+    proof.check(memory, saved, proof.program(compiled), host=host)
     if jax.process_index() == 0 and saved:
         log.info(proof.line(saved, host=host))
     return compiled

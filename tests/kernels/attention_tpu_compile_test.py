@@ -13,7 +13,7 @@ from helios_jax.kernels.attention import attention
 from helios_jax.kernels.attention.tpu import blocks
 from helios_jax.parallel import mesh as meshes
 
-pytest.importorskip('libtpu', reason="needs libtpu: pip install 'helios_jax[aot]'")
+pytest.importorskip('libtpu', reason="needs libtpu: pip install 'helios_jax[tpu]'")
 
 TOPOLOGIES = {'v5e': 'v5e:2x2', 'v5p': 'v5p:2x2x1', 'v6e': 'v6e:2x2', 'tpu7x': 'tpu7x:2x2x1'}
 GIB = 2**30

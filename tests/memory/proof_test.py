@@ -238,7 +238,7 @@ EVERYTHING = config.Actions(
 )
 def test_actions_take_effect_on_a_tpu(memory, shape):
     """By the compiled program for four chips; no TPU is needed."""
-    pytest.importorskip('libtpu', reason="needs libtpu: pip install 'helios_jax[aot]'")
+    pytest.importorskip('libtpu', reason="needs libtpu: pip install 'helios_jax[tpu]'")
     mesh = meshes.make(config.Mesh(**shape), meshes.topology_devices('v5e:2x2'))
     model = dataclasses.replace(TPU, num_kv_heads=2, num_heads=4) if 'tensor' in shape else TPU
     boxed = abstract_variables(Transformer(model))
@@ -253,7 +253,7 @@ def test_actions_take_effect_on_a_tpu(memory, shape):
         traced = jax.jit(jax.grad(loss_of(model, memory, 'tpu'))).trace(params, {}, tokens)
     arrays = proof.saved(traced.jaxpr, mesh.size)
     compiled = traced.lower().compile()
-    proof.check(memory, arrays, compiled.as_text(), host=True)
+    proof.check(memory, arrays, proof.program(compiled), host=True)
     wanted = sum(a.num_bytes for a in arrays if a.host)
     # Exponents are padded to whole tiles.
     assert wanted <= compiled.memory_analysis().host_temp_size_in_bytes <= 1.2 * wanted

@@ -286,7 +286,7 @@ def opaque_backward(*arrays, key_positions, key_segment_ids, **_):
 @pytest.mark.slow
 def test_keys_are_on_their_way_while_the_kernel_runs():
     """In the schedule that is compiled for four TPUs; none is needed."""
-    pytest.importorskip('libtpu', reason="needs libtpu: pip install 'helios_jax[aot]'")
+    pytest.importorskip('libtpu', reason="needs libtpu: pip install 'helios_jax[tpu]'")
     mesh = meshes.make(config.Mesh(fsdp=1, context=4), meshes.topology_devices('v5p:2x2x1'))
     where = NamedSharding(mesh, TOKENS)
     shapes = [(1, 1024, heads, 128) for heads in (8, 2, 2)]

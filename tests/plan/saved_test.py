@@ -2,14 +2,21 @@
 
 import collections
 import dataclasses
+from typing import Any
 
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
 import pytest
 
 from helios_jax import config
-from helios_jax.memory import policy
+from helios_jax.memory import policy, proof
+from helios_jax.model.transformer import Transformer, abstract_variables
+from helios_jax.parallel import mesh as meshes
 from helios_jax.plan import saved
 from helios_jax.plan.layout import layout
-from tests.plan.traced import stored_bytes
+
+Bytes = dict[tuple[str, str], int]  # (tensor, device or host) → of one device
 
 # A dense layer, then MoE layers: no two sizes coincide.
 MODEL = config.Model(
@@ -32,11 +39,32 @@ def make(model: config.Model, memory: config.Memory, mesh: config.Mesh = MESH) -
     ).resolve(300)
 
 
-def planned_bytes(cfg: config.Config, num_devices: int, platform: str) -> dict:
-    found = collections.Counter()
+def stored_bytes(cfg: config.Config, num_devices: int, platform: str) -> Bytes:
+    """Of each tensor that is marked as saved in the traced gradient."""
+    model = Transformer(cfg.model, cfg.memory, platform)
+    variables = nn.unbox(abstract_variables(model))
+    tokens = jax.ShapeDtypeStruct((cfg.train.batch_rows, cfg.data.row_length), jnp.int32)
+
+    def loss(params: Any, router: Any, tokens: Any) -> Any:
+        hidden, stats = model.apply({'params': params, 'router': router}, tokens, tokens, tokens)
+        losses = [s.z_loss.sum() for group in stats.values() for s in group.values()]
+        return hidden.astype(jnp.float32).sum() + sum(losses)
+
+    with jax.sharding.use_abstract_mesh(meshes.abstract(cfg.mesh, num_devices)):
+        jaxpr = jax.make_jaxpr(jax.grad(loss))(
+            variables['params'], variables.get('router', {}), tokens
+        )
+    found: Bytes = collections.Counter()
+    for array in proof.saved(jaxpr, num_devices):
+        found[array.name, 'host' if array.host else 'device'] += array.num_bytes
+    return found
+
+
+def planned_bytes(cfg: config.Config, num_devices: int, platform: str) -> Bytes:
+    found: Bytes = collections.Counter()
     for tensor in saved.saved_tensors(layout(cfg, num_devices, platform)):
         found[tensor.name, tensor.place] += tensor.num_bytes
-    return dict(found)
+    return found
 
 
 def compare(cfg: config.Config, num_devices: int, platform: str) -> None:
