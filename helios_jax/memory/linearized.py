@@ -19,6 +19,8 @@ from helios_jax.memory import policy
 
 # What may lie between a name and the leaf: identities that jax itself inserts.
 TRANSPARENT = ('reduce_precision', 'reshape', 'broadcast_in_dim', 'squeeze')
+# What runs an inner jaxpr once, on its own arguments.
+CALLS = ('jit', 'pjit', 'checkpoint', 'remat2')
 
 
 class Leaf(NamedTuple):
@@ -111,13 +113,29 @@ def _leaves(
     seen: dict[int, int] = {}
     places = [first + i for i, is_used in enumerate(used) if is_used]
     for i, place in enumerate(places):
-        variable = jaxpr.outvars[place]
+        variable = source(jaxpr.outvars[place], jaxpr)
         name, manual = origin(variable, jaxpr)
         argument = arguments.get(id(variable), -1)
         if argument == place_of_x:
             argument, name = -1, input_name
         twin = seen.setdefault(id(variable), i)
         yield Leaf(place, twin, argument, constants.get(id(variable), -1), name, manual)
+
+
+def source(variable: Any, jaxpr: Any) -> Any:
+    """The variable of `jaxpr` that a call hands on unchanged as this one, or this one itself."""
+    made_by = {id(v): (e, place) for e in jaxpr.eqns for place, v in enumerate(e.outvars)}
+    while id(variable) in made_by:
+        equation, place = made_by[id(variable)]
+        if equation.primitive.name not in CALLS:
+            break
+        (inner,) = inner_jaxprs(equation)
+        returned = source(inner.outvars[place], inner)
+        handed_on = [i for i, v in enumerate(inner.invars) if v is returned]
+        if not handed_on:
+            break
+        variable = equation.invars[handed_on[0]]
+    return variable
 
 
 def origin(variable: Any, jaxpr: Any) -> tuple[str, bool]:
@@ -135,7 +153,7 @@ def origin(variable: Any, jaxpr: Any) -> tuple[str, bool]:
             return origin(equation.invars[0], jaxpr)
         for inner in inner_jaxprs(equation):
             if len(inner.outvars) == len(equation.outvars):
-                name, manual = origin(inner.outvars[place], inner)
+                name, manual = origin(source(inner.outvars[place], inner), inner)
                 if name:
                     return name, manual or primitive == 'shard_map'
         break

@@ -87,7 +87,7 @@ def program(compiled: jax.stages.Compiled) -> str:
     except jax.errors.JaxRuntimeError as error:
         raise config.UserError(
             f'jaxlib {jax.lib.__version__} cannot read the program that its plugin compiled '
-            f"({str(error).splitlines()[0]}); install the libtpu that this jax names: "
+            f'({str(error).splitlines()[0]}); install the libtpu that this jax names: '
             "pip install 'helios_jax[tpu]'."
         ) from error
 

@@ -13,6 +13,7 @@ Descends from Highway Networks (1505.00387), GTrXL (1910.06764), ReZero (2003.04
 gates a memory shared between SSM layers, is unrelated.
 """
 
+from functools import partial
 from typing import Any
 
 import flax.linen as nn
@@ -22,7 +23,15 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float
 
 from helios_jax import config
-from helios_jax.model.layers import Einsum, RMSNorm, float32_or_wider, normalize, partitioned
+from helios_jax.model.layers import (
+    Einsum,
+    RMSNorm,
+    float32_or_wider,
+    normalize,
+    partitioned,
+    precision,
+    scaled,
+)
 
 
 def follows_stream(gmu: config.GMU) -> bool:
@@ -39,19 +48,51 @@ def input_eps(model: config.Model, index: Any) -> Any:
     return model.norm_eps / index**2 if follows_stream(model.gmu) else model.norm_eps
 
 
-def mix(
-    kind: str,
+def join(
+    gmu: config.GMU,
+    eps: float,
     x: Float[Array, 'B T D'],
     update: Float[Array, 'B T D'],
-    gate: Float[Array, '...'],
+    logits: Float[Array, 'B T W'] | None,
+    vector: Float[Array, '1 1 V'] | None,
+    scale: Float[Array, 'D'] | None,
 ) -> Float[Array, 'B T D']:
-    """Joins a sublayer's output to the stream in float32; returns x.dtype. gate lies in [0, 1]."""
+    """The stream x with a sublayer's output, mixed in float32; returns x.dtype.
+
+    Args:
+      logits: of the gate, before its bias; None where all tokens have the same gate.
+      vector: the gate's bias, or what stands in the gate's place; None for the residual.
+      scale: of the output norm; None without one.
+    """
+    if scale is not None:
+        update = scaled(update, scale, eps)
     wide, update = float32_or_wider(x), float32_or_wider(update)
-    if kind in ('convex', 'highway'):
+    gate = opened(gmu.kind, logits, vector, x.shape[-1])
+    if gmu.kind in ('convex', 'highway'):
         wide = wide + gate * (update - wide)
     else:
         wide = wide + gate * update
     return wide.astype(x.dtype)
+
+
+def opened(kind: str, logits: Array | None, vector: Array | None, dim: int) -> Array:
+    """g in [0, 1], or what stands in its place: float32, broadcastable to [B, T, D]."""
+    if vector is None:
+        return jnp.ones((1, 1, 1), jnp.float32)
+    if kind in ('layerscale', 'rezero'):
+        return vector
+    gate = jax.nn.sigmoid(vector if logits is None else float32_or_wider(logits) + vector)
+    # one gate serves a run of D / width neighbouring channels
+    width = gate.shape[-1]
+    return jnp.repeat(gate, dim // width, axis=-1) if 1 < width < dim else gate
+
+
+def normalized_product(
+    eps: float, update: Float[Array, 'B T D'], weight: Float[Array, 'D W']
+) -> Float[Array, 'B T W']:
+    """ū times a weight, in the weight's dtype."""
+    normalized = normalize(update, eps).astype(weight.dtype)
+    return jnp.einsum('btd,dw->btw', normalized, weight, precision=precision(weight.dtype))
 
 
 class GatedMemoryUnit(nn.Module):
@@ -67,35 +108,32 @@ class GatedMemoryUnit(nn.Module):
         index: Any,
     ) -> Float[Array, 'B T D']:
         """Mixes the stream x with `update` = F(x̂) of sublayer `index` (from 1, may be traced)."""
-        gmu = self.model.gmu
-        gate = self.gate(x_hat, update, index)
-        if gmu.normalizes:
-            update = RMSNorm(name='output_norm')(update, self.model.norm_eps)
-        return mix(gmu.kind, x, update, gate)
+        gmu, dim = self.model.gmu, self.model.embed_dim
+        logits, vector = self.gate(x_hat, update, index)
+        scale = RMSNorm(name='output_norm').scale(dim) if gmu.normalizes else None
+        # The backward pass reads these arguments; XLA would keep what comes of them, in float32.
+        mix = jax.checkpoint(partial(join, gmu, self.model.norm_eps))
+        return mix(x, update, logits, vector, scale)
 
     @nn.nowrap
-    def gate(self, x_hat: Array, update: Array, index: Any) -> Array:
-        """g, or what stands in its place: float32, broadcastable to [B, T, D]."""
+    def gate(self, x_hat: Array, update: Array, index: Any) -> tuple[Array | None, Array | None]:
+        """The gate's logits and vector, as `join` wants them."""
         gmu, dim = self.model.gmu, self.model.embed_dim
         if gmu.kind == 'residual':
-            return jnp.ones((1, 1, 1), jnp.float32)
+            return None, None
         if gmu.kind == 'layerscale':
-            return self.vector('scale', nn.initializers.constant(gmu.layerscale), dim)
+            return None, self.vector('scale', nn.initializers.constant(gmu.layerscale), dim)
         if gmu.kind == 'rezero':
-            return self.vector('scale', nn.initializers.zeros, 1)
+            return None, self.vector('scale', nn.initializers.zeros, 1)
         logits = self.logits(x_hat, update)
         width = dim if logits is None else logits.shape[-1]
         if gmu.bias == 'depth':
             bias_init = lambda key, shape, dtype: jnp.full(shape, -jnp.log(index), dtype)  # noqa: E731
         else:
             bias_init = nn.initializers.constant(float(gmu.bias))
-        bias = self.vector('bias', bias_init, width)
-        if logits is None:
-            return jax.nn.sigmoid(bias)
-        logits = checkpoint_name(logits, f'{self.name_prefix}_gate')
-        gate = jax.nn.sigmoid(float32_or_wider(logits) + bias)
-        # one gate serves a run of D / width neighbouring channels
-        return jnp.repeat(gate, dim // width, axis=-1) if 1 < width < dim else gate
+        if logits is not None:
+            logits = checkpoint_name(logits, f'{self.name_prefix}_gate')
+        return logits, self.vector('bias', bias_init, width)
 
     @nn.nowrap
     def logits(self, x_hat: Array, update: Array) -> Array | None:
@@ -117,8 +155,9 @@ class GatedMemoryUnit(nn.Module):
         )
         hidden = project('from_input')('btd,dr->btr', x_hat)
         if gmu.kind != 'highway':
-            normalized = normalize(update, model.norm_eps).astype(dtype)
-            hidden = hidden + project('from_output')('btd,dr->btr', normalized)
+            # The product's gradient reads `update` too, not a normalised copy of it.
+            product = jax.checkpoint(partial(normalized_product, model.norm_eps))
+            hidden = hidden + product(update, project('from_output').weight())
         if not low_rank:
             return hidden
         out = Einsum((width, dim), ('gate', 'gate_embed'), width, dtype, zeros=True, name='out')

@@ -65,16 +65,19 @@ class RMSNorm(nn.Module):
     `eps` comes with the call because it follows the stream's scale (see gmu.py).
     """
 
-    @nn.compact
     def __call__(self, x: Float[Array, '*B D'], eps: Any) -> Float[Array, '*B D']:
-        scale = self.param(
-            'scale',
-            partitioned(nn.initializers.ones, ('norm',)),
-            (x.shape[-1],),
-            jnp.float32,
-        )
-        scale = scale.reshape((1,) * (x.ndim - 1) + scale.shape)
-        return (normalize(x, eps) * scale).astype(x.dtype)
+        return scaled(x, self.scale(x.shape[-1]), eps)
+
+    @nn.compact
+    def scale(self, dim: int) -> Float[Array, 'D']:
+        init = partitioned(nn.initializers.ones, ('norm',))
+        return self.param('scale', init, (dim,), jnp.float32)
+
+
+def scaled(x: Float[Array, '*B D'], scale: Float[Array, 'D'], eps: Any) -> Float[Array, '*B D']:
+    """`normalize` times the scale, in x.dtype."""
+    scale = scale.reshape((1,) * (x.ndim - 1) + scale.shape)
+    return (normalize(x, eps) * scale).astype(x.dtype)
 
 
 class Embed(nn.Module):
