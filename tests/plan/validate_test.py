@@ -8,9 +8,9 @@ SIX = [
     validate.Case('dense', 'full', 'v6e:2x2'),
     validate.Case('dense', 'fp8', 'v5p:2x2x1'),
     validate.Case('dense', 'offload', 'v5e:2x2'),
+    validate.Case('dense', 'fp8_offload', 'v5p:2x2x1'),
     validate.Case('moe', 'full', 'v5p:2x2x1'),
     validate.Case('moe', 'fp8', 'v5e:2x2'),
-    validate.Case('moe', 'fp8_offload', 'v6e:2x2'),
 ]
 
 

@@ -149,10 +149,10 @@ def test_two_steps_change_every_parameter_by_more_than_meshes_may_differ(pattern
     assert end.step == 2
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ('pattern', 'sizes'),
-    [('moe', sizes) for sizes in MESHES] + [('dense', sizes) for sizes in MESHES[:5]],
+    [pytest.param('moe', sizes, marks=pytest.mark.slow) for sizes in MESHES]
+    + [pytest.param('dense', sizes, marks=pytest.mark.long) for sizes in MESHES[:5]],
     ids=str,
 )
 def test_eight_devices_compute_what_one_does(pattern, sizes):

@@ -53,8 +53,10 @@ def assert_placed(state, abstract):
         assert x.sharding.is_equivalent_to(like.sharding, x.ndim), path
 
 
-@pytest.mark.parametrize('pattern', ['dense', 'moe'])
-@pytest.mark.parametrize('rule', [LINEAR, MUON], ids=['adamw', 'muon'])
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ('pattern', 'rule'), [('dense', LINEAR), ('moe', MUON)], ids=['dense-adamw', 'moe-muon']
+)
 def test_the_update_of_each_layer_alone_is_the_update_of_all(pattern, rule):
     # One operation at a time: where they are fused, the compiler may round either in its own way.
     made = []
@@ -116,8 +118,8 @@ def trained(cfg: config.Config, sizes: dict[str, int], num_devices: int):
     ('pattern', 'rule', 'sizes', 'num_devices'),
     [
         ('dense', LINEAR, {}, 1),
-        pytest.param('moe', LINEAR, SPLIT, 8, marks=pytest.mark.slow),
-        pytest.param('moe', MUON, {}, 1, marks=pytest.mark.slow),
+        pytest.param('moe', LINEAR, SPLIT, 8, marks=pytest.mark.long),
+        pytest.param('moe', MUON, {}, 1, marks=pytest.mark.long),
         pytest.param('dense', MUON, {'fsdp': 4, 'tensor': 2}, 8, marks=pytest.mark.slow),
     ],
     ids=['dense-adamw-1', 'moe-adamw-8', 'moe-muon-1', 'dense-muon-8'],
@@ -135,7 +137,7 @@ def test_three_steps_are_those_on_the_device(pattern, rule, sizes, num_devices):
     assert_close(other[1:], one[1:], rtol=1e-4 if rule is LINEAR else 1e-3, atol=1e-5)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_steps_in_bfloat16_over_devices_are_those_on_the_device():
     runs = []
     for memory in (ON_DEVICE, ON_HOST):
@@ -144,7 +146,8 @@ def test_steps_in_bfloat16_over_devices_are_those_on_the_device():
     assert_close(runs[1], runs[0], rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize('parts', [1, pytest.param(2, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize('parts', [1, pytest.param(2, marks=pytest.mark.long)])
 @pytest.mark.parametrize('memory', [ON_DEVICE, ON_HOST], ids=['device', 'host'])
 def test_the_copys_gradient_is_that_of_the_weights(memory, parts, monkeypatch):
     cfg = configured('moe', memory, layers=3, compute_dtype='bfloat16', tied_embeddings=False)
