@@ -20,12 +20,11 @@ import jax
 from helios_jax import config
 from helios_jax.bench import trace
 from helios_jax.data import pipeline, tokenizer
-from helios_jax.memory import store
 from helios_jax.model import flops
 from helios_jax.parallel import mesh as meshes
 from helios_jax.parallel import sharding
 from helios_jax.train import state as states
-from helios_jax.train.step import make_train_step
+from helios_jax.train.step import compile_step
 
 WARMUP_STEPS = 5
 PROFILED_STEPS = 3
@@ -44,8 +43,7 @@ def measure(cfg: config.Config) -> dict[str, Any]:
     with jax.set_mesh(mesh), tempfile.TemporaryDirectory() as profile:
         state = states.initialize(setup)
         first = pipeline.to_global(next(batches), rows)
-        lowered = jax.jit(make_train_step(setup), donate_argnums=0).lower(state, first)
-        step = lowered.compile(store.compiler_options(cfg.memory))
+        step = compile_step(setup, state, first)
         losses, tokens, context, start = [], 0.0, 0.0, 0.0
         total = WARMUP_STEPS + cfg.train.num_steps
         for count in range(total + PROFILED_STEPS):
@@ -57,7 +55,7 @@ def measure(cfg: config.Config) -> dict[str, Any]:
             if WARMUP_STEPS <= count < total:
                 tokens += int((batch.segment_ids > 0).sum())
                 context += int((batch.positions + (batch.segment_ids > 0)).sum())
-            state, metrics = step(state, pipeline.to_global(batch, rows))
+            state, metrics = step.run(state, pipeline.to_global(batch, rows))
             losses.append(metrics['loss'])
             if count == WARMUP_STEPS - 1:
                 jax.block_until_ready(state)
@@ -66,7 +64,7 @@ def measure(cfg: config.Config) -> dict[str, Any]:
         jax.profiler.stop_trace()
         kernels = trace.kernel_seconds(Path(profile))
     rate, device = tokens / seconds, jax.devices()[0]
-    memory: Any = step.memory_analysis()
+    memory: Any = step.compiled.memory_analysis()
     peak = flops.peak_flops(device.device_kind) * jax.device_count()
     return {
         'kind': cfg.model.gmu.kind,

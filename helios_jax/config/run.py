@@ -147,3 +147,8 @@ class Memory:
         one_of('memory.policy', self.policy, POLICIES)
         one_of('memory.optimizer', self.optimizer, ('device', 'host'))
         one_of('memory.parameters', self.parameters, ('device', 'host'))
+
+    @property
+    def on_host(self) -> bool:
+        """Whether any of the training state lies on the host."""
+        return 'host' in (self.optimizer, self.parameters)

@@ -199,7 +199,7 @@ def compiler_options(memory: config.Memory) -> dict[str, Any]:
 
     On a GPU it records a loop's kernels and copies as one graph, and runs them one by one.
     """
-    moves = 'host' in (memory.optimizer, memory.parameters)
+    moves = memory.on_host
     if memory.policy != 'none':
         moves |= any(parse(action).host for action in actions(memory).values())
     return {'xla_gpu_enable_command_buffer': ''} if moves and jax.default_backend() == 'gpu' else {}

@@ -21,7 +21,7 @@ from helios_jax.data import baselines, pipeline
 from helios_jax.data import tokenizer as tokenizers
 from helios_jax.evaluate.generate import generate
 from helios_jax.evaluate.perplexity import evaluate
-from helios_jax.memory import proof, store
+from helios_jax.memory import proof
 from helios_jax.model import flops
 from helios_jax.model.transformer import Transformer
 from helios_jax.parallel import cluster, sharding
@@ -29,7 +29,7 @@ from helios_jax.parallel import mesh as meshes
 from helios_jax.train import metrics, report
 from helios_jax.train import state as states
 from helios_jax.train.run import Run, readable, restore_or_initialize, save, save_config
-from helios_jax.train.step import make_train_step
+from helios_jax.train.step import compile_step
 
 log = logging.getLogger(__name__)
 
@@ -90,7 +90,7 @@ def run_steps(
                 batch = pipeline.to_global(next(batches), rows)
             if step == first + 1:
                 with progress.timer.measure('compile'):
-                    train_step = compile_step(run, state, batch)
+                    train_step = proven_step(run, state, batch)
             with profiled(run, step - first) as ends:
                 state, reported = train_step(state, batch)
                 if ends:
@@ -115,20 +115,19 @@ def run_steps(
     return state, held_out
 
 
-def compile_step(run: Run, state: states.TrainState, batch: pipeline.Batch) -> Any:
+def proven_step(run: Run, state: states.TrainState, batch: pipeline.Batch) -> Any:
     """The step compiled for these arrays, after proof of what it saves for its backward pass.
 
     Raises:
       UserError: an action of memory.actions that did not take effect.
     """
     memory = run.config.memory
-    traced = jax.jit(make_train_step(run.setup), donate_argnums=0).trace(state, batch)
-    compiled = traced.lower().compile(store.compiler_options(memory))
-    saved, host = proof.saved(traced.jaxpr, run.setup.mesh.size), proof.has_host_memory('')
-    proof.check(memory, saved, proof.program(compiled), host=host)
+    made = compile_step(run.setup, state, batch)
+    saved, host = proof.saved(made.traced.jaxpr, run.setup.mesh.size), proof.has_host_memory('')
+    proof.check(memory, saved, proof.program(made.compiled), host=host)
     if jax.process_index() == 0 and saved:
         log.info(proof.line(saved, host=host))
-    return compiled
+    return made.run
 
 
 class Progress:

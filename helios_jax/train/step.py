@@ -1,7 +1,8 @@
 """One training step: loss and gradient over microbatches, then the update."""
 
 from collections.abc import Callable
-from typing import Any
+from functools import partial
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -10,6 +11,7 @@ from jaxtyping import Array, Float, PyTree
 
 from helios_jax import config
 from helios_jax.data.pipeline import Batch
+from helios_jax.memory import store
 from helios_jax.model.layers import float32_or_wider
 from helios_jax.model.loss import cross_entropy, next_tokens
 from helios_jax.parallel.context import zigzag_rows
@@ -33,34 +35,77 @@ def num_routed(data: config.Data, batch: Batch) -> Float[Array, '']:
     return (ids > 0).sum(dtype=jnp.float32)
 
 
+class CompiledStep(NamedTuple):
+    run: Callable[[TrainState, Batch], tuple[TrainState, Metrics]]
+    traced: jax.stages.Traced  # of the program that computes the gradient
+    compiled: jax.stages.Compiled
+
+
+def compile_step(setup: Setup, state: TrainState, batch: Batch) -> CompiledStep:
+    """The step compiled for these arrays, under the setup's mesh; it takes the state for itself.
+
+    On a GPU a program's results on the host are new memory, not the arguments' own. There the
+    update of a state on the host is a program for each part of it, so that one part exists twice
+    and not all of them.
+    """
+    memory = setup.config.memory
+    in_parts = memory.on_host and jax.default_backend() == 'gpu'
+    if in_parts:
+        traced = jax.jit(partial(begin, setup)).trace(state, batch)
+    else:
+        traced = jax.jit(make_train_step(setup), donate_argnums=0).trace(state, batch)
+    compiled = traced.lower().compile(store.compiler_options(memory))
+    run = in_programs(setup, compiled) if in_parts else compiled
+    return CompiledStep(run, traced, compiled)
+
+
 def make_train_step(setup: Setup) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
     """The step as a pure function; jit it with the state donated, under the setup's mesh."""
-    cfg = setup.config
-    learning_rate = optimizer.schedule(cfg.optimizer, cfg.train.num_steps)
-    on_host = 'host' in (cfg.memory.optimizer, cfg.memory.parameters)
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
-        gradients, metrics, load = gradient(setup, state, batch)
-        norm = optax.global_norm(jax.tree.map(float32_or_wider, gradients))
-        if on_host:
+        gradients, metrics, rest = begin(setup, state, batch)
+        if setup.config.memory.on_host:
+            norm = metrics['gradient_norm']
             params, moments = streaming.update(setup, gradients, norm, state)
         else:
             wide = jax.tree.map(lambda g, p: g.astype(p.dtype), gradients, state.params)
             updates, moments = setup.optimizer.update(wide, state.optimizer, state.params)
             params = optax.apply_updates(state.params, updates)
-        metrics |= {
-            'gradient_norm': norm,
-            'learning_rate': jnp.asarray(learning_rate(state.step), jnp.float32),
-        }
-        state = TrainState(
-            step=state.step + 1,
-            params=params,
-            optimizer=moments,
-            router=balance(cfg.model.moe, state.router, load),
-        )
-        return state, metrics
+        return TrainState(params=params, optimizer=moments, **rest), metrics
 
     return train_step
+
+
+def in_programs(
+    setup: Setup, first: Callable[..., Any]
+) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
+    """`make_train_step` as a program that ends with the gradient, and one for each part's update.
+
+    Args:
+      first: `begin`, compiled.
+    """
+    programs: dict[Any, Any] = {}
+
+    def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
+        gradients, metrics, rest = first(state, batch)
+        norm = metrics['gradient_norm']
+        params, moments = streaming.update(setup, gradients, norm, state, programs)
+        return TrainState(params=params, optimizer=moments, **rest), metrics
+
+    return train_step
+
+
+def begin(setup: Setup, state: TrainState, batch: Batch) -> tuple[PyTree, Metrics, dict[str, Any]]:
+    """Gradients, metrics, and what of the new state does not wait for the update."""
+    cfg = setup.config
+    gradients, metrics, load = gradient(setup, state, batch)
+    rate = optimizer.schedule(cfg.optimizer, cfg.train.num_steps)(state.step)
+    metrics |= {
+        'gradient_norm': optax.global_norm(jax.tree.map(float32_or_wider, gradients)),
+        'learning_rate': jnp.asarray(rate, jnp.float32),
+    }
+    router = balance(cfg.model.moe, state.router, load)
+    return gradients, metrics, {'step': state.step + 1, 'router': router}
 
 
 def gradient(

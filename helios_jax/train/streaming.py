@@ -66,27 +66,36 @@ def read_in_compute_dtype(axes: Axes) -> bool:
 
 
 def update(
-    setup: Setup, gradients: PyTree, norm: Float[Array, ''], state: TrainState
+    setup: Setup,
+    gradients: PyTree,
+    norm: Float[Array, ''],
+    state: TrainState,
+    programs: dict[Any, Any] | None = None,
 ) -> tuple[PyTree, PyTree]:
     """New parameters and optimizer state, every array in the memory space that it was in.
 
     Args:
       gradients: of the working copy, in its dtypes.
       norm: of all of them together.
+      programs: None inside of a program. Outside, where the update of every array is compiled by
+        itself and kept for the next step; the state is then used up.
     """
     axes, gradients, params = map(flatten_dict, (setup.axes, gradients, state.params))
     slots, structure = named(state.optimizer)
     owners = optimizer.owners(state.optimizer, axes)
+    counts = {path: slots[path] for path in slots if not owners[path]}
     new_params: Arrays = {}
     new_slots: Arrays = {}
-    for keys, stacked in parts(axes):
+    for keys, stacked in parts(axes, alone=programs is not None):
         of = lambda tree: {key: tree[key] for key in keys}  # noqa: B023, E731
         moments = {path: slots[path] for path in slots if owners[path] in keys}
-        counts = {path: slots[path] for path in slots if not owners[path]}
         cut = {key: axes[key][stacked:] for key in keys}
-        change = partial(update_part, setup, cut, norm, counts)
-        follow = layer_by_layer if stacked else at_once
-        changed = follow(change, of(gradients), (of(params), moments))
+        follow: Any = partial(
+            layer_by_layer if stacked else at_once, partial(update_part, setup, cut)
+        )
+        if programs is not None:
+            follow = programs.setdefault(tuple(keys), jax.jit(follow, donate_argnums=3))
+        changed = follow(norm, counts, of(gradients), (of(params), moments))
         new_params |= changed[0]
         new_slots |= changed[1]
     return (
@@ -95,14 +104,21 @@ def update(
     )
 
 
-def parts(axes: Mapping[optimizer.Key, Axes]) -> list[tuple[list[optimizer.Key], bool]]:
-    """Keys of the parameters that are updated together, and whether they are stacked layers."""
+def parts(
+    axes: Mapping[optimizer.Key, Axes], *, alone: bool = False
+) -> list[tuple[list[optimizer.Key], bool]]:
+    """Keys of the parameters that are updated together, and whether they are stacked layers.
+
+    Args:
+      alone: each by itself, also those of the same layers.
+    """
     stacked: dict[optimizer.Key, list[optimizer.Key]] = {}
     for key, names in axes.items():
         if names[0] == 'layers':
-            stacked.setdefault(key[:2], []).append(key)  # such as periods, layer_0
-    alone = [([key], False) for key, names in axes.items() if names[0] != 'layers']
-    return alone + [(keys, True) for keys in stacked.values()]
+            group = key if alone else key[:2]  # such as periods, layer_0
+            stacked.setdefault(group, []).append(key)
+    single = [([key], False) for key, names in axes.items() if names[0] != 'layers']
+    return single + [(keys, True) for keys in stacked.values()]
 
 
 def update_part(
@@ -136,13 +152,17 @@ def update_part(
     return flatten_dict(optax.apply_updates(tree, updates)), own, slots
 
 
-def at_once(change: Callable[..., Any], gradients: Arrays, old: Pair) -> Pair:
-    params, moments, counts = change(gradients, fetch(old))
+def at_once(
+    change: Callable[..., Any], norm: Any, counts: Arrays, gradients: Arrays, old: Pair
+) -> Pair:
+    params, moments, counts = change(norm, counts, gradients, fetch(old))
     params, moments = jax.tree.map(put_like, (params, moments), old)
     return params, moments | counts
 
 
-def layer_by_layer(change: Callable[..., Any], gradients: Arrays, old: Pair) -> Pair:
+def layer_by_layer(
+    change: Callable[..., Any], norm: Any, counts: Arrays, gradients: Arrays, old: Pair
+) -> Pair:
     """`change` of each layer, which is fetched while the one below changes."""
     num_layers = jax.tree.leaves(gradients)[0].shape[0]
 
@@ -152,7 +172,8 @@ def layer_by_layer(change: Callable[..., Any], gradients: Arrays, old: Pair) -> 
     def step(i: Any, carry: tuple[Pair, Pair]) -> tuple[Pair, Pair]:
         stacks, arrived = carry
         following = bring(stacks, jnp.minimum(i + 1, num_layers - 1))
-        params, moments, _ = change(jax.tree.map(partial(layer, i), gradients), arrived)
+        own = jax.tree.map(partial(layer, i), gradients)
+        params, moments, _ = change(norm, counts, own, arrived)
         return jax.tree.map(partial(replace_layer, i), stacks, (params, moments)), following
 
     stacks, _ = jax.lax.fori_loop(0, num_layers, step, (old, bring(old, 0)))

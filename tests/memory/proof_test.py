@@ -169,7 +169,7 @@ def test_no_policy_moves_a_bit_of_the_loss(model, dtype, devices):
 def test_the_compiler_moves_the_loss_by_a_bit_at_most(model, dtype, devices):
     """By fusing otherwise what comes after the layers; gradients, by rounding."""
     (loss, gradient), results = by_policy(model, dtype, devices)
-    for preset, (value, _) in results.items():
+    for value, _ in results.values():
         np.testing.assert_array_max_ulp(value, loss, 1)
     assert_exact_ones_near(results, gradient, {'float32': 2e-5, 'bfloat16': 3e-2}[dtype])
 

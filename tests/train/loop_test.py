@@ -20,6 +20,7 @@ from helios_jax.data import tokenizer as tokenizers
 from helios_jax.parallel import mesh as meshes
 from helios_jax.train import loop
 from helios_jax.train import state as states
+from helios_jax.train import step as steps
 
 PROGRAM_SECONDS = 150
 TAKES_SIGNALS = """
@@ -179,7 +180,7 @@ def test_resuming_with_changed_data_is_refused_and_writes_nothing(finished):
 def test_a_figure_that_is_not_finite_stops_the_run_and_spares_the_checkpoint(
     small, tmp_path, monkeypatch, figure, first_bad
 ):
-    make = loop.make_train_step
+    make = steps.make_train_step
 
     def breaking(setup):
         step = make(setup)
@@ -192,7 +193,7 @@ def test_a_figure_that_is_not_finite_stops_the_run_and_spares_the_checkpoint(
 
         return train_step
 
-    monkeypatch.setattr(loop, 'make_train_step', breaking)
+    monkeypatch.setattr(steps, 'make_train_step', breaking)
     cfg = having(small, train__log_every=100)  # the checkpoint at 10 is first to look
     with pytest.raises(config.UserError, match=f'{figure} is nan at step 10.*since step 7'):
         loop.train(cfg, tmp_path)

@@ -147,6 +147,33 @@ def test_steps_in_bfloat16_over_devices_are_those_on_the_device():
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(
+    ('rule', 'memory', 'sizes'),
+    [
+        (LINEAR, ON_HOST, {'fsdp': 8}),
+        pytest.param(MUON, config.Memory('none', optimizer='host'), {}, marks=pytest.mark.long),
+    ],
+    ids=['adamw-8', 'muon-1'],
+)
+def test_a_program_for_each_part_updates_as_one_for_all(rule, memory, sizes, monkeypatch):
+    cfg = dataclasses.replace(configured('dense', memory), optimizer=rule)
+    setup = states.create(cfg, mesh_of(sizes, 8 if sizes else 1))
+    ends = []
+    with jax.set_mesh(setup.mesh):
+        for backend in ('tpu', 'gpu'):
+            monkeypatch.setattr(jax, 'default_backend', lambda backend=backend: backend)
+            made = steps.compile_step(setup, setup.state, random_batch())
+            monkeypatch.undo()
+            state = states.initialize(setup)
+            for seed in range(3):
+                state, metrics = made.run(state, random_batch(seed))
+            assert_placed(state, setup.state)
+            ends.append(jax.device_get((state, metrics)))
+    assert ends[0][0].step == 3
+    assert_close(ends[1], ends[0], rtol=1e-4 if rule is LINEAR else 1e-3, atol=1e-5)
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize('parts', [1, pytest.param(2, marks=pytest.mark.long)])
 @pytest.mark.parametrize('memory', [ON_DEVICE, ON_HOST], ids=['device', 'host'])
 def test_the_copys_gradient_is_that_of_the_weights(memory, parts, monkeypatch):
