@@ -52,7 +52,8 @@ def measure(cfg: config.Config, reference: Path) -> dict[str, Any]:
         saved = proof.saved(traced.jaxpr, mesh.size)
         host = proof.has_host_memory('')
         proof.check(cfg.memory, saved, proof.program(compiled), host=host)
-        row = bytes_of(compiled, proof.rows(saved, host=host)) | {'compile_seconds': seconds}
+        row = {'device': jax.devices()[0].device_kind, 'jax': jax.__version__}
+        row |= bytes_of(compiled, proof.rows(saved, host=host)) | {'compile_seconds': seconds}
         try:
             row |= timed(compiled, state, batch)
         except jax.errors.JaxRuntimeError as error:
@@ -65,7 +66,7 @@ def measure(cfg: config.Config, reference: Path) -> dict[str, Any]:
             row |= cosines(gradients, reference)
         else:
             write(gradients, reference)
-    return row | {'device': jax.devices()[0].device_kind, 'jax': jax.__version__}
+    return row
 
 
 def start(setup: states.Setup) -> states.TrainState:
@@ -81,8 +82,8 @@ def start(setup: states.Setup) -> states.TrainState:
     return states.TrainState(jnp.zeros((), jnp.int32), params, (), router)
 
 
-def bytes_of(compiled: Any, table: list[dict[str, Any]]) -> dict[str, Any]:
-    memory = compiled.memory_analysis()
+def bytes_of(compiled: jax.stages.Compiled, table: list[dict[str, Any]]) -> dict[str, Any]:
+    memory: Any = compiled.memory_analysis()
     return {
         'saved_gib': sum(row['device_bytes'] for row in table) / GIB,
         'saved_host_gib': sum(row['host_bytes'] for row in table) / GIB,

@@ -197,8 +197,8 @@ def test_a_figure_that_is_not_finite_stops_the_run_and_spares_the_checkpoint(
     cfg = having(small, train__log_every=100)  # the checkpoint at 10 is first to look
     with pytest.raises(config.UserError, match=f'{figure} is nan at step 10.*since step 7'):
         loop.train(cfg, tmp_path)
-    steps = checkpoint.list_steps(tmp_path / 'checkpoints')
-    assert [row['step'] for row in steps] == [5, 7]
+    saved = checkpoint.list_steps(tmp_path / 'checkpoints')
+    assert [row['step'] for row in saved] == [5, 7]
     assert not any(row['damage'] for row in steps)
     parameters = jax.tree.leaves(saved(cfg, tmp_path, 7))
     assert all(np.isfinite(x).all() for x in parameters)
