@@ -199,7 +199,7 @@ def test_a_figure_that_is_not_finite_stops_the_run_and_spares_the_checkpoint(
         loop.train(cfg, tmp_path)
     saved = checkpoint.list_steps(tmp_path / 'checkpoints')
     assert [row['step'] for row in saved] == [5, 7]
-    assert not any(row['damage'] for row in steps)
+    assert not any(row['damage'] for row in saved)
     parameters = jax.tree.leaves(saved(cfg, tmp_path, 7))
     assert all(np.isfinite(x).all() for x in parameters)
     assert not (tmp_path / 'report.md').exists()
