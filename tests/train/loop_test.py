@@ -197,9 +197,9 @@ def test_a_figure_that_is_not_finite_stops_the_run_and_spares_the_checkpoint(
     cfg = having(small, train__log_every=100)  # the checkpoint at 10 is first to look
     with pytest.raises(config.UserError, match=f'{figure} is nan at step 10.*since step 7'):
         loop.train(cfg, tmp_path)
-    saved = checkpoint.list_steps(tmp_path / 'checkpoints')
-    assert [row['step'] for row in saved] == [5, 7]
-    assert not any(row['damage'] for row in saved)
+    rows = checkpoint.list_steps(tmp_path / 'checkpoints')
+    assert [row['step'] for row in rows] == [5, 7]
+    assert not any(row['damage'] for row in rows)
     parameters = jax.tree.leaves(saved(cfg, tmp_path, 7))
     assert all(np.isfinite(x).all() for x in parameters)
     assert not (tmp_path / 'report.md').exists()
