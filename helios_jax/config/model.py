@@ -180,8 +180,15 @@ class Model:
         return math.ceil(self.vocab_size / 256) * 256
 
     @property
-    def gate_rank(self) -> int:
-        return self.gmu.rank or max(16, self.embed_dim // 64)
+    def gate_width(self) -> int:
+        """Of what a token's gate is computed from: a low rank, or a value a channel, head or token.
+
+        A static gate reads nothing of a token.
+        """
+        D = self.embed_dim
+        rank = self.gmu.rank or max(16, D // 64)
+        widths = {'low_rank': rank, 'full': D, 'per_head': D // self.head_dim, 'scalar': 1}
+        return widths.get(self.gmu.gate, 0)
 
     @property
     def expert_mlp_dim(self) -> int:

@@ -116,14 +116,14 @@ class Actions:
     attention_output: str = ''  # per head, before the output projection [B T N H]
     log_sum_exp: str = ''  # of each query's logits, float32 [B N T]
     attention_update: str = ''  # F(x̂) of the attention sublayer [B T D]
-    attention_gate: str = ''  # its gate before the sigmoid [B T D]
+    attention_gate: str = ''  # what its gate is computed from [B T R], or its logits
     mlp_input: str = ''  # x̂ of the feed-forward sublayer [B T D]
     gate_up: str = ''  # gate and up projections, of dense layers and experts [B T F] each
     dispatched: str = ''  # tokens as they reach the devices of their experts [B T D]
     expert_input: str = ''  # tokens sorted by expert [tokens·X D]
     router_choices: str = ''  # chosen experts [B T X]
     mlp_update: str = ''  # F(x̂) of the feed-forward sublayer [B T D]
-    mlp_gate: str = ''  # its gate before the sigmoid [B T D]
+    mlp_gate: str = ''  # what its gate is computed from [B T R], or its logits
     final_hidden: str = ''  # the stream below the last norm [B T D]
 
     def __post_init__(self) -> None:

@@ -30,14 +30,14 @@ AXES: dict[str, tuple[str, ...]] = {
     'attention_output': ('batch', 'length', 'heads', 'head_dim'),
     'log_sum_exp': ('batch', 'heads', 'length'),
     'attention_update': ('batch', 'stored_length', 'stream'),
-    'attention_gate': ('batch', 'stored_length', 'stream'),
+    'attention_gate': ('batch', 'stored_length', 'gate'),
     'mlp_input': ('batch', 'stored_length', 'stream'),
     'gate_up': ('batch', 'length', 'mlp'),
     'dispatched': ('batch', 'length', 'stream'),
     'expert_input': ('batch', 'stream'),
     'router_choices': ('batch', 'length', 'whole'),
     'mlp_update': ('batch', 'stored_length', 'stream'),
-    'mlp_gate': ('batch', 'stored_length', 'stream'),
+    'mlp_gate': ('batch', 'stored_length', 'gate'),
     'final_hidden': ('batch', 'stored_length', 'stream'),
 }
 NAMES = tuple(AXES)

@@ -39,7 +39,7 @@ class Kept(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class Plan:
+class Scheme:
     """What `apply` and `scan` are specialised to."""
 
     functions: Sequence[Callable[..., Any]]
@@ -72,21 +72,21 @@ def apply(
       host: whether there is a host memory space; without one, what would be offloaded stays on the
         device.
     """
-    return _apply(Plan((function,), table, input_name, host), params, x, tuple(others))
+    return _apply(Scheme((function,), table, input_name, host), params, x, tuple(others))
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _apply(plan: Plan, params: PyTree, x: Array, others: Any) -> Any:
-    return plan.functions[0](params, x, *others)
+def _apply(scheme: Scheme, params: PyTree, x: Array, others: Any) -> Any:
+    return scheme.functions[0](params, x, *others)
 
 
-def _apply_forward(plan: Plan, params: PyTree, x: Array, others: Any) -> Any:
-    linear = plan.linearize(0, params, x, *others)
+def _apply_forward(scheme: Scheme, params: PyTree, x: Array, others: Any) -> Any:
+    linear = scheme.linearize(0, params, x, *others)
     out, leaves = linear.forward(params, x, *others)
-    return out, (linear, params, others, keep(plan, linear, leaves))
+    return out, (linear, params, others, keep(scheme, linear, leaves))
 
 
-def _apply_backward(plan: Plan, residuals: Any, cotangents: Any) -> Any:
+def _apply_backward(scheme: Scheme, residuals: Any, cotangents: Any) -> Any:
     linear, params, others, kept = residuals
     kept = Kept(kept.near, fetch(kept.far))
     leaves = restore(linear, kept, params, others)
@@ -113,15 +113,15 @@ def scan(
     and of `scanned`, whose leading axis is scanned over. Differentiable in params and x; the other
     arguments are `apply`'s.
     """
-    plan = Plan(functions, table, input_name, host)
-    return _scan(plan, list(params), x, list(scanned), tuple(others))
+    scheme = Scheme(functions, table, input_name, host)
+    return _scan(scheme, list(params), x, list(scanned), tuple(others))
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _scan(plan: Plan, params: Any, x: Array, scanned: Any, others: Any) -> Any:
+def _scan(scheme: Scheme, params: Any, x: Array, scanned: Any, others: Any) -> Any:
     def step(x: Array, parts: Any) -> Any:
         reports = []
-        for function, mine, its in zip(plan.functions, *parts, strict=True):
+        for function, mine, its in zip(scheme.functions, *parts, strict=True):
             x, report = function(mine, x, its, *others)
             reports.append(report)
         return x, reports
@@ -129,10 +129,10 @@ def _scan(plan: Plan, params: Any, x: Array, scanned: Any, others: Any) -> Any:
     return jax.lax.scan(step, x, (params, scanned))
 
 
-def _scan_forward(plan: Plan, params: Any, x: Array, scanned: Any, others: Any) -> Any:
+def _scan_forward(scheme: Scheme, params: Any, x: Array, scanned: Any, others: Any) -> Any:
     one = jax.eval_shape(lambda tree: jax.tree.map(lambda a: a[0], tree), (params, scanned))
     linears = tuple(
-        plan.linearize(i, mine, x, its, *others)
+        scheme.linearize(i, mine, x, its, *others)
         for i, (mine, its) in enumerate(zip(*one, strict=True))
     )
 
@@ -141,14 +141,14 @@ def _scan_forward(plan: Plan, params: Any, x: Array, scanned: Any, others: Any) 
         for linear, mine, its in zip(linears, *parts, strict=True):
             (x, report), leaves = linear.forward(mine, x, its, *others)
             reports.append(report)
-            kept.append(keep(plan, linear, leaves))
+            kept.append(keep(scheme, linear, leaves))
         return x, (reports, kept)
 
     x, (reports, kept) = jax.lax.scan(step, x, (params, scanned))
     return (x, reports), (linears, params, scanned, others, kept)
 
 
-def _scan_backward(plan: Plan, residuals: Any, cotangents: Any) -> Any:
+def _scan_backward(scheme: Scheme, residuals: Any, cotangents: Any) -> Any:
     linears, params, scanned, others, kept = residuals
     near, far = [k.near for k in kept], [k.far for k in kept]
     length = jax.tree.leaves(params)[0].shape[0]
@@ -205,15 +205,20 @@ def compiler_options(memory: config.Memory) -> dict[str, Any]:
     return {'xla_gpu_enable_command_buffer': ''} if moves and jax.default_backend() == 'gpu' else {}
 
 
-def keep(plan: Plan, linear: Linearized, leaves: list[Any]) -> Kept:
+def keep(scheme: Scheme, linear: Linearized, leaves: list[Any]) -> Kept:
     """Stores every leaf that is neither an argument nor a constant, once."""
     kept = Kept({}, {})
     for i, (leaf, value) in enumerate(zip(linear.leaves, leaves, strict=True)):
         if leaf.twin != i or leaf.argument >= 0 or leaf.constant >= 0:
             continue
-        action = plan.action(leaf)
+        action = scheme.action(leaf)
         mark = '/'.join(
-            (MARK, leaf.name, plan.table.get(leaf.name, KEPT), 'manual' if leaf.manual else 'auto')
+            (
+                MARK,
+                leaf.name,
+                scheme.table.get(leaf.name, KEPT),
+                'manual' if leaf.manual else 'auto',
+            )
         )
         # A kernel may have quantised it already, and integers are no numbers to be rounded.
         stored: Any = value
@@ -222,7 +227,7 @@ def keep(plan: Plan, linear: Linearized, leaves: list[Any]) -> Kept:
         if leaf.name and not leaf.manual:
             stored = jax.tree.map(partial(_place, leaf.name), stored)
         stored = jax.tree.map(lambda a, mark=mark: checkpoint_name(a, mark), stored)
-        if action.host and plan.host:
+        if action.host and scheme.host:
             kept.far[i] = jax.device_put(stored, jax.memory.Space.Host)
         else:
             kept.near[i] = stored

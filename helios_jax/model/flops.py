@@ -63,12 +63,11 @@ def _gate(model: Model) -> tuple[int, int]:
     if not gmu.has_gate:
         return 0, norm + {'residual': 0, 'layerscale': D, 'rezero': 1}[gmu.kind]
     inputs = 1 if gmu.kind == 'highway' else 2
-    widths = {'full': D, 'per_head': D // model.head_dim, 'scalar': 1}
     if gmu.gate == 'static':
         return 0, norm + D
     if gmu.gate == 'low_rank':
-        return (inputs + 1) * D * model.gate_rank, norm + D
-    return inputs * D * widths[gmu.gate], norm + widths[gmu.gate]
+        return (inputs + 1) * D * model.gate_width, norm + D
+    return inputs * D * model.gate_width, norm + model.gate_width
 
 
 def attention_flops(model: Model, row_length: int) -> float:

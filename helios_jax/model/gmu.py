@@ -14,7 +14,7 @@ gates a memory shared between SSM layers, is unrelated.
 """
 
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -53,38 +53,47 @@ def join(
     eps: float,
     x: Float[Array, 'B T D'],
     update: Float[Array, 'B T D'],
-    logits: Float[Array, 'B T W'] | None,
-    vector: Float[Array, '1 1 V'] | None,
+    gate: 'Gate',
     scale: Float[Array, 'D'] | None,
 ) -> Float[Array, 'B T D']:
     """The stream x with a sublayer's output, mixed in float32; returns x.dtype.
 
     Args:
-      logits: of the gate, before its bias; None where all tokens have the same gate.
-      vector: the gate's bias, or what stands in the gate's place; None for the residual.
       scale: of the output norm; None without one.
     """
     if scale is not None:
         update = scaled(update, scale, eps)
     wide, update = float32_or_wider(x), float32_or_wider(update)
-    gate = opened(gmu.kind, logits, vector, x.shape[-1])
+    opened = gate.opened(gmu.kind, x.shape[-1])
     if gmu.kind in ('convex', 'highway'):
-        wide = wide + gate * (update - wide)
+        wide = wide + opened * (update - wide)
     else:
-        wide = wide + gate * update
+        wide = wide + opened * update
     return wide.astype(x.dtype)
 
 
-def opened(kind: str, logits: Array | None, vector: Array | None, dim: int) -> Array:
-    """g in [0, 1], or what stands in its place: float32, broadcastable to [B, T, D]."""
-    if vector is None:
-        return jnp.ones((1, 1, 1), jnp.float32)
-    if kind in ('layerscale', 'rezero'):
-        return vector
-    gate = jax.nn.sigmoid(vector if logits is None else float32_or_wider(logits) + vector)
-    # one gate serves a run of D / width neighbouring channels
-    width = gate.shape[-1]
-    return jnp.repeat(gate, dim // width, axis=-1) if 1 < width < dim else gate
+class Gate(NamedTuple):
+    """What a gate is computed from; None where a kind of gate lacks it."""
+
+    hidden: Float[Array, 'B T W'] | None = None  # of each token
+    out: Float[Array, 'W D'] | None = None  # that a low-rank gate's hidden is multiplied with
+    vector: Float[Array, '1 1 V'] | None = None  # the bias, or what stands in the gate's place
+
+    def opened(self, kind: str, dim: int) -> Array:
+        """g in [0, 1], or what stands in its place: float32, broadcastable to [B, T, D]."""
+        if self.vector is None:
+            return jnp.ones((1, 1, 1), jnp.float32)
+        if kind in ('layerscale', 'rezero'):
+            return self.vector
+        logits = self.hidden
+        if logits is not None and self.out is not None:
+            dtype = self.out.dtype
+            logits = jnp.einsum('btw,wd->btd', logits, self.out, precision=precision(dtype))
+        bias = self.vector
+        gate = jax.nn.sigmoid(bias if logits is None else float32_or_wider(logits) + bias)
+        # one gate serves a run of D / width neighbouring channels
+        width = gate.shape[-1]
+        return jnp.repeat(gate, dim // width, axis=-1) if 1 < width < dim else gate
 
 
 def normalized_product(
@@ -109,46 +118,35 @@ class GatedMemoryUnit(nn.Module):
     ) -> Float[Array, 'B T D']:
         """Mixes the stream x with `update` = F(x̂) of sublayer `index` (from 1, may be traced)."""
         gmu, dim = self.model.gmu, self.model.embed_dim
-        logits, vector = self.gate(x_hat, update, index)
+        gate = self.gate(x_hat, update, index)
         scale = RMSNorm(name='output_norm').scale(dim) if gmu.normalizes else None
         # The backward pass reads these arguments; XLA would keep what comes of them, in float32.
-        mix = jax.checkpoint(partial(join, gmu, self.model.norm_eps))
-        return mix(x, update, logits, vector, scale)
+        return jax.checkpoint(partial(join, gmu, self.model.norm_eps))(x, update, gate, scale)
 
     @nn.nowrap
-    def gate(self, x_hat: Array, update: Array, index: Any) -> tuple[Array | None, Array | None]:
-        """The gate's logits and vector, as `join` wants them."""
+    def gate(self, x_hat: Array, update: Array, index: Any) -> Gate:
         gmu, dim = self.model.gmu, self.model.embed_dim
         if gmu.kind == 'residual':
-            return None, None
+            return Gate()
         if gmu.kind == 'layerscale':
-            return None, self.vector('scale', nn.initializers.constant(gmu.layerscale), dim)
+            init = nn.initializers.constant(gmu.layerscale)
+            return Gate(vector=self.vector('scale', init, dim))
         if gmu.kind == 'rezero':
-            return None, self.vector('scale', nn.initializers.zeros, 1)
-        logits = self.logits(x_hat, update)
-        width = dim if logits is None else logits.shape[-1]
+            return Gate(vector=self.vector('scale', nn.initializers.zeros, 1))
+        hidden, out = (None, None) if gmu.gate == 'static' else self.hidden(x_hat, update)
         if gmu.bias == 'depth':
             bias_init = lambda key, shape, dtype: jnp.full(shape, -jnp.log(index), dtype)  # noqa: E731
         else:
             bias_init = nn.initializers.constant(float(gmu.bias))
-        if logits is not None:
-            logits = checkpoint_name(logits, f'{self.name_prefix}_gate')
-        return logits, self.vector('bias', bias_init, width)
+        width = dim if hidden is None or out is not None else hidden.shape[-1]
+        return Gate(hidden, out, self.vector('bias', bias_init, width))
 
     @nn.nowrap
-    def logits(self, x_hat: Array, update: Array) -> Array | None:
-        """The gate before its bias, [B, T, D, D/H or 1]; None for a static gate."""
+    def hidden(self, x_hat: Array, update: Array) -> tuple[Array, Array | None]:
+        """W_x x̂ + W_u ū, [B, T, R, D, D/H or 1], and W_b of a low-rank gate."""
         model, gmu = self.model, self.model.gmu
         dim, dtype = model.embed_dim, x_hat.dtype
-        if gmu.gate == 'static':
-            return None
-        low_rank = gmu.gate == 'low_rank'
-        width = {
-            'low_rank': model.gate_rank,
-            'full': dim,
-            'per_head': dim // model.head_dim,
-            'scalar': 1,
-        }[gmu.gate]
+        low_rank, width = gmu.gate == 'low_rank', model.gate_width
         # The matrix that comes last starts at zero, so that g starts as b says.
         project = lambda name: Einsum(  # noqa: E731
             (dim, width), ('embed', 'gate'), dim, dtype, zeros=not low_rank, name=name
@@ -158,10 +156,11 @@ class GatedMemoryUnit(nn.Module):
             # The product's gradient reads `update` too, not a normalised copy of it.
             product = jax.checkpoint(partial(normalized_product, model.norm_eps))
             hidden = hidden + product(update, project('from_output').weight())
+        hidden = checkpoint_name(hidden, f'{self.name_prefix}_gate')
         if not low_rank:
-            return hidden
+            return hidden, None
         out = Einsum((width, dim), ('gate', 'gate_embed'), width, dtype, zeros=True, name='out')
-        return out('btr,rd->btd', hidden)
+        return hidden, out.weight()
 
     @nn.nowrap
     def vector(self, name: str, init: Any, size: int) -> Float[Array, '1 1 W']:

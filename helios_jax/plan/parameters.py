@@ -74,12 +74,7 @@ def gmu(model: Model) -> list[Parameter]:
         return [*found, _vector('scale', D if unit.kind == 'layerscale' else 1, D)]
     if unit.gate == 'static':
         return [*found, _vector('bias', D, D)]
-    width = {
-        'low_rank': model.gate_rank,
-        'full': D,
-        'per_head': D // model.head_dim,
-        'scalar': 1,
-    }[unit.gate]
+    width = model.gate_width
     found.append(_einsum('from_input', (D, width), ('embed', 'gate')))
     if unit.kind != 'highway':
         found.append(_einsum('from_output', (D, width), ('embed', 'gate')))

@@ -216,17 +216,10 @@ def shapes(layout: Layout, name: str, kind: str) -> list[tuple[tuple[int, ...], 
         return [((B, N, T), policy.AXES[name])]
     width = {
         'router_choices': model.moe.num_experts_per_token,
-        'attention_gate': gate_width(layout),
-        'mlp_gate': gate_width(layout),
+        'attention_gate': model.gate_width,
+        'mlp_gate': model.gate_width,
     }.get(name, D)
     return [((B, T, width), policy.AXES[name])]
-
-
-def gate_width(layout: Layout) -> int:
-    """Of the gate's logits: channels, heads or one."""
-    model = layout.config.model
-    widths = {'per_head': model.embed_dim // model.head_dim, 'scalar': 1}
-    return widths.get(model.gmu.gate, model.embed_dim)
 
 
 def expert_slots(layout: Layout) -> int:

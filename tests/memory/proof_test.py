@@ -40,13 +40,13 @@ KEPT = {
     'v': [(B, T, K, H)] * 2,
     'attention_output': [(B, T, N, H)] * 2,
     'attention_update': STREAM,
-    'attention_gate': STREAM,
+    'attention_gate': [(B, T, 16)] * 2,
     'mlp_input': STREAM,
     'gate_up': [(B, T, F)] * 2 + [(B * T * X, EXPERT_F)] * 2,
     'expert_input': [(B * T * X, D)],
     'router_choices': [(B, T, X)],
     'mlp_update': STREAM,
-    'mlp_gate': STREAM,
+    'mlp_gate': [(B, T, 16)] * 2,
     'final_hidden': [(B, T, D)],
 }
 # The reference recomputes its log-sum-exp, and one device dispatches to itself.
