@@ -48,30 +48,6 @@ def input_eps(model: config.Model, index: Any) -> Any:
     return model.norm_eps / index**2 if follows_stream(model.gmu) else model.norm_eps
 
 
-def join(
-    gmu: config.GMU,
-    eps: float,
-    x: Float[Array, 'B T D'],
-    update: Float[Array, 'B T D'],
-    gate: 'Gate',
-    scale: Float[Array, 'D'] | None,
-) -> Float[Array, 'B T D']:
-    """The stream x with a sublayer's output, mixed in float32; returns x.dtype.
-
-    Args:
-      scale: of the output norm; None without one.
-    """
-    if scale is not None:
-        update = scaled(update, scale, eps)
-    wide, update = float32_or_wider(x), float32_or_wider(update)
-    opened = gate.opened(gmu.kind, x.shape[-1])
-    if gmu.kind in ('convex', 'highway'):
-        wide = wide + opened * (update - wide)
-    else:
-        wide = wide + opened * update
-    return wide.astype(x.dtype)
-
-
 class Gate(NamedTuple):
     """What a gate is computed from; None where a kind of gate lacks it."""
 
@@ -94,6 +70,30 @@ class Gate(NamedTuple):
         # one gate serves a run of D / width neighbouring channels
         width = gate.shape[-1]
         return jnp.repeat(gate, dim // width, axis=-1) if 1 < width < dim else gate
+
+
+def join(
+    gmu: config.GMU,
+    eps: float,
+    x: Float[Array, 'B T D'],
+    update: Float[Array, 'B T D'],
+    gate: Gate,
+    scale: Float[Array, 'D'] | None,
+) -> Float[Array, 'B T D']:
+    """The stream x with a sublayer's output, mixed in float32; returns x.dtype.
+
+    Args:
+      scale: of the output norm; None without one.
+    """
+    if scale is not None:
+        update = scaled(update, scale, eps)
+    wide, update = float32_or_wider(x), float32_or_wider(update)
+    opened = gate.opened(gmu.kind, x.shape[-1])
+    if gmu.kind in ('convex', 'highway'):
+        wide = wide + opened * (update - wide)
+    else:
+        wide = wide + opened * update
+    return wide.astype(x.dtype)
 
 
 def normalized_product(

@@ -96,6 +96,19 @@ def test_computes_its_formula_and_learns(kind, gate, normalize, random_variables
 
 
 @pytest.mark.parametrize('gate', GATES)
+def test_backward_reads_the_stream_and_the_update_and_no_float32_of_their_size(gate):
+    model = shape(gate=gate)
+    module, params = initialize(model)
+    x, x_hat, update = (a.astype(jnp.bfloat16) for a in arrays())
+    run = lambda params, *arrays: module.apply({'params': params}, *arrays, INDEX)  # noqa: E731
+    _, vjp = jax.vjp(run, params, x, x_hat, update)
+    large = [leaf for leaf in jax.tree.leaves(vjp) if leaf.shape == (B, T, D)]
+    assert {leaf.dtype for leaf in large} == {jnp.dtype('bfloat16')}
+    known = [leaf for leaf in large if any(np.array_equal(leaf, a) for a in (x, x_hat, update))]
+    assert len(large) - len(known) == (gate == 'full')  # whose logits are of their size
+
+
+@pytest.mark.parametrize('gate', GATES)
 def test_the_gate_of_a_fresh_sublayer_is_one_over_its_index_plus_one(gate):
     indices = np.array([1, 2, 7, 96])
     module, params = initialize(shape(gate=gate, normalize_output='off'), indices)
