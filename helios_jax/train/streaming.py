@@ -23,6 +23,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.lax import dynamic_index_in_dim, dynamic_update_index_in_dim
 from jaxtyping import Array, Float, PyTree
 
+from helios_jax.memory import store
 from helios_jax.parallel.sharding import Axes
 from helios_jax.train import optimizer
 from helios_jax.train.state import Setup, TrainState
@@ -94,7 +95,9 @@ def update(
             layer_by_layer if stacked else at_once, partial(update_part, setup, cut)
         )
         if programs is not None:
-            follow = programs.setdefault(tuple(keys), jax.jit(follow, donate_argnums=3))
+            options = store.compiler_options(setup.config.memory)
+            program = jax.jit(follow, donate_argnums=3, compiler_options=options)
+            follow = programs.setdefault(tuple(keys), program)
         changed = follow(norm, counts, of(gradients), (of(params), moments))
         new_params |= changed[0]
         new_slots |= changed[1]
