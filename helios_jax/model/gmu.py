@@ -116,9 +116,14 @@ class GatedMemoryUnit(nn.Module):
         update: Float[Array, 'B T D'],
         index: Any,
     ) -> Float[Array, 'B T D']:
-        """Mixes the stream x with `update` = F(x̂) of sublayer `index` (from 1, may be traced)."""
+        """Mixes the stream x with `update` = F(x̂) of sublayer `index` (from 1, may be traced).
+
+        With a mutable collection `intermediates`, leaves g there as `gate`.
+        """
         gmu, dim = self.model.gmu, self.model.embed_dim
         gate = self.gate(x_hat, update, index)
+        if self.is_mutable_collection('intermediates'):
+            self.sow('intermediates', 'gate', gate.opened(gmu.kind, dim))
         scale = RMSNorm(name='output_norm').scale(dim) if gmu.normalizes else None
         # The backward pass reads these arguments; XLA would keep what comes of them, in float32.
         return jax.checkpoint(partial(join, gmu, self.model.norm_eps))(x, update, gate, scale)

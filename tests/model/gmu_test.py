@@ -96,6 +96,17 @@ def test_computes_its_formula_and_learns(kind, gate, normalize, random_variables
 
 
 @pytest.mark.parametrize('gate', GATES)
+def test_the_gate_can_be_looked_at(gate, random_variables):
+    module = GatedMemoryUnit(shape(gate=gate, normalize_output='off'), 'mlp')
+    x, x_hat, update = arrays()
+    variables = random_variables(module, x, x_hat, update, INDEX)
+    y, seen = module.apply(variables, x, x_hat, update, INDEX, mutable=['intermediates'])
+    (g,) = seen['intermediates']['gate']
+    assert np.ptp(g) > 0.1
+    np.testing.assert_allclose(x + g * (update - x), y, atol=2e-6, rtol=2e-5)
+
+
+@pytest.mark.parametrize('gate', GATES)
 def test_backward_reads_the_stream_and_the_update_and_no_float32_of_their_size(gate):
     model = shape(gate=gate)
     module, params = initialize(model)
