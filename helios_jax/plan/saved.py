@@ -235,14 +235,13 @@ def expert_slots(layout: Layout) -> int:
 def _everything(layout: Layout, kind: str) -> list[Saved]:
     """Without a policy: what differentiation keeps of a layer. An estimate.
 
-    Every named tensor, the float32 forms that norms, gates and SiLU are differentiated at, and the
-    product that the down projection reads.
+    Every named tensor, the float32 forms that norms and SiLU are differentiated at (gates keep
+    none), and the product that the down projection reads.
     """
     model = layout.config.model
     layers = model.layer_kinds.count(kind)
     found = _of_layer(layout, kind, dict.fromkeys(policy.NAMES, 'device'), layers)
     tokens, D = layout.local_tokens, model.embed_dim
     F = sum(s.elements for s in found if s.name == 'gate_up') // 2
-    wide = 4 * tokens * D + (6 * tokens * D if model.gmu.has_gate else 0)
-    found.append(Saved('(norms, gates)', 'float32', 'device', layers, wide, 0))
+    found.append(Saved('(norms)', 'float32', 'device', layers, 4 * tokens * D, 0))
     return [*found, Saved('(activations)', model.compute_dtype, 'device', layers, 3 * F, 0)]

@@ -15,8 +15,9 @@ from helios_jax.plan.state import is_narrow, layer_weights, local
 # Arrays as wide as the stream in one sublayer's backward pass: x, x̂, the update, and the gradients
 # of the stream, of the update and of what it was computed from.
 STREAMS = 6
-# A layer that runs again from its input holds both x̂ and the stream between its sublayers, and of
-# each gated sublayer the normalised update and the gate, when its backward pass begins.
+# A layer that runs again from its input holds both x̂ and the stream between its sublayers when its
+# backward pass begins, and of each gated sublayer the gradients that those of its weights, which
+# XLA computes last, are to be made of.
 RECOMPUTED_STREAMS = 3
 RECOMPUTED_OF_A_GATE = 2
 

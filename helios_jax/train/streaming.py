@@ -78,8 +78,8 @@ def update(
     Args:
       gradients: of the working copy, in its dtypes.
       norm: of all of them together.
-      programs: None inside of a program. Outside, where the update of every array is compiled by
-        itself and kept for the next step; the state is then used up.
+      programs: None where this is part of one program. Else the update of every array is a program
+        of its own, which is kept here for the next step; the state is used up.
     """
     axes, gradients, params = map(flatten_dict, (setup.axes, gradients, state.params))
     slots, structure = named(state.optimizer)
@@ -95,9 +95,10 @@ def update(
             layer_by_layer if stacked else at_once, partial(update_part, setup, cut)
         )
         if programs is not None:
-            options = store.compiler_options(setup.config.memory)
-            program = jax.jit(follow, donate_argnums=3, compiler_options=options)
-            follow = programs.setdefault(tuple(keys), program)
+            if keys[0] not in programs:
+                options = store.compiler_options(setup.config.memory)
+                programs[keys[0]] = jax.jit(follow, donate_argnums=3, compiler_options=options)
+            follow = programs[keys[0]]
         changed = follow(norm, counts, of(gradients), (of(params), moments))
         new_params |= changed[0]
         new_slots |= changed[1]

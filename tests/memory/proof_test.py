@@ -166,11 +166,12 @@ def test_no_policy_moves_a_bit_of_the_loss(model, dtype, devices):
 
 @pytest.mark.long
 @pytest.mark.parametrize(('model', 'dtype', 'devices'), RUNS)
-def test_the_compiler_moves_the_loss_by_a_bit_at_most(model, dtype, devices):
-    """By fusing otherwise what comes after the layers; gradients, by rounding."""
+def test_fusion_moves_the_loss_of_one_run_by_its_last_bit(model, dtype, devices):
+    """Where XLA fuses otherwise what comes after the layers; gradients, by rounding."""
     (loss, gradient), results = by_policy(model, dtype, devices)
+    moves = (model, dtype, devices) == (MOE, 'float32', 1)
     for value, _ in results.values():
-        np.testing.assert_array_max_ulp(value, loss, 1)
+        np.testing.assert_array_max_ulp(value, loss, 1 if moves else 0)
     assert_exact_ones_near(results, gradient, {'float32': 2e-5, 'bfloat16': 3e-2}[dtype])
 
 
@@ -199,6 +200,16 @@ def test_presets_save_less_and_less():
     assert sizes['full'] == sizes['offload'] > sizes['fp8_offload']
     assert 3 * sizes['fp8'] < sizes['minimal']  # float32 here
     assert sizes['full'] < sizes['fp8']
+
+
+def test_a_program_that_jaxlib_cannot_read_names_the_libtpu_to_install(monkeypatch):
+    def as_text(self):
+        raise jax.errors.JaxRuntimeError('INTERNAL: RET_CHECK failure\nmore')
+
+    compiled = jax.jit(lambda x: x).lower(1.0).compile()
+    monkeypatch.setattr(jax.stages.Compiled, 'as_text', as_text)
+    with pytest.raises(config.UserError, match=r"RET_CHECK failure\).*install 'helios_jax\[tpu\]'"):
+        proof.program(compiled)
 
 
 def test_an_action_without_effect_is_an_error_that_names_the_tensor():
