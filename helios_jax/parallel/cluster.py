@@ -14,6 +14,7 @@ from etils import epath
 from jax.experimental import multihost_utils
 
 from helios_jax.config import UserError
+from helios_jax.parallel.host import host_memory
 
 log = logging.getLogger(__name__)
 
@@ -31,8 +32,8 @@ def start() -> None:
       UserError: the peers did not all answer in time, or a variable is missing.
     """
     # Of the host's memory XLA's GPU client takes 64 GB and no more unless it is told otherwise.
-    memory = os.sysconf('SC_PHYS_PAGES') * os.sysconf('SC_PAGE_SIZE')
-    os.environ.setdefault('XLA_PJRT_GPU_HOST_MEMORY_LIMIT_GB', str(int(HOST_SHARE * memory / 1e9)))
+    limit = int(HOST_SHARE * host_memory() / 2**30)
+    os.environ.setdefault('XLA_PJRT_GPU_HOST_MEMORY_LIMIT_GB', str(limit))
     address = os.environ.get('JAX_COORDINATOR_ADDRESS', '')
     on_tpu_host = any(Path('/dev').glob('accel*')) or Path('/dev/vfio/0').exists()
     wants_cpu = os.environ.get('JAX_PLATFORMS', '').startswith('cpu')

@@ -10,6 +10,7 @@ import os
 
 from helios_jax import config
 from helios_jax.model import flops
+from helios_jax.parallel.host import host_memory
 
 GIB = 2**30
 
@@ -37,11 +38,6 @@ class Chip:
         return flops.peak_flops(self.device_kind)
 
 
-def _cpu_bytes() -> float:
-    """This machine's memory."""
-    return float(os.sysconf('SC_PHYS_PAGES') * os.sysconf('SC_PAGE_SIZE'))
-
-
 # HBM of TPUs: "available HBM" in libtpu 0.0.50's out-of-memory message for each generation, which
 # is what the compiler lets a program use. HBM and ICI bandwidth of TPUs: the system architecture
 # pages docs.cloud.google.com/tpu/docs/{v5e,v5p,v6e,tpu7x}, one way and a chip (v5e 400 and v6e 800
@@ -64,7 +60,7 @@ CHIPS: dict[str, Chip] = {
         Chip('h200', 'H200', 0.93 * 141e9, 4800e9, 450e9, 64e9, 369e9, 'gpu'),
         Chip('a100', 'A100', 0.93 * 80e9, 2039e9, 300e9, 32e9, 170e9, 'gpu'),
         # A desktop's two channels of DDR5; the host is the device.
-        Chip('cpu', '', _cpu_bytes(), 50e9, 10e9, 50e9, 0.0, 'cpu'),
+        Chip('cpu', '', host_memory(), 50e9, 10e9, 50e9, 0.0, 'cpu'),
     )
 }
 
