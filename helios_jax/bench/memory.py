@@ -25,8 +25,8 @@ import numpy as np
 from helios_jax import config
 from helios_jax.data import pipeline, tokenizer
 from helios_jax.memory import proof, store
+from helios_jax.parallel import cluster, sharding
 from helios_jax.parallel import mesh as meshes
-from helios_jax.parallel import sharding
 from helios_jax.train import state as states
 from helios_jax.train.step import gradient
 
@@ -36,6 +36,7 @@ GIB = 2**30
 
 def measure(cfg: config.Config, reference: Path) -> dict[str, Any]:
     """One policy. The first writes its gradients to `reference`, the others compare with them."""
+    cluster.start()
     mesh = meshes.make(cfg.mesh)
     encoder = tokenizer.load(cfg.data.tokenizer)
     cfg = cfg.resolve(encoder.vocab_size)

@@ -21,8 +21,8 @@ from helios_jax import config
 from helios_jax.bench import trace
 from helios_jax.data import pipeline, tokenizer
 from helios_jax.model import flops
+from helios_jax.parallel import cluster, sharding
 from helios_jax.parallel import mesh as meshes
-from helios_jax.parallel import sharding
 from helios_jax.train import state as states
 from helios_jax.train.step import compile_step
 
@@ -33,6 +33,7 @@ GIB = 2**30
 
 def measure(cfg: config.Config) -> dict[str, Any]:
     """Runs `train.num_steps` steps after the warm-up and times them all together."""
+    cluster.start()
     mesh = meshes.make(cfg.mesh)
     encoder = tokenizer.load(cfg.data.tokenizer)
     cfg = cfg.resolve(encoder.vocab_size)
@@ -74,8 +75,8 @@ def measure(cfg: config.Config) -> dict[str, Any]:
         'mfu': rate * flops.flops_per_token(cfg.model, cfg.data.row_length) / peak,
         'segment_mfu': rate * flops.segment_flops_per_token(cfg.model, context / tokens) / peak,
         'step_ms': 1e3 * seconds / cfg.train.num_steps,
-        'first_loss': float(losses[0]),
-        'last_loss': float(losses[total - 1]),
+        'losses': [float(loss) for loss in losses],
+        'state_gib': gib_of(state),
         'peak_gib': (device.memory_stats() or {}).get('peak_bytes_in_use', 0) / GIB,
         'temp_gib': memory.temp_size_in_bytes / GIB,
         'kernel_ms': {k: 1e3 * s / PROFILED_STEPS for k, s in trace.by_kind(kernels).items()},
@@ -83,6 +84,15 @@ def measure(cfg: config.Config) -> dict[str, Any]:
         'device': device.device_kind,
         'jax': jax.__version__,
     }
+
+
+def gib_of(state: states.TrainState) -> dict[str, float]:
+    """GiB of the training state in each memory that it lies in."""
+    total: dict[str, float] = {}
+    for leaf in jax.tree.leaves(state):
+        kind = leaf.sharding.memory_kind
+        total[kind] = total.get(kind, 0.0) + leaf.nbytes / GIB
+    return total
 
 
 def compare(

@@ -44,9 +44,9 @@ class CompiledStep(NamedTuple):
 def compile_step(setup: Setup, state: TrainState, batch: Batch) -> CompiledStep:
     """The step compiled for these arrays, under the setup's mesh; it takes the state for itself.
 
-    On a GPU a program's results on the host are new memory, not the arguments' own. There the
-    update of a state on the host is a program for each part of it, so that one part exists twice
-    and not all of them.
+    On a GPU a loop does not change an array on the host where it lies: XLA copies all of it for
+    every layer, and a host copies slowly. There the update of a state on the host is a program for
+    each layer, and one for each of the other arrays.
     """
     memory = setup.config.memory
     in_parts = memory.on_host and jax.default_backend() == 'gpu'
@@ -79,7 +79,7 @@ def make_train_step(setup: Setup) -> Callable[[TrainState, Batch], tuple[TrainSt
 def in_programs(
     setup: Setup, first: Callable[..., Any]
 ) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
-    """`make_train_step` as a program that ends with the gradient, and one for each part's update.
+    """`make_train_step` as a program that ends with the gradient, and those that update a part.
 
     Args:
       first: `begin`, compiled.

@@ -78,8 +78,8 @@ def update(
     Args:
       gradients: of the working copy, in its dtypes.
       norm: of all of them together.
-      programs: None where this is part of one program. Else the update of every array is a program
-        of its own, which is kept here for the next step; the state is used up.
+      programs: None where this is part of one program. Else the update of each part, of one layer
+        of stacked ones, is a program of its own, kept here for the next step; the state is used up.
     """
     axes, gradients, params = map(flatten_dict, (setup.axes, gradients, state.params))
     slots, structure = named(state.optimizer)
@@ -87,19 +87,21 @@ def update(
     counts = {path: slots[path] for path in slots if not owners[path]}
     new_params: Arrays = {}
     new_slots: Arrays = {}
-    for keys, stacked in parts(axes, alone=programs is not None):
+    for keys, stacked in parts(axes):
         of = lambda tree: {key: tree[key] for key in keys}  # noqa: B023, E731
         moments = {path: slots[path] for path in slots if owners[path] in keys}
         cut = {key: axes[key][stacked:] for key in keys}
-        follow: Any = partial(
-            layer_by_layer if stacked else at_once, partial(update_part, setup, cut)
-        )
-        if programs is not None:
+        change = partial(update_part, setup, cut)
+        arguments = (norm, counts, of(gradients), (of(params), moments))
+        if programs is None:
+            changed = (layer_by_layer if stacked else at_once)(change, *arguments)
+        else:
             if keys[0] not in programs:
+                one: Any = partial(one_layer if stacked else at_once, change)
                 options = store.compiler_options(setup.config.memory)
-                programs[keys[0]] = jax.jit(follow, donate_argnums=3, compiler_options=options)
-            follow = programs[keys[0]]
-        changed = follow(norm, counts, of(gradients), (of(params), moments))
+                programs[keys[0]] = jax.jit(one, donate_argnums=3, compiler_options=options)
+            run = each_layer if stacked else (lambda program, *arguments: program(*arguments))
+            changed = run(programs[keys[0]], *arguments)
         new_params |= changed[0]
         new_slots |= changed[1]
     return (
@@ -108,19 +110,12 @@ def update(
     )
 
 
-def parts(
-    axes: Mapping[optimizer.Key, Axes], *, alone: bool = False
-) -> list[tuple[list[optimizer.Key], bool]]:
-    """Keys of the parameters that are updated together, and whether they are stacked layers.
-
-    Args:
-      alone: each by itself, also those of the same layers.
-    """
+def parts(axes: Mapping[optimizer.Key, Axes]) -> list[tuple[list[optimizer.Key], bool]]:
+    """Keys of the parameters that are updated together, and whether they are stacked layers."""
     stacked: dict[optimizer.Key, list[optimizer.Key]] = {}
     for key, names in axes.items():
         if names[0] == 'layers':
-            group = key if alone else key[:2]  # such as periods, layer_0
-            stacked.setdefault(group, []).append(key)
+            stacked.setdefault(key[:2], []).append(key)  # such as periods, layer_0
     single = [([key], False) for key, names in axes.items() if names[0] != 'layers']
     return single + [(keys, True) for keys in stacked.values()]
 
@@ -170,18 +165,48 @@ def layer_by_layer(
     """`change` of each layer, which is fetched while the one below changes."""
     num_layers = jax.tree.leaves(gradients)[0].shape[0]
 
-    def bring(stacks: Pair, i: Any) -> Pair:
-        return fetch(jax.tree.map(partial(layer, i), stacks))
-
     def step(i: Any, carry: tuple[Pair, Pair]) -> tuple[Pair, Pair]:
         stacks, arrived = carry
         following = bring(stacks, jnp.minimum(i + 1, num_layers - 1))
-        own = jax.tree.map(partial(layer, i), gradients)
-        params, moments, _ = change(norm, counts, own, arrived)
-        return jax.tree.map(partial(replace_layer, i), stacks, (params, moments)), following
+        return replaced(change, i, norm, counts, gradients, stacks, arrived), following
 
     stacks, _ = jax.lax.fori_loop(0, num_layers, step, (old, bring(old, 0)))
     return stacks
+
+
+def one_layer(
+    change: Callable[..., Any], norm: Any, counts: Arrays, gradients: Arrays, old: Pair, i: Any
+) -> Pair:
+    """`change` of layer i, in place where `old` is donated: outside a loop XLA:GPU can do that."""
+    return replaced(change, i, norm, counts, gradients, old, bring(old, i))
+
+
+def each_layer(
+    program: Callable[..., Pair], norm: Any, counts: Arrays, gradients: Arrays, old: Pair
+) -> Pair:
+    """Runs the program of `one_layer` for every layer."""
+    for i in range(jax.tree.leaves(gradients)[0].shape[0]):
+        old = program(norm, counts, gradients, old, i)
+    return old
+
+
+def bring(stacks: Pair, i: Any) -> Pair:
+    return fetch(jax.tree.map(partial(layer, i), stacks))
+
+
+def replaced(
+    change: Callable[..., Any],
+    i: Any,
+    norm: Any,
+    counts: Arrays,
+    gradients: Arrays,
+    stacks: Pair,
+    arrived: Pair,
+) -> Pair:
+    """The stacks, their layer i as `change` leaves it; `arrived` is that layer on the device."""
+    own = jax.tree.map(partial(layer, i), gradients)
+    params, moments, _ = change(norm, counts, own, arrived)
+    return jax.tree.map(partial(replace_layer, i), stacks, (params, moments))
 
 
 def named(tree: PyTree) -> tuple[dict[str, Any], Any]:
