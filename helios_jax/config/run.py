@@ -141,12 +141,19 @@ class Memory:
     policy: str = 'full'  # none (save all) | minimal | full | fp8 | offload | fp8_offload | auto
     optimizer: str = 'device'  # where the optimizer's moments live: device | host
     parameters: str = 'device'  # where the float32 parameters live: device | host
+    backward_parts: int = 1  # in which dense MLPs and gates run backward, one part after another
     actions: Actions = Actions()
 
     def __post_init__(self) -> None:
         one_of('memory.policy', self.policy, POLICIES)
         one_of('memory.optimizer', self.optimizer, ('device', 'host'))
         one_of('memory.parameters', self.parameters, ('device', 'host'))
+        positive('memory', self, 'backward_parts')
+        require(
+            self.backward_parts == 1 or self.policy != 'none',
+            f"memory.backward_parts={self.backward_parts} recomputes, but memory.policy='none' "
+            'saves everything; choose another policy, such as full.',
+        )
 
     @property
     def on_host(self) -> bool:

@@ -44,6 +44,9 @@ NAMES = tuple(AXES)
 # A kernel that is one primitive names nothing; these are the names of its results.
 PRIMITIVES = {'dot_product_attention_fwd_wrapper': ('attention_output', 'log_sum_exp')}
 
+# Of the functions whose backward pass memory.backward_parts cuts.
+IN_PARTS = ('attention_gate', 'gate_up', 'mlp_gate')
+
 # Results of matmuls, dear to recompute. Without its log-sum-exp attention would run again.
 MATMULS = (
     'block_input', 'q', 'k', 'v', 'attention_output', 'attention_update', 'gate_up', 'dispatched',
@@ -75,8 +78,8 @@ def actions(memory: config.Memory) -> dict[str, str]:
     """Tensor name → action, the user's choices over the preset's.
 
     Raises:
-      UserError: actions beside a policy that names nothing, a layer's input as `remat`, or a policy
-        that is still to be resolved.
+      UserError: actions beside a policy that names nothing, a layer's input as `remat`, a tensor
+        saved that is to be recomputed in parts, or a policy that is still to be resolved.
     """
     chosen = chosen_actions(memory)
     config.require(
@@ -94,9 +97,21 @@ def actions(memory: config.Memory) -> dict[str, str]:
         "memory.actions.block_input='remat', but a layer is recomputed from its input; choose "
         'device, fp8 or offload.',
     )
+    table = _completed(chosen, memory.policy)
+    in_parts = [name for name in IN_PARTS if table[name] != 'remat']
+    config.require(
+        memory.backward_parts == 1 or not in_parts,
+        f'memory.backward_parts={memory.backward_parts} recomputes {", ".join(IN_PARTS)} in parts, '
+        f'but {in_parts[0] if in_parts else ""} is saved; choose a policy such as full, or '
+        'memory.backward_parts=1.',
+    )
+    return table
+
+
+def _completed(chosen: Mapping[str, str], preset: str) -> dict[str, str]:
     # Routing again could break a tie otherwise than the forward pass did.
     table = dict.fromkeys(NAMES, 'remat') | {'router_choices': 'device', 'final_hidden': 'device'}
-    return table | PRESETS.get(memory.policy, {}) | chosen
+    return table | PRESETS.get(preset, {}) | dict(chosen)
 
 
 def chosen_actions(memory: config.Memory) -> dict[str, str]:

@@ -23,6 +23,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float
 
 from helios_jax import config
+from helios_jax.memory.parts import Cut, Parts, in_parts
 from helios_jax.model.layers import (
     Einsum,
     RMSNorm,
@@ -48,12 +49,22 @@ def input_eps(model: config.Model, index: Any) -> Any:
     return model.norm_eps / index**2 if follows_stream(model.gmu) else model.norm_eps
 
 
+class Weights(NamedTuple):
+    """Of a GMU; None where its kind lacks one. Matrices are in the compute dtype."""
+
+    from_input: Float[Array, 'D W'] | None = None
+    from_output: Float[Array, 'D W'] | None = None
+    out: Float[Array, 'W D'] | None = None  # of a low-rank gate
+    vector: Float[Array, '1 1 V'] | None = None  # the bias, or what stands in the gate's place
+    scale: Float[Array, 'D'] | None = None  # of the output norm
+
+
 class Gate(NamedTuple):
     """What a gate is computed from; None where a kind of gate lacks it."""
 
     hidden: Float[Array, 'B T W'] | None = None  # of each token
     out: Float[Array, 'W D'] | None = None  # that a low-rank gate's hidden is multiplied with
-    vector: Float[Array, '1 1 V'] | None = None  # the bias, or what stands in the gate's place
+    vector: Float[Array, '1 1 V'] | None = None
 
     def opened(self, kind: str, dim: int) -> Array:
         """g in [0, 1], or what stands in its place: float32, broadcastable to [B, T, D]."""
@@ -70,6 +81,38 @@ class Gate(NamedTuple):
         # one gate serves a run of D / width neighbouring channels
         width = gate.shape[-1]
         return jnp.repeat(gate, dim // width, axis=-1) if 1 < width < dim else gate
+
+
+def mix(
+    gmu: config.GMU,
+    eps: float,
+    name: str,
+    weights: Weights,
+    x: Float[Array, 'B T D'],
+    x_hat: Float[Array, 'B T D'],
+    update: Float[Array, 'B T D'],
+) -> Float[Array, 'B T D']:
+    """The stream x with a sublayer's output, gated.
+
+    Args:
+      name: of the tensor that the gate is computed from, for the memory system.
+    """
+    gate = gate_of(eps, name, weights, x_hat, update)
+    # The backward pass reads these arguments; XLA would keep what comes of them, in float32.
+    return jax.checkpoint(partial(join, gmu, eps))(x, update, gate, weights.scale)
+
+
+def gate_of(eps: float, name: str, weights: Weights, x_hat: Array, update: Array) -> Gate:
+    hidden = None
+    if weights.from_input is not None:
+        dot = partial(jnp.einsum, precision=precision(weights.from_input.dtype))
+        hidden = dot('btd,dr->btr', x_hat, weights.from_input)
+        if weights.from_output is not None:
+            # The product's gradient reads `update` too, not a normalised copy of it.
+            product = jax.checkpoint(partial(normalized_product, eps))
+            hidden = hidden + product(update, weights.from_output)
+        hidden = checkpoint_name(hidden, name)
+    return Gate(hidden, weights.out, weights.vector)
 
 
 def join(
@@ -107,6 +150,7 @@ def normalized_product(
 class GatedMemoryUnit(nn.Module):
     model: config.Model
     name_prefix: str  # 'attention' or 'mlp': which sublayer's gate the memory system names
+    backward_parts: int = 1
 
     @nn.compact
     def __call__(
@@ -120,52 +164,54 @@ class GatedMemoryUnit(nn.Module):
 
         With a mutable collection `intermediates`, leaves g there as `gate`.
         """
-        gmu, dim = self.model.gmu, self.model.embed_dim
-        gate = self.gate(x_hat, update, index)
+        gmu, eps, name = self.model.gmu, self.model.norm_eps, f'{self.name_prefix}_gate'
+        weights = self.weights(x.dtype, index)
         if self.is_mutable_collection('intermediates'):
-            self.sow('intermediates', 'gate', gate.opened(gmu.kind, dim))
-        scale = RMSNorm(name='output_norm').scale(dim) if gmu.normalizes else None
-        # The backward pass reads these arguments; XLA would keep what comes of them, in float32.
-        return jax.checkpoint(partial(join, gmu, self.model.norm_eps))(x, update, gate, scale)
+            gate = gate_of(eps, name, weights, x_hat, update)
+            self.sow('intermediates', 'gate', gate.opened(gmu.kind, x.shape[-1]))
+        function = partial(mix, gmu, eps, name)
+        if self.backward_parts == 1 or gmu.kind == 'residual':
+            return function(weights, x, x_hat, update)
+        tokens = Cut(1, 'length')
+        parts = Parts(self.backward_parts, (None, tokens, tokens, tokens), tokens)
+        return in_parts(function, parts, None, weights, x, x_hat, update)
 
     @nn.nowrap
-    def gate(self, x_hat: Array, update: Array, index: Any) -> Gate:
+    def weights(self, dtype: Any, index: Any) -> Weights:
         gmu, dim = self.model.gmu, self.model.embed_dim
+        scale = RMSNorm(name='output_norm').scale(dim) if gmu.normalizes else None
         if gmu.kind == 'residual':
-            return Gate()
+            return Weights(scale=scale)
         if gmu.kind == 'layerscale':
-            init = nn.initializers.constant(gmu.layerscale)
-            return Gate(vector=self.vector('scale', init, dim))
+            init: Any = nn.initializers.constant(gmu.layerscale)
+            return Weights(vector=self.vector('scale', init, dim), scale=scale)
         if gmu.kind == 'rezero':
-            return Gate(vector=self.vector('scale', nn.initializers.zeros, 1))
-        hidden, out = (None, None) if gmu.gate == 'static' else self.hidden(x_hat, update)
+            return Weights(vector=self.vector('scale', nn.initializers.zeros, 1), scale=scale)
         if gmu.bias == 'depth':
-            bias_init = lambda key, shape, dtype: jnp.full(shape, -jnp.log(index), dtype)  # noqa: E731
+            init = lambda key, shape, dtype: jnp.full(shape, -jnp.log(index), dtype)  # noqa: E731
         else:
-            bias_init = nn.initializers.constant(float(gmu.bias))
-        width = dim if hidden is None or out is not None else hidden.shape[-1]
-        return Gate(hidden, out, self.vector('bias', bias_init, width))
+            init = nn.initializers.constant(float(gmu.bias))
+        width, low_rank = self.model.gate_width, gmu.gate == 'low_rank'
+        vector = self.vector('bias', init, dim if low_rank or not width else width)
+        return Weights(*self.matrices(width, dtype), vector, scale)
 
     @nn.nowrap
-    def hidden(self, x_hat: Array, update: Array) -> tuple[Array, Array | None]:
-        """W_x x̂ + W_u ū, [B, T, R, D, D/H or 1], and W_b of a low-rank gate."""
-        model, gmu = self.model, self.model.gmu
-        dim, dtype = model.embed_dim, x_hat.dtype
-        low_rank, width = gmu.gate == 'low_rank', model.gate_width
+    def matrices(self, width: int, dtype: Any) -> tuple[Array | None, Array | None, Array | None]:
+        """Of a gate `width` wide, which W_x x̂ + W_u ū is: W_x, W_u and a low rank's W_b."""
+        gmu, dim = self.model.gmu, self.model.embed_dim
+        if not width:
+            return None, None, None
+        low_rank = gmu.gate == 'low_rank'
         # The matrix that comes last starts at zero, so that g starts as b says.
-        project = lambda name: Einsum(  # noqa: E731
+        read = lambda name: Einsum(  # noqa: E731
             (dim, width), ('embed', 'gate'), dim, dtype, zeros=not low_rank, name=name
-        )
-        hidden = project('from_input')('btd,dr->btr', x_hat)
-        if gmu.kind != 'highway':
-            # The product's gradient reads `update` too, not a normalised copy of it.
-            product = jax.checkpoint(partial(normalized_product, model.norm_eps))
-            hidden = hidden + product(update, project('from_output').weight())
-        hidden = checkpoint_name(hidden, f'{self.name_prefix}_gate')
+        ).weight()
+        from_input = read('from_input')
+        from_output = None if gmu.kind == 'highway' else read('from_output')
         if not low_rank:
-            return hidden, None
+            return from_input, from_output, None
         out = Einsum((width, dim), ('gate', 'gate_embed'), width, dtype, zeros=True, name='out')
-        return hidden, out.weight()
+        return from_input, from_output, out.weight()
 
     @nn.nowrap
     def vector(self, name: str, init: Any, size: int) -> Float[Array, '1 1 W']:

@@ -6,6 +6,7 @@ compute; their weights are the scores without the bias, renormalised. Balance co
 factor bounds the buffers (see parallel/experts.py).
 """
 
+from functools import partial
 from typing import NamedTuple
 
 import flax.linen as nn
@@ -15,7 +16,8 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
 from helios_jax import config
-from helios_jax.model.layers import Einsum, float32_or_wider, partitioned
+from helios_jax.memory.parts import Cut, Parts, in_parts
+from helios_jax.model.layers import Einsum, float32_or_wider, partitioned, precision
 from helios_jax.parallel.experts import apply_experts
 from helios_jax.parallel.sharding import constrain
 
@@ -35,16 +37,38 @@ class SwiGLU(nn.Module):
 
     embed_dim: int
     mlp_dim: int
+    backward_parts: int = 1  # of its hidden channels
 
     @nn.compact
     def __call__(self, x: Float[Array, 'B T D']) -> Float[Array, 'B T D']:
         D, F, dtype = self.embed_dim, self.mlp_dim, x.dtype
-        hidden = []
-        for name in ('gate', 'up'):
-            h = Einsum((D, F), ('embed', 'mlp'), D, dtype, name=name)('btd,df->btf', x)
-            hidden.append(checkpoint_name(constrain(h, 'batch', 'length', 'mlp'), 'gate_up'))
-        product = jax.nn.silu(float32_or_wider(hidden[0])).astype(dtype) * hidden[1]
-        return Einsum((F, D), ('mlp', 'embed'), F, dtype, name='down')('btf,fd->btd', product)
+        gate, up = (
+            Einsum((D, F), ('embed', 'mlp'), D, dtype, name=name).weight()
+            for name in ('gate', 'up')
+        )
+        down = Einsum((F, D), ('mlp', 'embed'), F, dtype, name='down').weight()
+        if self.backward_parts == 1:
+            return swiglu(x, gate, up, down)
+        columns, rows, tokens = Cut(1, 'mlp'), Cut(0, 'mlp'), Cut(1, 'length')
+        backward = Parts(self.backward_parts, (None, columns, columns, rows), None)
+        # A gate's backward pass computes the output again: each token alone, so that its bits stay.
+        forward = Parts(self.backward_parts, (tokens, None, None, None), tokens)
+        return in_parts(swiglu, backward, forward, x, gate, up, down)
+
+
+def swiglu(
+    x: Float[Array, 'B T D'],
+    gate: Float[Array, 'D F'],
+    up: Float[Array, 'D F'],
+    down: Float[Array, 'F D'],
+) -> Float[Array, 'B T D']:
+    dot = partial(jnp.einsum, precision=precision(x.dtype))
+    hidden = [
+        checkpoint_name(constrain(dot('btd,df->btf', x, w), 'batch', 'length', 'mlp'), 'gate_up')
+        for w in (gate, up)
+    ]
+    product = jax.nn.silu(float32_or_wider(hidden[0])).astype(x.dtype) * hidden[1]
+    return dot('btf,fd->btd', product, down)
 
 
 def route(

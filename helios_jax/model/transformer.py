@@ -29,6 +29,7 @@ class Block(nn.Module):
     kind: str
     platform: str = ''
     residuals: str = ''  # what attention keeps q, k and v as: '' | fp8 | int8
+    backward_parts: int = 1  # of the MLP and the gates
 
     @nn.compact
     def __call__(
@@ -50,7 +51,8 @@ class Block(nn.Module):
         attention = Attention(model, window, self.platform, self.residuals, name='attention')
         update = attention(x_hat, positions, segment_ids, cache_length)
         update = checkpoint_name(update, 'attention_update')
-        x = GatedMemoryUnit(model, 'attention', name='attention_gmu')(x, x_hat, update, sublayer)
+        gated = GatedMemoryUnit(model, 'attention', self.backward_parts, name='attention_gmu')
+        x = gated(x, x_hat, update, sublayer)
         x = constrain(x, 'batch', 'length', 'stream')
 
         sublayer = sublayer + 1
@@ -60,9 +62,11 @@ class Block(nn.Module):
         if self.kind.startswith('moe'):
             update, stats = MixtureOfExperts(model, name='moe')(x_hat, segment_ids)
         else:
-            update = SwiGLU(model.embed_dim, model.mlp_dim, name='mlp')(x_hat)
+            mlp = SwiGLU(model.embed_dim, model.mlp_dim, self.backward_parts, name='mlp')
+            update = mlp(x_hat)
         update = checkpoint_name(update, 'mlp_update')
-        x = GatedMemoryUnit(model, 'mlp', name='mlp_gmu')(x, x_hat, update, sublayer)
+        gated = GatedMemoryUnit(model, 'mlp', self.backward_parts, name='mlp_gmu')
+        x = gated(x, x_hat, update, sublayer)
         return constrain(x, 'batch', 'length', 'stream'), stats
 
 
@@ -163,12 +167,12 @@ class Transformer(nn.Module):
     ) -> tuple[Array, dict[str, LayerStats]]:
         """The layers and the last norm, whose gradient reads what `memory` says."""
         model, table = self.model, policy.actions(self.memory)
-        form = policy.kernel_form(table)
+        form, num_parts = policy.kernel_form(table), self.memory.backward_parts
         where: dict[str, Any] = {'table': table, 'host': has_host_memory(self.platform)}
         reported: dict[str, LayerStats] = {}
 
         def layer(kind: str, index: Any, router: Any, params: Any, x: Array, *args: Any) -> Any:
-            block = Block(model, kind, self.platform, form, parent=None)
+            block = Block(model, kind, self.platform, form, num_parts, parent=None)
             return block.apply({'params': params, 'router': router}, x, index, *args)
 
         def scanned(i: int, kind: str, params: Any, x: Array, period: Any, *args: Any) -> Any:

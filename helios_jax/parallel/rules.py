@@ -62,6 +62,26 @@ def check(label: str, shape: Sequence[int], axes: Sequence[str], mesh: Any) -> N
         )
 
 
+def check_parts(cfg: config.Config, mesh: Any) -> None:
+    """Refuses a row or an MLP that memory.backward_parts does not divide on every device.
+
+    Raises:
+      UserError: naming the setting and what it must be a multiple of.
+    """
+    parts = cfg.memory.backward_parts
+    dense = any(not kind.startswith('moe') for kind in cfg.model.layer_kinds)
+    for name, axis, size in (
+        ('data.row_length', 'length', cfg.data.row_length),
+        ('model.mlp_dim', 'mlp', cfg.model.mlp_dim if dense else 0),
+    ):
+        each = parts * shards(mesh, axis)
+        config.require(
+            parts == 1 or size % each == 0,
+            f'{name}={size} must be a multiple of {each}: memory.backward_parts={parts} times the '
+            f'{each // parts} devices that share it.',
+        )
+
+
 def sizes(mesh: config.Mesh, num_devices: int) -> list[int]:
     """The size of each of `MESH_AXES`, with -1 filled in.
 

@@ -15,6 +15,9 @@ PRESETS = ('minimal', 'fp8', 'full', 'offload', 'fp8_offload')
 assert set(PRESETS) == set(policy.PRESETS)
 
 
+PARTS = 4  # of a backward pass: more of them free little
+
+
 class Change(NamedTuple):
     overrides: tuple[str, ...]  # such as --config.memory.policy=fp8
     plan: Plan
@@ -35,11 +38,29 @@ def cheapest(cfg: config.Config, chip: Chip, num_devices: int, count: int = 3) -
     return kept[:count]
 
 
+def memories(memory: config.Memory) -> list[config.Memory]:
+    """Every preset, and those that can run their backward pass in parts so as well.
+
+    The user's own actions are kept under each of them.
+    """
+    found = []
+    for preset, parts in itertools.product(PRESETS, sorted({memory.backward_parts, 1, PARTS})):
+        changed = dataclasses.replace(memory, policy=preset, backward_parts=parts)
+        try:
+            policy.actions(changed)
+        except config.UserError:
+            continue
+        found.append(changed)
+    return found
+
+
 def _single(cfg: config.Config, num_devices: int) -> Iterator[tuple[str, str, object]]:
     """(section, field, value) of each setting worth trying."""
     for preset in PRESETS:
         if preset != cfg.memory.policy and not policy.chosen_actions(cfg.memory):
             yield 'memory', 'policy', preset
+    if cfg.memory.backward_parts == 1:
+        yield 'memory', 'backward_parts', PARTS
     for parts in (2, 4, 8, 16):
         yield 'train', 'microbatches', cfg.train.microbatches * parts
     if cfg.memory.optimizer == 'device':

@@ -78,6 +78,7 @@ def layout(cfg: config.Config, num_devices: int, platform: str) -> Layout:
     label = f'batch of one microbatch (train.batch_rows={cfg.train.batch_rows})'
     batch = (made.microbatch_rows, cfg.data.row_length)
     rules.check(label, batch, ('batch', 'length'), made)
+    rules.check_parts(cfg, made)
     halves = 2 * made.shape['context']
     config.require(
         halves == 2 or cfg.data.row_length % halves == 0,

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 from helios_jax import config
 from helios_jax.parallel.rules import BATCH_AXES
-from helios_jax.plan.changes import PRESETS, Change
+from helios_jax.plan.changes import Change, memories
 from helios_jax.plan.closed_form import Plan, largest_rows, layout_shape, plan
 from helios_jax.plan.hardware import GIB, Chip
 
@@ -16,15 +16,13 @@ NEAR = 0.01  # of tokens/s: what counts as as good
 
 
 def search(cfg: config.Config, chip: Chip, num_devices: int) -> list[Change]:
-    """Those that fit, by predicted tokens/s: presets × rows and microbatches × meshes.
+    """Those that fit, by predicted tokens/s: policies × rows and microbatches × meshes.
 
     The batch of a step may grow or shrink: rows of a device are powers of two up to what fits. Of a
-    mesh and a preset the smallest batch that is as good as the fastest is shown. The user's own
-    actions are kept under every preset.
+    mesh and a policy the smallest batch that is as good as the fastest is shown.
     """
     best = []
-    for mesh, preset in itertools.product(_meshes(cfg, num_devices), PRESETS):
-        memory = dataclasses.replace(cfg.memory, policy=preset)
+    for mesh, memory in itertools.product(_meshes(cfg, num_devices), memories(cfg.memory)):
         tried = dataclasses.replace(cfg, mesh=mesh, memory=memory)
         found = [
             change
@@ -43,10 +41,14 @@ def resolve_auto(cfg: config.Config, chip: Chip, num_devices: int) -> config.Mem
     Raises:
       UserError: none does.
     """
-    tried = []
-    for preset in PRESETS:
-        memory = dataclasses.replace(cfg.memory, policy=preset)
-        tried.append(plan(dataclasses.replace(cfg, memory=memory), chip, num_devices))
+    tried, refused = [], None
+    for memory in memories(cfg.memory):
+        try:
+            tried.append(plan(dataclasses.replace(cfg, memory=memory), chip, num_devices))
+        except config.UserError as error:
+            refused = error
+    if refused and not tried:
+        raise refused
     fitting = [made for made in tried if made.fits]
     least = min(made.bytes.peak for made in tried)
     config.require(

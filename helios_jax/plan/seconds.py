@@ -105,6 +105,9 @@ def _recomputed(layout: Layout) -> tuple[float, float]:
             'mlp_update': 0 if moe else 2 * D * inside,
             'expert_output': 2 * D * inside,
         }
+        if cfg.memory.backward_parts > 1 and not moe:
+            # The update whole, for its gate's backward pass; then the inside once more, in parts.
+            of['mlp_update'] += of['gate_up']
         layers = model.layer_kinds.count(kind)
         total += layers * sum(n for value, n in of.items() if value in again) * tokens
         if again.intersection(('attention_output', 'log_sum_exp')):
@@ -134,7 +137,9 @@ def _memory_bytes(layout: Layout, planned: Bytes) -> float:
     for kind in model.layer_kinds:
         shape, axes = shapes(layout, 'gate_up', kind)[0]
         inside += 9 * layout.elements(shape, axes) * layout.dtype_bytes
-    layers = passes * stream * model.num_layers + inside
+    # The gradient of an MLP's input, a float32 sum, is read and written in each of its parts.
+    summed = 2 * 2 * stream * layout.config.memory.backward_parts
+    layers = (passes * stream + summed) * model.num_layers + inside
     gathered = 3 * planned.gathered * model.num_layers
     kept = 2 * sum(s.num_bytes for s in planned.saved)
     return float(update + parts * (layers + gathered + kept))

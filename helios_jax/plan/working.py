@@ -20,6 +20,8 @@ STREAMS = 6
 # XLA computes last, are to be made of.
 RECOMPUTED_STREAMS = 3
 RECOMPUTED_OF_A_GATE = 2
+# As wide as a part of an MLP's inside: gate, up, their product, and the gradient of each.
+IN_A_PART = 6
 
 
 def working_bytes(layout: Layout) -> int:
@@ -42,7 +44,8 @@ def _layer(layout: Layout, kind: str) -> int:
         for shape, axes in shapes(layout, value, kind)
     )
     if table['attention_update'] == 'remat':
-        gates = 2 * RECOMPUTED_OF_A_GATE if model.gmu.has_gate else 0
+        in_parts = layout.config.memory.backward_parts > 1
+        gates = 2 * RECOMPUTED_OF_A_GATE if model.gmu.has_gate and not in_parts else 0
         elements += (RECOMPUTED_STREAMS + gates) * stream
     elements += _feed_forward(layout, kind, table)
     return layout.dtype_bytes * elements
@@ -54,7 +57,14 @@ def _feed_forward(layout: Layout, kind: str, table: dict[str, str]) -> int:
     The gradients of gate and up, and one of gate, up and their product; from a byte a value they
     are restored in the very operations that read them. Around experts, the rows sorted by expert as
     well: their gradient, and themselves where they are not saved.
+
+    In parts, each computes all of them at a time when attention's own are not there.
     """
+    parts = layout.config.memory.backward_parts
+    if parts > 1 and not kind.startswith('moe'):
+        shape, axes = shapes(layout, 'gate_up', kind)[0]
+        part = IN_A_PART * layout.elements(shape, axes) // parts
+        return max(0, part - STREAMS * layout.local_tokens * layout.config.model.embed_dim)
     quantised = bool(policy.parse(table['gate_up']).form)
     count = 2 if quantised else 3
     shape, axes = shapes(layout, 'gate_up', kind)[0]

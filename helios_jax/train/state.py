@@ -12,7 +12,7 @@ from jaxtyping import PyTree
 
 from helios_jax import config
 from helios_jax.model.transformer import Transformer, abstract_variables
-from helios_jax.parallel import sharding
+from helios_jax.parallel import rules, sharding
 from helios_jax.train import optimizer
 
 
@@ -87,6 +87,7 @@ def check_batch(cfg: config.Config, mesh: Any) -> None:
         f'data.row_length={cfg.data.row_length} must be a multiple of {halves}, twice '
         'mesh.context: each device takes two parts of a row.',
     )
+    rules.check_parts(cfg, mesh)
 
 
 def initialize(setup: Setup) -> TrainState:

@@ -1,0 +1,124 @@
+"""Backward passes in parts: the function's own values and gradients, a part of the rest at once."""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from helios_jax import config
+from helios_jax.memory.linearized import inner_jaxprs
+from helios_jax.memory.parts import Cut, Parts, in_parts
+from helios_jax.model.moe import swiglu
+from helios_jax.parallel import mesh as meshes
+
+B, T, D, F = 2, 24, 6, 16
+TOKENS = Cut(1, 'length')
+COLUMNS, ROWS = Cut(1, 'mlp'), Cut(0, 'mlp')
+
+
+def mix(weights, x, update):
+    """Each token by itself, its gate a function of shared weights."""
+    gate = jax.nn.sigmoid(
+        jnp.einsum('btd,dr,re->bte', update, *weights[:2]) + weights[2].reshape(1, 1, D)
+    )
+    return x + gate * (update - x)
+
+
+FUNCTIONS = {
+    'hidden': (swiglu, lambda n: Parts(n, (None, COLUMNS, COLUMNS, ROWS), None)),
+    'tokens': (mix, lambda n: Parts(n, (None, TOKENS, TOKENS), TOKENS)),
+}
+
+
+def arguments(name: str, dtype=jnp.float32):
+    draw = np.random.default_rng(5)
+    normal = lambda *shape: jnp.asarray(draw.standard_normal(shape) / 2, dtype)  # noqa: E731
+    if name == 'hidden':
+        return normal(B, T, D), normal(D, F), normal(D, F), normal(F, D)
+    return (normal(D, 3), normal(3, D), normal(D)), normal(B, T, D), normal(B, T, D)
+
+
+def value_and_gradients(function, given):
+    value, vjp = jax.vjp(function, *given)
+    cotangent = jnp.asarray(np.random.default_rng(6).standard_normal(value.shape), value.dtype)
+    return value, vjp(cotangent)
+
+
+def largest(jaxpr) -> int:
+    """Elements of the largest array that a jaxpr computes, its inner ones included."""
+    sizes = [v.aval.size for e in jaxpr.eqns for v in e.outvars]
+    return max([0, *sizes, *(largest(inner) for e in jaxpr.eqns for inner in inner_jaxprs(e))])
+
+
+@pytest.mark.parametrize('number', [1, 2, 4])
+@pytest.mark.parametrize('name', FUNCTIONS)
+def test_values_are_the_functions_and_gradients_add_up(name, number):
+    function, parts = FUNCTIONS[name]
+    given = arguments(name)
+    value, gradients = jax.jit(lambda *a: value_and_gradients(function, a))(*given)
+    cut = partial(in_parts, function, parts(number), None)
+    own, found = jax.jit(lambda *a: value_and_gradients(cut, a))(*given)
+    np.testing.assert_array_equal(own, value)
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5), found, gradients
+    )
+
+
+def test_a_forward_pass_in_parts_has_the_same_bits():
+    given = arguments('hidden')
+    forward = Parts(3, (TOKENS, None, None, None), TOKENS)
+    cut = partial(in_parts, swiglu, FUNCTIONS['hidden'][1](4), forward)
+    value, gradients = jax.jit(lambda *a: value_and_gradients(swiglu, a))(*given)
+    own, found = jax.jit(lambda *a: value_and_gradients(cut, a))(*given)
+    np.testing.assert_array_equal(own, value)
+    np.testing.assert_array_equal(jax.jit(cut)(*given), value)
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5), found, gradients
+    )
+
+
+@pytest.mark.parametrize('name', FUNCTIONS)
+def test_parts_over_a_mesh_are_those_of_one_device(name):
+    function, parts = FUNCTIONS[name]
+    given = arguments(name)
+    cut = partial(in_parts, function, parts(2), None)
+    run = lambda *a: value_and_gradients(cut, a)  # noqa: E731
+    alone = jax.jit(run)(*given)
+    mesh = meshes.make(config.Mesh(fsdp=2, context=2, tensor=2), jax.devices()[:8])
+    with jax.set_mesh(mesh):
+        spread = jax.jit(run)(*given)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5), spread, alone)
+
+
+@pytest.mark.parametrize('name', FUNCTIONS)
+def test_only_arguments_are_saved(name):
+    function, parts = FUNCTIONS[name]
+    given = arguments(name)
+    _, vjp = jax.vjp(partial(in_parts, function, parts(4), None), *given)
+    shapes = sorted(leaf.shape for leaf in jax.tree.leaves(vjp))
+    assert shapes == sorted(leaf.shape for leaf in jax.tree.leaves(given))
+
+
+def test_the_backward_pass_holds_a_part_of_the_hidden_tensors():
+    given = arguments('hidden')
+    sizes = {}
+    for number in (1, 2, 4):
+        cut = partial(in_parts, swiglu, FUNCTIONS['hidden'][1](number), None)
+        _, vjp = jax.vjp(cut, *given)
+        sizes[number] = largest(jax.make_jaxpr(vjp)(jnp.ones((B, T, D))).jaxpr)
+    whole, narrow = B * T * F, B * T * D  # the stream itself remains
+    assert sizes == {1: whole, 2: whole // 2, 4: max(whole // 4, narrow)}
+
+
+def test_sums_over_parts_are_float32():
+    weights, x, update = arguments('tokens', jnp.bfloat16)
+    wide = jax.tree.map(lambda a: a.astype(jnp.float32), (weights, x, update))
+    cut = partial(in_parts, mix, FUNCTIONS['tokens'][1](T), None)
+    _, exact = value_and_gradients(mix, wide)
+    _, found = value_and_gradients(cut, (weights, x, update))
+    for a, b in zip(found[0], exact[0], strict=True):
+        assert a.dtype == jnp.bfloat16
+        error = jnp.linalg.norm(a.astype(jnp.float32) - b) / jnp.linalg.norm(b)
+        assert error < 2**-6
