@@ -1,4 +1,4 @@
-"""The closed form against the compiler: 24 train steps, compiled for TPUs on any machine.
+"""The closed form against the compiler: 30 train steps, compiled for TPUs on any machine.
 
     helios plan --validate
 
@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 from helios_jax import config
-from helios_jax.plan import closed_form, compiled
+from helios_jax.plan import changes, closed_form, compiled
 from helios_jax.plan.hardware import topology
 
 TOPOLOGIES = ('v5e:2x2', 'v5p:2x2x1', 'v6e:2x2')
@@ -26,6 +26,7 @@ class Case(NamedTuple):
     layers: str  # dense | moe
     policy: str
     topology: str
+    backward_parts: int = 1
 
     @property
     def config(self) -> config.Config:
@@ -43,7 +44,7 @@ class Case(NamedTuple):
             ),
             data=config.Data(row_length=2048),
             train=config.Train(batch_rows=8),
-            memory=config.Memory(policy=self.policy),
+            memory=config.Memory(self.policy, backward_parts=self.backward_parts),
         ).resolve(32_768)
 
 
@@ -52,6 +53,10 @@ CASES = [
     for name in TOPOLOGIES
     for layers in ('dense', 'moe')
     for policy in POLICIES
+] + [
+    Case('dense', policy, name, changes.PARTS)
+    for name in TOPOLOGIES
+    for policy in ('full', 'fp8_offload')
 ]
 
 
@@ -86,7 +91,7 @@ def report(as_json: bool) -> None:
 
 
 HEAD = (
-    f'{"case":30} {"arguments, GiB":>22} {"live temporary, GiB":>22} {"peak, GiB":>22} '
+    f'{"case":34} {"arguments, GiB":>22} {"live temporary, GiB":>22} {"peak, GiB":>22} '
     f'{"host, GiB":>13}'
 )
 
@@ -98,8 +103,9 @@ def line(row: dict[str, Any]) -> str:
         for n in ('arguments', 'live_temp', 'peak')
     ]
     host = f'{row["host_temp_predicted"]:6.3f} {row["host_temp_compiled"]:6.3f}'
-    name = f'{row["layers"]} {row["policy"]} {row["topology"]}'
-    return f'{name:30} ' + ' '.join(f'{c:>22}' for c in cells) + f' {host:>13}'
+    parts = f' {row["backward_parts"]} parts' if row['backward_parts'] > 1 else ''
+    name = f'{row["layers"]} {row["policy"]} {row["topology"]}{parts}'
+    return f'{name:34} ' + ' '.join(f'{c:>22}' for c in cells) + f' {host:>13}'
 
 
 def summary(rows: list[dict[str, Any]]) -> Iterator[str]:
