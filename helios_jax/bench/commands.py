@@ -94,12 +94,14 @@ def train_bench(argv: Sequence[str]) -> None:
     flags.DEFINE_bool('peer', False, 'Measure PyTorch as well.', flag_values=values)
     flags.DEFINE_bool('json', False, 'JSON lines alone.', flag_values=values)
     flags.DEFINE_bool('here', False, 'One variant, in this process.', flag_values=values)
+    flags.DEFINE_integer('warmup_steps', 5, 'Steps before the clock runs.', flag_values=values)
+    flags.DEFINE_integer('profiled_steps', 3, 'Steps of a profile, after it.', flag_values=values)
     options.parse(values, options.config_file(argv))
     cfg = config.from_dict(values.config)
     from helios_jax.bench import train as training
 
     if values.here:
-        print(json.dumps(training.measure(cfg)))
+        print(json.dumps(training.measure(cfg, values.warmup_steps, values.profiled_steps)))
         return
     training.compare(
         argv,
@@ -115,7 +117,7 @@ def memory_bench(argv: Sequence[str]) -> None:
     values = flags.FlagValues()
     options.config_flag(values, argv)
     presets = ['none', 'minimal', 'full', 'fp8', 'offload', 'fp8_offload']
-    text = 'Presets, each with actions if need be: fp8:gate_up=offload.'
+    text = 'Presets, each with what differs: fp8:gate_up=offload, full:backward_parts=4.'
     flags.DEFINE_list('policies', presets, text, flag_values=values)
     flags.DEFINE_bool('json', False, 'JSON lines.', flag_values=values)
     flags.DEFINE_string('here', '', "One policy; its reference's gradients.", flag_values=values)

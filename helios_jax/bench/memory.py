@@ -134,9 +134,11 @@ def compare(argv: Sequence[str], policies: Sequence[str], *, as_json: bool) -> N
         reference = Path(directory) / 'gradients'
         for name in policies:
             command = [sys.executable, '-m', 'helios_jax', 'bench', 'memory', *argv]
-            policy, *actions = name.split(':')
+            policy, *others = name.split(':')
             flags = [f'--config.memory.policy={policy}', f'--here={reference}']
-            flags += [f'--config.memory.actions.{action}' for action in actions]
+            for other in others:
+                section = '' if other.startswith('backward_parts=') else 'actions.'
+                flags.append(f'--config.memory.{section}{other}')
             done = subprocess.run([*command, *flags], capture_output=True, text=True, check=False)
             row: dict[str, Any] = {'policy': name}
             if done.returncode:

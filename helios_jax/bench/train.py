@@ -26,13 +26,11 @@ from helios_jax.parallel import mesh as meshes
 from helios_jax.train import state as states
 from helios_jax.train.step import compile_step
 
-WARMUP_STEPS = 5
-PROFILED_STEPS = 3
 GIB = 2**30
 
 
-def measure(cfg: config.Config) -> dict[str, Any]:
-    """Runs `train.num_steps` steps after the warm-up and times them all together."""
+def measure(cfg: config.Config, warmup_steps: int, profiled_steps: int) -> dict[str, Any]:
+    """Runs `train.num_steps` steps after the warm-up, timed all together, and then a profile."""
     cluster.start()
     mesh = meshes.make(cfg.mesh)
     encoder = tokenizer.load(cfg.data.tokenizer)
@@ -45,25 +43,27 @@ def measure(cfg: config.Config) -> dict[str, Any]:
         state = states.initialize(setup)
         first = pipeline.to_global(next(batches), rows)
         step = compile_step(setup, state, first)
-        losses, tokens, context, start = [], 0.0, 0.0, 0.0
-        total = WARMUP_STEPS + cfg.train.num_steps
-        for count in range(total + PROFILED_STEPS):
-            if count == total:
+        losses, tokens, context, start, seconds = [], 0.0, 0.0, 0.0, 0.0
+        total = warmup_steps + cfg.train.num_steps
+        for count in range(total + profiled_steps):
+            if count in (warmup_steps, total):
                 jax.block_until_ready(state)
-                seconds = time.perf_counter() - start
+                seconds, start = time.perf_counter() - start, time.perf_counter()
+            if count == total:
                 jax.profiler.start_trace(profile)
             batch = next(batches)
-            if WARMUP_STEPS <= count < total:
+            if warmup_steps <= count < total:
                 tokens += int((batch.segment_ids > 0).sum())
                 context += int((batch.positions + (batch.segment_ids > 0)).sum())
             state, metrics = step.run(state, pipeline.to_global(batch, rows))
             losses.append(metrics['loss'])
-            if count == WARMUP_STEPS - 1:
-                jax.block_until_ready(state)
-                start = time.perf_counter()
         jax.block_until_ready(state)
-        jax.profiler.stop_trace()
-        kernels = trace.kernel_seconds(Path(profile))
+        kernels: dict[str, float] = {}
+        if profiled_steps:
+            jax.profiler.stop_trace()
+            kernels = trace.kernel_seconds(Path(profile))
+        else:
+            seconds = time.perf_counter() - start
     rate, device = tokens / seconds, jax.devices()[0]
     memory: Any = step.compiled.memory_analysis()
     peak = flops.peak_flops(device.device_kind) * jax.device_count()
@@ -79,8 +79,8 @@ def measure(cfg: config.Config) -> dict[str, Any]:
         'state_gib': gib_of(state),
         'peak_gib': (device.memory_stats() or {}).get('peak_bytes_in_use', 0) / GIB,
         'temp_gib': memory.temp_size_in_bytes / GIB,
-        'kernel_ms': {k: 1e3 * s / PROFILED_STEPS for k, s in trace.by_kind(kernels).items()},
-        'top_kernels_ms': {n[:80]: 1e3 * s / PROFILED_STEPS for n, s in list(kernels.items())[:25]},
+        'kernel_ms': {k: 1e3 * s / profiled_steps for k, s in trace.by_kind(kernels).items()},
+        'top_kernels_ms': {n[:80]: 1e3 * s / profiled_steps for n, s in list(kernels.items())[:25]},
         'device': device.device_kind,
         'jax': jax.__version__,
     }
