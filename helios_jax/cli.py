@@ -77,7 +77,8 @@ def with_policy(cfg: config.Config) -> config.Config:
     from helios_jax.plan import command, hardware
 
     memory = command.prepared(cfg, hardware.here()).memory
-    print(f'memory.policy=auto: {memory.policy}')
+    parts = f', backward_parts={memory.backward_parts}' if memory.backward_parts > 1 else ''
+    print(f'memory.policy=auto: {memory.policy}{parts}')
     return dataclasses.replace(cfg, memory=memory)
 
 

@@ -1,17 +1,23 @@
 """Backward passes in parts: the function's own values and gradients, a part of the rest at once."""
 
+import contextlib
+import dataclasses
 from functools import partial
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from helios_jax import config
+from helios_jax.memory import policy
 from helios_jax.memory.linearized import inner_jaxprs
 from helios_jax.memory.parts import Cut, Parts, in_parts
 from helios_jax.model.moe import swiglu
+from helios_jax.model.transformer import Transformer
 from helios_jax.parallel import mesh as meshes
+from helios_jax.parallel import rules
 
 B, T, D, F = 2, 24, 6, 16
 TOKENS = Cut(1, 'length')
@@ -122,3 +128,91 @@ def test_sums_over_parts_are_float32():
         assert a.dtype == jnp.bfloat16
         error = jnp.linalg.norm(a.astype(jnp.float32) - b) / jnp.linalg.norm(b)
         assert error < 2**-6
+
+
+SMALL = config.Model(
+    vocab_size=64, num_layers=2, embed_dim=24, num_heads=6, num_kv_heads=2, head_dim=4, mlp_dim=40,
+    period='dense', compute_dtype='float32',
+)  # fmt: skip
+MIXED = dataclasses.replace(
+    SMALL, period='dense,moe', moe=config.MoE(num_experts=4, num_experts_per_token=2, mlp_dim=16)
+)
+
+
+def of_a_model(model: config.Model, memory: config.Memory, mesh: jax.sharding.Mesh | None = None):
+    """Hidden states' loss and its gradient; no parameter is at its start."""
+    tokens = jnp.asarray(np.random.default_rng(0).integers(0, 64, (4, T)), jnp.int32)
+    positions = jnp.broadcast_to(jnp.arange(T)[None], tokens.shape)
+    init = jax.jit(Transformer(model).init)
+    variables = nn.unbox(init(jax.random.key(0), tokens, positions))
+    keys = iter(jax.random.split(jax.random.key(1), 100))
+    moved = jax.tree.map(
+        lambda a: a + 0.1 * jax.random.normal(next(keys), a.shape), variables['params']
+    )
+
+    def loss(params):
+        given = variables | {'params': params}
+        hidden, _ = Transformer(model, memory).apply(given, tokens, positions)
+        return jnp.mean(jnp.square(hidden * jnp.arange(24.0).reshape(1, 1, 24)))
+
+    with jax.set_mesh(mesh) if mesh else contextlib.nullcontext():
+        return jax.jit(jax.value_and_grad(loss))(moved)
+
+
+@pytest.mark.parametrize(
+    ('model', 'gmu', 'sizes'),
+    [
+        (SMALL, config.GMU(), {}),
+        pytest.param(SMALL, config.GMU(kind='residual'), {}, marks=pytest.mark.slow),
+        pytest.param(SMALL, config.GMU(kind='additive', gate='full'), {}, marks=pytest.mark.long),
+        pytest.param(MIXED, config.GMU(kind='highway', gate='scalar'), {}, marks=pytest.mark.long),
+        pytest.param(
+            MIXED, config.GMU(), {'fsdp': 2, 'tensor': 2, 'context': 2}, marks=pytest.mark.slow
+        ),
+    ],
+    ids=['convex', 'residual', 'additive-full', 'highway-scalar-moe', 'convex-moe-8'],
+)
+def test_a_models_gradient_in_parts_is_its_gradient(model, gmu, sizes):
+    model = dataclasses.replace(model, gmu=gmu)
+    mesh = meshes.make(config.Mesh(**sizes), jax.devices()[:8]) if sizes else None
+    whole = of_a_model(model, config.Memory('full'), mesh)
+    parts = of_a_model(model, config.Memory('full', backward_parts=2), mesh)
+    np.testing.assert_allclose(parts[0], whole[0], rtol=1e-6)
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), parts[1], whole[1]
+    )
+
+
+@pytest.mark.parametrize('preset', ['minimal', 'fp8'])
+def test_what_is_saved_is_not_recomputed_in_parts(preset):
+    with pytest.raises(config.UserError, match=r'backward_parts=3.*gate_up is saved.*full'):
+        policy.actions(config.Memory(preset, backward_parts=3))
+    recomputed = config.Memory(preset, backward_parts=3, actions=config.Actions(gate_up='remat'))
+    assert policy.actions(recomputed)['gate_up'] == 'remat'
+
+
+def test_parts_of_nothing_are_refused():
+    with pytest.raises(config.UserError, match=r"backward_parts=2.*'none'.*full"):
+        config.Memory('none', backward_parts=2)
+    with pytest.raises(config.UserError, match=r'memory.backward_parts'):
+        config.Memory('full', backward_parts=0)
+
+
+@pytest.mark.parametrize(
+    ('parts', 'message'),
+    [
+        (5, r'data.row_length=24 must be a multiple of 10.*parts=5 times the 2 devices'),
+        (3, r'model.mlp_dim=40 must be a multiple of 6.*backward_parts=3'),
+    ],
+)
+def test_sizes_that_do_not_divide_are_refused(parts, message):
+    cfg = config.Config(
+        model=SMALL,
+        data=config.Data(row_length=T),
+        train=config.Train(batch_rows=8),
+        memory=config.Memory('full', backward_parts=parts),
+        mesh=config.Mesh(fsdp=2, tensor=2, context=2),
+    )
+    mesh = meshes.make(cfg.mesh, jax.devices()[:8])
+    with pytest.raises(config.UserError, match=message):
+        rules.check_parts(cfg, mesh)
