@@ -1,7 +1,8 @@
 """Seconds of a train step, in closed form: what each resource would take, and which one binds.
 
 A device computes and passes over its memory by turns; the network and the link to the host work
-beside both. So a step takes as long as the longest of these three. Fractions of the makers' peaks
+beside both, and so far a step takes as long as the longest of these three. A state that lies on the
+host is fetched and written back when all of that is done. Fractions of the makers' peaks
 are what one H100 was measured at; `passes` over the stream are counted from its profile of
 helios_1b, as README.md has it. Ranks configurations; a measured step takes longer.
 """
@@ -20,6 +21,7 @@ from helios_jax.plan.state import local
 MATMUL_FRACTION = 0.8  # of peak FLOP/s: 798 of 989 TFLOP/s, bfloat16, 8192³
 ATTENTION_FRACTION = 0.44  # cuDNN forward and backward, 436 TFLOP/s
 MEMORY_FRACTION = 0.9  # of HBM bandwidth: a copy, 3.0 of 3.35 TB/s
+HOST_FRACTION = 0.75  # of PCIe 5's 64 GB/s: a state fetched and written back, one after the other
 STREAM_PASSES = 120  # times that a layer's elementwise work reads or writes an array like x
 GATE_PASSES = 35  # more for each gated sublayer
 
@@ -36,19 +38,22 @@ class Seconds:
     memory: float
     network: float
     host: float
+    update: float  # what of `host` nothing hides: a state that comes and goes
     tokens_per_second: float  # of all devices
     mfu: float
 
     @property
     def step(self) -> float:
-        return max(self.compute + self.memory, self.network, self.host)
+        hidden = self.host - self.update
+        return max(self.compute + self.memory, self.network, hidden) + self.update
 
     @property
     def bound(self) -> str:
         """The resource that a step waits for: compute | memory | network | host."""
-        if self.step == self.network or self.step == self.host:
-            return 'network' if self.step == self.network else 'host'
-        return 'compute' if self.compute >= self.memory else 'memory'
+        on_device = self.compute + self.memory
+        if on_device >= max(self.network, self.host):
+            return 'compute' if self.compute >= self.memory else 'memory'
+        return 'network' if self.network >= self.host else 'host'
 
 
 def step_seconds(layout: Layout, planned: Bytes, chip: Chip) -> Seconds:
@@ -63,18 +68,22 @@ def step_seconds(layout: Layout, planned: Bytes, chip: Chip) -> Seconds:
     attention += again_attention
     memory_bytes = _memory_bytes(layout, planned)
     network_bytes = _network_bytes(layout)
-    host_bytes = 2.0 * cfg.train.microbatches * planned.saved_host
-    host_bytes += 2 * planned.arguments.on_host(layout)
+    saved_bytes = 2.0 * cfg.train.microbatches * planned.saved_host
+    state_bytes = 2 * planned.arguments.on_host(layout)
+    if cfg.memory.parameters == 'host':
+        state_bytes += planned.arguments.parameters  # the copy that the model reads
+    link = HOST_FRACTION * chip.host_bandwidth
     compute = matmul / MATMUL_FRACTION + attention / ATTENTION_FRACTION
     made = Seconds(
         flops=matmul + attention,
         memory_bytes=memory_bytes,
         network_bytes=network_bytes,
-        host_bytes=host_bytes,
+        host_bytes=saved_bytes + state_bytes,
         compute=compute / chip.peak_flops,
         memory=memory_bytes / chip.hbm_bandwidth / MEMORY_FRACTION,
         network=network_bytes / chip.network_bandwidth,
-        host=host_bytes / chip.host_bandwidth,
+        host=(saved_bytes + state_bytes) / link,
+        update=state_bytes / link,
         tokens_per_second=0.0,
         mfu=0.0,
     )

@@ -90,6 +90,8 @@ def in_programs(
         gradients, metrics, rest = first(state, batch)
         norm = metrics['gradient_norm']
         params, moments = streaming.update(setup, gradients, norm, state, programs)
+        # Or the next step's gradients would take memory while this one's still wait to be used.
+        jax.block_until_ready(params)
         return TrainState(params=params, optimizer=moments, **rest), metrics
 
     return train_step

@@ -97,7 +97,13 @@ def test_state_on_the_host_leaves_the_device():
     assert moments.host == device.arguments.optimizer
     assert both.bytes.host == device.arguments.optimizer + device.arguments.parameters
     assert both.bytes.peak < moments.peak < device.peak
-    assert both.seconds.host > 0
+    # There and back, and the parameters once more for the copy that the model reads.
+    state, seconds = device.arguments, both.seconds
+    assert seconds.host_bytes == 2 * state.optimizer + 3 * state.parameters
+    assert seconds.step == pytest.approx(
+        max(seconds.compute + seconds.memory, seconds.network) + seconds.update
+    )
+    assert seconds.update == seconds.host > 0
 
 
 def test_accumulating_takes_fewer_activations_and_float32_sums_of_gradients():
@@ -148,6 +154,32 @@ def test_auto_is_the_fastest_preset_that_fits():
     assert search.resolve_auto(cfg, hardware.CHIPS['v5p'], 16).policy in ('minimal', 'fp8')
     with pytest.raises(config.UserError, match=r"'auto'.*no preset fits 1 v5e.*GiB"):
         search.resolve_auto(cfg, V5E, 1)
+
+
+@pytest.mark.parametrize(('kind', 'again'), [('residual', False), ('convex', True)])
+def test_parts_free_memory_and_cost_a_gated_layer_its_mlp_again(kind, again):
+    cfg = large(policy='full')
+    cfg = dataclasses.replace(cfg, model=dataclasses.replace(cfg.model, gmu=config.GMU(kind=kind)))
+    peaks, flops, seconds = [], [], []
+    for parts in (1, 2, 4):
+        memory = dataclasses.replace(cfg.memory, backward_parts=parts)
+        made = plan(dataclasses.replace(cfg, memory=memory), V5E, 16)
+        peaks.append(made.bytes.peak)
+        flops.append(made.seconds.flops)
+        seconds.append(made.seconds.compute + made.seconds.memory)
+    assert peaks == sorted(peaks, reverse=True) and len(set(peaks)) == 3
+    assert (flops[1] > flops[0]) == again and flops[1] == flops[2]
+    assert seconds[0] < seconds[1] < seconds[2]
+
+
+def test_parts_are_tried_where_their_tensors_are_recomputed():
+    tried = changes.memories(config.Memory('auto', backward_parts=2))
+    found = {(memory.policy, memory.backward_parts) for memory in tried}
+    assert {('full', parts) for parts in (1, 2, changes.PARTS)} <= found
+    assert ('minimal', 1) in found and ('minimal', 2) not in found
+    kept = config.Actions(gate_up='fp8')
+    tried = changes.memories(config.Memory('auto', actions=kept))
+    assert {memory.backward_parts for memory in tried} == {1}
 
 
 @pytest.mark.slow
