@@ -92,16 +92,11 @@ def update(
         moments = {path: slots[path] for path in slots if owners[path] in keys}
         cut = {key: axes[key][stacked:] for key in keys}
         change = partial(update_part, setup, cut)
-        arguments = (norm, counts, of(gradients), (of(params), moments))
         if programs is None:
-            changed = (layer_by_layer if stacked else at_once)(change, *arguments)
+            run: Any = partial(layer_by_layer if stacked else at_once, change)
         else:
-            if keys[0] not in programs:
-                one: Any = partial(one_layer if stacked else at_once, change)
-                options = store.compiler_options(setup.config.memory)
-                programs[keys[0]] = jax.jit(one, donate_argnums=3, compiler_options=options)
-            run = each_layer if stacked else (lambda program, *arguments: program(*arguments))
-            changed = run(programs[keys[0]], *arguments)
+            run = programs[keys[0]] = programs.get(keys[0]) or program(setup, change, stacked)
+        changed = run(norm, counts, of(gradients), (of(params), moments))
         new_params |= changed[0]
         new_slots |= changed[1]
     return (
@@ -151,6 +146,16 @@ def update_part(
     return flatten_dict(optax.apply_updates(tree, updates)), own, slots
 
 
+def program(setup: Setup, change: Callable[..., Any], stacked: bool) -> Callable[..., Pair]:
+    """`change` of a part as a program of its own, which takes what it changes for itself."""
+    run = jax.jit(
+        partial(one_layer if stacked else at_once, change),
+        donate_argnums=3,
+        compiler_options=store.compiler_options(setup.config.memory),
+    )
+    return partial(each_layer, run) if stacked else run
+
+
 def at_once(
     change: Callable[..., Any], norm: Any, counts: Arrays, gradients: Arrays, old: Pair
 ) -> Pair:
@@ -182,11 +187,11 @@ def one_layer(
 
 
 def each_layer(
-    program: Callable[..., Pair], norm: Any, counts: Arrays, gradients: Arrays, old: Pair
+    run: Callable[..., Pair], norm: Any, counts: Arrays, gradients: Arrays, old: Pair
 ) -> Pair:
-    """Runs the program of `one_layer` for every layer."""
+    """Runs `one_layer`, compiled, for every layer."""
     for i in range(jax.tree.leaves(gradients)[0].shape[0]):
-        old = program(norm, counts, gradients, old, i)
+        old = run(norm, counts, gradients, old, i)
     return old
 
 
