@@ -141,7 +141,7 @@ class Memory:
     policy: str = 'full'  # none (save all) | minimal | full | fp8 | offload | fp8_offload | auto
     optimizer: str = 'device'  # where the optimizer's moments live: device | host
     parameters: str = 'device'  # where the float32 parameters live: device | host
-    backward_parts: int = 1  # in which dense MLPs and gates run backward, one part after another
+    backward_parts: int = 1  # that dense MLPs and gates run backward in, one after another
     actions: Actions = Actions()
 
     def __post_init__(self) -> None:

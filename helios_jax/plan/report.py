@@ -24,6 +24,7 @@ def as_dict(made: Plan, topology: Topology) -> dict[str, Any]:
         'num_devices': topology.num_devices,
         'mesh': dict(counted.layout.shape),
         'policy': memory.policy,
+        'backward_parts': memory.backward_parts,
         'batch_rows': cfg.train.batch_rows,
         'microbatches': cfg.train.microbatches,
         'row_length': cfg.data.row_length,
@@ -66,11 +67,11 @@ def text(made: Plan, topology: Topology, most: dict[str, int]) -> str:
     memory, counted, seconds = made.config.memory, made.bytes, made.seconds
     shape = ' '.join(f'{axis}={n}' for axis, n in counted.layout.shape.items() if n > 1)
     rows = f'{counted.layout.local_rows} rows × {counted.layout.local_length} tokens'
-    parts = made.config.train.microbatches
+    microbatches, parts = made.config.train.microbatches, memory.backward_parts
     lines = [
         f'{topology.name}: {topology.num_devices} devices{", " + shape if shape else ""}; '
-        f'memory.policy={memory.policy}; {rows} a device'
-        + (f', {parts} microbatches' if parts > 1 else ''),
+        f'memory.policy={memory.policy}{f" in {parts} parts" if parts > 1 else ""}; {rows} a device'
+        + (f', {microbatches} microbatches' if microbatches > 1 else ''),
         '',
         f'{"GiB a device":38} {"device":>9} {"host":>9}',
         *_memory(made),
