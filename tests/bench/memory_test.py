@@ -1,6 +1,7 @@
 """The bench of memory policies on a model of seconds: its figures mean what they say."""
 
 import dataclasses
+import subprocess
 
 import jax
 import numpy as np
@@ -56,3 +57,19 @@ def test_the_least_cosine_names_its_parameter(tmp_path):
 def test_a_policy_that_does_not_run_is_a_line_that_says_so():
     line = memory.text({'policy': 'none', 'temp_gib': 126.4, 'failed': 'out of memory'})
     assert 'none' in line and '126.40' in line and line.endswith('failed: out of memory')
+
+
+def test_a_policy_may_name_actions_and_parts(monkeypatch, capsys):
+    commands = []
+
+    def run(command, **_):
+        commands.append(command)
+        return subprocess.CompletedProcess(command, 1, '', 'out of memory\n')
+
+    monkeypatch.setattr(subprocess, 'run', run)
+    memory.compare(['--config=tiny'], ['full:backward_parts=4:block_input=fp8'], as_json=True)
+    assert commands[0][-4] == '--config.memory.policy=full'
+    assert commands[0][-2:] == [
+        '--config.memory.backward_parts=4', '--config.memory.actions.block_input=fp8',
+    ]  # fmt: skip
+    assert 'out of memory' in capsys.readouterr().out
