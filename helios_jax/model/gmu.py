@@ -174,7 +174,7 @@ class GatedMemoryUnit(nn.Module):
             return function(weights, x, x_hat, update)
         tokens = Cut(1, 'length')
         parts = Parts(self.backward_parts, (None, tokens, tokens, tokens), tokens)
-        return in_parts(function, parts, None, weights, x, x_hat, update)
+        return in_parts(function, parts, weights, x, x_hat, update)
 
     @nn.nowrap
     def weights(self, dtype: Any, index: Any) -> Weights:

@@ -49,11 +49,9 @@ class SwiGLU(nn.Module):
         down = Einsum((F, D), ('mlp', 'embed'), F, dtype, name='down').weight()
         if self.backward_parts == 1:
             return swiglu(x, gate, up, down)
-        columns, rows, tokens = Cut(1, 'mlp'), Cut(0, 'mlp'), Cut(1, 'length')
-        backward = Parts(self.backward_parts, (None, columns, columns, rows), None)
-        # A gate's backward pass computes the output again: each token alone, so that its bits stay.
-        forward = Parts(self.backward_parts, (tokens, None, None, None), tokens)
-        return in_parts(swiglu, backward, forward, x, gate, up, down)
+        columns, rows = Cut(1, 'mlp'), Cut(0, 'mlp')
+        parts = Parts(self.backward_parts, (None, columns, columns, rows), None)
+        return in_parts(swiglu, parts, x, gate, up, down)
 
 
 def swiglu(
