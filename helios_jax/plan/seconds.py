@@ -146,9 +146,11 @@ def _memory_bytes(layout: Layout, planned: Bytes) -> float:
     for kind in model.layer_kinds:
         shape, axes = shapes(layout, 'gate_up', kind)[0]
         inside += 9 * layout.elements(shape, axes) * layout.dtype_bytes
-    # The gradient of an MLP's input, a float32 sum, is read and written in each of its parts.
-    summed = 2 * 2 * stream * layout.config.memory.backward_parts
-    layers = (passes * stream + summed) * model.num_layers + inside
+    cut = layout.config.memory.backward_parts
+    dense = sum(not kind.startswith('moe') for kind in model.layer_kinds)
+    # In parts the gradient of an MLP's input, a float32 sum, is read and written in each.
+    summed = 4 * stream * cut * dense if cut > 1 else 0
+    layers = passes * stream * model.num_layers + inside + summed
     gathered = 3 * planned.gathered * model.num_layers
     kept = 2 * sum(s.num_bytes for s in planned.saved)
     return float(update + parts * (layers + gathered + kept))
