@@ -9,7 +9,10 @@ import jax
 import jax.numpy as jnp
 import pytest
 
+from jax._src.cudnn import fused_attention_stablehlo as cudnn
+
 from helios_jax import config
+from helios_jax.kernels.attention import gpu
 from helios_jax.memory import policy, proof
 from helios_jax.model.transformer import Transformer, abstract_variables
 from helios_jax.parallel import mesh as meshes
@@ -46,7 +49,9 @@ def stored_bytes(cfg: config.Config, num_devices: int, platform: str) -> Bytes:
     tokens = jax.ShapeDtypeStruct((cfg.train.batch_rows, cfg.data.row_length), jnp.int32)
 
     def loss(params: Any, router: Any, tokens: Any) -> Any:
-        hidden, stats = model.apply({'params': params, 'router': router}, tokens, tokens, tokens)
+        segment_ids = tokens if cfg.data.packing == 'best_fit' else None
+        own = {'params': params, 'router': router}
+        hidden, stats = model.apply(own, tokens, tokens, segment_ids)
         losses = [s.z_loss.sum() for group in stats.values() for s in group.values()]
         return hidden.astype(jnp.float32).sum() + sum(losses)
 
@@ -79,6 +84,17 @@ def test_what_each_preset_saves_is_what_is_traced(preset, gmu, platform):
     attention = 'tpu' if platform == 'tpu' else 'reference'
     model = dataclasses.replace(MODEL, gmu=gmu, attention=attention)
     compare(make(model, config.Memory(preset)), 8, platform)
+
+
+@pytest.mark.parametrize('preset', ['minimal', 'fp8', 'full'])
+@pytest.mark.parametrize('packing', ['best_fit', 'concatenate'])
+def test_what_cudnn_saves_is_what_is_traced(packing, preset, monkeypatch):
+    monkeypatch.setattr(cudnn, 'check_cudnn_version', lambda: gpu.PACKED_CUDNN)
+    monkeypatch.setattr(cudnn, 'check_compute_capability', lambda _: True)
+    model = dataclasses.replace(MODEL, gmu=CONVEX, attention='cudnn')
+    cfg = make(model, config.Memory(preset))
+    cfg = dataclasses.replace(cfg, data=dataclasses.replace(cfg.data, packing=packing))
+    compare(cfg, 8, 'gpu')
 
 
 GMUS = [

@@ -7,6 +7,7 @@ segments M that a row may have, so M is a small constant and longer lists take s
 """
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -16,6 +17,8 @@ from jax._src.cudnn import fused_attention_stablehlo as cudnn
 from jaxtyping import Bool, Float, Int, Num
 
 from helios_jax.kernels.attention.rotation import rotate
+
+Call = Callable[..., Array]  # call_cudnn with its scale and window
 
 MAX_SEGMENTS = 32  # of a row, M, in one call; above 1, or jax takes the rows for unpacked
 PACKED_CUDNN = 90600  # 9.6
@@ -107,31 +110,58 @@ def packed(
         k, v = (jnp.repeat(x, N // K, axis=2) for x in (k, v))
     runs = run_index(segment_ids)
     call = functools.partial(call_cudnn, scale=scale, window=window)
-
-    def one(q: Array, k: Array, v: Array, runs: Array) -> Array:
-        # Masked on the way in too: what the kernel leaves unwritten in dq, dk and dv becomes zero.
-        live = ((runs >= 0) & (runs < MAX_SEGMENTS))[:, :, None, None]
-        q, k, v = (jnp.where(live, x, 0) for x in (q, k, v))
-        return jnp.where(live, call(q, k, v, runs), 0)
-
-    def several(q: Array, k: Array, v: Array, runs: Array) -> Array:
-        def add(total: Array, first: Array) -> tuple[Array, None]:
-            return total + some(q, k, v, runs - first), None
-
-        @functools.partial(jax.checkpoint, prevent_cse=False)
-        def some(q: Array, k: Array, v: Array, runs: Array) -> Array:
-            skip = lambda q, *_: jnp.zeros_like(q)  # noqa: E731
-            return jax.lax.cond(jnp.any(runs >= 0), one, skip, q, k, v, runs)
-
-        return jax.lax.scan(add, jnp.zeros_like(q), jnp.arange(0, T, MAX_SEGMENTS))[0]
-
     if T <= MAX_SEGMENTS:
-        return one(q, k, v, runs)
+        return some(call, q, k, v, runs)
     # Masking padding out here, not in the branch, lets it fuse with the rotation.
     live = (runs >= 0)[:, :, None, None]
     q, k, v = (jnp.where(live, x, 0) for x in (q, k, v))
+    several = functools.partial(in_turns, call)
     out = jax.lax.cond(jnp.max(runs) < MAX_SEGMENTS, call, several, q, k, v, runs)
     return jnp.where(live, out, 0)
+
+
+def some(call: Call, q: Array, k: Array, v: Array, runs: Array) -> Array:
+    """Attention within runs 0 … MAX_SEGMENTS−1, zeros elsewhere."""
+    # Masked on the way in too: what the kernel leaves unwritten in dq, dk and dv becomes zero.
+    live = ((runs >= 0) & (runs < MAX_SEGMENTS))[:, :, None, None]
+    q, k, v = (jnp.where(live, x, 0) for x in (q, k, v))
+    return jnp.where(live, call(q, k, v, runs), 0)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def in_turns(call: Call, q: Array, k: Array, v: Array, runs: Array) -> Array:
+    """Attention within all runs, MAX_SEGMENTS of each row at a time.
+
+    Nothing is saved for backward but the arguments: a result of every call would be an array as
+    large as the whole result for every MAX_SEGMENTS tokens.
+    """
+    # A token is in one call alone, so that the sums are exact.
+    add = lambda i, total: total + some(call, q, k, v, runs - i * MAX_SEGMENTS)  # noqa: E731
+    return jax.lax.fori_loop(0, num_turns(runs), add, jnp.zeros_like(q))
+
+
+def _in_turns_forward(call: Call, *arguments: Array) -> tuple[Array, tuple[Array, ...]]:
+    return in_turns(call, *arguments), arguments
+
+
+def _in_turns_backward(call: Call, saved: tuple[Array, ...], d_out: Array) -> tuple[Any, ...]:
+    *arguments, runs = saved
+
+    def add(i: Array, totals: list[Array]) -> list[Array]:
+        own = runs - i * MAX_SEGMENTS
+        _, vjp = jax.vjp(lambda q, k, v: some(call, q, k, v, own), *arguments)
+        return [total + part for total, part in zip(totals, vjp(d_out), strict=True)]
+
+    zeros = [jnp.zeros_like(x) for x in arguments]
+    return *jax.lax.fori_loop(0, num_turns(runs), add, zeros), None
+
+
+in_turns.defvjp(_in_turns_forward, _in_turns_backward)
+
+
+def num_turns(runs: Int[Array, 'B T']) -> Int[Array, '']:
+    """How many calls the row with the most runs takes."""
+    return jnp.max(runs) // MAX_SEGMENTS + 1
 
 
 def run_index(segment_ids: Int[Array, 'B T']) -> Int[Array, 'B T']:
