@@ -13,6 +13,7 @@ Descends from Highway Networks (1505.00387), GTrXL (1910.06764), ReZero (2003.04
 gates a memory shared between SSM layers, is unrelated.
 """
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -87,6 +88,7 @@ def mix(
     gmu: config.GMU,
     eps: float,
     name: str,
+    recomputed: bool,
     weights: Weights,
     x: Float[Array, 'B T D'],
     x_hat: Float[Array, 'B T D'],
@@ -96,20 +98,28 @@ def mix(
 
     Args:
       name: of the tensor that the gate is computed from, for the memory system.
+      recomputed: whether the backward pass reads what the mixing starts from; or else XLA keeps
+        what comes of it, in float32.
     """
-    gate = gate_of(eps, name, weights, x_hat, update)
-    # The backward pass reads these arguments; XLA would keep what comes of them, in float32.
-    return jax.checkpoint(partial(join, gmu, eps))(x, update, gate, weights.scale)
+    again = jax.checkpoint if recomputed else lambda function: function
+    # The gradient of the update's product with W_u reads the update too, no normalised copy of it.
+    gate = gate_of(again(partial(normalized_product, eps)), name, weights, x_hat, update)
+    return again(partial(join, gmu, eps))(x, update, gate, weights.scale)
 
 
-def gate_of(eps: float, name: str, weights: Weights, x_hat: Array, update: Array) -> Gate:
+def gate_of(
+    product: Callable[[Array, Array], Array],
+    name: str,
+    weights: Weights,
+    x_hat: Float[Array, 'B T D'],
+    update: Float[Array, 'B T D'],
+) -> Gate:
+    """What the gate is computed from; `product` is `normalized_product` with its eps."""
     hidden = None
     if weights.from_input is not None:
         dot = partial(jnp.einsum, precision=precision(weights.from_input.dtype))
         hidden = dot('btd,dr->btr', x_hat, weights.from_input)
         if weights.from_output is not None:
-            # The product's gradient reads `update` too, not a normalised copy of it.
-            product = jax.checkpoint(partial(normalized_product, eps))
             hidden = hidden + product(update, weights.from_output)
         hidden = checkpoint_name(hidden, name)
     return Gate(hidden, weights.out, weights.vector)
@@ -150,7 +160,7 @@ def normalized_product(
 class GatedMemoryUnit(nn.Module):
     model: config.Model
     name_prefix: str  # 'attention' or 'mlp': which sublayer's gate the memory system names
-    backward_parts: int = 1
+    backward_parts: int = 0  # of the tokens; 0: differentiated as it is, nothing is recomputed
 
     @nn.compact
     def __call__(
@@ -167,10 +177,10 @@ class GatedMemoryUnit(nn.Module):
         gmu, eps, name = self.model.gmu, self.model.norm_eps, f'{self.name_prefix}_gate'
         weights = self.weights(x.dtype, index)
         if self.is_mutable_collection('intermediates'):
-            gate = gate_of(eps, name, weights, x_hat, update)
+            gate = gate_of(partial(normalized_product, eps), name, weights, x_hat, update)
             self.sow('intermediates', 'gate', gate.opened(gmu.kind, x.shape[-1]))
-        function = partial(mix, gmu, eps, name)
-        if self.backward_parts == 1 or gmu.kind == 'residual':
+        function = partial(mix, gmu, eps, name, self.backward_parts > 0)
+        if self.backward_parts < 2 or gmu.kind == 'residual':
             return function(weights, x, x_hat, update)
         tokens = Cut(1, 'length')
         parts = Parts(self.backward_parts, (None, tokens, tokens, tokens), tokens)

@@ -1,5 +1,6 @@
 """The layers that everything else is made of. Every matmul weight is an `Einsum`."""
 
+from functools import partial
 from typing import Any
 
 import flax.linen as nn
@@ -92,4 +93,29 @@ class Embed(nn.Module):
         self.w = self.param('w', init, (self.vocab_size, self.embed_dim), jnp.float32)
 
     def __call__(self, tokens: Int[Array, 'B T']) -> Float[Array, 'B T D']:
-        return jnp.take(self.w.astype(self.dtype), tokens, axis=0)
+        return lookup(self.vocab_size, self.w.astype(self.dtype), tokens)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def lookup(
+    number: int, table: Float[Array, 'V D'], indices: Int[Array, 'B T']
+) -> Float[Array, 'B T D']:
+    """The table's rows at these indices; `number` is V.
+
+    A row's gradient, the sum over its every occurrence, adds up in float32: in bfloat16 the terms
+    of a frequent token would soon be too small to change it.
+    """
+    return jnp.take(table, indices, axis=0)
+
+
+def _lookup_forward(number: int, table: Array, indices: Array) -> tuple[Array, Array]:
+    return lookup(number, table, indices), indices
+
+
+def _lookup_backward(number: int, indices: Array, d_out: Array) -> tuple[Array, None]:
+    wide = float32_or_wider(d_out)
+    total = jnp.zeros((number, d_out.shape[-1]), wide.dtype).at[indices].add(wide)
+    return total.astype(d_out.dtype), None
+
+
+lookup.defvjp(_lookup_forward, _lookup_backward)

@@ -37,7 +37,7 @@ class SwiGLU(nn.Module):
 
     embed_dim: int
     mlp_dim: int
-    backward_parts: int = 1  # of its hidden channels
+    backward_parts: int = 0  # of its hidden channels; 0: differentiated as it is
 
     @nn.compact
     def __call__(self, x: Float[Array, 'B T D']) -> Float[Array, 'B T D']:
@@ -47,7 +47,7 @@ class SwiGLU(nn.Module):
             for name in ('gate', 'up')
         )
         down = Einsum((F, D), ('mlp', 'embed'), F, dtype, name='down').weight()
-        if self.backward_parts == 1:
+        if self.backward_parts < 2:
             return swiglu(x, gate, up, down)
         columns, rows = Cut(1, 'mlp'), Cut(0, 'mlp')
         parts = Parts(self.backward_parts, (None, columns, columns, rows), None)

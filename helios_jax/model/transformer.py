@@ -29,7 +29,7 @@ class Block(nn.Module):
     kind: str
     platform: str = ''
     residuals: str = ''  # what attention keeps q, k and v as: '' | fp8 | int8
-    backward_parts: int = 1  # of the MLP and the gates
+    backward_parts: int = 0  # of the MLP and the gates; 0: nothing is recomputed
 
     @nn.compact
     def __call__(

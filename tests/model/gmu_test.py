@@ -109,11 +109,17 @@ def test_the_gate_can_be_looked_at(gate, random_variables):
 @pytest.mark.parametrize('gate', GATES)
 def test_backward_reads_the_stream_and_the_update_and_no_float32_of_their_size(gate):
     model = shape(gate=gate)
-    module, params = initialize(model)
+    _, params = initialize(model)
     x, x_hat, update = (a.astype(jnp.bfloat16) for a in arrays())
-    run = lambda params, *arrays: module.apply({'params': params}, *arrays, INDEX)  # noqa: E731
-    _, vjp = jax.vjp(run, params, x, x_hat, update)
-    large = [leaf for leaf in jax.tree.leaves(vjp) if leaf.shape == (B, T, D)]
+
+    def read_by_backward(backward_parts):
+        module = GatedMemoryUnit(model, 'mlp', backward_parts)
+        run = lambda params, *arrays: module.apply({'params': params}, *arrays, INDEX)  # noqa: E731
+        _, vjp = jax.vjp(run, params, x, x_hat, update)
+        return [leaf for leaf in jax.tree.leaves(vjp) if leaf.shape == (B, T, D)]
+
+    assert jnp.dtype('float32') in {leaf.dtype for leaf in read_by_backward(0)}
+    large = read_by_backward(1)
     assert {leaf.dtype for leaf in large} == {jnp.dtype('bfloat16')}
     known = [leaf for leaf in large if any(np.array_equal(leaf, a) for a in (x, x_hat, update))]
     assert len(large) - len(known) == (gate == 'full')  # whose logits are of their size

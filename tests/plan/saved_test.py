@@ -8,7 +8,6 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import pytest
-
 from jax._src.cudnn import fused_attention_stablehlo as cudnn
 
 from helios_jax import config
