@@ -9,6 +9,8 @@ from helios_jax.parallel import rules
 
 DTYPE_BYTES = {'float32': 4, 'bfloat16': 2, 'int32': 4, 'uint8': 1, 'int8': 1, 'bool': 1}
 
+CUDNN_SEGMENTS = 8  # kernels/attention/gpu.MAX_SEGMENTS
+
 
 @dataclasses.dataclass(frozen=True)
 class Layout:
@@ -52,6 +54,13 @@ class Layout:
         if model.attention == 'auto':
             return self.platform == 'gpu' or (self.platform == 'tpu' and model.head_dim % 32 == 0)
         return model.attention != 'reference'
+
+    @property
+    def cudnn_sequences(self) -> int:
+        """Of each row, as many as cuDNN's attention sizes its buffers for; 0 without cuDNN."""
+        if self.platform != 'gpu' or not self.attention_kernel or self.shape['context'] > 1:
+            return 0
+        return CUDNN_SEGMENTS if self.config.data.packing == 'best_fit' else 1
 
     @property
     def keeps_quantised(self) -> bool:

@@ -13,10 +13,6 @@ from helios_jax.memory import policy
 from helios_jax.parallel import rules
 from helios_jax.plan.layout import DTYPE_BYTES, Layout
 
-# cuDNN keeps packed rows' log-sum-exp once for each segment that a call may have
-# (kernels/attention/gpu.py).
-CUDNN_SEGMENTS = 32
-
 
 class Saved(NamedTuple):
     """One named tensor of one layer kind, on one device."""
@@ -217,9 +213,7 @@ def shapes(layout: Layout, name: str, kind: str) -> list[tuple[tuple[int, ...], 
     if name == 'gate_up':
         return [((B, T, F), policy.AXES[name])] * 2
     if name == 'log_sum_exp':
-        packed = layout.platform == 'gpu' and cfg.data.packing == 'best_fit'
-        segments = CUDNN_SEGMENTS if packed and model.attention != 'reference' else 1
-        return [((segments * B, N, T), policy.AXES[name])]
+        return [((max(1, layout.cudnn_sequences) * B, N, T), policy.AXES[name])]
     width = {
         'router_choices': model.moe.num_experts_per_token,
         'attention_gate': model.gate_width,

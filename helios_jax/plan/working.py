@@ -2,7 +2,7 @@
 
 Counts of tensors are read from schedules that XLA made for v5e (libtpu 0.0.50, jax 0.12), dense and
 MoE, under `full`, `minimal`, `fp8` and `offload`; `helios plan --validate` holds them against the
-compiler's figures.
+compiler's figures. Those of a GPU are held against allocators' peaks on an H100 (README.md).
 """
 
 from helios_jax.memory import policy
@@ -44,11 +44,21 @@ def _layer(layout: Layout, kind: str) -> int:
         for shape, axes in shapes(layout, value, kind)
     )
     if table['attention_update'] == 'remat':
-        in_parts = layout.config.memory.backward_parts > 1
+        # A GPU's schedule has them all the same.
+        in_parts = layout.config.memory.backward_parts > 1 and layout.platform != 'gpu'
         gates = 2 * RECOMPUTED_OF_A_GATE if model.gmu.has_gate and not in_parts else 0
         elements += (RECOMPUTED_STREAMS + gates) * stream
     elements += _feed_forward(layout, kind, table)
-    return layout.dtype_bytes * elements
+    return layout.dtype_bytes * elements + _cudnn_workspace(layout)
+
+
+def _cudnn_workspace(layout: Layout) -> int:
+    """Bytes in which cuDNN's attention adds up gradients: of q in float32, and with grouped heads
+    of each query head's k and v in the compute dtype."""
+    model = layout.config.model
+    heads = layout.elements((model.num_heads, model.head_dim), ('heads', 'head_dim'))
+    grouped = 2 * layout.dtype_bytes if model.num_heads > model.num_kv_heads else 0
+    return layout.cudnn_sequences * layout.local_tokens * heads * (4 + grouped)
 
 
 def _feed_forward(layout: Layout, kind: str, table: dict[str, str]) -> int:

@@ -2,8 +2,9 @@
 
 Plain causal rows go through jax's public function. Packed rows have no public way: jax's private
 one takes where each segment starts and how long it is, skips what lies outside the segments, and
-leaves those rows of its results unwritten. It sizes its softmax statistics [B·M N T] by the most
-segments M that a row may have, so M is a small constant and longer lists take several calls.
+leaves those rows of its results unwritten. Its softmax statistics [B·M N T] and the gradients that
+it adds up [B·M T N H] grow with the most segments M that a row may have, so M is a small constant
+and longer lists take several calls.
 """
 
 import functools
@@ -20,7 +21,7 @@ from helios_jax.kernels.attention.rotation import rotate
 
 Call = Callable[..., Array]  # call_cudnn with its scale and window
 
-MAX_SEGMENTS = 32  # of a row, M, in one call; above 1, or jax takes the rows for unpacked
+MAX_SEGMENTS = 8  # of a row, M, in one call; above 1, or jax takes the rows for unpacked
 PACKED_CUDNN = 90600  # 9.6
 # Before this version the private function strides over keys with the queries' head count.
 GROUPED_PACKING = (0, 11, 2)
