@@ -144,16 +144,25 @@ def by_policy(model, dtype, devices):
     return results.pop('none'), results
 
 
-def assert_exact_ones_near(results, expected, rounding):
-    """Gradients under the policies that round nothing."""
+EXACT = ('minimal', 'full', 'offload')  # policies that round nothing
+
+
+def assert_near(results, expected, rounding):
+    """Gradients under the exact policies, within a share of the largest value of each."""
     near = lambda g, e: np.testing.assert_allclose(g, e, rtol=0, atol=rounding * abs(e).max())  # noqa: E731
-    for preset in ('minimal', 'full', 'offload'):
+    for preset in EXACT:
         jax.tree.map(near, results[preset][1], expected)
+
+
+# `none` differentiates the gates as they are, the others from what they start from: cotangents add
+# up in another order. In bfloat16 this network makes of any rounding more than its gradients are
+# (they are off by 1.7 of the largest from those in float32).
+ORDER = {'float32': 2e-5, 'bfloat16': 0.1}
 
 
 @pytest.mark.parametrize(('model', 'dtype', 'devices'), RUNS)
 def test_no_policy_moves_a_bit_of_the_loss(model, dtype, devices):
-    """As it is traced, that is without what the compiler makes of it."""
+    """As it is traced, that is without what the compiler makes of it; nor of an exact gradient."""
     jax.config.update('jax_disable_most_optimizations', True)
     try:
         (loss, gradient), results = by_policy(model, dtype, devices)
@@ -161,7 +170,8 @@ def test_no_policy_moves_a_bit_of_the_loss(model, dtype, devices):
         jax.config.update('jax_disable_most_optimizations', False)
     for preset, (value, _) in results.items():
         assert value == loss, preset
-    assert_exact_ones_near(results, gradient, {'float32': 1e-5, 'bfloat16': 1e-2}[dtype])
+    assert_near(results, results['minimal'][1], 0)
+    assert_near(results, gradient, ORDER[dtype])
 
 
 @pytest.mark.long
@@ -172,7 +182,8 @@ def test_fusion_moves_the_loss_of_one_run_by_its_last_bit(model, dtype, devices)
     moves = (model, dtype, devices) == (MOE, 'float32', 1)
     for value, _ in results.values():
         np.testing.assert_array_max_ulp(value, loss, 1 if moves else 0)
-    assert_exact_ones_near(results, gradient, {'float32': 2e-5, 'bfloat16': 3e-2}[dtype])
+    assert_near(results, results['minimal'][1], {'float32': 2e-5, 'bfloat16': 3e-2}[dtype])
+    assert_near(results, gradient, ORDER[dtype])
 
 
 def saved(model, memory, platform=''):
