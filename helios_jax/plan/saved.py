@@ -13,6 +13,10 @@ from helios_jax.memory import policy
 from helios_jax.parallel import rules
 from helios_jax.plan.layout import DTYPE_BYTES, Layout
 
+# Without a policy, float32 arrays as wide as the stream of a norm in front of a sublayer, of a gate
+# behind it, of the norm in that gate; as wide as an MLP's inside of its SiLU.
+NORM, GATE, STATIC_GATE, OUTPUT_NORM, SILU = 2, 4, 1, 2, 3
+
 
 class Saved(NamedTuple):
     """One named tensor of one layer kind, on one device."""
@@ -233,15 +237,20 @@ def expert_slots(layout: Layout) -> int:
 
 
 def _everything(layout: Layout, kind: str) -> list[Saved]:
-    """Without a policy: what differentiation keeps of a layer. An estimate.
+    """Without a policy: what differentiation keeps of a layer, as it is traced.
 
-    Every named tensor, the float32 forms that norms and SiLU are differentiated at (gates keep
-    none), and the product that the down projection reads.
+    Every named tensor, the product that the down projection reads, and the float32 forms that
+    norms, gates and SiLU are differentiated at. The compiler does without a few of them.
     """
     model = layout.config.model
     layers = model.layer_kinds.count(kind)
     found = _of_layer(layout, kind, dict.fromkeys(policy.NAMES, 'device'), layers)
-    tokens, D = layout.local_tokens, model.embed_dim
-    F = sum(s.elements for s in found if s.name == 'gate_up') // 2
-    found.append(Saved('(norms)', 'float32', 'device', layers, 4 * tokens * D, 0))
-    return [*found, Saved('(activations)', model.compute_dtype, 'device', layers, 3 * F, 0)]
+    stream = layout.local_tokens * model.embed_dim
+    inside = sum(s.elements for s in found if s.name == 'gate_up') // 2
+    gate = 0
+    if model.gmu.has_gate:
+        gate = STATIC_GATE if model.gmu.gate == 'static' else GATE
+    gate += OUTPUT_NORM if model.gmu.normalizes else 0
+    wide = {'norms': 2 * NORM * stream, 'gates': 2 * gate * stream, 'SiLU': SILU * inside}
+    found += [Saved(f'({n})', 'float32', 'device', layers, size, 0) for n, size in wide.items()]
+    return [*found, Saved('(product)', model.compute_dtype, 'device', layers, inside, 0)]
