@@ -42,11 +42,6 @@ class GMU:
         return self.normalize_output == 'on'
 
     @property
-    def reads_update(self) -> bool:
-        """Whether the gradient of the mix reads the sublayer's output."""
-        return self.kind != 'residual' or self.normalizes
-
-    @property
     def has_gate(self) -> bool:
         return self.kind in ('convex', 'additive', 'highway')
 

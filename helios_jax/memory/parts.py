@@ -37,39 +37,30 @@ class Parts(NamedTuple):
     number: int
     arguments: tuple[Cut | None, ...]  # of every array of each; None: whole
     result: Cut | None  # None: it is the sum of the parts' results
-    forward: bool = False  # whether the value is computed in parts, too
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def in_parts(function: Callable[..., Array], parts: Parts, *arguments: PyTree) -> Array:
     """function(*arguments), differentiable in all of them, backward a part at a time.
 
-    A sum over the parts, which the gradient of an argument that is not cut is, is in float32.
+    The gradient of an argument that is not cut is the sum over the parts, in float32.
     """
-    if not parts.forward:
-        return function(*arguments)
-    out = jax.eval_shape(function, *arguments)
-    views = _each(parts, partial(_view, parts.number), arguments)
-
-    def step(i: Any, total: Array) -> Array:
-        own = function(*_each(parts, partial(_take, i), views))
-        return _add(i, parts.result, total, own)
-
-    start = _zeros(parts.result, _view(parts.number, parts.result, jnp.zeros(out.shape, out.dtype)))
-    total = jax.lax.fori_loop(0, parts.number, step, start)
-    return total.reshape(out.shape).astype(out.dtype)
+    return function(*arguments)
 
 
 def _forward(
     function: Callable[..., Array], parts: Parts, *arguments: PyTree
 ) -> tuple[Array, tuple[PyTree, ...]]:
-    return in_parts(function, parts, *arguments), arguments
+    return function(*arguments), arguments
 
 
 def _backward(
     function: Callable[..., Array], parts: Parts, arguments: tuple[PyTree, ...], d_out: Array
 ) -> tuple[PyTree, ...]:
-    each = partial(_each, parts)
+    each = lambda f, *trees: [  # noqa: E731
+        jax.tree.map(partial(f, cut), *own)
+        for cut, *own in zip(parts.arguments, *trees, strict=True)
+    ]
     view = partial(_view, parts.number)
     views, d_views = each(view, arguments), view(parts.result, d_out)
 
@@ -83,43 +74,6 @@ def _backward(
 
 
 in_parts.defvjp(_forward, _backward)
-
-
-def _each(parts: Parts, f: Callable[..., Array], *trees: Any) -> list[Any]:
-    """f(cut, arrays…) for every array of each argument."""
-    pairs = zip(parts.arguments, *trees, strict=True)
-    return [jax.tree.map(partial(f, cut), *own) for cut, *own in pairs]
-
-
-@partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def replayed(
-    function: Callable[..., Array], replay: Callable[..., Array], *arguments: PyTree
-) -> Array:
-    """function(*arguments), whose backward pass is that of `replay`, the same computed otherwise.
-
-    Nothing is saved but the arguments: what `replay` needs of its forward pass comes with it.
-    """
-    return function(*arguments)
-
-
-def _replayed_forward(
-    function: Callable[..., Array], replay: Callable[..., Array], *arguments: PyTree
-) -> tuple[Array, tuple[PyTree, ...]]:
-    return function(*arguments), arguments
-
-
-def _replayed_backward(
-    function: Callable[..., Array],
-    replay: Callable[..., Array],
-    arguments: tuple[PyTree, ...],
-    d_out: Array,
-) -> tuple[PyTree, ...]:
-    return jax.vjp(replay, *arguments)[1](d_out)
-
-
-replayed.defvjp(
-    lambda function, _, *arguments: (function(*arguments), arguments), _replayed_backward
-)
 
 
 def _view(number: int, cut: Cut | None, a: Array) -> Array:

@@ -45,7 +45,7 @@ NAMES = tuple(AXES)
 PRIMITIVES = {'dot_product_attention_fwd_wrapper': ('attention_output', 'log_sum_exp')}
 
 # Of the functions whose backward pass memory.backward_parts cuts.
-IN_PARTS = ('attention_gate', 'gate_up', 'mlp_gate', 'mlp_update')
+IN_PARTS = ('attention_gate', 'gate_up', 'mlp_gate')
 
 # Results of matmuls, dear to recompute. Without its log-sum-exp attention would run again.
 MATMULS = (

@@ -157,30 +157,12 @@ def normalized_product(
     return jnp.einsum('btd,dw->btw', normalized, weight, precision=precision(weight.dtype))
 
 
-def mix_in_parts(
-    number: int,
-    gmu: config.GMU,
-    eps: float,
-    name: str,
-    weights: Weights,
-    x: Float[Array, 'B T D'],
-    x_hat: Float[Array, 'B T D'],
-    update: Float[Array, 'B T D'],
-) -> Float[Array, 'B T D']:
-    """`mix`, backward in so many parts of the tokens; 0: differentiated as it is."""
-    function = partial(mix, gmu, eps, name, number > 0)
-    if number < 2 or gmu.kind == 'residual':
-        return function(weights, x, x_hat, update)
-    tokens = Cut(1, 'length')
-    parts = Parts(number, (None, tokens, tokens, tokens), tokens)
-    return in_parts(function, parts, weights, x, x_hat, update)
-
-
 class GatedMemoryUnit(nn.Module):
     model: config.Model
     name_prefix: str  # 'attention' or 'mlp': which sublayer's gate the memory system names
     backward_parts: int = 0  # of the tokens; 0: differentiated as it is, nothing is recomputed
 
+    @nn.compact
     def __call__(
         self,
         x: Float[Array, 'B T D'],
@@ -192,19 +174,19 @@ class GatedMemoryUnit(nn.Module):
 
         With a mutable collection `intermediates`, leaves g there as `gate`.
         """
+        gmu, eps, name = self.model.gmu, self.model.norm_eps, f'{self.name_prefix}_gate'
         weights = self.weights(x.dtype, index)
-        gmu, eps, name = self.settings
         if self.is_mutable_collection('intermediates'):
             gate = gate_of(partial(normalized_product, eps), name, weights, x_hat, update)
             self.sow('intermediates', 'gate', gate.opened(gmu.kind, x.shape[-1]))
-        return mix_in_parts(self.backward_parts, gmu, eps, name, weights, x, x_hat, update)
+        function = partial(mix, gmu, eps, name, self.backward_parts > 0)
+        if self.backward_parts < 2 or gmu.kind == 'residual':
+            return function(weights, x, x_hat, update)
+        tokens = Cut(1, 'length')
+        parts = Parts(self.backward_parts, (None, tokens, tokens, tokens), tokens)
+        return in_parts(function, parts, weights, x, x_hat, update)
 
-    @property
-    def settings(self) -> tuple[config.GMU, float, str]:
-        """Of `mix`: the unit's, the norms' eps, the named tensor."""
-        return self.model.gmu, self.model.norm_eps, f'{self.name_prefix}_gate'
-
-    @nn.compact
+    @nn.nowrap
     def weights(self, dtype: Any, index: Any) -> Weights:
         gmu, dim = self.model.gmu, self.model.embed_dim
         scale = RMSNorm(name='output_norm').scale(dim) if gmu.normalizes else None

@@ -7,7 +7,7 @@ factor bounds the buffers (see parallel/experts.py).
 """
 
 from functools import partial
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import flax.linen as nn
 import jax
@@ -39,29 +39,19 @@ class SwiGLU(nn.Module):
     mlp_dim: int
     backward_parts: int = 0  # of its hidden channels; 0: differentiated as it is
 
-    def __call__(self, x: Float[Array, 'B T D']) -> Float[Array, 'B T D']:
-        return swiglu_in_parts(self.backward_parts, x, *self.weights(x.dtype))
-
     @nn.compact
-    def weights(self, dtype: Any) -> tuple[Array, Array, Array]:
-        """Gate, up and down."""
-        D, F = self.embed_dim, self.mlp_dim
+    def __call__(self, x: Float[Array, 'B T D']) -> Float[Array, 'B T D']:
+        D, F, dtype = self.embed_dim, self.mlp_dim, x.dtype
         gate, up = (
             Einsum((D, F), ('embed', 'mlp'), D, dtype, name=name).weight()
             for name in ('gate', 'up')
         )
-        return gate, up, Einsum((F, D), ('mlp', 'embed'), F, dtype, name='down').weight()
-
-
-def swiglu_in_parts(
-    number: int, x: Array, gate: Array, up: Array, down: Array, *, forward: bool = False
-) -> Float[Array, 'B T D']:
-    """`swiglu`, backward in so many parts of its hidden channels, and forward if that is asked."""
-    if number < 2:
-        return swiglu(x, gate, up, down)
-    columns, rows = Cut(1, 'mlp'), Cut(0, 'mlp')
-    parts = Parts(number, (None, columns, columns, rows), None, forward)
-    return in_parts(swiglu, parts, x, gate, up, down)
+        down = Einsum((F, D), ('mlp', 'embed'), F, dtype, name='down').weight()
+        if self.backward_parts < 2:
+            return swiglu(x, gate, up, down)
+        columns, rows = Cut(1, 'mlp'), Cut(0, 'mlp')
+        parts = Parts(self.backward_parts, (None, columns, columns, rows), None)
+        return in_parts(swiglu, parts, x, gate, up, down)
 
 
 def swiglu(

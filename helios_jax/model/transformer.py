@@ -11,13 +11,12 @@ from jaxtyping import Array, Float, Int
 
 from helios_jax import config
 from helios_jax.memory import policy, store
-from helios_jax.memory.parts import replayed
 from helios_jax.memory.proof import has_host_memory
 from helios_jax.model.attention import Attention
-from helios_jax.model.gmu import GatedMemoryUnit, input_eps, mix_in_parts
+from helios_jax.model.gmu import GatedMemoryUnit, input_eps
 from helios_jax.model.layers import Einsum, Embed, RMSNorm
 from helios_jax.model.loss import project
-from helios_jax.model.moe import MixtureOfExperts, Stats, SwiGLU, swiglu_in_parts
+from helios_jax.model.moe import MixtureOfExperts, Stats, SwiGLU
 from helios_jax.parallel.sharding import constrain
 
 LayerStats = dict[str, Stats]  # name of the layer in its period → what its router reports
@@ -60,37 +59,15 @@ class Block(nn.Module):
         x_hat = RMSNorm(name='mlp_norm')(x, input_eps(model, sublayer))
         x_hat = checkpoint_name(x_hat, 'mlp_input')
         stats = None
-        gated = GatedMemoryUnit(model, 'mlp', self.backward_parts, name='mlp_gmu')
         if self.kind.startswith('moe'):
             update, stats = MixtureOfExperts(model, name='moe')(x_hat, segment_ids)
-            x = gated(x, x_hat, checkpoint_name(update, 'mlp_update'), sublayer)
         else:
             mlp = SwiGLU(model.embed_dim, model.mlp_dim, self.backward_parts, name='mlp')
-            if self.backward_parts > 1 and model.gmu.reads_update:
-                x = gated_in_parts(mlp, gated, x, x_hat, sublayer)
-            else:
-                x = gated(x, x_hat, checkpoint_name(mlp(x_hat), 'mlp_update'), sublayer)
+            update = mlp(x_hat)
+        update = checkpoint_name(update, 'mlp_update')
+        gated = GatedMemoryUnit(model, 'mlp', self.backward_parts, name='mlp_gmu')
+        x = gated(x, x_hat, update, sublayer)
         return constrain(x, 'batch', 'length', 'stream'), stats
-
-
-def gated_in_parts(
-    mlp: SwiGLU, gated: GatedMemoryUnit, x: Array, x_hat: Array, sublayer: Any
-) -> Float[Array, 'B T D']:
-    """The stream with a dense MLP's output, gated; the gate's backward pass reads that output.
-
-    It is computed again in parts, as its gradient is, and not whole.
-    """
-    number, settings = gated.backward_parts, gated.settings
-
-    def function(of_mlp: Any, of_gate: Any, x: Array, x_hat: Array) -> Array:
-        return mix_in_parts(1, *settings, of_gate, x, x_hat, swiglu_in_parts(1, x_hat, *of_mlp))
-
-    def replay(of_mlp: Any, of_gate: Any, x: Array, x_hat: Array) -> Array:
-        update = swiglu_in_parts(number, x_hat, *of_mlp, forward=True)
-        return mix_in_parts(number, *settings, of_gate, x, x_hat, update)
-
-    weights = mlp.weights(x_hat.dtype), gated.weights(x.dtype, sublayer)
-    return replayed(function, replay, *weights, x, x_hat)
 
 
 class Layers(nn.Module):

@@ -138,7 +138,7 @@ def _graph(layout: Layout, kind: str, table: dict[str, str]) -> Graph:
             sources['mlp_input'] = ('middle',)
             sources |= _feed_forward(layout, kind)
         read += [*inputs, f'{name}_gate'] if logits else []
-        read += [update] if unit.reads_update else []
+        read += [update] if unit.kind != 'residual' or unit.normalizes else []
         # The gate's gradient is d y · (u − x) of a mix, d y · u of a sum.
         read += [stream] if unit.kind in ('convex', 'highway') else []
     read += ['middle', 'mlp_input', 'gate_up']

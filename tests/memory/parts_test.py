@@ -174,9 +174,7 @@ def test_a_models_gradient_in_parts_is_its_gradient(model, gmu, sizes):
 def test_what_is_saved_is_not_recomputed_in_parts(preset):
     with pytest.raises(config.UserError, match=r'backward_parts=3.*gate_up is saved.*full'):
         policy.actions(config.Memory(preset, backward_parts=3))
-    recomputed = config.Memory(
-        preset, backward_parts=3, actions=config.Actions(gate_up='remat', mlp_update='remat')
-    )
+    recomputed = config.Memory(preset, backward_parts=3, actions=config.Actions(gate_up='remat'))
     assert policy.actions(recomputed)['gate_up'] == 'remat'
 
 
