@@ -38,6 +38,10 @@ def main(argv: Sequence[str] | None = None) -> None:
             f'{", ".join(COMMANDS)}.',
         )
         COMMANDS[command](argv)
+        sys.stdout.flush()
+    except BrokenPipeError:
+        # Who reads has enough (`| head`); what is left to print goes nowhere, at the exit too.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except UserError as error:
         fail(str(error))
     except (PermissionError, NotADirectoryError, FileExistsError) as error:

@@ -298,3 +298,15 @@ def test_the_program_itself_exits_with_code_2_and_one_line():
     assert (done.returncode, done.stdout) == (2, '')
     assert done.stderr.startswith('helios: ') and done.stderr.count('\n') == 1
     assert 'num_heads=3' in done.stderr
+
+
+@pytest.mark.slow
+def test_a_reader_that_has_enough_ends_the_program_quietly():
+    command = [sys.executable, '-m', 'helios_jax', 'explain']
+    environment = os.environ | {'JAX_PLATFORMS': 'cpu'}
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment
+    ) as program:
+        program.stdout.close()
+        assert program.stderr.read() == b''
+    assert program.returncode == 0
