@@ -20,6 +20,8 @@ STREAMS = 6
 # XLA computes last, are to be made of.
 RECOMPUTED_STREAMS = 3
 RECOMPUTED_OF_A_GATE = 2
+# Both sublayers' x̂, the stream between them and its norm's, q, attention's output and update.
+REPLAYED_STREAMS = 7
 # As wide as a part of an MLP's inside: gate, up, their product, and the gradient of each.
 IN_A_PART = 6
 
@@ -49,6 +51,8 @@ def _layer(layout: Layout, kind: str) -> int:
         gates = 2 * RECOMPUTED_OF_A_GATE if model.gmu.has_gate and not in_parts else 0
         elements += (RECOMPUTED_STREAMS + gates) * stream
     elements += _feed_forward(layout, kind, table)
+    if layout.config.memory.backward_parts > 1 and 'mlp_update' in recomputed:
+        elements = max(elements, _mlp_again(layout, kind))
     return layout.dtype_bytes * elements + _cudnn_workspace(layout)
 
 
@@ -59,6 +63,16 @@ def _cudnn_workspace(layout: Layout) -> int:
     heads = layout.elements((model.num_heads, model.head_dim), ('heads', 'head_dim'))
     grouped = 2 * layout.dtype_bytes if model.num_heads > model.num_kv_heads else 0
     return layout.cudnn_sequences * layout.local_tokens * heads * (4 + grouped)
+
+
+def _mlp_again(layout: Layout, kind: str) -> int:
+    """Elements of a dense MLP as it runs again, whole, because the gate behind it reads its output.
+
+    Only its backward pass is in parts.
+    """
+    shape, axes = shapes(layout, 'gate_up', kind)[0]
+    stream = layout.local_tokens * layout.config.model.embed_dim
+    return REPLAYED_STREAMS * stream + 3 * layout.elements(shape, axes)
 
 
 def _feed_forward(layout: Layout, kind: str, table: dict[str, str]) -> int:
