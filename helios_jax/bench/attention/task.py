@@ -1,25 +1,17 @@
-"""What the attention bench can compile, and one compilation, in a process of its own."""
+"""The implementations of attention that can be compiled, and one compilation of one of them."""
 
 import concurrent.futures
 import dataclasses
-import json
-import subprocess
-import sys
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
 
 import jax
 
-from helios_jax.bench import (
-    attention_ours,
-    attention_peers,
-    attention_problem,
-    attention_tokamax,
-    tpu_program,
-    tpu_schedule,
-    tpu_timing,
-)
-from helios_jax.bench.attention_problem import Problem, Setup
+from helios_jax.bench import process
+from helios_jax.bench.attention import jax_splash, ours, problem, tokamax
+from helios_jax.bench.attention.problem import Candidate, Problem
+from helios_jax.bench.tpu import program, timing
+from helios_jax.bench.tpu.schedule import Schedule
 from helios_jax.errors import UserError
 
 MIB = 2**20
@@ -27,31 +19,31 @@ Row = dict[str, Any]
 
 
 class Implementation(NamedTuple):
-    """To add one: the options worth a try, and how it is set up with one set of them.
+    """Options that are worth a try, and the candidate that one of them makes.
 
-    `Setup.plans` says how often the regions of its kernels run: `Plan.bodies` names the branches
-    and inner loops with vector work in the order of the code, `Plan.steps` counts kinds of steps.
+    `Candidate.visits` says how often the regions of its kernels run: `Visits.bodies` names the
+    branches and inner loops with vector work in the order of the code, `Visits.steps` counts the
+    steps that are alike.
     """
 
-    variants: Callable[[Problem, str, str], list[dict[str, Any]]]  # to try in a pass, on a target
-    setup: Callable[[Problem, dict[str, Any]], Setup]
+    variants: Callable[[Problem, str, str], list[dict[str, Any]]]  # for a pass, on a target
+    candidate: Callable[[Problem, dict[str, Any]], Candidate]
 
 
 NOTHING = 'nothing'
 OURS = 'helios'
 IMPLEMENTATIONS = {
-    OURS: Implementation(attention_ours.variants, attention_ours.setup),
-    'jax_splash': Implementation(attention_peers.variants, attention_peers.setup),
-    'tokamax': Implementation(attention_tokamax.variants, attention_tokamax.setup),
+    OURS: Implementation(ours.variants, ours.candidate),
+    'jax_splash': Implementation(jax_splash.variants, jax_splash.candidate),
+    'tokamax': Implementation(tokamax.variants, tokamax.candidate),
     NOTHING: Implementation(
-        lambda problem, which, target: [{}],
-        lambda problem, options: attention_problem.nothing(problem),
+        lambda shape, which, target: [{}], lambda shape, options: problem.nothing()
     ),
 }
 
 
 class Task(NamedTuple):
-    """One compilation, in a process of its own."""
+    """One compilation."""
 
     target: str
     problem: dict[str, int]
@@ -59,22 +51,23 @@ class Task(NamedTuple):
     implementation: str
     options: dict[str, Any]
     alone: bool  # without the projections
-    lengths: tuple[int, ...] = ()  # others to predict from the same schedule
+    lengths: tuple[int, ...] = ()  # more lengths to predict from the same schedule
 
 
-def compile_here(task: Task) -> Row:
-    """Compiles and reads; to be called once in a process.
+def compile_task(fields: dict[str, Any]) -> Row:
+    """Compiles a task, given by its fields, and predicts its time; once in a process.
 
     Returns:
-      The task and what came of it, or the task and why the compiler refused it.
+      The task's fields and what came of it, or why the compiler refused it.
     """
-    chip, problem = tpu_timing.CHIPS[task.target], Problem(**task.problem)
+    task = Task(**fields)
+    chip, shape = timing.CHIPS[task.target], Problem(**task.problem)
     implementation = IMPLEMENTATIONS[task.implementation]
-    setup = implementation.setup(problem, task.options)
-    function, arguments = attention_problem.program(problem, setup, task.which, alone=task.alone)
+    candidate = implementation.candidate(shape, task.options)
+    function, arguments = problem.program(shape, candidate, task.which, alone=task.alone)
     row: Row = {**task._asdict()}
     try:
-        program = tpu_program.compile_here(
+        compiled = program.compile_here(
             function, arguments, chip, scoped_vmem_mib=task.options.get('scoped_vmem_mib', 0)
         )
     except jax.errors.JaxRuntimeError as error:
@@ -82,48 +75,53 @@ def compile_here(task: Task) -> Row:
             raise
         return row | {'refused': ' '.join(str(error).split())[:200]}
     kernels = [
-        kernel_row(operation, program.schedules, setup, chip)
-        for operation in program.kernels
+        kernel_row(operation, compiled.schedules, candidate, chip)
+        for operation in compiled.kernels
         if task.implementation != NOTHING
     ]
     at_lengths = {}
     for length in task.lengths:
-        other = implementation.setup(dataclasses.replace(problem, length=length), task.options)
-        rows = [kernel_row(o, program.schedules, other, chip) for o in program.kernels]
+        other = implementation.candidate(dataclasses.replace(shape, length=length), task.options)
+        rows = [kernel_row(o, compiled.schedules, other, chip) for o in compiled.kernels]
         at_lengths[length] = sum(kernel['ms'] for kernel in rows)
     return row | {
         'at_lengths': at_lengths,
         'kernels': kernels,
         'kernel_ms': sum(kernel['ms'] for kernel in kernels),
-        'others_ms': 1e3 * program.seconds,
-        'hbm_mib': (program.hbm_bytes + sum(k['hbm_mib'] * MIB for k in kernels)) / MIB,
-        'temp_mib': program.temp_bytes / MIB,
+        'others_ms': 1e3 * compiled.seconds,
+        'hbm_mib': (compiled.hbm_bytes + sum(k['hbm_mib'] * MIB for k in kernels)) / MIB,
+        'temp_mib': compiled.temp_bytes / MIB,
         'operations_ms': {
             o.name: round(1e3 * o.times * o.seconds, 4)
-            for o in sorted(program.operations, key=lambda o: -o.seconds)
+            for o in sorted(compiled.operations, key=lambda o: -o.seconds)
             if o.seconds > 1e-6
         },
     }
 
 
 def kernel_row(
-    operation: tpu_program.Operation,
-    schedules: dict[str, tpu_schedule.Schedule],
-    setup: Setup,
-    chip: tpu_timing.Chip,
+    operation: program.Operation,
+    schedules: dict[str, Schedule],
+    candidate: Candidate,
+    chip: timing.Chip,
 ) -> Row:
-    plans = [plan for name, plan in setup.plans.items() if name in operation.name]
-    if len(plans) != 1 or operation.name not in schedules:
+    """Predicts one kernel's time, and describes the kernel.
+
+    Raises:
+      UserError: the candidate's visits are not about this kernel, or it runs several times.
+    """
+    own = [visits for name, visits in candidate.visits.items() if name in operation.name]
+    if len(own) != 1 or operation.name not in schedules:
         raise UserError(
-            f'kernel {operation.name}: {len(plans)} plans are for it (there are: '
-            f'{", ".join(setup.plans)}), {len(schedules)} schedules were dumped.'
+            f'kernel {operation.name}: {len(own)} visits are known for it (there are: '
+            f'{", ".join(candidate.visits)}), {len(schedules)} schedules were dumped.'
         )
     if operation.times > 1:
         raise UserError(
-            f'kernel {operation.name} runs {operation.times} times, on parts of keys that do not '
-            'fit in VMEM together: no plan is for that. Take a shorter --lengths.'
+            f'kernel {operation.name} runs {operation.times} times, on chunks of keys that do not '
+            'fit in VMEM together, and its visits are not known. Take a shorter --lengths.'
         )
-    found = tpu_timing.predict(schedules[operation.name], plans[0], chip)._asdict()
+    found = timing.predict(schedules[operation.name], own[0], chip)._asdict()
     return {
         'name': operation.name,
         'ms': 1e3 * found.pop('seconds'),
@@ -134,17 +132,6 @@ def kernel_row(
 
 
 def run(tasks: Iterable[Task], jobs: int) -> Iterator[Row]:
-    """The rows of the tasks, in their order, `jobs` processes at a time."""
-
-    def one(task: Task) -> Row:
-        here = ['bench', 'attention', f'--here={json.dumps(task._asdict())}']
-        command = [sys.executable, '-m', 'helios_jax', *here]
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
-        lines = done.stdout.strip().splitlines()
-        if done.returncode or not lines:
-            print(done.stderr, file=sys.stderr, flush=True)
-            raise UserError(f'compiling {task} ended with code {done.returncode}; see above.')
-        return json.loads(lines[-1])
-
+    """Yields the rows of the tasks in their order, `jobs` processes at a time."""
     with concurrent.futures.ThreadPoolExecutor(jobs) as pool:
-        yield from pool.map(one, tasks)
+        yield from pool.map(lambda task: process.run(compile_task, task._asdict()), tasks)
