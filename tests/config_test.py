@@ -61,10 +61,12 @@ def test_a_shipped_config_resolves_and_builds(name):
 def test_a_shipped_config_opens_with_its_command(name):
     summary, _, rest = module(name).__doc__.partition('\n\n')
     assert len(summary) > 20
-    commands = [line for line in rest.replace('\\\n', '').splitlines() if 'helios train' in line]
+    action = 'helios bench' if name.startswith('bench_') else 'helios train'
+    commands = [line for line in rest.replace('\\\n', '').splitlines() if action in line]
     arguments = shlex.split(commands[0])
-    assert arguments[:2] == ['helios', 'train']
-    assert f'--config={name}' in arguments and any(a.startswith('--workdir=') for a in arguments)
+    assert arguments[:2] == action.split()
+    assert f'--config={name}' in arguments
+    assert action == 'helios bench' or any(a.startswith('--workdir=') for a in arguments)
 
 
 @pytest.mark.parametrize(('name', 'expected'), RESIDUAL_PARAMETERS.items())

@@ -13,7 +13,7 @@ import helios_jax
 ORDER = [
     {'errors'}, {'config'}, {'options', 'kernels'}, {'parallel'}, {'memory'}, {'model'},
     {'data', 'checkpoint'}, {'api'}, {'evaluate'}, {'train'},
-    {'plan', 'convert', 'ablate', 'bench'}, {'cli'}, {'__main__'},
+    {'plan', 'convert', 'ablate', 'verify'}, {'bench'}, {'cli'}, {'__main__'},
 ]  # fmt: skip
 RANKS = {part: rank for rank, parts in enumerate(ORDER) for part in parts}
 ROOT = Path(helios_jax.__file__).parent

@@ -12,16 +12,17 @@ from hypothesis import strategies as st
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from helios_jax.bench import attention_verify as bench
-from helios_jax.bench.attention_oracle import oracle, visible
 from helios_jax.kernels.attention import tpu
 from helios_jax.kernels.attention.tpu import work
 from helios_jax.kernels.quantize import restore, store
+from helios_jax.verify import attention as verify
+from helios_jax.verify import cases
+from helios_jax.verify.oracle import oracle, visible
 
 INTERPRET = pltpu.InterpretParams(detect_races=True)
 RACE = 'RACE DETECTED'  # printed by jax 0.10, raised since
 attention = functools.partial(tpu.attention, interpret=INTERPRET)
-PAIRS, TRIPLES = bench.covering(), bench.covering(3)
+PAIRS, TRIPLES = cases.covering(), cases.covering(3)
 
 
 @pytest.fixture(autouse=True)
@@ -56,14 +57,14 @@ def test_a_race_is_noticed(capsys):
 @pytest.mark.slow
 @pytest.mark.parametrize('case', PAIRS, ids=lambda case: case.name)
 def test_errors_stay_near_those_of_a_plain_computation(case):
-    [check] = bench.verify(bench.kernels(case), [case])
+    [check] = verify.check(verify.kernels(case), [case])
     assert not check.faults
 
 
 @pytest.mark.long
 @pytest.mark.parametrize('case', [c for c in TRIPLES if c not in PAIRS], ids=lambda case: case.name)
 def test_errors_stay_near_those_of_a_plain_computation_for_triples(case):
-    [check] = bench.verify(bench.kernels(case), [case])
+    [check] = verify.check(verify.kernels(case), [case])
     assert not check.faults
 
 
@@ -73,11 +74,11 @@ def problem(**levels):
         'dtype': 'float32', 'H': 64, 'G': 3, 'T': 300, 'keys': 'own', 'mask': 'segments',
         'softcap': 0.0, 'yarn': 'static',
     } | levels  # fmt: skip
-    return bench.problem(bench.Case(**levels))
+    return cases.example(cases.Case(**levels))
 
 
 def forward(q, k, v, call):
-    out, lse = bench.jitted(tpu.forward, (q, k, v), call | {'interpret': INTERPRET})
+    out, lse = verify.jitted(tpu.forward, (q, k, v), call | {'interpret': INTERPRET})
     assert out.dtype == q.dtype
     assert lse.dtype == np.float32
     return out, lse
@@ -85,7 +86,7 @@ def forward(q, k, v, call):
 
 def backward(q, k, v, out, lse, cotangent, call):
     arrays = (q, k, v, out, lse, cotangent)
-    gradients = bench.jitted(tpu.backward, arrays, call | {'interpret': INTERPRET})
+    gradients = verify.jitted(tpu.backward, arrays, call | {'interpret': INTERPRET})
     assert [x.dtype for x in gradients] == [q.dtype] * 3
     return gradients
 
@@ -115,7 +116,7 @@ def test_log_sum_exp_and_what_backward_makes_of_it(name):
     allowed = 2 * np.abs(plain - exact).max() + 1e-5 * np.abs(exact).max()
     np.testing.assert_allclose(lse_, exact, rtol=0, atol=allowed)
     gradients = backward(*rows[:3], out, lse, rows.cotangent, call)
-    faults, _ = bench.compare(rows._replace(calls=[call]), dtype, [out, *gradients])
+    faults, _ = verify.judge(rows._replace(calls=[call]), dtype, [out, *gradients])
     assert not faults
 
 
@@ -127,7 +128,7 @@ def test_no_query_sees_the_future_or_another_document(at):
     [call] = rows.calls
     others = np.arange(300)[None] != np.array(at)[:, None]
     rows.cotangent[others] = 0
-    _, dq, dk, dv = bench.run(attention, rows)
+    _, dq, dk, dv = verify.run(attention, rows)
     positions, ids = call['positions'], call['segment_ids']
     seen = visible(positions, positions, ids, None, 0)[~others]
     assert seen.any() == (at != (280, 280))  # both rows end in padding
@@ -161,8 +162,8 @@ def test_the_order_of_rows_does_not_matter(mask, kind):
         moved['segment_ids'] = call['segment_ids'][:, queries]
         moved['key_segment_ids'] = call['segment_ids'][:, keys]
     arrays = zip(rows[:4], (queries, keys, keys, queries), strict=True)
-    permuted = bench.Problem(*(x[:, at] for x, at in arrays), [moved])
-    expected, actual = bench.run(attention, rows), bench.run(attention, permuted)
+    permuted = cases.Example(*(x[:, at] for x, at in arrays), [moved])
+    expected, actual = verify.run(attention, rows), verify.run(attention, permuted)
     for got, want, at in zip(actual, expected, (queries, queries, keys, keys), strict=True):
         np.testing.assert_allclose(got, want[:, at], rtol=0, atol=1e-5 * np.abs(want).max())
 
@@ -190,7 +191,7 @@ def test_blocks_of_keys_merge_by_their_log_sum_exp():
         backward(rows.q, k, v, out, lse, rows.cotangent, piece) for k, v, piece in pieces
     )
     dk, dv = (np.concatenate([first[i], second[i]], axis=1) for i in (1, 2))
-    faults, _ = bench.compare(rows, 'float32', [out, first[0] + second[0], dk, dv])
+    faults, _ = verify.judge(rows, 'float32', [out, first[0] + second[0], dk, dv])
     assert not faults
 
 
@@ -203,14 +204,14 @@ def test_what_is_not_seen_may_be_huge():
     huge = rows._replace(k=rows.k.copy(), v=rows.v.copy())
     huge.k[:, cut:] *= 1e4
     huge.v[:, cut:] *= 1e4
-    expected, actual = bench.run(attention, rows), bench.run(attention, huge)
+    expected, actual = verify.run(attention, rows), verify.run(attention, huge)
     for got, want in zip(actual, expected, strict=True):
         assert np.isfinite(got.astype(np.float32)).all()
         np.testing.assert_array_equal(got[:, :cut], want[:, :cut])
     assert not any(gradient[:, cut:].any() for gradient in actual[1:])
     ids = np.where(np.arange(600) < cut, 1, 0)[None].astype(np.int32)
     call = rows.calls[0] | {'segment_ids': np.repeat(ids, len(rows.q), axis=0)}
-    padded = bench.run(attention, huge._replace(calls=[call]))
+    padded = verify.run(attention, huge._replace(calls=[call]))
     for got, want in zip(padded, expected, strict=True):
         np.testing.assert_array_equal(got[:, :cut], want[:, :cut])
         assert not got[:, cut:].any()
@@ -222,15 +223,15 @@ def test_backward_reads_what_the_forward_kernel_stored(form, keys):
     """Bit for bit the gradients at the restored arrays, and the output as without storage."""
     rows = problem(dtype='bfloat16', keys=keys, H=96, softcap=20.0)
     [call] = rows.calls
-    options = {'interpret': INTERPRET, 'blocks': (bench.SMALL, bench.SMALL)}
+    options = {'interpret': INTERPRET, 'blocks': (verify.SMALL, verify.SMALL)}
     stored = functools.partial(tpu.attention, residuals=form, **options)
-    out, *gradients = bench.run(stored, rows)
-    expected, lse = bench.jitted(tpu.forward, rows[:3], call | options)
+    out, *gradients = verify.run(stored, rows)
+    expected, lse = verify.jitted(tpu.forward, rows[:3], call | options)
     np.testing.assert_array_equal(out, expected)
     q, k, v = (np.asarray(restore(store(jnp.asarray(x), form), str(x.dtype))) for x in rows[:3])
     arrays = q, k, v, out, lse, rows.cotangent
     for got, want in zip(
-        gradients, bench.jitted(tpu.backward, arrays, call | options), strict=True
+        gradients, verify.jitted(tpu.backward, arrays, call | options), strict=True
     ):
         np.testing.assert_array_equal(got, want)
     assert any((x != y).any() for x, y in zip(rows[:3], (q, k, v), strict=True))
@@ -240,10 +241,10 @@ def test_backward_reads_what_the_forward_kernel_stored(form, keys):
 @pytest.mark.parametrize('residuals', ['', 'int8'])
 def test_keys_beyond_the_memory_come_in_chunks(residuals, monkeypatch):
     rows = problem(T=1500, mask='segments', G=2)
-    own = functools.partial(attention, residuals=residuals, blocks=(bench.SMALL, bench.SMALL))
-    expected = bench.run(own, rows)
+    own = functools.partial(attention, residuals=residuals, blocks=(verify.SMALL, verify.SMALL))
+    expected = verify.run(own, rows)
     monkeypatch.setattr(tpu.backward_kernel, 'keys_in_memory', lambda *_, **__: 768)
-    actual = bench.run(own, rows)
+    actual = verify.run(own, rows)
     for got, want in zip(actual, expected, strict=True):
         np.testing.assert_allclose(got, want, rtol=0, atol=1e-6 * np.abs(want).max())
 
@@ -311,9 +312,9 @@ def test_two_cores_share_the_key_heads():
         detect_races=True, num_cores_or_threads=2, grid_point_recorder=record
     )
     rows = problem(G=1, T=200)
-    results = bench.run(functools.partial(tpu.attention, interpret=two), rows)
+    results = verify.run(functools.partial(tpu.attention, interpret=two), rows)
     assert sorted(head for head, _ in visits) == sorted(core for _, core in visits) == [0, 1]
-    faults, _ = bench.compare(rows, 'float32', results)
+    faults, _ = verify.judge(rows, 'float32', results)
     assert not faults
 
 
@@ -361,8 +362,8 @@ def test_any_rows(sizes, keys, float_positions, dtype, window, softcap, query_sc
     }
     shapes = (B, T, K * G, H), (B, S, K, H), (B, S, K, H), (B, T, K * G, H)
     arrays = [rng.standard_normal(shape, np.float32).astype(jnp.dtype(dtype)) for shape in shapes]
-    rows = bench.Problem(*arrays, [call])
-    faults, _ = bench.compare(rows, dtype, bench.run(attention, rows))
+    rows = cases.Example(*arrays, [call])
+    faults, _ = verify.judge(rows, dtype, verify.run(attention, rows))
     assert not faults
 
 

@@ -3,9 +3,9 @@
 Each gives what its backward pass reads the names of `config.Actions`: q, k, v, attention_output and
 log_sum_exp, or is one primitive that memory/policy.py knows.
 
-`reference` (any device, every feature), `tpu` (our kernels), `splash` (jax's for TPU, to compare
-with), `cudnn` (NVIDIA). Each is a module whose `attention` raises NotImplementedError for what it
-cannot do; `auto` takes the device's own, and the reference where that refuses.
+`reference` (any device, every feature), `tpu` (our kernels), `cudnn` (NVIDIA). Each is a module
+whose `attention` raises NotImplementedError for what it cannot do; `auto` takes the device's own,
+and the reference where that refuses.
 """
 
 import functools
@@ -17,7 +17,7 @@ import jax
 from jax import Array
 from jaxtyping import Float, Int, Num
 
-from helios_jax.kernels.attention import gpu, reference, splash, tpu
+from helios_jax.kernels.attention import gpu, reference, tpu
 from helios_jax.kernels.quantize import FORMATS
 
 log = logging.getLogger(__name__)
@@ -25,13 +25,12 @@ log = logging.getLogger(__name__)
 IMPLEMENTATIONS = {
     'reference': reference.attention,
     'tpu': tpu.attention,
-    'splash': splash.attention,
     'cudnn': gpu.attention,
 }
 BLOCKWISE = {'reference': reference, 'tpu': tpu}
 QUANTISES = ('tpu',)  # those that can keep q, k and v in a byte a value for backward
-# Of several for a platform, `auto` takes the first.
-PLATFORMS = {'tpu': 'tpu', 'splash': 'tpu', 'cudnn': 'gpu'}
+# `auto` takes what is for the platform.
+PLATFORMS = {'tpu': 'tpu', 'cudnn': 'gpu'}
 DTYPES = ('bfloat16', 'float16', 'float32', 'float64')
 
 
@@ -78,7 +77,7 @@ def attention(
       residuals: what backward reads of q, k and v: '' themselves, 'fp8' or 'int8' what is left of
         them in a byte a value, with a power-of-two scale for each token and head. The result is the
         same; only `tpu` can, the others read q, k and v themselves.
-      implementation: auto | reference | tpu | splash | cudnn.
+      implementation: auto | reference | tpu | cudnn.
       platform: 'tpu', 'gpu' or 'cpu', for `auto` when compiling for another machine; this
         machine's default backend by default.
     Returns:

@@ -1,9 +1,9 @@
-"""The table of block sizes of our TPU kernels, searched by the compiler's schedules.
+"""Searches the block sizes of our TPU kernels by the compiler's schedules.
 
     helios bench attention --tune --target=v5e --head_dim=128
 
-Each shape is compiled once, at 4,096 tokens; what it takes at other lengths follows from the same
-schedule, as only the number of times that its regions run depends on them.
+Each shape is compiled once, at 4,096 tokens. Its time at other lengths follows from the same
+schedule, because only how often its regions run depends on the length.
 """
 
 import dataclasses
@@ -15,8 +15,8 @@ import sys
 import jax
 import jax.numpy as jnp
 
-from helios_jax.bench.attention_problem import PASSES, Problem
-from helios_jax.bench.attention_task import OURS, Task, run
+from helios_jax.bench.attention.problem import PASSES, Problem
+from helios_jax.bench.attention.task import OURS, Task, run
 from helios_jax.kernels.attention.tpu import backward_kernel, blocks
 from helios_jax.kernels.attention.tpu.blocks import Shape
 
@@ -59,7 +59,7 @@ def tune(target: str, head_dim: int, jobs: int) -> None:
 
 
 def chunks(target: str, problem: Problem, which: str, length: int, shape: Shape) -> int:
-    """How many parts the keys are in, of which the prediction knows nothing."""
+    """Counts the chunks that the keys come in, which the prediction does not account for."""
     if which == 'forward':
         return 1
     group = problem.heads // problem.kv_heads
@@ -70,7 +70,7 @@ def chunks(target: str, problem: Problem, which: str, length: int, shape: Shape)
 
 
 def write(target: str, head_dim: int, found: dict[str, dict[int, Shape]]) -> None:
-    """Lengths at which nothing changes are left out."""
+    """Adds a target's shapes to the table; a length whose shape is the one before is left out."""
     table = json.loads(blocks.TABLE.read_text())
     for which, at in found.items():
         changes = {

@@ -1,6 +1,6 @@
 """A kernel with everything that a schedule can hold, small; and how its dumps came to be.
 
-    python tests/bench/small_kernel.py TARGET DIRECTORY
+    python tests/bench/tpu/small_kernel.py TARGET DIRECTORY
 
 compiles it and leaves its three files there, shorn of what nobody reads.
 """
@@ -75,21 +75,21 @@ def shorn(bundles: str) -> str:
 
 def main(target: str, directory: Path) -> None:
     os.environ['JAX_PLATFORMS'] = 'cpu'
-    from helios_jax.bench import tpu_schedule, tpu_timing
+    from helios_jax.bench.tpu import schedule, timing
     from helios_jax.parallel import mesh
 
-    os.environ['LIBTPU_INIT_ARGS'] = tpu_schedule.flags(directory)
-    chip = tpu_timing.CHIPS[target]
+    os.environ['LIBTPU_INIT_ARGS'] = schedule.flags(directory)
+    chip = timing.CHIPS[target]
     where = jax.sharding.SingleDeviceSharding(mesh.topology_devices(chip.topology)[0])
     shape = functools.partial(jax.ShapeDtypeStruct, sharding=where)
     x, y = shape((512, 128), jnp.bfloat16), shape((384, 128), jnp.bfloat16)
     for semantics in ('parallel', 'arbitrary'):
         run.lower(shape((4,), jnp.int32), x, y, semantics=semantics).compile()
     for path in sorted(directory.iterdir()):
-        match = tpu_schedule.FILE.fullmatch(path.name)
+        match = schedule.FILE.fullmatch(path.name)
         if match and 'small_kernel' in match[2]:
             text = path.read_text()
-            shorter = shorn(text) if match[3] == tpu_schedule.FILES[0] else text
+            shorter = shorn(text) if match[3] == schedule.FILES[0] else text
             (directory / f'1-{match[2]}-00-{match[3]}.txt').write_text(shorter)
         path.unlink()
 

@@ -8,12 +8,13 @@ import math
 import numpy as np
 import pytest
 
-from helios_jax.bench import attention_verify as bench
-from helios_jax.bench.attention_cases import FACTORS
-from helios_jax.bench.attention_oracle import oracle, rounded_to, visible
 from helios_jax.kernels.attention import reference
+from helios_jax.verify import attention as verify
+from helios_jax.verify import cases
+from helios_jax.verify.cases import FACTORS
+from helios_jax.verify.oracle import oracle, rounded_to, visible
 
-CASE = bench.Case(
+CASE = cases.Case(
     dtype='bfloat16', H=64, G=3, T=60, keys='slice', mask='segments_window', softcap=20.0,
     yarn='static',
 )  # fmt: skip
@@ -29,7 +30,7 @@ def exact(given):
 
 @pytest.mark.parametrize('case', [CASE, change(keys='ring', softcap=0.0), change(keys='own', T=1)])
 def test_the_oracle_follows_the_definition(case):
-    given = bench.problem(case)
+    given = cases.example(case)
     [call] = given.calls
     q, k, v, _ = exact(given)
     got = oracle(*given[:4], **call)
@@ -64,7 +65,7 @@ def test_the_oracle_follows_the_definition(case):
 @pytest.mark.parametrize('case', [CASE, change(keys='own', softcap=0.0), change(keys='ring')])
 @pytest.mark.parametrize('index', [0, 1, 2])
 def test_the_oracles_gradients_are_slopes(index, case):
-    given = bench.problem(case)
+    given = cases.example(case)
     *arrays, cotangent = exact(given)
     direction = np.random.default_rng(1).normal(size=arrays[index].shape)
 
@@ -79,7 +80,7 @@ def test_the_oracles_gradients_are_slopes(index, case):
 
 @pytest.mark.parametrize('strength', [2, 3])
 def test_the_covering_array_covers(strength):
-    chosen = [dataclasses.asdict(case) for case in bench.covering(strength)]
+    chosen = [dataclasses.asdict(case) for case in cases.covering(strength)]
     assert len(chosen) <= 120
     for names in itertools.combinations(FACTORS, strength):
         met = {tuple(case[name] for name in names) for case in chosen}
@@ -87,15 +88,15 @@ def test_the_covering_array_covers(strength):
 
 
 def test_cases_are_the_whole_product():
-    names = {case.name for case in bench.cases()}
+    names = {case.name for case in cases.product()}
     assert len(names) == math.prod(map(len, FACTORS.values()))
-    assert names >= {case.name for case in bench.covering(3)}
+    assert names >= {case.name for case in cases.covering(3)}
 
 
 @pytest.mark.parametrize('keys', FACTORS['keys'])
 @pytest.mark.parametrize('mask', FACTORS['mask'])
 def test_problems_are_what_their_names_say(mask, keys):
-    given = bench.problem(change(keys=keys, mask=mask, yarn='dynamic'))
+    given = cases.example(change(keys=keys, mask=mask, yarn='dynamic'))
     early, late = given.calls
     T, S = given.q.shape[1], given.k.shape[1]
     assert T == CASE.T
@@ -162,20 +163,20 @@ WRONG_RESULTS = {
 }
 
 
-def judge(case, spoilt_problem=lambda x: x, spoilt_results=lambda x: x, operand=''):
-    given = bench.problem(case)
+def judged(case, spoilt_problem=lambda x: x, spoilt_results=lambda x: x, operand=''):
+    given = cases.example(case)
     wrong = spoilt_problem(given)
     results = oracle(*wrong[:4], **wrong.calls[0], operand=operand)
     results = [rounded_to(x, case.dtype) for x in spoilt_results(results)[:4]]
-    return bench.compare(given, case.dtype, results)
+    return verify.judge(given, case.dtype, results)
 
 
 @pytest.mark.parametrize('dtype', ['bfloat16', 'float32'])
 def test_the_right_results_pass(dtype):
-    faults, worst = judge(change(dtype=dtype))
+    faults, worst = judged(change(dtype=dtype))
     assert not faults
     assert worst < 0.5
-    faults, worst = judge(change(dtype=dtype), operand=dtype)
+    faults, worst = judged(change(dtype=dtype), operand=dtype)
     assert not faults
     assert worst <= 0.5
 
@@ -183,29 +184,29 @@ def test_the_right_results_pass(dtype):
 @pytest.mark.parametrize('dtype', ['bfloat16', 'float32'])
 @pytest.mark.parametrize('mistake', WRONG_PROBLEMS)
 def test_a_mistake_is_noticed(mistake, dtype):
-    faults, worst = judge(change(dtype=dtype), spoilt_problem=WRONG_PROBLEMS[mistake])
+    faults, worst = judged(change(dtype=dtype), spoilt_problem=WRONG_PROBLEMS[mistake])
     assert faults
     assert worst > 1
 
 
 @pytest.mark.parametrize('mistake', WRONG_RESULTS)
 def test_a_wrong_entry_is_noticed(mistake):
-    assert judge(CASE, spoilt_results=WRONG_RESULTS[mistake])[0]
+    assert judged(CASE, spoilt_results=WRONG_RESULTS[mistake])[0]
 
 
 def test_float32_that_is_really_bfloat16_is_noticed():
-    faults, worst = judge(change(dtype='float32'), operand='bfloat16')
+    faults, worst = judged(change(dtype='float32'), operand='bfloat16')
     assert len(faults) == 8
     assert worst > 10
 
 
 def test_verify_runs_attention_and_its_gradient():
-    cases = [change(yarn='dynamic', keys='own')]
-    checks = list(bench.verify(reference.attention, cases))
-    assert [check.case for check in checks] == cases
+    chosen = [change(yarn='dynamic', keys='own')]
+    checks = list(verify.check(reference.attention, chosen))
+    assert [check.case for check in checks] == chosen
     assert not any(check.faults for check in checks)
     uncapped = functools.partial(capless, reference.attention)
-    [check] = bench.verify(uncapped, cases)
+    [check] = verify.check(uncapped, chosen)
     assert {fault.split()[0] for fault in check.faults} == {'out', 'dq', 'dk', 'dv'}
 
 

@@ -8,7 +8,7 @@ loads, libtpu writes three files per fusion and per Pallas kernel:
   pre-delay…utilization: busy units per cycle, the cycles in which the core waits for a result (of
     the MXU above all) included. The final program leaves those out, and is up to 20% shorter.
 `parse` puts the three together as a tree: a kernel holds loops and predicated regions, each with
-the cycles of its own bundles. How often each runs is for others to say (tpu_timing.py).
+the cycles of its own bundles. How often each runs is for the caller to say (timing.Visits).
 
 The largest outermost loop is the grid's: a turn is a step. Bundles of a step that are neither in a
 branch nor in an inner loop run in every step, and so, for lack of a better guess, do branches
@@ -38,6 +38,8 @@ WORK = 16  # busy unit-cycles from which a branch counts as vector work
 
 @dataclasses.dataclass(frozen=True)
 class Region:
+    """A stretch of a kernel's code that runs as a whole: a loop's body or a branch."""
+
     kind: str  # kernel | loop | predicated
     start: int  # address of its first bundle
     cycles: int  # of its own bundles, without the regions inside
@@ -46,21 +48,22 @@ class Region:
 
     @property
     def total(self) -> int:
-        """Cycles when every region inside runs once."""
+        """Adds up the cycles when every region inside runs once."""
         return self.cycles + sum(region.total for region in self.inner)
 
     @property
     def works(self) -> bool:
+        """Tells whether its own bundles do vector work."""
         return sum(self.busy[unit] for unit in VECTOR) >= WORK
 
     @property
     def copies(self) -> bool:
-        """It loads and stores, and computes nothing."""
+        """Tells whether it loads and stores, and computes nothing."""
         computes = any(self.busy[unit] for unit in ('MXU', 'XLU', 'VALU', 'EUP'))
         return self.busy['VLOAD'] > 0 and self.busy['VSTORE'] > 0 and not computes
 
     def walk(self) -> Iterator['Region']:
-        """All regions inside, in the order of the code."""
+        """Yields all regions inside, in the order of the code."""
         for region in self.inner:
             yield region
             yield from region.walk()
@@ -75,12 +78,14 @@ class Region:
 
 @dataclasses.dataclass(frozen=True)
 class Schedule:
+    """A compiled kernel."""
+
     code: Region
-    one_core: bool  # of several, one does it all
+    one_core: bool  # where a chip has several, one does all the work
 
     @property
     def grid(self) -> Region:
-        """The loop over grid steps; the whole kernel where there is none."""
+        """Finds the loop over grid steps; the whole kernel where there is none."""
 
         def loops(region: Region) -> Iterator[Region]:
             for inner in region.inner:
@@ -90,10 +95,11 @@ class Schedule:
 
     @property
     def bodies(self) -> list[Region]:
-        """Branches and inner loops of a step that do vector work, in the order of the code.
+        """Lists the branches and inner loops of a step that do vector work, in the code's order.
 
-        All are inside one branch, off while the pipeline fills and drains, which is not one. Beside
-        it blocks are copied; what is copied within VMEM takes vector work, and is not one either.
+        Around them all stands one branch, off while the pipeline fills and drains, which does not
+        count. Beside that branch blocks are copied: copies within VMEM take vector work, and do not
+        count either.
         """
         branch = max(self.grid.inner, key=lambda region: region.total, default=self.grid)
         if 2 * branch.total < self.grid.total or not any(r.works for r in branch.walk()):
@@ -102,12 +108,12 @@ class Schedule:
 
     @property
     def every_step(self) -> int:
-        """Cycles that each step takes, whatever it does."""
+        """Adds up the cycles that each step takes, whatever it does."""
         return self.grid.total - sum(region.cycles for region in self.bodies)
 
 
 def flags(directory: Path) -> str:
-    """LIBTPU_INIT_ARGS that make libtpu write its schedules there, about 10 MB a kernel."""
+    """Builds the LIBTPU_INIT_ARGS that make libtpu write its schedules, about 10 MB a kernel."""
     passes = '(pre-delay|final)_(hlo|bundles)'
     return (
         f'--xla_jf_dump_to={directory} --xla_jf_dump_llo_text=true '
@@ -116,7 +122,7 @@ def flags(directory: Path) -> str:
 
 
 def read(directory: Path, delay_slots: int) -> dict[str, Schedule]:
-    """The schedules of all that was compiled, by the name of its HLO instruction.
+    """Reads the schedules of all that was compiled, by the name of the HLO instruction.
 
     Args:
       delay_slots: bundles after a branch that run whether or not it is taken.
@@ -135,7 +141,7 @@ def read(directory: Path, delay_slots: int) -> dict[str, Schedule]:
 
 
 def parse(bundles: str, final: str, cycles: str, delay_slots: int) -> Schedule:
-    """The tree of a kernel, from the text of its three files."""
+    """Builds the tree of a kernel from the text of its three files."""
     count, starts, core_ids = 0, dict[int, int](), set[str]()
     branches: list[tuple[int, str, int]] = []
     for line in bundles.splitlines():
@@ -151,9 +157,9 @@ def parse(bundles: str, final: str, cycles: str, delay_slots: int) -> Schedule:
         ('predicated', at + 1 + delay_slots, to) if to > at else ('loop', to, at + 1 + delay_slots)
         for at, to in jumps
     ]
-    units, rows = table(final)
+    units, rows = busy_units(final)
     assert len(rows) == count, f'{count} bundles, but utilisation of {len(rows)}'
-    busy = stretch(units, rows, table(cycles)[1])
+    busy = stretch(units, rows, busy_units(cycles)[1])
     guards = {branch[1] for branch in branches}
     compared = re.findall(r'(%\w+) = scmp\.ne\.s32\.totalorder (%\w+), 0\b', bundles)
     return Schedule(
@@ -162,8 +168,8 @@ def parse(bundles: str, final: str, cycles: str, delay_slots: int) -> Schedule:
     )
 
 
-def table(utilization: str) -> tuple[list[str], list[list[int]]]:
-    """Names of the units, and how many of each are busy, row by row."""
+def busy_units(utilization: str) -> tuple[list[str], list[list[int]]]:
+    """Reads the names of the units, and how many of each are busy, row by row."""
     head, rows = utilization.split('== UTILIZATION:\n')
     # From libtpu 0.0.52 on, what was MXU is MATMUL, beside the loading of weights.
     renamed = {'MATMUL': 'MXU'}
@@ -174,10 +180,10 @@ def table(utilization: str) -> tuple[list[str], list[list[int]]]:
 def stretch(
     units: Sequence[str], final: list[list[int]], cycles: list[list[int]]
 ) -> list[list[list[int]]]:
-    """The cycles that belong to each bundle of the final program.
+    """Assigns to each bundle of the final program the cycles that belong to it.
 
-    Those left out issued nothing: the two tables agree on the rows that issue something, and what
-    is missing between two of them goes to the bundle before.
+    The final program leaves out cycles that issue nothing: the two tables agree on the rows that
+    issue something, and what is missing between two of them goes to the bundle before.
     """
     columns = [units.index(unit) for unit in ISSUED]
 

@@ -1,4 +1,4 @@
-"""Our attention kernels as the bench compiles them, and how often their regions run."""
+"""Our attention kernels as a candidate, and how often their regions run."""
 
 import math
 from typing import Any
@@ -7,9 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from helios_jax.bench.attention_peers import FLOAT, HALF, changes, plan
-from helios_jax.bench.attention_problem import Problem, Setup, frequencies
-from helios_jax.bench.tpu_timing import Plan
+from helios_jax.bench.attention.problem import Candidate, Problem, frequencies
+from helios_jax.bench.tpu.timing import FLOAT, HALF, Visits, changes, tally
 from helios_jax.kernels.attention import tpu
 from helios_jax.kernels.attention.tpu import blocks, work
 from helios_jax.kernels.attention.tpu.blocks import Shape
@@ -20,12 +19,13 @@ Options = dict[str, Any]
 
 
 def variants(problem: Problem, which: str, target: str) -> list[Options]:
-    """The shape that the kernels take for the problem."""
+    """Lists the one shape that the kernels take for the problem."""
     at = problem.head_dim, problem.length
     return [{'shape': blocks.shape(target, *at, wide=False, backward=which == 'backward')}]
 
 
-def setup(problem: Problem, options: Options) -> Setup:
+def candidate(problem: Problem, options: Options) -> Candidate:
+    """Makes our attention with the blocks of a shape."""
     group, T = problem.heads // problem.kv_heads, problem.length
     chosen = blocks.fit(Shape(*options['shape']), group, T, T)
     turns = jnp.asarray(frequencies(problem))
@@ -49,38 +49,42 @@ def setup(problem: Problem, options: Options) -> Setup:
 
     marks = np.stack([problem.segment_ids, problem.positions], axis=1).astype(np.float32)
     listed = work.make(marks, marks, chosen, problem.window, ordered=True)
-    plans = {
-        'helios_attention_forward': forward_plan(problem, chosen, listed),
-        'helios_attention_backward': backward_plan(problem, chosen, listed),
+    visits = {
+        'helios_attention_forward': forward_visits(problem, chosen, listed),
+        'helios_attention_backward': backward_visits(problem, chosen, listed),
     }
-    return Setup(attend, 'btnh', plans)
+    return Candidate(attend, 'btnh', visits)
 
 
-def forward_plan(problem: Problem, sizes: Blocks, listed: work.Work) -> Plan:
-    runs, moved = visits(problem, sizes, listed, query_arrays=2, tables=0xFFFF)
+def forward_visits(problem: Problem, sizes: Blocks, listed: work.Work) -> Visits:
+    """Counts visits of the forward kernel, which has no last_k."""
+    runs, moved = count_items(problem, sizes, listed, query_arrays=2, tables=0xFFFF)
     del runs['last_k']
-    return plan(repeat(runs, problem), np.tile(moved, problem.kv_heads), 1)
+    return tally(repeat(runs, problem), np.tile(moved, problem.kv_heads), 1)
 
 
-def backward_plan(problem: Problem, sizes: Blocks, listed: work.Work) -> Plan:
-    runs, moved = visits(problem, sizes, listed, query_arrays=4, tables=~0xFFFF)
+def backward_visits(problem: Problem, sizes: Blocks, listed: work.Work) -> Visits:
+    """Counts visits of the backward kernel, which has no start and writes dk and dv."""
+    runs, moved = count_items(problem, sizes, listed, query_arrays=4, tables=~0xFFFF)
     del runs['start']
     written = np.asarray(listed.writes)
     moved = moved + 2 * sizes.k * problem.head_dim * HALF * changes(written)
-    return plan(repeat(runs, problem), np.tile(moved, problem.kv_heads), 1)
+    return tally(repeat(runs, problem), np.tile(moved, problem.kv_heads), 1)
 
 
 def repeat(runs: dict[str, np.ndarray], problem: Problem) -> dict[str, np.ndarray]:
-    """For every key head."""
+    """Repeats one key head's counts for every key head."""
     return {name: np.tile(count, problem.kv_heads) for name, count in runs.items()}
 
 
-def visits(
+def count_items(
     problem: Problem, sizes: Blocks, listed: work.Work, query_arrays: int, tables: int
 ) -> tuple[dict[str, np.ndarray], np.ndarray]:
-    """For one key head's items: how often each region runs, and the bytes copied.
+    """Counts, for one key head's work items, how often each region runs and the bytes copied.
 
-    `tables` masks the half of `Work.keys` that the tables of keys follow.
+    Args:
+      query_arrays: arrays of H values a query that an item reads or writes.
+      tables: masks the half of `Work.keys` that the tables of keys follow.
     """
     parts, queries, keys = (np.asarray(x) for x in (listed.parts, listed.queries, listed.keys))
     at = work.spans(parts)

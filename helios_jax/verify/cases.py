@@ -1,4 +1,4 @@
-"""The problems on which attention is verified: a product of factors, and small parts of it."""
+"""Cases on which attention is verified: a product of factors, and small samples that cover it."""
 
 import collections
 import dataclasses
@@ -31,14 +31,15 @@ STATIC_FACTOR = 4.7
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """One problem; its arrays follow from these names alone."""
+    """Names one example of attention; its arrays follow from these levels alone."""
 
     dtype: str  # bfloat16 | float32
     H: int
     G: int  # N/K
     T: int
-    # own: the queries' tokens. slice: the whole row, of which the queries are a stretch. ring: a
-    # device's zigzag share, permuted as the queries are; some of them see nothing.
+    # own: keys and queries are the same tokens. slice: the keys are a whole row, the queries a
+    # stretch of it. ring: keys and queries are a device's zigzag shares, permuted alike; some
+    # queries see nothing.
     keys: str
     mask: str  # causal | window | segments (with padding) | segments_window
     softcap: float
@@ -53,15 +54,15 @@ class Case:
 
     @property
     def rows_and_heads(self) -> tuple[int, int]:
-        """B and K: so many that errors are many numbers, more than one where that stays cheap."""
+        """B and K: large enough for errors to be many numbers, above 1 where that stays cheap."""
         if self.T == 1:
             return 4, 4 if self.G == 1 else 2
         B = 1 + (self.T < 1000)
         return B, 1 + (B * self.T * self.G <= 1600)
 
 
-def cases() -> list[Case]:
-    """The whole product of the factors."""
+def product() -> list[Case]:
+    """Lists the whole product of the factors."""
     return [
         Case(**dict(zip(FACTORS, levels, strict=True)))
         for levels in itertools.product(*FACTORS.values())
@@ -69,9 +70,12 @@ def cases() -> list[Case]:
 
 
 def covering(strength: int = 2) -> list[Case]:
-    """A few cases in which any levels of any `strength` factors meet; always the same ones."""
+    """Chooses a few cases in which every combination of `strength` factors' levels occurs.
+
+    The choice is the same in every process.
+    """
     levels = {name: [(name, level) for level in values] for name, values in FACTORS.items()}
-    missing = {  # set → in order, as the order of a set differs between processes
+    missing = {  # set → sorted tuple: iterating a set would differ between processes
         frozenset(meeting): meeting
         for some in itertools.combinations(levels.values(), strength)
         for meeting in itertools.product(*some)
@@ -95,8 +99,8 @@ def covering(strength: int = 2) -> list[Case]:
     return chosen
 
 
-class Problem(NamedTuple):
-    """Inputs in the case's dtype, and the calls of attention that together are the result."""
+class Example(NamedTuple):
+    """Arrays of a case in its dtype, and the calls of attention whose sum is the result."""
 
     q: Float[np.ndarray, 'B T N H']
     k: Float[np.ndarray, 'B S K H']
@@ -105,7 +109,8 @@ class Problem(NamedTuple):
     calls: list[dict[str, Any]]
 
 
-def problem(case: Case) -> Problem:
+def example(case: Case) -> Example:
+    """Draws the arrays of a case, the same ones each time."""
     B, K = case.rows_and_heads
     T, H, N = case.T, case.H, case.G * K
     arguments, window = tokens(case, B)
@@ -116,11 +121,11 @@ def problem(case: Case) -> Problem:
     q *= 3 if case.softcap else 2  # a cap must have something to cap
     q, k, v, cotangent = (x.astype(jnp.dtype(case.dtype)) for x in (q, k, v, cotangent))
     arguments |= {'scale': 1 / math.sqrt(H), 'window': window, 'softcap': case.softcap}
-    return Problem(q, k, v, cotangent, calls_of(case, arguments))
+    return Example(q, k, v, cotangent, calls_of(case, arguments))
 
 
 def tokens(case: Case, B: int) -> tuple[dict[str, Any], int]:
-    """Positions and segments of queries and keys, and the window."""
+    """Builds positions and segment ids of queries and keys, and the window."""
     T = case.T
     M = {'own': T, 'slice': T + 90, 'ring': T + T // 2 + 90}[case.keys]  # the row's tokens
     positions = np.tile(np.arange(M, dtype=np.int32), (B, 1))
@@ -147,7 +152,7 @@ def tokens(case: Case, B: int) -> tuple[dict[str, Any], int]:
 
 
 def calls_of(case: Case, arguments: dict[str, Any]) -> list[dict[str, Any]]:
-    """The calls that model/attention.py makes."""
+    """Lists the calls that model/attention.py would make, one a bucket of dynamic YaRN."""
     arguments = {n: None for n in ('segment_ids', 'key_positions', 'key_segment_ids')} | arguments
     positions, segments = arguments['positions'], arguments['segment_ids']
     trained = math.ceil(0.6 * (positions.max() + 1))

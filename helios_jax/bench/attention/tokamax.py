@@ -1,4 +1,4 @@
-"""tokamax's splash attention (the extra `bench`), set up for a problem as attention_peers.py's."""
+"""tokamax's splash attention (the extra `bench`) as a candidate, set up as jax_splash.py's."""
 
 import importlib.metadata
 import re
@@ -9,25 +9,21 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from helios_jax.bench.attention_peers import (
-    FLOAT,
-    HALF,
+from helios_jax.bench.attention.jax_splash import (
     LANES,
     SUBLANES,
     Options,
     block_sizes,
-    changes,
-    plan,
     rotated_attention,
 )
-from helios_jax.bench.attention_problem import Problem, Setup
-from helios_jax.bench.tpu_timing import Plan
+from helios_jax.bench.attention.problem import Candidate, Problem
+from helios_jax.bench.tpu.timing import FLOAT, HALF, Visits, changes, tally
 
 VERSION = (0, 0, 17)  # older ones have other options
 
 
 def missing() -> str:
-    """Why tokamax cannot be measured, or ''."""
+    """Says why tokamax cannot be compiled, or ''."""
     try:
         version = importlib.metadata.version('tokamax')
     except importlib.metadata.PackageNotFoundError:
@@ -40,7 +36,7 @@ def missing() -> str:
 
 
 def variants(problem: Problem, which: str, _: str) -> list[Options]:
-    """Block sizes; products above the diagonal left out; dq kept for each key block, or for three.
+    """Lists block sizes; products above the diagonal left out; dq for each key block, or three.
 
     The products can be left out where a block is multiplied whole.
     """
@@ -58,7 +54,8 @@ def variants(problem: Problem, which: str, _: str) -> list[Options]:
     return [o | {'dynamic': dynamic} for o in found for dynamic in grids]
 
 
-def setup(problem: Problem, options: Options) -> Setup:
+def candidate(problem: Problem, options: Options) -> Candidate:
+    """Makes tokamax's splash attention with one of the options of `variants`."""
     from tokamax._src.ops.experimental.tpu.splash_attention import (
         splash_attention_kernel as kernels,
     )
@@ -93,7 +90,7 @@ def setup(problem: Problem, options: Options) -> Setup:
             _with_segments(kernels, problem, info, block, is_dkv)
             for is_dkv, info in enumerate((forward, backward))
         )
-    return Setup(
+    return Candidate(
         rotated_attention(problem, kernel, kernels.SegmentIds),
         'bnth',
         {
@@ -104,7 +101,7 @@ def setup(problem: Problem, options: Options) -> Setup:
 
 
 def _with_segments(kernels: Any, problem: Problem, info: Any, block: int, is_dkv: int) -> Any:
-    """The steps that are left where segments do not meet; rows of a batch share one list."""
+    """Lists the steps left where segments meet; the rows of a batch share one list."""
     blocks = problem.length // block
 
     def refine(ids: Array) -> Any:
@@ -121,7 +118,8 @@ def _with_segments(kernels: Any, problem: Problem, info: Any, block: int, is_dkv
     return jax.tree.map(lambda x: x[0], jax.vmap(refine)(jnp.asarray(problem.segment_ids)))
 
 
-def _forward(problem: Problem, block: int, info: Any) -> Plan:
+def _forward(problem: Problem, block: int, info: Any) -> Visits:
+    """Counts visits of the forward kernel."""
     row, column, state, head = _listed(problem, info)
     N, H = problem.heads, problem.head_dim
     key_head = head * problem.kv_heads // N
@@ -138,10 +136,11 @@ def _forward(problem: Problem, block: int, info: Any) -> Plan:
     moved += numbers * changes(row)  # positions
     if problem.documents > 1:
         moved += numbers * changes(row) + block * SUBLANES * FLOAT * changes(column)
-    return plan(runs, moved, problem.batch)
+    return tally(runs, moved, problem.batch)
 
 
-def _backward(problem: Problem, block: int, info: Any) -> Plan:
+def _backward(problem: Problem, block: int, info: Any) -> Visits:
+    """Counts visits of the backward kernel, on a dynamic grid (`info` lists it) or a static one."""
     N, G, H = problem.heads, problem.heads // problem.kv_heads, problem.head_dim
     blocks = problem.length // block
     tile, numbers = block * H * HALF, block * SUBLANES * FLOAT
@@ -177,11 +176,11 @@ def _backward(problem: Problem, block: int, info: Any) -> Plan:
     moved += numbers * changes(row)
     if problem.documents > 1:
         moved += numbers * changes(row) + block * LANES * FLOAT * changes(column)
-    return plan(runs, moved, problem.batch)
+    return tally(runs, moved, problem.batch)
 
 
 def _listed(problem: Problem, info: Any) -> list[np.ndarray]:
-    """Row, column, state (0 nothing, 1 masked, 2 full) and head of each step on tokamax's list."""
+    """Reads row, column, state (0 nothing, 1 masked, 2 full) and head of each step of tokamax."""
     count = int(info.num_active_blocks[0])
     one_head = (info.active_rows, info.active_cols, info.block_mask)
     lists = [np.tile(np.asarray(x)[:count].astype(int), problem.heads) for x in one_head]

@@ -1,9 +1,9 @@
-"""The attention layer that the bench measures, as the model uses it.
+"""The attention layer whose time the bench predicts, built as the model builds it.
 
 x [B T D] → q, k, v → rotation and attention → output projection, forward with what backward needs,
-and backward from that. Between the projections stands an implementation, or nothing: a kernel that
-takes and returns the heads as the matmuls like them. What the layer takes beyond the one with
-nothing is attention's.
+and backward from that. Between the projections stands an implementation, or a kernel that does
+nothing, which takes and returns the heads in the layout that suits the matmuls. The time that a
+layer takes beyond the one that does nothing is attention's.
 """
 
 import dataclasses
@@ -18,8 +18,8 @@ from jax import Array
 from jax.experimental import pallas as pl
 from jaxtyping import Float, Int
 
-from helios_jax.bench.tpu_timing import Plan
-from helios_jax.config import require
+from helios_jax.bench.tpu.timing import Visits
+from helios_jax.errors import require
 
 PASSES = ('forward', 'backward')
 ROPE_BASE = 10_000.0
@@ -27,14 +27,14 @@ ROPE_BASE = 10_000.0
 
 @dataclasses.dataclass(frozen=True)
 class Problem:
-    """bfloat16, causal, H/2 rotation frequencies, D = N·H."""
+    """A shape of attention: bfloat16, causal, H/2 rotation frequencies, D = N·H."""
 
     length: int  # T
     batch: int = 1
     heads: int = 32
     kv_heads: int = 8
     head_dim: int = 128
-    documents: int = 1  # of a row, of random lengths
+    documents: int = 1  # in a row, of random lengths
     window: int = 0
 
     def __post_init__(self) -> None:
@@ -49,7 +49,7 @@ class Problem:
 
     @functools.cached_property
     def segment_ids(self) -> np.ndarray:
-        """Document of each token, from 1, [B T]; no padding."""
+        """Numbers each token's document from 1, [B T]; there is no padding."""
         rng = np.random.default_rng(0)
         rows = np.ones((self.batch, self.length), np.int32)
         for row in rows:
@@ -59,14 +59,14 @@ class Problem:
 
     @functools.cached_property
     def positions(self) -> np.ndarray:
-        """Of each token in its document, [B T]."""
+        """Counts each token's place in its document from 0, [B T]."""
         before = np.pad(self.segment_ids[:, :-1], ((0, 0), (1, 0)))
         at = np.arange(self.length, dtype=np.int32)
         starts = np.where(self.segment_ids != before, at, 0)
         return at - np.maximum.accumulate(starts, axis=1)
 
     def flops(self, which: str) -> float:
-        """Of the products that the mask leaves: two in the forward pass, five in the backward."""
+        """Counts FLOPs of the products that the mask leaves: two in forward, five in backward."""
         seen = self.positions + 1
         if self.window:
             seen = np.minimum(seen, self.window)
@@ -74,44 +74,47 @@ class Problem:
         return 2.0 * products * self.heads * self.head_dim * int(seen.sum())
 
 
-class Setup(NamedTuple):
-    """An implementation, ready for a problem."""
+class Candidate(NamedTuple):
+    """An implementation with one set of its options, ready for a problem."""
 
     # q [B N T H], k and v [B K T H] where `heads` is 'bnth', [B T N H] and [B T K H] where it is
-    # 'btnh'; positions and segment ids [B T] → the like of q. Rotates.
+    # 'btnh'; positions and segment ids [B T] → an array like q. It rotates q and k itself.
     attend: Callable[[Array, Array, Array, Array, Array], Array]
     heads: str
-    # For each of its kernels, by a part of its name, what it does.
-    plans: dict[str, Plan]
+    # What each of its kernels does; the key is found in the kernel's name.
+    visits: dict[str, Visits]
 
 
 def frequencies(problem: Problem) -> np.ndarray:
+    """Computes the rotation's radians per position, float32 [H/2]."""
     half = problem.head_dim // 2
     return (ROPE_BASE ** (-np.arange(half) / half)).astype(np.float32)
 
 
 def layer(
-    setup: Setup,
+    candidate: Candidate,
     weights: dict[str, Array],
     x: Float[Array, 'B T D'],
     positions: Int[Array, 'B T'],
     segment_ids: Int[Array, 'B T'],
 ) -> Float[Array, 'B T D']:
-    q, k, v = (jnp.einsum(f'btd,dnh->{setup.heads}', x, weights[name]) for name in 'qkv')
-    out = setup.attend(q, k, v, positions, segment_ids)
-    return jnp.einsum(f'{setup.heads},nhd->btd', out, weights['out'])
+    """Runs the projections with the candidate between them."""
+    q, k, v = (jnp.einsum(f'btd,dnh->{candidate.heads}', x, weights[name]) for name in 'qkv')
+    out = candidate.attend(q, k, v, positions, segment_ids)
+    return jnp.einsum(f'{candidate.heads},nhd->btd', out, weights['out'])
 
 
 def program(
-    problem: Problem, setup: Setup, which: str, *, alone: bool = False
+    problem: Problem, candidate: Candidate, which: str, *, alone: bool = False
 ) -> tuple[Callable[..., Any], tuple]:
-    """The function of a pass, to compile, and the shapes of its arguments.
+    """Returns the function of a pass, to compile, and the shapes of its arguments.
 
     'forward' returns the layer's output and what backward needs; 'backward' takes that and the
     output's cotangent, and returns the gradients of weights and x.
 
     Args:
-      alone: the attention without the projections, of q, k and v.
+      which: forward | backward.
+      alone: leave out the projections; the arguments are q, k and v.
     """
     B, T, D = problem.batch, problem.length, problem.heads * problem.head_dim
     N, K, H = problem.heads, problem.kv_heads, problem.head_dim
@@ -120,13 +123,13 @@ def program(
     if alone:
         sizes = {'b': B, 't': T, 'h': H}
         inputs: tuple[Any, ...] = tuple(
-            shape([(sizes | {'n': heads})[axis] for axis in setup.heads]) for heads in (N, K, K)
+            shape([(sizes | {'n': heads})[axis] for axis in candidate.heads]) for heads in (N, K, K)
         )
-        run: Callable[..., Array] = setup.attend
+        run: Callable[..., Array] = candidate.attend
     else:
         weights = {'q': shape((D, N, H)), 'k': shape((D, K, H)), 'v': shape((D, K, H))}
         inputs = (weights | {'out': shape((N, H, D))}, shape((B, T, D)))
-        run = functools.partial(layer, setup)
+        run = functools.partial(layer, candidate)
 
     def forward(inputs: Any, positions: Array, segment_ids: Array) -> Any:
         return jax.vjp(lambda *inputs: run(*inputs, positions, segment_ids), *inputs)
@@ -138,8 +141,8 @@ def program(
     return lambda pullback, cotangent: pullback(cotangent), (pullback, out)
 
 
-def nothing(problem: Problem) -> Setup:
-    """Attention that does nothing, with the arguments and results of one that does."""
+def nothing() -> Candidate:
+    """Makes attention that does nothing, with the arguments and results of one that does."""
 
     @jax.custom_vjp
     def attend(q: Array, k: Array, v: Array) -> Array:
@@ -153,11 +156,11 @@ def nothing(problem: Problem) -> Setup:
         return untouched('nothing_backward', residuals[:3], *residuals, cotangent)
 
     attend.defvjp(forward, backward)
-    return Setup(lambda q, k, v, positions, segment_ids: attend(q, k, v), 'bnth', {})
+    return Candidate(lambda q, k, v, positions, segment_ids: attend(q, k, v), 'bnth', {})
 
 
 def untouched(name: str, like: Any, *inputs: Array) -> tuple[Array, ...]:
-    """A kernel's results, not written."""
+    """Returns a kernel's results, which it never writes."""
     anywhere = pl.BlockSpec(memory_space=pl.ANY)
     return pl.pallas_call(
         lambda *_: None,

@@ -1,9 +1,10 @@
-"""Attention against float64, and how large an error may be.
+"""Attention held against float64, and how large its error may be.
 
     helios bench attention --verify [--cases=N] [--jobs=N]
 
 A result is right if its error is at most twice that of a plain computation in the same dtype, plus
-1e-5, by its largest value and by its root mean square; what sees nothing must be exactly zero.
+1e-5, by its largest value and by its root mean square. A query that sees no key must give exactly
+zero, and so must the gradient of a key that no query sees.
 """
 
 import functools
@@ -20,19 +21,17 @@ import numpy as np
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Bool, Shaped
 
-from helios_jax.bench.attention_cases import Case, Problem, cases, covering, problem
-from helios_jax.bench.attention_oracle import Results, oracle, rounded_to, visible
 from helios_jax.errors import require
 from helios_jax.kernels.attention import tpu
 from helios_jax.kernels.attention.tpu.work import Blocks
-
-__all__ = ['Case', 'Problem', 'cases', 'compare', 'covering', 'kernels', 'problem', 'run', 'verify']
+from helios_jax.verify.cases import Case, Example, example, product
+from helios_jax.verify.oracle import Results, oracle, rounded_to, visible
 
 SLACK = 1e-5
-# Plain computations, the same but for how they round, of which the worst counts: a largest error is
-# a matter of luck where numbers are few or one of them stands out.
-EQUALS = 6
-# Blocks of which a row has several: the kernels' own are larger than most cases.
+# How many plain computations, which differ only in how they round, set the bound: the worst counts,
+# because a largest error is a matter of luck where numbers are few or one of them stands out.
+PLAIN_RUNS = 6
+# Small enough for a row to have several blocks: the kernels' own are larger than most cases.
 SMALL = Blocks(q=256, k=768, part=256, run=2, width=256)
 
 
@@ -40,25 +39,25 @@ class Check(NamedTuple):
     case: Case
     faults: list[str]  # none: it passed
     worst: float  # the largest error, as a fraction of what is allowed
-    seconds: float  # of the attention, compilation included
+    seconds: float  # that the attention took, compilation included
 
 
-def verify(attention: Callable[..., jax.Array], cases: Iterable[Case]) -> Iterator[Check]:
-    """Checks output and gradients of each case.
+def check(attention: Callable[..., jax.Array], chosen: Iterable[Case]) -> Iterator[Check]:
+    """Checks output and gradients of each chosen case.
 
     Args:
       attention: takes what `kernels.attention.attention` takes, all of it given by name.
     """
-    for case in cases:
-        given = problem(case)
+    for case in chosen:
+        given = example(case)
         start = time.monotonic()
         actual = run(attention, given)
         seconds = time.monotonic() - start
-        yield Check(case, *compare(given, case.dtype, actual), seconds)
+        yield Check(case, *judge(given, case.dtype, actual), seconds)
 
 
 def kernels(case: Case, **options: Any) -> Callable[..., jax.Array]:
-    """Our TPU kernels, interpreted off TPU; every other case has small blocks."""
+    """Sets up our TPU kernels, interpreted off TPU; about half of all cases get small blocks."""
     if zlib.crc32(case.name.encode()) % 2:
         options['blocks'] = SMALL, SMALL
     if jax.default_backend() != 'tpu':
@@ -69,22 +68,23 @@ def kernels(case: Case, **options: Any) -> Callable[..., jax.Array]:
 def report(number: int, jobs: int) -> None:
     """Checks cases of the product in an order that makes the first ones a sample of all.
 
-    On a TPU the kernels run as compiled; elsewhere they are interpreted, in seconds a case.
+    A TPU runs the compiled kernels; elsewhere they are interpreted, which takes seconds a case.
 
     Args:
       number: how many cases; 0: all.
+      jobs: processes at a time.
     Raises:
       UserError: a case failed.
     """
-    order = sorted(cases(), key=lambda case: zlib.crc32(case.name.encode()))
+    order = sorted(product(), key=lambda case: zlib.crc32(case.name.encode()))
     order = order[: number or None]
     failed, worst, start = 0, 0.0, time.monotonic()
     with multiprocessing.get_context('spawn').Pool(jobs) as pool:
-        for done, check in enumerate(pool.imap_unordered(verify_kernels, order), start=1):
-            worst = max(worst, check.worst)
-            failed += bool(check.faults)
-            for fault in check.faults:
-                print(f'{check.case.name}: {fault}', flush=True)
+        for done, checked in enumerate(pool.imap_unordered(check_kernels, order), start=1):
+            worst = max(worst, checked.worst)
+            failed += bool(checked.faults)
+            for fault in checked.faults:
+                print(f'{checked.case.name}: {fault}', flush=True)
             if done % 20 == 0 or done == len(order):
                 minutes = (time.monotonic() - start) / 60
                 print(
@@ -94,13 +94,14 @@ def report(number: int, jobs: int) -> None:
     require(not failed, f'{failed} of {len(order)} cases failed.')
 
 
-def verify_kernels(case: Case) -> Check:
-    [check] = verify(kernels(case), [case])
-    return check
+def check_kernels(case: Case) -> Check:
+    """Checks our TPU kernels on one case; a name that a worker process can import."""
+    [checked] = check(kernels(case), [case])
+    return checked
 
 
-def run(attention: Callable[..., jax.Array], given: Problem) -> list[np.ndarray]:
-    """out, dq, dk, dv of all calls together."""
+def run(attention: Callable[..., jax.Array], given: Example) -> list[np.ndarray]:
+    """Computes out, dq, dk, dv of all calls together by `attention` and its vjp."""
 
     def results(q: Any, k: Any, v: Any, cotangent: Any, *, calls: Any) -> Any:
         def total(q: Any, k: Any, v: Any) -> Any:
@@ -116,7 +117,7 @@ def run(attention: Callable[..., jax.Array], given: Problem) -> list[np.ndarray]
 def jitted(
     function: Callable[..., Any], arrays: Iterable[np.ndarray], arguments: dict[str, Any]
 ) -> list[np.ndarray]:
-    """The arrays that the function returns; whatever is no array it takes as a constant."""
+    """Runs a function under jit, with arguments that are no arrays as constants."""
     leaves, tree = jax.tree.flatten((list(arrays), arguments))
     traced = {i: jnp.asarray(x) for i, x in enumerate(leaves) if isinstance(x, np.ndarray)}
 
@@ -129,21 +130,21 @@ def jitted(
     return [np.asarray(x) for x in jax.tree.leaves(call(traced))]
 
 
-def compare(
-    given: Problem, dtype: str, actual: list[Shaped[np.ndarray, '...']]
+def judge(
+    given: Example, dtype: str, actual: list[Shaped[np.ndarray, '...']]
 ) -> tuple[list[str], float]:
-    """What is wrong with out, dq, dk, dv, and the largest error as a fraction of its bound."""
+    """Lists what is wrong with out, dq, dk, dv; gives the largest error as a share of its bound."""
     exact, unseen = total_of(given, given.calls), _unseen(given.calls)
     plain: list[list[np.ndarray]] = []
-    for by in range(EQUALS):
+    for by in range(PLAIN_RUNS):
         plain.append(total_of(given, shifted(given.calls, by), dtype))
-        faults, worst = _judge(actual, exact, plain, unseen)
+        faults, worst = _faults_of(actual, exact, plain, unseen)
         if not faults or worst > 2:  # beyond luck
             break
     return faults, worst
 
 
-def _judge(
+def _faults_of(
     actual: list[np.ndarray],
     exact: list[np.ndarray],
     plain: list[list[np.ndarray]],
@@ -168,14 +169,14 @@ def _judge(
     return faults, worst
 
 
-def total_of(given: Problem, calls: list[dict[str, Any]], operand: str = '') -> list[np.ndarray]:
-    """out, dq, dk, dv of all calls together, in float64 or plainly in a dtype."""
+def total_of(given: Example, calls: list[dict[str, Any]], operand: str = '') -> list[np.ndarray]:
+    """Computes out, dq, dk, dv of all calls together, in float64 or plainly in a dtype."""
     results = [oracle(*given[:4], **call, operand=operand)[:4] for call in calls]
-    return [rounded_to(np.sum(parts, axis=0), operand) for parts in zip(*results, strict=True)]
+    return [rounded_to(np.sum(arrays, axis=0), operand) for arrays in zip(*results, strict=True)]
 
 
 def shifted(calls: list[dict[str, Any]], by: int) -> list[dict[str, Any]]:
-    """The same attention at later positions, where it rounds otherwise."""
+    """Moves all positions by as much, which changes how the same attention rounds."""
 
     def later(positions: np.ndarray | None) -> np.ndarray | None:
         return None if positions is None else positions + positions.dtype.type(by)
@@ -187,7 +188,7 @@ def shifted(calls: list[dict[str, Any]], by: int) -> list[dict[str, Any]]:
 def _unseen(
     calls: list[dict[str, Any]],
 ) -> tuple[Bool[np.ndarray, 'B T'], Bool[np.ndarray, 'B S']]:
-    """The queries that see no key, and the keys that no query sees."""
+    """Finds the queries that see no key, and the keys that no query sees."""
     masks = []
     for c in calls:
         keys = c['positions'] if c['key_positions'] is None else c['key_positions']

@@ -1,6 +1,6 @@
 """Compiles a function for a TPU, and adds up what the program does around its Pallas kernels.
 
-XLA's own operations are read as the kernels are, from their schedules (tpu_schedule.py): the cycles
+XLA's own operations are read as the kernels are, from their schedules (schedule.py): the cycles
 of one turn of an operation's loop times the turns that its `iteration_bounds` announce, or what its
 bytes in HBM take if that is longer. The `estimated_cycles` that XLA writes beside them steer its
 choices and are no times: twice the schedule for a plain matmul on v6e, ten times for elementwise
@@ -18,7 +18,8 @@ from typing import Any, NamedTuple
 import jax
 from jax.experimental.layout import Format, Layout
 
-from helios_jax.bench import tpu_schedule, tpu_timing
+from helios_jax.bench.tpu import schedule, timing
+from helios_jax.bench.tpu.schedule import Schedule
 from helios_jax.parallel import mesh as meshes
 
 INSTRUCTION = re.compile(r'  (?:ROOT )?%([\w.\-]+) = (.*?) ([a-z][\w\-]*)\((.*)', re.DOTALL)
@@ -28,18 +29,22 @@ FREE = ('parameter', 'constant', 'bitcast', 'tuple', 'get-tuple-element', 'while
 
 
 class Operation(NamedTuple):
+    """An instruction of the optimised program that takes time."""
+
     name: str
     opcode: str
     kernel: bool  # Pallas made it
-    times: float  # it runs in one run of the program
-    seconds: float  # of one run; of a kernel 0, for it is not known here
+    times: float  # how often it runs in one run of the program
+    seconds: float  # what one run takes; 0 for a kernel, whose time is not known here
     hbm_bytes: float  # operands and results that are not in VMEM
     vmem_bytes: int  # that it allocates while it runs
 
 
 class Program(NamedTuple):
+    """A compiled program: what it runs, and the schedule of each operation by name."""
+
     operations: list[Operation]
-    schedules: dict[str, tpu_schedule.Schedule]
+    schedules: dict[str, Schedule]
     temp_bytes: int
 
     @property
@@ -48,25 +53,25 @@ class Program(NamedTuple):
 
     @property
     def seconds(self) -> float:
-        """Of everything but the Pallas kernels."""
+        """Adds up the time of everything but the Pallas kernels."""
         return sum(o.times * o.seconds for o in self.operations if not o.kernel)
 
     @property
     def hbm_bytes(self) -> float:
-        """Of everything but the Pallas kernels."""
+        """Adds up what everything but the Pallas kernels reads and writes."""
         return sum(o.times * o.hbm_bytes for o in self.operations if not o.kernel)
 
 
 def compile_here(
     function: Callable[..., Any],
     arguments: tuple,
-    chip: tpu_timing.Chip,
+    chip: timing.Chip,
     *,
     scoped_vmem_mib: int = 0,
 ) -> Program:
     """Compiles for one device; layouts of arguments and results are the compiler's choice.
 
-    To be called once in a process, before anything else loads libtpu: it reads its flags then.
+    Must be called once in a process, before anything else loads libtpu, which then reads its flags.
 
     Args:
       arguments: arrays or their shapes and dtypes.
@@ -76,7 +81,7 @@ def compile_here(
     """
     with tempfile.TemporaryDirectory(prefix='helios_schedules_') as directory:
         others = os.environ.get('LIBTPU_INIT_ARGS', '')
-        os.environ['LIBTPU_INIT_ARGS'] = f'{others} {tpu_schedule.flags(Path(directory))}'
+        os.environ['LIBTPU_INIT_ARGS'] = f'{others} {schedule.flags(Path(directory))}'
         mesh = jax.sharding.Mesh(meshes.topology_devices(chip.topology)[:1], 'x')
         whole = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
         anyhow: Any = Format(Layout.AUTO, whole)
@@ -87,18 +92,16 @@ def compile_here(
         with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
             lowered = jitted.lower(*shapes)
         compiled = lowered.compile(limit if scoped_vmem_mib else None)
-        schedules = tpu_schedule.read(Path(directory), chip.delay_slots)
+        schedules = schedule.read(Path(directory), chip.delay_slots)
     memory: Any = compiled.memory_analysis()
     operations = read(compiled.as_text() or '', schedules, chip)
     return Program(operations, schedules, memory.temp_size_in_bytes)
 
 
-def read(
-    hlo: str, schedules: dict[str, tpu_schedule.Schedule], chip: tpu_timing.Chip
-) -> list[Operation]:
-    """The operations that an optimised module runs, those of its loops included."""
+def read(hlo: str, schedules: dict[str, Schedule], chip: timing.Chip) -> list[Operation]:
+    """Lists the operations that an optimised module runs, those of its loops included."""
     entry, computations = split(hlo)
-    # Of operations that are alike, libtpu schedules one.
+    # libtpu schedules one of several operations that are alike.
     twins = {
         likeness(text): schedules[match[1]]
         for texts in computations.values()
@@ -122,9 +125,9 @@ def read(
             kernel = 'custom_call_target="tpu_custom_call"' in rest
             seconds = 0.0
             if not kernel and not opcode.endswith('-start'):
-                schedule = schedules.get(name) or twins.get(likeness(match[0]))
+                code = schedules.get(name) or twins.get(likeness(match[0]))
                 cores = chip.num_cores if 'megacore_split_dim' in rest else 1
-                cycles = turned(schedule, rest) / cores if schedule else 0.0
+                cycles = turned(code, rest) / cores if code else 0.0
                 seconds = max(cycles / chip.clock, moved / chip.hbm_bytes_per_second)
             scoped = re.search(r'"used_scoped_memory_configs":\[([^\]]*)\]', rest)
             sizes = re.findall(r'"size":"(\d+)"', scoped[1]) if scoped else []
@@ -136,7 +139,7 @@ def read(
 
 
 def split(hlo: str) -> tuple[str, dict[str, list[str]]]:
-    """The name of the entry computation, and each computation's instructions."""
+    """Finds the name of the entry computation, and each computation's instructions."""
     entry, current = '', ''
     computations: dict[str, list[str]] = {}
     for line in hlo.splitlines():
@@ -152,7 +155,7 @@ def split(hlo: str) -> tuple[str, dict[str, list[str]]]:
 
 
 def likeness(text: str) -> tuple[str, ...]:
-    """What an instruction shares with those that are compiled to the same code."""
+    """Returns what an instruction shares with those that are compiled to the same code."""
     match = INSTRUCTION.match(text)
     assert match
     bounds = re.search(r'"iteration_bounds":\[[^\]]*\]', text)
@@ -161,18 +164,18 @@ def likeness(text: str) -> tuple[str, ...]:
     return match[3], shape, bounds[0] if bounds else '', estimate[0] if estimate else ''
 
 
-def turned(schedule: tpu_schedule.Schedule, text: str) -> int:
-    """Cycles of an operation whose outermost loop turns as often as its text says."""
+def turned(operation: Schedule, text: str) -> int:
+    """Counts the cycles of an operation whose outermost loop turns as often as its text says."""
     bounds = re.search(r'"iteration_bounds":\[([^\]]*)\]', text)
     turns = math.prod(map(int, re.findall(r'\d+', bounds[1]))) if bounds else 1
-    grid = schedule.grid
-    if grid is schedule.code:
+    grid = operation.grid
+    if grid is operation.code:
         return grid.total
-    return schedule.code.total + (turns - 1) * grid.total
+    return operation.code.total + (turns - 1) * grid.total
 
 
 def loop(text: str, computations: dict[str, list[str]]) -> tuple[str, int]:
-    """The body of a while instruction, and its turns."""
+    """Finds the body of a while instruction, and how often it turns."""
     body, condition = (
         re.search(rf'{part}=%([\w.\-]+)', text)[1]  # type: ignore[index]
         for part in ('body', 'condition')
@@ -185,7 +188,7 @@ def loop(text: str, computations: dict[str, list[str]]) -> tuple[str, int]:
 
 
 def hbm_bytes(shape: str) -> float:
-    """Of the arrays in a shape, or a tuple of shapes, that are in HBM; tiles are padded."""
+    """Adds up the bytes of a shape's arrays, or a tuple's, that are in HBM; tiles are padded."""
     total = 0.0
     for kind, bits, dims, layout, rest in SHAPE.findall(shape):
         if 'S(' in rest:

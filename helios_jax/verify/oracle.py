@@ -1,4 +1,4 @@
-"""Attention in NumPy: in float64 the oracle, in a narrower dtype the plain computation.
+"""Attention in NumPy: the oracle in float64, the plain computation in a narrower dtype.
 
 The gradients are written out by hand, so that it shares nothing with what it judges.
 """
@@ -38,7 +38,7 @@ def oracle(
     softcap: float = 0.0,
     operand: str = '',
 ) -> Results:
-    """Output, gradients and log-sum-exp; arguments as `kernels.attention.attention`.
+    """Computes output, gradients and log-sum-exp, of `kernels.attention.attention`'s arguments.
 
     Args:
       operand: '' computes in float64. A dtype gives the plain computation in it: operands of the
@@ -78,7 +78,7 @@ def _head(
     softcap: float,
     rounded: Callable[[np.ndarray], np.ndarray],
 ) -> tuple[np.ndarray, ...]:
-    """out, dq, dk, dv, lse of one head, with q and k rotated and scaled."""
+    """Computes out, dq, dk, dv and lse of one head, whose q and k are rotated and scaled."""
     logits = queries @ keys.T
     slope = np.ones_like(logits)
     if softcap:
@@ -109,7 +109,7 @@ def _turn(
     positions: Num[np.ndarray, 'B T'],
     frequencies: Float[np.ndarray, 'R'],
 ) -> Float[np.ndarray, 'B T N H']:
-    """R_t x, in x's dtype."""
+    """Rotates each token by its position: R_t x, in x's dtype."""
     angles = (positions[..., None].astype(x.dtype) * frequencies.astype(x.dtype))[:, :, None]
     low, high = np.split(x, 2, axis=-1)
     cos, sin = np.cos(angles), np.sin(angles)
@@ -123,7 +123,7 @@ def visible(
     key_segment_ids: Int[np.ndarray, 'B S'] | None,
     window: int,
 ) -> Bool[np.ndarray, 'B T S']:
-    """Which keys each query sees."""
+    """Tells which keys each query sees."""
     distance = positions[:, :, None] - key_positions[:, None]
     mask = (distance >= 0) & ((distance < window) if window else True)
     if segment_ids is None and key_segment_ids is None:

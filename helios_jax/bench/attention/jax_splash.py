@@ -1,8 +1,8 @@
-"""Splash attention as the bench's peers have it, and jax's version of it.
+"""jax's splash attention as a candidate, and what tokamax's (tokamax.py) shares with it.
 
-With the block sizes and options to try, rotated as kernels.attention.rotation does, in the layout
-[B N T H] that their kernels take. How often their regions run follows from the tables that they
-hand to their own kernels, step by step. tokamax's version is in attention_tokamax.py.
+kernels.attention.rotation rotates queries and keys, in the layout [B N T H] that the peers' kernels
+take. How often their regions run follows from the tables that the peers hand to their own kernels,
+step by step.
 """
 
 import math
@@ -16,18 +16,17 @@ from jax import Array
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
 
-from helios_jax.bench.attention_problem import Problem, Setup, frequencies
-from helios_jax.bench.tpu_timing import Plan, Step
+from helios_jax.bench.attention.problem import Candidate, Problem, frequencies
+from helios_jax.bench.tpu.timing import FLOAT, HALF, Visits, changes, tally
 from helios_jax.kernels.attention.rotation import rotate
 
 Options = dict[str, Any]
 LANES = 128  # copies of a number that a peer keeps per query: log-sum-exp, segment id, position
-SUBLANES = 8  # the same, where queries lie along the lanes
-FLOAT, HALF = 4, 2  # bytes
+SUBLANES = 8  # copies of it where queries lie along the lanes
 
 
 def variants(problem: Problem, which: str, _: str) -> list[Options]:
-    """Block sizes; backward in two kernels, or in one that keeps a dq for each key block."""
+    """Lists block sizes; backward in two kernels, or one that keeps a dq for each key block."""
     if which == 'forward':
         return block_sizes(problem, [(512, 512), (1024, 512), (2048, 512)])
     return [
@@ -38,9 +37,9 @@ def variants(problem: Problem, which: str, _: str) -> list[Options]:
 
 
 def block_sizes(problem: Problem, sizes: list[tuple[int, int]]) -> list[Options]:
-    """Of blocks in memory and in the products, those that are worth a try.
+    """Keeps the sizes (block in memory, block in the products) that are worth a try.
 
-    That is 1024; small ones where they leave out more, large ones in long rows.
+    Blocks of 1024 always are, smaller ones where they leave out more, larger ones in long rows.
     """
     T, sparse = problem.length, problem.documents > 1 or problem.window > 0
     useful = {512: sparse or T < 4096 or T % 1024 > 0, 1024: True, 2048: T >= 8192}
@@ -49,11 +48,12 @@ def block_sizes(problem: Problem, sizes: list[tuple[int, int]]) -> list[Options]
         for block, compute in sizes
         if T % block == 0 and useful[block]
     ]
-    # The largest need more VMEM than an operation gets unasked.
+    # The largest need more VMEM than an operation gets by default.
     return [o | {'scoped_vmem_mib': 48} if o['block'] > 1024 else o for o in worth]
 
 
-def setup(problem: Problem, options: Options) -> Setup:
+def candidate(problem: Problem, options: Options) -> Candidate:
+    """Makes jax's splash attention with one of the options of `variants`."""
     block, fused = options['block'], options.get('fused', False)
     T, N = problem.length, problem.heads
     shape, sides = (T, T), (problem.window - 1, 0)
@@ -76,17 +76,19 @@ def setup(problem: Problem, options: Options) -> Setup:
     )
     packed = problem.documents > 1
     name = 'splash_mha_{}' + ('_segmented' if packed else '')
-    plans = {
-        name.format('fwd'): _jax_rows(problem, block, kernel.fwd_mask_info, lse_written=True),
-        name.format('dkv'): _jax_columns(problem, block, kernel.dkv_mask_info, fused),
+    visits = {
+        name.format('fwd'): _row_visits(problem, block, kernel.fwd_mask_info, lse_written=True),
+        name.format('dkv'): _column_visits(problem, block, kernel.dkv_mask_info, fused),
     }
     if not fused:
-        plans[name.format('dq')] = _jax_rows(problem, block, kernel.dq_mask_info, lse_written=False)
-    return Setup(rotated_attention(problem, kernel, splash.SegmentIds), 'bnth', plans)
+        visits[name.format('dq')] = _row_visits(
+            problem, block, kernel.dq_mask_info, lse_written=False
+        )
+    return Candidate(rotated_attention(problem, kernel, splash.SegmentIds), 'bnth', visits)
 
 
-def _jax_rows(problem: Problem, block: int, info: Any, *, lse_written: bool) -> Plan:
-    """The kernels that visit the key blocks of a query block: forward, and dq."""
+def _row_visits(problem: Problem, block: int, info: Any, *, lse_written: bool) -> Visits:
+    """Counts visits of the kernels that go through a query block's key blocks: forward, and dq."""
     state, column = np.asarray(info.block_mask)[0], np.asarray(info.data_next)[0]
     rows, width = state.shape
     N, H = problem.heads, problem.head_dim
@@ -96,21 +98,21 @@ def _jax_rows(problem: Problem, block: int, info: Any, *, lse_written: bool) -> 
     runs = {'init': at == 0, 'run': state > 0, 'finish': at == width - 1}
     tile = block * H * HALF
     moved = 2 * tile * changes(key_head, column)
-    # The positions of the queries, and their segments where there are several; out or dq.
+    # Positions of the queries; further down their segments, where there are several.
     per_query = LANES * FLOAT if lse_written else SUBLANES * FLOAT
     moved += block * per_query * changes(row)
-    moved += 2 * tile * changes(head, row)
+    moved += 2 * tile * changes(head, row)  # q; out or dq
     if lse_written:
         moved += block * LANES * FLOAT * changes(head, row)
     else:  # the output's cotangent, log-sum-exp, delta
         moved += (tile + 2 * block * SUBLANES * FLOAT) * changes(head, row)
     if problem.documents > 1:
         moved += block * per_query * changes(row) + block * SUBLANES * FLOAT * changes(column)
-    return plan(runs, moved, problem.batch)
+    return tally(runs, moved, problem.batch)
 
 
-def _jax_columns(problem: Problem, block: int, info: Any, fused: bool) -> Plan:
-    """The kernel that visits the query blocks of a key block: dk, dv and, if fused, dq."""
+def _column_visits(problem: Problem, block: int, info: Any, fused: bool) -> Visits:
+    """Counts visits of the kernel that goes through a key block's query blocks: dk, dv (and dq)."""
     state, query = np.asarray(info.block_mask)[0], np.asarray(info.data_next)[0]
     width, columns = state.shape
     N, G, H = problem.heads, problem.heads // problem.kv_heads, problem.head_dim
@@ -129,12 +131,17 @@ def _jax_columns(problem: Problem, block: int, info: Any, fused: bool) -> Plan:
         moved += tile * np.ones_like(moved)  # each step has a dq of its own
     if problem.documents > 1:
         moved += numbers * changes(at) + block * LANES * FLOAT * changes(column)
-    return plan(runs, moved, problem.batch)
+    return tally(runs, moved, problem.batch)
 
 
 def rotated_attention(
     problem: Problem, kernel: Any, ids: Callable[..., Any]
 ) -> Callable[..., Array]:
+    """Wraps a peer's kernel: rotates q and k, and hands it one row at a time.
+
+    Args:
+      ids: the peer's type of segment ids, made of the queries' and the keys'.
+    """
     scale = 1 / math.sqrt(problem.head_dim)
     turns = jnp.asarray(frequencies(problem))
 
@@ -148,26 +155,3 @@ def rotated_attention(
         return jax.vmap(kernel)(*heads)
 
     return attend
-
-
-def changes(*indices: np.ndarray) -> np.ndarray:
-    """1 for each step whose block is another than the step's before: the block is copied."""
-    stacked = np.stack(indices)
-    moved = np.any(stacked[:, 1:] != stacked[:, :-1], axis=0)
-    return np.concatenate([[1], moved.astype(int)])
-
-
-def plan(runs: dict[str, np.ndarray], hbm_bytes: np.ndarray, batch: int) -> Plan:
-    """Gathers like steps, for all rows of the batch.
-
-    Args:
-      runs: for each body, in the order of the code, how often it runs in each step of one row.
-      hbm_bytes: that each step copies.
-    """
-    table = np.stack([*runs.values(), hbm_bytes], axis=1).astype(np.int64)
-    kinds, counts = np.unique(table, axis=0, return_counts=True)
-    steps = [
-        Step(float(count) * batch, dict(zip(runs, map(float, kind), strict=False)), float(kind[-1]))
-        for kind, count in zip(kinds, counts, strict=True)
-    ]
-    return Plan(tuple(runs), steps)

@@ -1,12 +1,11 @@
-"""What the compiler makes of attention on a TPU: ours beside jax's and tokamax's splash attention.
+"""Predicts attention's time on a TPU: our kernels beside jax's and tokamax's splash attention.
 
     helios bench attention --target=v5p --lengths=2048,4096,16384 [--documents=16] [--json]
 
 Needs libtpu (the extra `tpu`), and for tokamax the extra `bench`; no TPU. Each implementation and
 pass is compiled with each of its options (block sizes and the like), each in a process of its own;
-the fastest then inside the whole attention layer (attention_problem.py). A pass takes
-  kernel: from its schedule, how often each region runs and the bytes that it copies
-    (tpu_schedule.py); plus
+the fastest then inside the whole attention layer (problem.py). The time of a pass is the sum of
+  kernel: by its schedule (tpu/schedule.py), how often each region runs and the bytes it copies;
   around: the layer's other operations, less those of the same layer around a kernel that does
     nothing: rotation, copies and transposes, residuals, delta, sums over partial gradients.
 The ratio is a peer's sum by ours. FLOPs are those that the mask leaves, so that wasted work shows.
@@ -22,7 +21,7 @@ Checked against tokamax's forward kernel as its authors measured it, TFLOP/s at 
   v5p  measured 136 186 255 315, predicted 146 209 266 307
   v6e  measured  89 137 194 255, predicted 125 179 228 263
 Long calls are right within 4%; short ones take longer than predicted, by up to 12% on v5p and 40%
-on v6e. That is the same for all implementations, so that it brings their ratio closer to one.
+on v6e. All implementations share that, which brings their true ratio closer to one.
 """
 
 import dataclasses
@@ -32,10 +31,10 @@ from pathlib import Path
 
 import jax
 
-from helios_jax.bench import attention_tokamax
-from helios_jax.bench.attention_problem import PASSES, Problem
-from helios_jax.bench.attention_task import IMPLEMENTATIONS, NOTHING, OURS, Row, Task, run
-from helios_jax.bench.tpu_timing import CHIPS
+from helios_jax.bench.attention import tokamax
+from helios_jax.bench.attention.problem import PASSES, Problem
+from helios_jax.bench.attention.task import IMPLEMENTATIONS, NOTHING, OURS, Row, Task, run
+from helios_jax.bench.tpu.timing import CHIPS
 from helios_jax.errors import require
 
 # TFLOP/s of tokamax's forward pass with residuals, causal, bfloat16, H = 128, by its authors.
@@ -45,13 +44,13 @@ MEASURED = {
 }
 
 
-def measure(
+def fastest(
     target: str, problem: Problem, names: list[str], before: list[Row], jobs: int
 ) -> list[Row]:
-    """One row for each implementation and pass, with the fastest of its options.
+    """Finds the fastest options of each implementation and pass: a row each, of the whole layer.
 
     Args:
-      before: rows of the problem that need not be made again, of other implementations.
+      before: rows of other implementations on the same problem, which are not made again.
     """
     rows = []
     for which in PASSES:
@@ -82,6 +81,7 @@ def measure(
 
 
 def describe_trial(row: Row) -> str:
+    """Writes a line about one set of options."""
     options = ' '.join(f'{name}={value}' for name, value in row['options'].items())
     head = f'{row["target"]} {row["which"]} {row["implementation"]} {options}'
     if 'refused' in row:
@@ -90,7 +90,7 @@ def describe_trial(row: Row) -> str:
 
 
 def finished(row: Row, nothing: Row, problem: Problem) -> Row:
-    """A layer's row with what attention adds to the one that does nothing."""
+    """Completes a layer's row by what attention adds to the layer that does nothing."""
     chip = CHIPS[row['target']]
     around_ms = row['others_ms'] - nothing['others_ms']
     total_ms = row['kernel_ms'] + around_ms
@@ -112,7 +112,7 @@ def finished(row: Row, nothing: Row, problem: Problem) -> Row:
 
 
 def ratios(rows: list[Row]) -> dict[str, float]:
-    """The fastest peer's time by ours, for each pass of rows of one problem that has both."""
+    """Divides the fastest peer's time by ours, in each pass that both have rows of."""
     found = {}
     for which in PASSES:
         ours = [r['total_ms'] for r in rows if (r['which'], r['implementation']) == (which, OURS)]
@@ -123,6 +123,7 @@ def ratios(rows: list[Row]) -> dict[str, float]:
 
 
 def describe(row: Row) -> str:
+    """Writes a row as text: a line for the layer, a line for each kernel."""
     options = ' '.join(f'{name}={value}' for name, value in row['options'].items())
     lines = [
         f'{row["which"]:8} {row["implementation"]:10} {row["kernel_ms"]:9.3f} ms kernel '
@@ -146,7 +147,7 @@ def describe(row: Row) -> str:
     return '\n'.join(lines)
 
 
-def compare(
+def compare_implementations(
     target: str,
     problems: list[Problem],
     *,
@@ -155,7 +156,7 @@ def compare(
     jobs: int,
     as_json: bool,
 ) -> None:
-    """Measures and prints each problem.
+    """Predicts and prints each problem's rows.
 
     Args:
       names: implementations to compile, all if none is named; tokamax is left out with a warning
@@ -172,13 +173,13 @@ def compare(
     require(not earlier or Path(earlier).is_file(), f'--earlier={earlier}: no such file.')
     lines = Path(earlier).read_text().splitlines() if earlier else []
     before = [row for row in map(json.loads, lines) if row['implementation'] not in names]
-    if 'tokamax' in names and (missing := attention_tokamax.missing()):
+    if 'tokamax' in names and (missing := tokamax.missing()):
         print(missing, file=sys.stderr)
         names = [name for name in names if name != 'tokamax']
     for problem in problems:
         shape = dataclasses.asdict(problem)
         rows = [row for row in before if (row['target'], row['problem']) == (target, shape)]
-        rows += measure(target, problem, names, rows, jobs)
+        rows += fastest(target, problem, names, rows, jobs)
         rows.sort(key=lambda row: PASSES.index(row['which']))
         if as_json:
             for row in rows:
