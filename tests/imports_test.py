@@ -11,7 +11,7 @@ import helios_jax
 
 # A module imports from its own part and from parts to the left of it.
 ORDER = [
-    {'errors'}, {'config'}, {'options', 'kernels'}, {'parallel'}, {'memory'}, {'model'},
+    {'errors'}, {'chips', 'config'}, {'options', 'kernels'}, {'parallel'}, {'memory'}, {'model'},
     {'data', 'checkpoint'}, {'api'}, {'evaluate'}, {'train'},
     {'plan', 'convert', 'ablate', 'bench'}, {'cli'}, {'__main__'},
 ]  # fmt: skip
@@ -60,6 +60,7 @@ def test_the_check_sees_an_import_inside_a_function(tmp_path):
     [
         ('helios_jax', ['jax', 'flax', 'tensorflow_datasets']),
         ('helios_jax.cli', ['jax', 'flax', 'tensorflow_datasets']),
+        ('helios_jax.chips', ['jax', 'flax']),
         ('helios_jax.data.packing', ['jax', 'flax']),  # each worker process imports it
     ],
 )

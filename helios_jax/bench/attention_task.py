@@ -20,6 +20,7 @@ from helios_jax.bench import (
     tpu_timing,
 )
 from helios_jax.bench.attention_problem import Problem, Setup
+from helios_jax.chips import Chip
 from helios_jax.errors import UserError
 
 MIB = 2**20
@@ -110,7 +111,7 @@ def kernel_row(
     operation: tpu_program.Operation,
     schedules: dict[str, tpu_schedule.Schedule],
     setup: Setup,
-    chip: tpu_timing.Chip,
+    chip: Chip,
 ) -> Row:
     plans = [plan for name, plan in setup.plans.items() if name in operation.name]
     if len(plans) != 1 or operation.name not in schedules:

@@ -18,7 +18,8 @@ from typing import Any, NamedTuple
 import jax
 from jax.experimental.layout import Format, Layout
 
-from helios_jax.bench import tpu_schedule, tpu_timing
+from helios_jax.bench import tpu_schedule
+from helios_jax.chips import Chip
 from helios_jax.parallel import mesh as meshes
 
 INSTRUCTION = re.compile(r'  (?:ROOT )?%([\w.\-]+) = (.*?) ([a-z][\w\-]*)\((.*)', re.DOTALL)
@@ -60,7 +61,7 @@ class Program(NamedTuple):
 def compile_here(
     function: Callable[..., Any],
     arguments: tuple,
-    chip: tpu_timing.Chip,
+    chip: Chip,
     *,
     scoped_vmem_mib: int = 0,
 ) -> Program:
@@ -93,9 +94,7 @@ def compile_here(
     return Program(operations, schedules, memory.temp_size_in_bytes)
 
 
-def read(
-    hlo: str, schedules: dict[str, tpu_schedule.Schedule], chip: tpu_timing.Chip
-) -> list[Operation]:
+def read(hlo: str, schedules: dict[str, tpu_schedule.Schedule], chip: Chip) -> list[Operation]:
     """The operations that an optimised module runs, those of its loops included."""
     entry, computations = split(hlo)
     # Of operations that are alike, libtpu schedules one.

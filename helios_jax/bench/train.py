@@ -17,7 +17,7 @@ from typing import Any
 
 import jax
 
-from helios_jax import config
+from helios_jax import chips, config
 from helios_jax.bench import trace
 from helios_jax.data import pipeline, tokenizer
 from helios_jax.model import flops
@@ -66,7 +66,7 @@ def measure(cfg: config.Config, warmup_steps: int, profiled_steps: int) -> dict[
             seconds = time.perf_counter() - start
     rate, device = tokens / seconds, jax.devices()[0]
     memory: Any = step.compiled.memory_analysis()
-    peak = flops.peak_flops(device.device_kind) * jax.device_count()
+    peak = chips.peak_flops(device.device_kind) * jax.device_count()
     return {
         'kind': cfg.model.gmu.kind,
         'packing': cfg.data.packing,

@@ -4,25 +4,9 @@ Per token: 6 · active matmul parameters (unembedding included) + 6 · L · T ·
 attention (forward and backward, the masked half left out). Recomputation does not count.
 """
 
-import math
 from typing import NamedTuple
 
 from helios_jax.config import Model
-
-# Dense bfloat16 peak of one device as JAX counts devices, FLOP/s, by a part of its device_kind.
-PEAK_FLOPS = {
-    'TPU v5 lite': 197e12,
-    'TPU v5e': 197e12,
-    'TPU v5p': 459e12,
-    'TPU v5': 459e12,
-    'TPU v6 lite': 918e12,
-    'TPU v6e': 918e12,
-    'TPU7x': 2307e12 / 2,  # JAX shows each of its two cores
-    'TPU v4': 275e12,
-    'H100': 989e12,
-    'H200': 989e12,
-    'A100': 312e12,
-}
 
 CHUNK_LOGITS_BYTES = 2**28  # of one device's float32 logits in the loss; larger gains nothing
 
@@ -89,11 +73,6 @@ def flops_per_token(model: Model, row_length: int) -> float:
 def segment_flops_per_token(model: Model, mean_context: float) -> float:
     """The same where a token sees `mean_context` tokens (itself included) on average."""
     return 6 * parameters(model).active_matmul + attention_flops(model, round(2 * mean_context))
-
-
-def peak_flops(device_kind: str) -> float:
-    """FLOP/s of one device, NaN if the table lacks it."""
-    return next((peak for kind, peak in PEAK_FLOPS.items() if kind in device_kind), math.nan)
 
 
 def loss_chunks(batch_rows: int, row_length: int, vocab_size: int, num_devices: int) -> int:

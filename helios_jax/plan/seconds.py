@@ -9,10 +9,10 @@ helios_1b, as README.md has it. Ranks configurations; a measured step takes long
 
 import dataclasses
 
+from helios_jax.chips import Chip
 from helios_jax.model import flops
 from helios_jax.parallel import rules
 from helios_jax.plan.bytes import Bytes
-from helios_jax.plan.hardware import Chip
 from helios_jax.plan.layout import Layout
 from helios_jax.plan.parameters import parameters
 from helios_jax.plan.saved import recomputed_by_backward, shapes, table
@@ -72,7 +72,7 @@ def step_seconds(layout: Layout, planned: Bytes, chip: Chip) -> Seconds:
     state_bytes = 2 * planned.arguments.on_host(layout)
     if cfg.memory.parameters == 'host':
         state_bytes += planned.arguments.parameters  # the copy that the model reads
-    link = HOST_FRACTION * chip.host_bandwidth
+    link = HOST_FRACTION * chip.host_bytes_per_second
     compute = matmul / MATMUL_FRACTION + attention / ATTENTION_FRACTION
     made = Seconds(
         flops=matmul + attention,
@@ -80,8 +80,8 @@ def step_seconds(layout: Layout, planned: Bytes, chip: Chip) -> Seconds:
         network_bytes=network_bytes,
         host_bytes=saved_bytes + state_bytes,
         compute=compute / chip.peak_flops,
-        memory=memory_bytes / chip.hbm_bandwidth / MEMORY_FRACTION,
-        network=network_bytes / chip.network_bandwidth,
+        memory=memory_bytes / chip.hbm_bytes_per_second / MEMORY_FRACTION,
+        network=network_bytes / chip.network_bytes_per_second,
         host=(saved_bytes + state_bytes) / link,
         update=state_bytes / link,
         tokens_per_second=0.0,
