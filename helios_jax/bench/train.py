@@ -18,9 +18,9 @@ from typing import Any
 import jax
 
 from helios_jax import chips, config
+from helios_jax.arch import flops
 from helios_jax.bench import trace
 from helios_jax.data import pipeline, tokenizer
-from helios_jax.model import flops
 from helios_jax.parallel import cluster, sharding
 from helios_jax.parallel import mesh as meshes
 from helios_jax.train import state as states

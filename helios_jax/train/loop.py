@@ -17,12 +17,12 @@ import jax
 from etils import epath
 
 from helios_jax import checkpoint, chips, config
+from helios_jax.arch import flops
 from helios_jax.data import baselines, pipeline
 from helios_jax.data import tokenizer as tokenizers
 from helios_jax.evaluate.generate import generate
 from helios_jax.evaluate.perplexity import evaluate
 from helios_jax.memory import proof
-from helios_jax.model import flops
 from helios_jax.model.transformer import Transformer
 from helios_jax.parallel import cluster, sharding
 from helios_jax.parallel import mesh as meshes
