@@ -2,8 +2,8 @@
 
     python docs/tables.py
 
-A page NAME.md holds `<!-- table: T -->` … `<!-- end -->`; what stands between is written from table T
-of NAME.json: its `columns` (row key → heading) and its `rows`, which are what a bench printed.
+A page NAME.md holds `<!-- table: T -->` … `<!-- end -->`; what stands between is written from
+table T of NAME.json: its `columns` (row key → heading) and its `rows`, as a bench printed them.
 """
 
 import json

@@ -78,9 +78,10 @@ def with_policy(cfg: config.Config) -> config.Config:
     """The config with what memory.policy=auto stands for on this run's devices."""
     if cfg.memory.policy != 'auto':
         return cfg
-    from helios_jax.plan import command, hardware
+    from helios_jax import chips
+    from helios_jax.plan import command
 
-    memory = command.prepared(cfg, hardware.here()).memory
+    memory = command.prepared(cfg, chips.here()).memory
     parts = f', backward_parts={memory.backward_parts}' if memory.backward_parts > 1 else ''
     print(f'memory.policy=auto: {memory.policy}{parts}')
     return dataclasses.replace(cfg, memory=memory)

@@ -1,4 +1,4 @@
-"""What README and docs promise: every command parses, every Python block runs, every table is true."""
+"""What README and docs promise: commands parse, Python blocks run, tables are true."""
 
 import importlib.metadata
 import re
@@ -36,7 +36,7 @@ EVERY_COMMAND = sorted({(page, command) for page in PAGES for command in command
 PYTHON = [(page, block) for page in PAGES for block in blocks(page, 'python')]
 
 
-class Parsed(Exception):
+class ParsedError(Exception):
     """A command got as far as its flags."""
 
 
@@ -48,7 +48,7 @@ def stop_after_parsing(monkeypatch):
         parse(values, argv, **kwargs)
         if 'config' in values:
             config.from_dict(values['config'].value)
-        raise Parsed
+        raise ParsedError
 
     monkeypatch.setattr(options, 'parse', parse_only)
     monkeypatch.chdir(ROOT)
@@ -68,7 +68,7 @@ def test_a_command_of_the_docs_parses(page, command, stop_after_parsing, tmp_pat
     if argv[0] == 'explain' or '--help' in argv:
         cli.main(argv)
         return
-    with pytest.raises(Parsed):
+    with pytest.raises(ParsedError):
         cli.main(argv)
 
 
@@ -124,7 +124,9 @@ def test_links_within_the_repository_lead_somewhere(page):
 def test_the_table_of_versions_names_what_runs_here():
     """Rows are Python, JAX, libtpu: what pip installs on this Python must be one of them."""
     python = '.'.join(map(str, sys.version_info[:2]))
-    rows = re.findall(r'^\| ([\d.]+) \| ([\d.]+) \| ([\d.]*) ?\|', (DOCS / 'versions.md').read_text(), re.M)
+    rows = re.findall(
+        r'^\| ([\d.]+) \| ([\d.]+) \| ([\d.]*) ?\|', (DOCS / 'versions.md').read_text(), re.M
+    )
     known = [(jax, libtpu) for version, jax, libtpu in rows if version == python]
     assert importlib.metadata.version('jax') in [jax for jax, _ in known], (
         f'docs/versions.md knows Python {python} with JAX {known}, not the installed one'

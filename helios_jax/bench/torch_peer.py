@@ -17,8 +17,8 @@ from typing import Any
 import numpy as np
 from etils import epath
 
+from helios_jax.chips import peak_flops
 from helios_jax.errors import UserError, require
-from helios_jax.model.flops import peak_flops
 
 GIB = 2**30
 

@@ -16,10 +16,10 @@ from typing import Any
 
 import jax
 
-from helios_jax import config
+from helios_jax import chips, config
+from helios_jax.arch import flops
 from helios_jax.bench import process, torch_peer, trace
 from helios_jax.data import pipeline, tokenizer
-from helios_jax.model import flops
 from helios_jax.parallel import cluster, sharding
 from helios_jax.parallel import mesh as meshes
 from helios_jax.train import state as states
@@ -72,7 +72,7 @@ def measure_training(
             seconds = time.perf_counter() - start
     rate, device = tokens / seconds, jax.devices()[0]
     memory: Any = step.compiled.memory_analysis()
-    peak = flops.peak_flops(device.device_kind) * jax.device_count()
+    peak = chips.peak_flops(device.device_kind) * jax.device_count()
     return {
         'kind': cfg.model.gmu.kind,
         'packing': cfg.data.packing,

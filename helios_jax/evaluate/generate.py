@@ -15,10 +15,10 @@ import numpy as np
 from jaxtyping import Array, Float, Int, PyTree
 
 from helios_jax.api import Restored, mesh_of
+from helios_jax.arch import rules
 from helios_jax.config import require
 from helios_jax.model.loss import project
 from helios_jax.model.transformer import Transformer
-from helios_jax.parallel import sharding
 from helios_jax.parallel.sharding import constrain
 
 PREFILL_CHUNK = 256  # tokens
@@ -192,7 +192,7 @@ def generate(
 def _parts(name: str) -> int:
     """Number of parts that the mesh that is set cuts a logical axis into."""
     mesh = jax.sharding.get_abstract_mesh()
-    return 1 if mesh.empty else sharding.shards(mesh, name)
+    return 1 if mesh.empty else rules.shards(mesh, name)
 
 
 def complete(

@@ -5,6 +5,7 @@ import dataclasses
 import jax
 
 from helios_jax.api import Restored, mesh_of
+from helios_jax.arch import rules
 from helios_jax.data import pipeline
 from helios_jax.errors import require
 from helios_jax.evaluate.perplexity import evaluate
@@ -37,7 +38,7 @@ def held_out(
     else:
         source = pipeline.prepare(data, tokenizer).validation
     mesh = mesh_of(variables)
-    shards = sharding.shards(mesh, 'batch')
+    shards = rules.shards(mesh, 'batch')
     where = sharding.sharding(mesh, ('batch', 'length'))
     batches = pipeline.eval_batches(
         source, batch_rows=-(-batch_rows // shards) * shards, num_rows=num_rows

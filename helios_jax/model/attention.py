@@ -16,6 +16,7 @@ from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Int
 
 from helios_jax import config
+from helios_jax.arch import weights
 from helios_jax.kernels.attention import attention, blockwise
 from helios_jax.model import rope
 from helios_jax.model.layers import Einsum, RMSNorm
@@ -43,16 +44,10 @@ class Attention(nn.Module):
         those of x are written at their positions, and x attends to all that the cache holds.
         """
         model, dtype = self.model, x.dtype
-        D, N, K, H = model.embed_dim, model.num_heads, model.num_kv_heads, model.head_dim
-        q = Einsum((D, N, H), ('embed', 'heads', 'head_dim'), D, dtype, name='q')(
-            'btd,dnh->btnh', x
-        )
-        k = Einsum((D, K, H), ('embed', 'kv_heads', 'head_dim'), D, dtype, name='k')(
-            'btd,dkh->btkh', x
-        )
-        v = Einsum((D, K, H), ('embed', 'kv_heads', 'head_dim'), D, dtype, name='v')(
-            'btd,dkh->btkh', x
-        )
+        rows = weights.attention(model)
+        q = Einsum(rows['q'], dtype, name='q')('btd,dnh->btnh', x)
+        k = Einsum(rows['k'], dtype, name='k')('btd,dkh->btkh', x)
+        v = Einsum(rows['v'], dtype, name='v')('btd,dkh->btkh', x)
         if model.qk_norm:
             q = RMSNorm(name='q_norm')(q, model.norm_eps)
             k = RMSNorm(name='k_norm')(k, model.norm_eps)
@@ -71,9 +66,7 @@ class Attention(nn.Module):
         out = q
         if not self.is_initializing():
             out = self.attend(q, k, v, positions, segment_ids, keys)
-        return Einsum((N, H, D), ('heads', 'head_dim', 'embed'), N * H, dtype, name='out')(
-            'btnh,nhd->btd', out
-        )
+        return Einsum(rows['out'], dtype, name='out')('btnh,nhd->btd', out)
 
     @nn.nowrap
     def update_cache(

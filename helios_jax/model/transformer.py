@@ -10,6 +10,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
 from helios_jax import config
+from helios_jax.arch import weights
 from helios_jax.memory import policy, store
 from helios_jax.memory.proof import has_host_memory
 from helios_jax.model.attention import Attention
@@ -111,8 +112,7 @@ class Transformer(nn.Module):
     def setup(self) -> None:
         model = self.model
         dtype = jnp.dtype(model.compute_dtype)
-        D, V = model.embed_dim, model.padded_vocab_size
-        self.embed = Embed(V, D, dtype)
+        self.embed = Embed(weights.embedding(model), dtype)
         if model.prefix_kinds:
             self.prefix = Layers(model, model.prefix_kinds, self.platform)
         self.periods = nn.scan(
@@ -127,7 +127,7 @@ class Transformer(nn.Module):
         )(model, model.period_kinds, self.platform)
         self.final_norm = RMSNorm()
         if not model.tied_embeddings:
-            self.unembedding = Einsum((D, V), ('stream', 'unembed_vocab'), D, dtype)
+            self.unembedding = Einsum(weights.unembedding(model), dtype)
 
     def __call__(
         self,

@@ -13,8 +13,8 @@ import numpy as np
 from etils import epath
 from jax.experimental import multihost_utils
 
+from helios_jax.chips import host_memory
 from helios_jax.config import UserError
-from helios_jax.parallel.host import host_memory
 
 log = logging.getLogger(__name__)
 

@@ -7,12 +7,11 @@ compiler's figures.
 
 import dataclasses
 
-from helios_jax.model import flops
-from helios_jax.parallel import rules
+from helios_jax.arch import buffers, rules
+from helios_jax.arch.weights import all_weights, read_in_compute_dtype
 from helios_jax.plan.layout import DTYPE_BYTES, Layout
-from helios_jax.plan.parameters import parameters
 from helios_jax.plan.saved import Saved, saved_tensors
-from helios_jax.plan.state import Arguments, arguments, is_narrow, layer_weights, local
+from helios_jax.plan.state import Arguments, arguments, layer_weights, local
 from helios_jax.plan.working import gathered_bytes, working_bytes
 
 
@@ -114,8 +113,8 @@ def _gradients(layout: Layout, *, accumulated: bool) -> int:
     tied, total = layout.config.model.tied_embeddings, 0
     if accumulated and layout.config.train.microbatches == 1:
         return 0
-    for weight in parameters(layout.config.model):
-        narrow = is_narrow(weight) and not accumulated
+    for weight in all_weights(layout.config.model):
+        narrow = read_in_compute_dtype(weight.axes) and not accumulated
         if tied or weight.name != 'embed.w':
             total += (layout.dtype_bytes if narrow else 4) * local(layout, weight)
     return total
@@ -125,8 +124,8 @@ def _weights_copy(layout: Layout) -> int:
     """Compute-dtype copies that live through both passes."""
     model, total = layout.config.model, 0
     on_host = layout.config.memory.parameters == 'host'
-    for weight in parameters(model):
-        if is_narrow(weight) and layout.dtype_bytes < 4:
+    for weight in all_weights(model):
+        if read_in_compute_dtype(weight.axes) and layout.dtype_bytes < 4:
             total += layout.dtype_bytes * local(layout, weight)
         elif on_host:
             total += 4 * local(layout, weight)
@@ -137,7 +136,7 @@ def _loss(layout: Layout) -> int:
     """model/loss.py: logits in float32, their gradient in the compute dtype, tokens gathered."""
     model, cfg = layout.config.model, layout.config
     rows, T = layout.microbatch_rows, cfg.data.row_length
-    chunks = flops.loss_chunks(rows, T, model.padded_vocab_size, layout.num_devices)
+    chunks = buffers.loss_chunks(rows, T, model.padded_vocab_size, layout.num_devices)
     tokens = rows // rules.shards(layout, 'loss_batch') * T // chunks
     vocab = model.padded_vocab_size // rules.shards(layout, 'unembed_vocab')
     logits = tokens * vocab * (4 + layout.dtype_bytes)
@@ -155,7 +154,7 @@ def _fetched_early(layout: Layout) -> int:
 
 def _alone(layout: Layout) -> list[int]:
     """Elements of each array that is not stacked layers."""
-    return [local(layout, w) for w in parameters(layout.config.model) if w.axes[0] != 'layers']
+    return [local(layout, w) for w in all_weights(layout.config.model) if w.axes[0] != 'layers']
 
 
 def _streamed(layout: Layout) -> int:

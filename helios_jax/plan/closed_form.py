@@ -8,9 +8,9 @@ import dataclasses
 from collections.abc import Callable
 
 from helios_jax import config
-from helios_jax.parallel import rules
+from helios_jax.arch import rules
+from helios_jax.chips import Chip
 from helios_jax.plan.bytes import Bytes, step_bytes
-from helios_jax.plan.hardware import Chip
 from helios_jax.plan.layout import layout
 from helios_jax.plan.seconds import Seconds, step_seconds
 

@@ -8,8 +8,8 @@ from typing import Any
 
 from absl import flags
 
-from helios_jax import config, options
-from helios_jax.plan import changes, closed_form, hardware, report, search
+from helios_jax import chips, config, options
+from helios_jax.plan import changes, closed_form, report, search
 
 BYTE_VOCABULARY = 256  # of data.tokenizer=bytes, without loading the tokenizers' libraries
 CONFIRMED = 3  # configurations of a search that --compile compiles
@@ -35,7 +35,7 @@ def plan_command(argv: Sequence[str]) -> None:
 
         validate.report(values.json)
         return
-    topology = hardware.topology(values.topology)
+    topology = chips.topology(values.topology)
     cfg = prepared(config.from_dict(values.config), topology, values.batch)
     found: dict[str, Any] = {}
     if values.search:
@@ -47,7 +47,7 @@ def plan_command(argv: Sequence[str]) -> None:
         print(json.dumps(found))
 
 
-def prepared(cfg: config.Config, topology: hardware.Topology, batch_rows: int = 0) -> config.Config:
+def prepared(cfg: config.Config, topology: chips.Topology, batch_rows: int = 0) -> config.Config:
     """The config with V, L_train, the rows and the policy filled in.
 
     Raises:
@@ -72,7 +72,7 @@ def prepared(cfg: config.Config, topology: hardware.Topology, batch_rows: int = 
 
 def planned(
     cfg: config.Config,
-    topology: hardware.Topology,
+    topology: chips.Topology,
     compile_too: bool,
     as_json: bool,
     explain: bool = False,
@@ -94,7 +94,7 @@ def planned(
 
 
 def searched(
-    cfg: config.Config, topology: hardware.Topology, compile_too: bool, as_json: bool
+    cfg: config.Config, topology: chips.Topology, compile_too: bool, as_json: bool
 ) -> dict[str, Any]:
     best = search.search(cfg, topology.chip, topology.num_devices)[:10]
     config.require(
@@ -113,7 +113,7 @@ def searched(
 
 
 def compiled(
-    made: closed_form.Plan, topology: hardware.Topology, as_json: bool, explain: bool = False
+    made: closed_form.Plan, topology: chips.Topology, as_json: bool, explain: bool = False
 ) -> dict[str, Any]:
     os.environ['JAX_PLATFORMS'] = 'cpu'
     from helios_jax.plan import compiled as compiling

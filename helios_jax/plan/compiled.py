@@ -12,12 +12,12 @@ import jax
 import jax.numpy as jnp
 
 from helios_jax import config
+from helios_jax.chips import GIB, topology
 from helios_jax.data.pipeline import Batch
 from helios_jax.memory import proof
 from helios_jax.parallel import mesh as meshes
 from helios_jax.parallel import sharding
 from helios_jax.plan.closed_form import Plan
-from helios_jax.plan.hardware import GIB, topology
 from helios_jax.train import state as states
 from helios_jax.train.step import make_train_step
 

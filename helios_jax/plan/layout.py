@@ -1,15 +1,14 @@
-"""Where arrays live on a mesh: sizes on one device, by parallel/rules.py, without JAX."""
+"""Where arrays live on a mesh: sizes on one device, by arch/rules.py."""
 
 import dataclasses
 import math
 from collections.abc import Mapping, Sequence
 
 from helios_jax import config
-from helios_jax.parallel import rules
+from helios_jax.arch import rules
+from helios_jax.arch.buffers import CUDNN_SEGMENTS
 
 DTYPE_BYTES = {'float32': 4, 'bfloat16': 2, 'int32': 4, 'uint8': 1, 'int8': 1, 'bool': 1}
-
-CUDNN_SEGMENTS = 8  # kernels/attention/gpu.MAX_SEGMENTS
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,14 +83,5 @@ def layout(cfg: config.Config, num_devices: int, platform: str) -> Layout:
     """
     sizes = rules.sizes(cfg.mesh, num_devices)
     made = Layout(cfg, dict(zip(rules.MESH_AXES, sizes, strict=True)), platform)
-    label = f'batch of one microbatch (train.batch_rows={cfg.train.batch_rows})'
-    batch = (made.microbatch_rows, cfg.data.row_length)
-    rules.check(label, batch, ('batch', 'length'), made)
-    rules.check_parts(cfg, made)
-    halves = 2 * made.shape['context']
-    config.require(
-        halves == 2 or cfg.data.row_length % halves == 0,
-        f'data.row_length={cfg.data.row_length} must be a multiple of {halves}, twice '
-        'mesh.context: each device takes two parts of a row.',
-    )
+    rules.check_batch(cfg, made)
     return made

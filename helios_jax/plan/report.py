@@ -5,10 +5,10 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
+from helios_jax.chips import GIB, Topology
 from helios_jax.plan import closed_form
 from helios_jax.plan.changes import Change
 from helios_jax.plan.closed_form import Plan
-from helios_jax.plan.hardware import GIB, Topology
 
 
 def as_dict(made: Plan, topology: Topology) -> dict[str, Any]:

@@ -6,11 +6,10 @@ computed from and whether a gradient reads it; the rest is a walk that stops at 
 """
 
 import dataclasses
-import math
 from typing import NamedTuple
 
+from helios_jax.arch import buffers, rules
 from helios_jax.memory import policy
-from helios_jax.parallel import rules
 from helios_jax.plan.layout import DTYPE_BYTES, Layout
 
 # Without a policy, float32 arrays as wide as the stream of a norm in front of a sublayer, of a gate
@@ -172,7 +171,7 @@ def _stored(
     place = 'host' if action.host and layout.platform != 'cpu' else 'device'
     found = []
     for shape, axes in shapes(layout, name, kind):
-        elements = layout.elements(shape, _fitting(layout, shape, axes))
+        elements = layout.elements(shape, rules.fitting(shape, axes, layout))
         dtype, rows = _dtype(layout, name), 0
         if action.form and dtype != 'int32':
             dtype = 'uint8' if action.form == 'fp8' else 'int8'
@@ -184,14 +183,6 @@ def _stored(
 def _dtype(layout: Layout, name: str) -> str:
     return {'log_sum_exp': 'float32', 'router_choices': 'int32'}.get(
         name, layout.config.model.compute_dtype
-    )
-
-
-def _fitting(layout: Layout, shape: tuple[int, ...], axes: rules.Axes) -> rules.Axes:
-    """As parallel/sharding.fitting: a length that the mesh does not divide for storage is whole."""
-    return tuple(
-        'length' if name == 'stored_length' and size % rules.shards(layout, name) else name
-        for size, name in zip(shape, axes, strict=True)
     )
 
 
@@ -227,13 +218,11 @@ def shapes(layout: Layout, name: str, kind: str) -> list[tuple[tuple[int, ...], 
 
 
 def expert_slots(layout: Layout) -> int:
-    """Rows of the buffer that one device's experts compute, as parallel/experts.plan sizes it."""
+    """Rows of the buffer that one device's experts compute."""
     moe = layout.config.model.moe
     pairs = layout.local_tokens * layout.shape['expert'] * moe.num_experts_per_token
-    if not moe.capacity_factor:
-        return pairs
-    capacity = math.ceil(moe.capacity_factor * pairs / moe.num_experts)
-    return moe.num_experts // layout.shape['expert'] * capacity
+    capacity = buffers.expert_capacity(pairs, moe.num_experts, moe.capacity_factor)
+    return moe.num_experts // layout.shape['expert'] * capacity if capacity else pairs
 
 
 def _everything(layout: Layout, kind: str) -> list[Saved]:

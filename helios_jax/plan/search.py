@@ -6,10 +6,10 @@ import math
 from collections.abc import Iterator
 
 from helios_jax import config
-from helios_jax.parallel.rules import BATCH_AXES
+from helios_jax.arch.rules import BATCH_AXES
+from helios_jax.chips import GIB, Chip
 from helios_jax.plan.changes import Change, memories
 from helios_jax.plan.closed_form import Plan, largest_rows, layout_shape, plan
-from helios_jax.plan.hardware import GIB, Chip
 
 MICROBATCHES = (1, 2, 4)
 NEAR = 0.01  # of tokens/s: what counts as as good

@@ -9,12 +9,11 @@ helios_1b, as README.md has it. Ranks configurations; a measured step takes long
 
 import dataclasses
 
-from helios_jax.model import flops
-from helios_jax.parallel import rules
+from helios_jax.arch import flops, rules
+from helios_jax.arch.weights import all_weights
+from helios_jax.chips import Chip
 from helios_jax.plan.bytes import Bytes
-from helios_jax.plan.hardware import Chip
 from helios_jax.plan.layout import Layout
-from helios_jax.plan.parameters import parameters
 from helios_jax.plan.saved import recomputed_by_backward, shapes, table
 from helios_jax.plan.state import local
 
@@ -61,7 +60,7 @@ def step_seconds(layout: Layout, planned: Bytes, chip: Chip) -> Seconds:
     tokens = cfg.train.batch_rows * cfg.data.row_length
     length = cfg.data.row_length
     attention = flops.attention_flops(cfg.model, length) * tokens / layout.num_devices
-    matmul = 6 * flops.parameters(cfg.model).active_matmul * tokens / layout.num_devices
+    matmul = 6 * flops.active_matmul(cfg.model) * tokens / layout.num_devices
     counted = matmul + attention
     again_matmul, again_attention = _recomputed(layout)
     matmul = (matmul + again_matmul) * _dense_experts(layout)
@@ -72,7 +71,7 @@ def step_seconds(layout: Layout, planned: Bytes, chip: Chip) -> Seconds:
     state_bytes = 2 * planned.arguments.on_host(layout)
     if cfg.memory.parameters == 'host':
         state_bytes += planned.arguments.parameters  # the copy that the model reads
-    link = HOST_FRACTION * chip.host_bandwidth
+    link = HOST_FRACTION * chip.host_bytes_per_second
     compute = matmul / MATMUL_FRACTION + attention / ATTENTION_FRACTION
     made = Seconds(
         flops=matmul + attention,
@@ -80,8 +79,8 @@ def step_seconds(layout: Layout, planned: Bytes, chip: Chip) -> Seconds:
         network_bytes=network_bytes,
         host_bytes=saved_bytes + state_bytes,
         compute=compute / chip.peak_flops,
-        memory=memory_bytes / chip.hbm_bandwidth / MEMORY_FRACTION,
-        network=network_bytes / chip.network_bandwidth,
+        memory=memory_bytes / chip.hbm_bytes_per_second / MEMORY_FRACTION,
+        network=network_bytes / chip.network_bytes_per_second,
         host=(saved_bytes + state_bytes) / link,
         update=state_bytes / link,
         tokens_per_second=0.0,
@@ -136,7 +135,7 @@ def _dense_experts(layout: Layout) -> float:
 def _memory_bytes(layout: Layout, planned: Bytes) -> float:
     """Over HBM: the update, weights, saved tensors, and elementwise passes over activations."""
     model, parts = layout.config.model, layout.config.train.microbatches
-    weights = sum(local(layout, weight) for weight in parameters(model))
+    weights = sum(local(layout, weight) for weight in all_weights(model))
     moments = planned.arguments.optimizer
     # Parameters and moments are read and written, gradients written and read; three bfloat16 reads.
     update = 8 * weights + 2 * moments + 8 * weights
@@ -160,7 +159,7 @@ def _network_bytes(layout: Layout) -> float:
     """That a device sends: weights, gradients, tokens to experts, partial sums, keys in rings."""
     model, shape = layout.config.model, layout.shape
     width = layout.dtype_bytes
-    of_layers = [w for w in parameters(model) if w.matmul and w.name != 'unembedding.w']
+    of_layers = [w for w in all_weights(model) if w.matmul and w.name != 'unembedding.w']
     owned = width * sum(local(layout, weight) for weight in of_layers)
     copies = shape['slice'] * shape['data']
     # Gathered for each pass, and its gradient reduced; then summed over the copies of the model.

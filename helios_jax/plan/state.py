@@ -2,9 +2,9 @@
 
 from typing import NamedTuple
 
-from helios_jax.parallel import rules
+from helios_jax.arch import rules
+from helios_jax.arch.weights import Weight, all_weights, muon_sides, router_biases
 from helios_jax.plan.layout import DTYPE_BYTES, Layout
-from helios_jax.plan.parameters import Parameter, parameters, router_biases
 
 
 class Arguments(NamedTuple):
@@ -30,13 +30,11 @@ def arguments(layout: Layout) -> Arguments:
     Raises:
       UserError: the mesh does not divide a weight.
     """
-    weights = parameters(layout.config.model)
+    weights = all_weights(layout.config.model)
     for weight in weights:
         rules.check(weight.name.replace('.', '/'), weight.shape, weight.axes, layout)
     moment = DTYPE_BYTES[layout.config.optimizer.moments_dtype]
-    moments = sum(
-        (1 if takes_muon(layout, weight) else 2) * local(layout, weight) for weight in weights
-    )
+    moments = sum(_num_moments(layout, weight) * local(layout, weight) for weight in weights)
     rows = layout.config.train.batch_rows // rules.shards(layout, 'batch')
     # tokens, segment ids and positions in int32, the loss mask in bool; a row's number of bytes
     batch = rows * (layout.local_length * 13 + 4)
@@ -48,30 +46,20 @@ def arguments(layout: Layout) -> Arguments:
     )
 
 
-def local(layout: Layout, weight: Parameter) -> int:
+def local(layout: Layout, weight: Weight) -> int:
     """Elements on one device."""
     return layout.elements(weight.shape, weight.axes)
 
 
-def takes_muon(layout: Layout, weight: Parameter) -> bool:
-    """Whether one moment is kept instead of two, as train/optimizer.py decides by the axes."""
-    inside = {'heads', 'kv_heads', 'head_dim', 'mlp'}.intersection(weight.axes)
-    return layout.config.optimizer.name == 'muon' and bool(inside) and 'embed' in weight.axes
+def _num_moments(layout: Layout, weight: Weight) -> int:
+    """AdamW keeps two, Muon one of its matrices."""
+    return 1 if layout.config.optimizer.name == 'muon' and muon_sides(weight.axes) else 2
 
 
-def is_narrow(weight: Parameter) -> bool:
-    """Whether the model reads a weight in the compute dtype alone (train/streaming.py).
-
-    Every matmul's, but for the router's and both embeddings'.
-    """
-    wide = {'vocab', 'unembed_vocab'}.intersection(weight.axes) or weight.axes[-1] == 'experts'
-    return weight.matmul and not wide
-
-
-def layer_weights(layout: Layout) -> list[list[Parameter]]:
-    """Parameters of each layer of the period, without their stacking axis."""
-    found: dict[str, list[Parameter]] = {}
-    for weight in parameters(layout.config.model):
+def layer_weights(layout: Layout) -> list[list[Weight]]:
+    """Weights of each layer of the period, without their stacking axis."""
+    found: dict[str, list[Weight]] = {}
+    for weight in all_weights(layout.config.model):
         group, _, rest = weight.name.partition('.')
         if group == 'periods':
             one = weight._replace(shape=weight.shape[1:], axes=weight.axes[1:])

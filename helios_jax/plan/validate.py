@@ -12,8 +12,8 @@ from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 from helios_jax import config
+from helios_jax.chips import topology
 from helios_jax.plan import changes, closed_form, compiled
-from helios_jax.plan.hardware import topology
 
 TOPOLOGIES = ('v5e:2x2', 'v5p:2x2x1', 'v6e:2x2')
 POLICIES = ('full', 'fp8', 'offload', 'fp8_offload')

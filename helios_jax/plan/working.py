@@ -5,12 +5,13 @@ MoE, under `full`, `minimal`, `fp8` and `offload`; `helios plan --validate` hold
 compiler's figures. Those of a GPU are held against allocators' peaks on an H100 (README.md).
 """
 
+from helios_jax.arch import rules
+from helios_jax.arch.weights import read_in_compute_dtype
 from helios_jax.memory import policy
-from helios_jax.parallel import rules
 from helios_jax.plan import saved
 from helios_jax.plan.layout import Layout
 from helios_jax.plan.saved import expert_slots, shapes
-from helios_jax.plan.state import is_narrow, layer_weights, local
+from helios_jax.plan.state import layer_weights, local
 
 # Arrays as wide as the stream in one sublayer's backward pass: x, x̂, the update, and the gradients
 # of the stream, of the update and of what it was computed from.
@@ -109,7 +110,7 @@ def gathered_bytes(layout: Layout) -> int:
     if parts == 1:
         return 0
     narrow = [
-        sum(local(layout, weight) for weight in weights if is_narrow(weight))
+        sum(local(layout, weight) for weight in weights if read_in_compute_dtype(weight.axes))
         for weights in layer_weights(layout)
     ]
     return layout.dtype_bytes * parts * max(narrow)

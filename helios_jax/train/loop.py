@@ -16,13 +16,13 @@ from typing import Any
 import jax
 from etils import epath
 
-from helios_jax import checkpoint, config
+from helios_jax import checkpoint, chips, config
+from helios_jax.arch import flops
 from helios_jax.data import baselines, pipeline
 from helios_jax.data import tokenizer as tokenizers
 from helios_jax.evaluate.generate import generate
 from helios_jax.evaluate.perplexity import evaluate
 from helios_jax.memory import proof
-from helios_jax.model import flops
 from helios_jax.model.transformer import Transformer
 from helios_jax.parallel import cluster, sharding
 from helios_jax.parallel import mesh as meshes
@@ -138,7 +138,7 @@ class Progress:
         self.timer = metrics.Timer()
         cfg = run.config
         self.flops = flops.flops_per_token(cfg.model, cfg.data.row_length)
-        self.peak = flops.peak_flops(jax.devices()[0].device_kind) * jax.device_count()
+        self.peak = chips.peak_flops(jax.devices()[0].device_kind) * jax.device_count()
 
     def figures(self, step: int, reported: dict[str, jax.Array]) -> dict[str, float]:
         values = {name: float(value) for name, value in jax.device_get(reported).items()}

@@ -23,8 +23,9 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.lax import dynamic_index_in_dim, dynamic_update_index_in_dim
 from jaxtyping import Array, Float, PyTree
 
+from helios_jax.arch.rules import Axes
+from helios_jax.arch.weights import read_in_compute_dtype
 from helios_jax.memory import store
-from helios_jax.parallel.sharding import Axes
 from helios_jax.train import optimizer
 from helios_jax.train.state import Setup, TrainState
 
@@ -52,18 +53,6 @@ def working_copy(setup: Setup, params: PyTree) -> PyTree:
         return jax.lax.map(lambda i: fetch(layer(i, weight)).astype(narrow), layers)
 
     return jax.tree.map(copy, params, setup.axes)
-
-
-def read_in_compute_dtype(axes: Axes) -> bool:
-    """Whether the model reads a weight with these logical axes in the compute dtype alone.
-
-    Every matmul's is, but for the router's, whose product is float32, and both embeddings': their
-    gradients add up in float32 over chunks of the loss. Norms and the gates' vectors, of one axis,
-    are read in float32.
-    """
-    own = [axis for axis in axes if axis != 'layers']
-    wide = own[-1] == 'experts' or {'vocab', 'unembed_vocab'}.intersection(own)
-    return len(own) > 1 and not wide
 
 
 def update(

@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 
 from helios_jax import cli
+from helios_jax.arch import flops
 from helios_jax.bench import torch_peer
 from helios_jax.bench.torch_peer import Peer
 from helios_jax.config import GMU, Model
 from helios_jax.errors import UserError
-from helios_jax.model import flops
 
 SMALL = Peer(batch=2, length=5, vocab=37, steps=4)
 

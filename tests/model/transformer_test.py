@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from helios_jax import config
-from helios_jax.model import flops
+from helios_jax.arch import flops
 from helios_jax.model.gmu import input_eps
 from helios_jax.model.layers import RMSNorm
 from helios_jax.model.loss import cross_entropy
@@ -184,18 +184,16 @@ def test_parameters_are_counted_and_their_axes_known(model):
     boxed = abstract_variables(Transformer(model))
     shapes, axes = nn.unbox(boxed), sharding.logical_axes(boxed)
     size = lambda tree: sum(leaf.size for leaf in jax.tree.leaves(tree))  # noqa: E731
-    counted = flops.parameters(model)
-    assert counted.total == size(shapes['params'])
+    assert weights.count(model) == size(shapes['params'])
     matrices = jax.tree_util.tree_map_with_path(
         lambda path, leaf: leaf.size if path[-1].key == 'w' else 0, shapes['params']
     )
     matmul = sum(jax.tree.leaves(matrices))
     if not model.tied_embeddings:
         matmul -= D * model.padded_vocab_size
-    assert counted.matmul == matmul
     num_moe = sum(kind.startswith('moe') for kind in model.layer_kinds)
     idle = model.moe.num_experts - model.moe.num_experts_per_token
-    assert counted.active_matmul == matmul - num_moe * idle * 3 * D * model.expert_mlp_dim
+    assert flops.active_matmul(model) == matmul - num_moe * idle * 3 * D * model.expert_mlp_dim
     # Every parameter finds its place on a mesh, and a matrix is cut by every axis that can.
     mesh = meshes.abstract(config.Mesh(tensor=2, fsdp=4), 8)
     places = sharding.tree_shardings(mesh, axes, shapes)
@@ -306,7 +304,7 @@ def test_attention_flops_count_the_visible_keys(length, window):
     expected = 12 * N * H * (3 * full + 2 * local)
     np.testing.assert_allclose(flops.attention_flops(model, length), expected, rtol=5e-3)
     total = flops.flops_per_token(model, length)
-    assert total == 6 * flops.parameters(model).active_matmul + flops.attention_flops(model, length)
+    assert total == 6 * flops.active_matmul(model) + flops.attention_flops(model, length)
 
 
 def test_flops_of_a_plain_network_are_the_textbooks():

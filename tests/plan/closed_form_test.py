@@ -6,11 +6,10 @@ import math
 import jax
 import pytest
 
-from helios_jax import config
+from helios_jax import chips, config
 from helios_jax.parallel import mesh as meshes
-from helios_jax.plan import changes, closed_form, compiled, hardware, search
+from helios_jax.plan import changes, closed_form, compiled, search
 from helios_jax.plan.closed_form import plan
-from helios_jax.plan.hardware import GIB
 from helios_jax.train import state as states
 
 MODEL = config.Model(
@@ -20,7 +19,7 @@ MODEL = config.Model(
 SMALL = config.Config(
     model=MODEL, data=config.Data(row_length=64), train=config.Train(batch_rows=48)
 ).resolve(300)
-V5E = hardware.CHIPS['v5e']
+V5E = chips.CHIPS['v5e']
 
 
 def large(**memory: str) -> config.Config:
@@ -151,7 +150,7 @@ def test_auto_is_the_fastest_preset_that_fits():
     for preset in changes.PRESETS:
         other = plan(large(policy=preset), V5E, 16)
         assert not other.fits or made.seconds.step <= other.seconds.step
-    assert search.resolve_auto(cfg, hardware.CHIPS['v5p'], 16).policy in ('minimal', 'fp8')
+    assert search.resolve_auto(cfg, chips.CHIPS['v5p'], 16).policy in ('minimal', 'fp8')
     with pytest.raises(config.UserError, match=r"'auto'.*no preset fits 1 v5e.*GiB"):
         search.resolve_auto(cfg, V5E, 1)
 
@@ -184,7 +183,7 @@ def test_parts_are_tried_where_their_tensors_are_recomputed():
 
 @pytest.mark.slow
 def test_a_search_is_sorted_and_its_overrides_make_its_plans():
-    chip = hardware.CHIPS['v5p']
+    chip = chips.CHIPS['v5p']
     found = search.search(large(), chip, 4)
     speeds = [change.plan.seconds.tokens_per_second for change in found]
     assert speeds == sorted(speeds, reverse=True)
@@ -200,28 +199,3 @@ def test_a_search_is_sorted_and_its_overrides_make_its_plans():
             cfg, **{section: dataclasses.replace(part, **{field: kind(value)})}
         )
     assert plan(cfg, chip, 4).bytes.peak == best.plan.bytes.peak
-
-
-@pytest.mark.parametrize(
-    ('name', 'num_devices'),
-    [('v5p:2x2x4', 16), ('tpu7x:2x2x1', 8), ('h100', 1), ('h100:8', 8), ('cpu', 1)],
-)
-def test_a_topology_is_a_chip_and_a_number_of_devices(name, num_devices):
-    where = hardware.topology(name)
-    assert where.num_devices == num_devices
-    assert where.chip.peak_flops > 0
-    assert where.chip.hbm_bytes > GIB
-
-
-@pytest.mark.parametrize(
-    ('name', 'message'),
-    [
-        ('v5q:2x2', "'v5q'.*Did you mean 'v5"),
-        ('v5p:2x', "'2x' must be numbers"),
-        ('v5p:0x2', 'must be numbers'),
-        ('h100:', 'must be numbers'),
-    ],
-)
-def test_a_topology_that_is_none_is_refused(name, message):
-    with pytest.raises(config.UserError, match=message):
-        hardware.topology(name)

@@ -12,6 +12,7 @@ from helios_jax.bench.attention import jax_splash, ours, problem, tokamax
 from helios_jax.bench.attention.problem import Candidate, Problem
 from helios_jax.bench.tpu import program, timing
 from helios_jax.bench.tpu.schedule import Schedule
+from helios_jax.chips import Chip
 from helios_jax.errors import UserError
 
 MIB = 2**20
@@ -103,7 +104,7 @@ def kernel_row(
     operation: program.Operation,
     schedules: dict[str, Schedule],
     candidate: Candidate,
-    chip: timing.Chip,
+    chip: Chip,
 ) -> Row:
     """Predicts one kernel's time, and describes the kernel.
 

@@ -17,6 +17,7 @@ import jax.numpy as jnp
 
 from helios_jax.bench.attention.problem import PASSES, Problem
 from helios_jax.bench.attention.task import OURS, Task, run
+from helios_jax.chips import CHIPS
 from helios_jax.kernels.attention.tpu import backward_kernel, blocks
 from helios_jax.kernels.attention.tpu.blocks import Shape
 
@@ -65,7 +66,9 @@ def chunks(target: str, problem: Problem, which: str, length: int, shape: Shape)
     group = problem.heads // problem.kv_heads
     out = jax.ShapeDtypeStruct((1, 1, group, length, problem.head_dim), jnp.bfloat16)
     sizes = blocks.fit(shape, group, length, length)
-    most = functools.partial(backward_kernel.keys_in_memory, out, sizes, blocks.VMEM[target])
+    most = functools.partial(
+        backward_kernel.keys_in_memory, out, sizes, CHIPS[target].kernel_vmem_bytes
+    )
     return 1 if length <= most() else -(-length // most(in_chunks=True))
 
 

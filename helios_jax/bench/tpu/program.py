@@ -18,8 +18,9 @@ from typing import Any, NamedTuple
 import jax
 from jax.experimental.layout import Format, Layout
 
-from helios_jax.bench.tpu import schedule, timing
+from helios_jax.bench.tpu import schedule
 from helios_jax.bench.tpu.schedule import Schedule
+from helios_jax.chips import Chip
 from helios_jax.parallel import mesh as meshes
 
 INSTRUCTION = re.compile(r'  (?:ROOT )?%([\w.\-]+) = (.*?) ([a-z][\w\-]*)\((.*)', re.DOTALL)
@@ -65,7 +66,7 @@ class Program(NamedTuple):
 def compile_here(
     function: Callable[..., Any],
     arguments: tuple,
-    chip: timing.Chip,
+    chip: Chip,
     *,
     scoped_vmem_mib: int = 0,
 ) -> Program:
@@ -98,7 +99,7 @@ def compile_here(
     return Program(operations, schedules, memory.temp_size_in_bytes)
 
 
-def read(hlo: str, schedules: dict[str, Schedule], chip: timing.Chip) -> list[Operation]:
+def read(hlo: str, schedules: dict[str, Schedule], chip: Chip) -> list[Operation]:
     """Lists the operations that an optimised module runs, those of its loops included."""
     entry, computations = split(hlo)
     # libtpu schedules one of several operations that are alike.

@@ -4,37 +4,12 @@ from typing import NamedTuple
 
 import numpy as np
 
+from helios_jax import chips
 from helios_jax.bench.tpu.schedule import Schedule
-from helios_jax.model import flops
+from helios_jax.chips import Chip
 
-
-class Chip(NamedTuple):
-    """What JAX shows as one device."""
-
-    topology: str  # the smallest to compile for
-    device_kind: str
-    num_cores: int  # TensorCores that one kernel can be split over
-    num_mxus: int  # of a core
-    macs: int  # multiply-adds of an MXU a cycle
-    hbm_bytes_per_second: float
-    vmem_mib: int  # of a core
-    delay_slots: int  # bundles after a branch that run whether or not it is taken
-
-    @property
-    def clock(self) -> float:
-        """Cycles per second, from the peak FLOP/s."""
-        return flops.peak_flops(self.device_kind) / (2 * self.num_cores * self.num_mxus * self.macs)
-
-
-# MXUs and VMEM: jax._src.tpu_info; multiply-adds per MXU cycle: pre-delay MXU occupancy of plain
-# matmuls (v6e and tpu7x pass two rows a cycle); HBM: cloud.google.com/tpu/docs. The clocks follow:
-# 1.50, 1.75 (as documented), 1.75 and 2.20 GHz.
-CHIPS = {
-    'v5e': Chip('v5e:2x2', 'TPU v5e', 1, 4, 128 * 128, 819e9, 128, 4),
-    'v5p': Chip('v5p:2x2x1', 'TPU v5p', 2, 4, 128 * 128, 2765e9, 64, 4),
-    'v6e': Chip('v6e:2x2', 'TPU v6e', 1, 2, 2 * 256 * 256, 1640e9, 128, 4),
-    'tpu7x': Chip('tpu7x:2x2x1', 'TPU7x', 1, 2, 2 * 256 * 256, 7370e9 / 2, 64, 1),
-}
+# Those whose schedules can be read.
+CHIPS = {name: chip for name, chip in chips.CHIPS.items() if chip.platform == 'tpu'}
 
 
 FLOAT, HALF = 4, 2  # bytes of a float32 and of a bfloat16

@@ -17,11 +17,11 @@ from jax import Array
 from jax._src.cudnn import fused_attention_stablehlo as cudnn
 from jaxtyping import Bool, Float, Int, Num
 
+from helios_jax.arch.buffers import CUDNN_SEGMENTS
 from helios_jax.kernels.attention.rotation import rotate
 
 Call = Callable[..., Array]  # call_cudnn with its scale and window
 
-MAX_SEGMENTS = 8  # of a row, M, in one call; above 1, or jax takes the rows for unpacked
 PACKED_CUDNN = 90600  # 9.6
 # Before this version the private function strides over keys with the queries' head count.
 GROUPED_PACKING = (0, 11, 2)
@@ -103,41 +103,41 @@ def packed(
 ) -> Float[Array, 'B T N H']:
     """Causal attention within runs of equal segment id, zeros where the id is 0.
 
-    A row of at most MAX_SEGMENTS runs takes one call; where a row has more, all take as many calls
-    as the longest list needs.
+    A row of at most CUDNN_SEGMENTS runs takes one call; where a row has more, all take as many
+    calls as the longest list needs.
     """
     T, N, K = q.shape[1], q.shape[2], k.shape[2]
     if N != K and jax.__version_info__ < GROUPED_PACKING:
         k, v = (jnp.repeat(x, N // K, axis=2) for x in (k, v))
     runs = run_index(segment_ids)
     call = functools.partial(call_cudnn, scale=scale, window=window)
-    if T <= MAX_SEGMENTS:
+    if T <= CUDNN_SEGMENTS:
         return some(call, q, k, v, runs)
     # Masking padding out here, not in the branch, lets it fuse with the rotation.
     live = (runs >= 0)[:, :, None, None]
     q, k, v = (jnp.where(live, x, 0) for x in (q, k, v))
     several = functools.partial(in_turns, call)
-    out = jax.lax.cond(jnp.max(runs) < MAX_SEGMENTS, call, several, q, k, v, runs)
+    out = jax.lax.cond(jnp.max(runs) < CUDNN_SEGMENTS, call, several, q, k, v, runs)
     return jnp.where(live, out, 0)
 
 
 def some(call: Call, q: Array, k: Array, v: Array, runs: Array) -> Array:
-    """Attention within runs 0 … MAX_SEGMENTS−1, zeros elsewhere."""
+    """Attention within runs 0 … CUDNN_SEGMENTS−1, zeros elsewhere."""
     # Masked on the way in too: what the kernel leaves unwritten in dq, dk and dv becomes zero.
-    live = ((runs >= 0) & (runs < MAX_SEGMENTS))[:, :, None, None]
+    live = ((runs >= 0) & (runs < CUDNN_SEGMENTS))[:, :, None, None]
     q, k, v = (jnp.where(live, x, 0) for x in (q, k, v))
     return jnp.where(live, call(q, k, v, runs), 0)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def in_turns(call: Call, q: Array, k: Array, v: Array, runs: Array) -> Array:
-    """Attention within all runs, MAX_SEGMENTS of each row at a time.
+    """Attention within all runs, CUDNN_SEGMENTS of each row at a time.
 
     Nothing is saved for backward but the arguments: a result of every call would be an array as
-    large as the whole result for every MAX_SEGMENTS tokens.
+    large as the whole result for every CUDNN_SEGMENTS tokens.
     """
     # A token is in one call alone, so that the sums are exact.
-    add = lambda i, total: total + some(call, q, k, v, runs - i * MAX_SEGMENTS)  # noqa: E731
+    add = lambda i, total: total + some(call, q, k, v, runs - i * CUDNN_SEGMENTS)  # noqa: E731
     return jax.lax.fori_loop(0, num_turns(runs), add, jnp.zeros_like(q))
 
 
@@ -149,7 +149,7 @@ def _in_turns_backward(call: Call, saved: tuple[Array, ...], d_out: Array) -> tu
     *arguments, runs = saved
 
     def add(i: Array, totals: list[Array]) -> list[Array]:
-        own = runs - i * MAX_SEGMENTS
+        own = runs - i * CUDNN_SEGMENTS
         _, vjp = jax.vjp(lambda q, k, v: some(call, q, k, v, own), *arguments)
         return [total + part for total, part in zip(totals, vjp(d_out), strict=True)]
 
@@ -162,7 +162,7 @@ in_turns.defvjp(_in_turns_forward, _in_turns_backward)
 
 def num_turns(runs: Int[Array, 'B T']) -> Int[Array, '']:
     """How many calls the row with the most runs takes."""
-    return jnp.max(runs) // MAX_SEGMENTS + 1
+    return jnp.max(runs) // CUDNN_SEGMENTS + 1
 
 
 def run_index(segment_ids: Int[Array, 'B T']) -> Int[Array, 'B T']:
@@ -181,8 +181,8 @@ def call_cudnn(
     scale: float,
     window: int,
 ) -> Float[Array, 'B T N H']:
-    """Attention within runs 0 … MAX_SEGMENTS−1; other rows of the result may hold anything."""
-    starts, lengths = extents(runs, MAX_SEGMENTS)
+    """Attention within runs 0 … CUDNN_SEGMENTS−1; other rows of the result may hold anything."""
+    starts, lengths = extents(runs, CUDNN_SEGMENTS)
     offsets = jnp.pad(starts, ((0, 0), (0, 1)), constant_values=-1)
     return cudnn.dot_product_attention(
         q,

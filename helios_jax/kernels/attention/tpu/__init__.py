@@ -15,6 +15,7 @@ from jax import Array
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Float, Int, Num
 
+from helios_jax.chips import CHIPS
 from helios_jax.kernels.attention.tpu import backward_kernel, forward_kernel, work
 from helios_jax.kernels.attention.tpu import blocks as sizes
 from helios_jax.kernels.attention.tpu.backward_kernel import Inputs
@@ -113,6 +114,7 @@ def check(q: Array) -> None:
         raise NotImplementedError(f'cannot take {q.dtype}: only bfloat16 and float32.')
     if q.shape[-1] % 32:
         raise NotImplementedError(f'cannot take H={q.shape[-1]}: it must be a multiple of 32.')
+    sizes.generation()  # refuses a TPU that it does not know
 
 
 def prepare(
@@ -138,7 +140,7 @@ def prepare(
     chosen = blocks or (choose(backward=False), choose(backward=True))
     total = jnp.asarray(query_scale, jnp.float32) * scale
     rows = Rows(positions, segment_ids, key_positions, key_segment_ids, frequencies, total)
-    return rows, Options(window, softcap, *chosen, sizes.VMEM[target], interpret)
+    return rows, Options(window, softcap, *chosen, CHIPS[target].kernel_vmem_bytes, interpret)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))

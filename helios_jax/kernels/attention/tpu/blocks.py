@@ -10,19 +10,10 @@ from typing import Any, NamedTuple
 
 import jax
 
+from helios_jax import chips
 from helios_jax.kernels.attention.tpu.work import Blocks
 
-MIB = 2**20
-# VMEM of a core that a kernel may take, of 128 MiB or (v5p, tpu7x) 64.
-VMEM = {'v5e': 100 * MIB, 'v5p': 56 * MIB, 'v6e': 100 * MIB, 'tpu7x': 56 * MIB}
-KINDS = {
-    'TPU v5 lite': 'v5e',
-    'TPU v5': 'v5p',
-    'TPU v5p': 'v5p',
-    'TPU v6 lite': 'v6e',
-    'TPU7x': 'tpu7x',
-}
-DEFAULT = 'v5p'  # the smaller VMEM
+INTERPRETED = 'v5p'  # what a kernel is laid out for where there is no TPU: the smaller VMEM
 TABLE = Path(__file__).with_name('blocks.json')
 
 
@@ -37,10 +28,20 @@ class Shape(NamedTuple):
 
 
 def generation() -> str:
-    """Of the mesh that we trace for, or of this machine's devices; `DEFAULT` off TPU."""
-    device = jax.sharding.get_abstract_mesh().abstract_device
-    kind = device.device_kind if device else jax.devices()[0].device_kind
-    return KINDS.get(kind, DEFAULT)
+    """The chip of the mesh that we trace for, or of this machine; `INTERPRETED` off TPU.
+
+    Raises:
+      NotImplementedError: a TPU whose VMEM chips.py does not know.
+    """
+    device = jax.sharding.get_abstract_mesh().abstract_device or jax.devices()[0]
+    if device.platform != 'tpu':
+        return INTERPRETED
+    chip = chips.find(device.device_kind)
+    if chip is None or not chip.kernel_vmem_bytes:
+        raise NotImplementedError(
+            f'does not know the VMEM of {device.device_kind!r}: add its row to helios_jax/chips.py.'
+        )
+    return chip.name
 
 
 def choose(generation: str, G: int, H: int, T: int, S: int, wide: bool, backward: bool) -> Blocks:

@@ -1,13 +1,11 @@
-"""Logical axes → mesh axes, and the sizes of meshes, as plain data.
-
-Nothing here needs JAX, so that `helios plan` can lay out a model without loading it.
-"""
+"""Logical axes → mesh axes: one table, what it makes of shapes, and what a mesh must divide."""
 
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from helios_jax import config
+from helios_jax.errors import require
 
 Axes = tuple[str, ...]
 
@@ -38,7 +36,11 @@ BATCH_AXES = RULES['batch']
 
 
 def shards(mesh: Any, name: str) -> int:
-    """Number of parts that a dimension of this logical name is cut into."""
+    """Number of pieces that a dimension of this logical name is cut into.
+
+    Args:
+      mesh: anything whose `shape` maps mesh axes to sizes.
+    """
     size = 1
     for mesh_axis in RULES[name]:
         size *= mesh.shape[mesh_axis]
@@ -55,11 +57,37 @@ def check(label: str, shape: Sequence[int], axes: Sequence[str], mesh: Any) -> N
     for size, name in zip(shape, axes, strict=True):
         parts = shards(mesh, name)
         split = {axis: mesh.shape[axis] for axis in RULES[name]}
-        config.require(
+        require(
             size % parts == 0,
             f'{label} {tuple(shape)}: dimension {name}={size} is not divisible by the mesh, which '
             f'cuts it into {parts} parts {split}; change the size or the mesh.',
         )
+
+
+def fitting(shape: Sequence[int], axes: Axes, mesh: Any) -> Axes:
+    """`axes`, with `length` for a `stored_length` that the mesh does not divide."""
+    return tuple(
+        'length' if name == 'stored_length' and size % shards(mesh, name) else name
+        for size, name in zip(shape, axes, strict=True)
+    )
+
+
+def check_batch(cfg: config.Config, mesh: Any) -> None:
+    """Refuses a batch whose rows or tokens the mesh or memory.backward_parts does not divide.
+
+    Raises:
+      UserError: naming the setting and what it must be a multiple of.
+    """
+    rows = cfg.train.batch_rows // cfg.train.microbatches
+    label = f'batch of one microbatch (train.batch_rows={cfg.train.batch_rows})'
+    check(label, (rows, cfg.data.row_length), ('batch', 'length'), mesh)
+    halves = 2 * mesh.shape['context']
+    require(
+        halves == 2 or cfg.data.row_length % halves == 0,
+        f'data.row_length={cfg.data.row_length} must be a multiple of {halves}, twice '
+        'mesh.context: each device takes two blocks of a row.',
+    )
+    check_parts(cfg, mesh)
 
 
 def check_parts(cfg: config.Config, mesh: Any) -> None:
@@ -75,7 +103,7 @@ def check_parts(cfg: config.Config, mesh: Any) -> None:
         ('model.mlp_dim', 'mlp', cfg.model.mlp_dim if dense else 0),
     ):
         each = parts * shards(mesh, axis)
-        config.require(
+        require(
             parts == 1 or size % each == 0,
             f'{name}={size} must be a multiple of {each}: memory.backward_parts={parts} times the '
             f'{each // parts} devices that share it.',
@@ -91,7 +119,7 @@ def sizes(mesh: config.Mesh, num_devices: int) -> list[int]:
     shape = [getattr(mesh, axis) for axis in MESH_AXES]
     known = math.prod(size for size in shape if size != -1)
     named = ', '.join(f'{axis}={size}' for axis, size in zip(MESH_AXES, shape, strict=True))
-    config.require(
+    require(
         num_devices % known == 0 and (-1 in shape or known == num_devices),
         f'mesh ({named}) does not fit {num_devices} devices: the sizes must multiply to '
         f'{num_devices}; set one axis, such as mesh.fsdp, to -1 to take what is left.',
