@@ -352,3 +352,36 @@ def test_flops_of_a_plain_network_are_the_textbooks():
     wanted = 6 * (5 * layer + D * 256) + 6 * 5 * 1000 * N * H
     assert flops.flops_per_token(model, 1000) == wanted
     assert flops.segment_flops_per_token(model, 500.0) == wanted
+
+
+@pytest.mark.parametrize('window', [3, 20])
+def test_segment_flops_count_what_each_kind_of_layer_sees(window):
+    model = dataclasses.replace(MIXED, window=window)  # two of five layers have a window
+    seen = np.concatenate([np.arange(1, length + 1) for length in (64, 1, 7, 30)])
+    contexts = seen.mean(), np.minimum(seen, window).mean()
+    attention = 12 * N * H * (3 * seen + 2 * np.minimum(seen, window)).mean()
+    expected = 6 * flops.parameters(model).active_matmul + attention
+    assert flops.segment_flops_per_token(model, *contexts) == pytest.approx(expected, rel=1e-12)
+
+
+@pytest.mark.parametrize(('pattern', 'num_experts_per_token'), [('mixed', 2), ('experts', 3)])
+def test_dropped_flops_are_those_of_the_visits_that_were_left_out(pattern, num_experts_per_token):
+    model = dataclasses.replace(MIXED, **PATTERNS[pattern])
+
+    def active(num_experts_per_token):
+        moe = dataclasses.replace(model.moe, num_experts_per_token=num_experts_per_token)
+        return flops.parameters(dataclasses.replace(model, moe=moe)).active_matmul
+
+    a_visit = 6 * (active(2) - active(1))  # of one expert in each MoE layer
+    moe = dataclasses.replace(model.moe, num_experts_per_token=num_experts_per_token)
+    model = dataclasses.replace(model, moe=moe)
+    assert flops.dropped_flops(model, 0.0) == 0
+    for share in (0.25, 1.0):
+        expected = share * num_experts_per_token * a_visit
+        assert flops.dropped_flops(model, share) == pytest.approx(expected)
+    assert a_visit > 0
+
+
+def test_a_dense_network_drops_nothing():
+    model = dataclasses.replace(MIXED, **PATTERNS['dense'])
+    assert flops.dropped_flops(model, 0.5) == 0
