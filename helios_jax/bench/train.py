@@ -16,13 +16,13 @@ from typing import Any
 
 import jax
 
-from helios_jax import chips, config
-from helios_jax.arch import flops
+from helios_jax import config
 from helios_jax.bench import process, torch_peer, trace
 from helios_jax.data import pipeline, tokenizer
 from helios_jax.parallel import cluster, sharding
 from helios_jax.parallel import mesh as meshes
 from helios_jax.train import state as states
+from helios_jax.train import throughput
 from helios_jax.train.step import compile_step
 
 GIB = 2**30
@@ -49,7 +49,8 @@ def measure_training(
         state = states.initialize(setup)
         first = pipeline.to_global(next(batches), rows)
         step = compile_step(setup, state, first)
-        losses, tokens, context, start, seconds = [], 0.0, 0.0, 0.0, 0.0
+        losses, start, seconds = [], 0.0, 0.0
+        speed = throughput.Throughput(cfg, throughput.peak_flops())
         total = warmup_steps + cfg.train.num_steps
         for count in range(total + profiled_steps):
             if count in (warmup_steps, total):
@@ -57,12 +58,10 @@ def measure_training(
                 seconds, start = time.perf_counter() - start, time.perf_counter()
             if count == total:
                 jax.profiler.start_trace(profile)
-            batch = next(batches)
-            if warmup_steps <= count < total:
-                tokens += int((batch.segment_ids > 0).sum())
-                context += int((batch.positions + (batch.segment_ids > 0)).sum())
-            state, metrics = step.run(state, pipeline.to_global(batch, rows))
+            state, metrics = step.run(state, pipeline.to_global(next(batches), rows))
             losses.append(metrics['loss'])
+            if warmup_steps <= count < total:
+                speed.add(metrics)
         jax.block_until_ready(state)
         kernels: dict[str, float] = {}
         if profiled_steps:
@@ -70,16 +69,13 @@ def measure_training(
             kernels = trace.kernel_seconds(Path(profile))
         else:
             seconds = time.perf_counter() - start
-    rate, device = tokens / seconds, jax.devices()[0]
+    device = jax.devices()[0]
     memory: Any = step.compiled.memory_analysis()
-    peak = chips.peak_flops(device.device_kind) * jax.device_count()
     return {
         'kind': cfg.model.gmu.kind,
         'packing': cfg.data.packing,
         'policy': cfg.memory.policy,
-        'tokens_per_second': rate,
-        'mfu': rate * flops.flops_per_token(cfg.model, cfg.data.row_length) / peak,
-        'segment_mfu': rate * flops.segment_flops_per_token(cfg.model, context / tokens) / peak,
+        **speed.figures(seconds),
         'step_ms': 1e3 * seconds / cfg.train.num_steps,
         'losses': [float(loss) for loss in losses],
         'state_gib': gib_of(state),
@@ -142,7 +138,7 @@ def describe(row: dict[str, Any], peer: dict[str, Any]) -> str:
     """Writes a variant's row as a line, with its speed by the peer's where that was measured."""
     line = (
         f'{row["kind"]:10} {row["packing"]:12} {row["tokens_per_second"]:9,.0f} tok/s  '
-        f'MFU {row["mfu"]:.3f}  {row["peak_gib"]:.1f} GiB'
+        f'MFU {row["mfu"]:.3f} ({row["segment_mfu"]:.3f} by segments)  {row["peak_gib"]:.1f} GiB'
     )
     if not peer:
         return line

@@ -37,9 +37,9 @@ class Optimizer:
     name: str = 'adamw'  # adamw | muon (matrices; the rest takes adamw)
     learning_rate: float = 1e-3  # the peak
     schedule: str = 'cosine'  # after warmup: cosine | wsd (stable, then linear decay)
-    warmup_steps: int = 100  # linear, from 0
-    decay_fraction: float = 0.2  # share of the steps that wsd decays over
-    final_fraction: float = 0.1  # learning rate at the end, of the peak
+    warmup_steps: int = 100  # updates of a linear rise, whose first takes the peak / warmup_steps
+    decay_fraction: float = 0.2  # share of the updates that wsd decays over
+    final_fraction: float = 0.1  # learning rate of the last update, of the peak
     beta1: float = 0.9  # first moment's decay; Muon's momentum is 0.95
     beta2: float = 0.95  # second moment's decay
     eps: float = 1e-8  # added to the root of the second moment

@@ -174,7 +174,14 @@ class GatedMemoryUnit(nn.Module):
     ) -> Float[Array, 'B T D']:
         """Mixes the stream x with `update` = F(x̂) of sublayer `index` (from 1, may be traced).
 
-        With a mutable collection `intermediates`, leaves g there as `gate`.
+        With a mutable collection `intermediates`, leaves g there as `gate`: a tuple of one float32
+        array, broadcastable to [B, T, D]. In a whole network it lies below the layer's name, and
+        the gates of scanned layers are stacked, bottom first (R repeats of the period):
+
+            _, seen = model.apply(variables, tokens, positions, mutable=['intermediates'])
+            gates = seen['intermediates']
+            gates['prefix']['layer_0']['attention_gmu']['gate']  # ([B, T, D],)
+            gates['periods']['layer_0']['mlp_gmu']['gate']  # ([R, B, T, D],)
         """
         gmu, eps, name = self.model.gmu, self.model.norm_eps, f'{self.name_prefix}_gate'
         weights = self.weights(x.dtype, index)

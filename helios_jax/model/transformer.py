@@ -117,7 +117,7 @@ class Transformer(nn.Module):
             self.prefix = Layers(model, model.prefix_kinds, self.platform)
         self.periods = nn.scan(
             Layers,
-            variable_axes={'params': 0, 'router': 0, 'cache': 0},
+            variable_axes={'params': 0, 'router': 0, 'cache': 0, 'intermediates': 0},
             split_rngs={'params': True},
             in_axes=(0, nn.broadcast, nn.broadcast, nn.broadcast),
             length=model.num_periods,
@@ -138,6 +138,9 @@ class Transformer(nn.Module):
     ) -> tuple[Float[Array, 'B T D'], dict[str, LayerStats]]:
         """Final hidden states in the compute dtype, and the routers' statistics.
 
+        A mutable collection `intermediates` receives the gates of every layer, as
+        `GatedMemoryUnit` describes; the layers then run as under memory.policy='none'.
+
         Args:
           positions: of each token in its segment, from 0.
           segment_ids: document index per token, 0 is padding; None: one segment a row.
@@ -150,7 +153,8 @@ class Transformer(nn.Module):
         first = len(model.prefix_kinds)
         indices = first + len(model.period_kinds) * jnp.arange(model.num_periods)
         eps = input_eps(model, 2 * model.num_layers + 1)
-        if self.memory.policy == 'none' or cache_length or self.is_initializing():
+        looked_at = self.is_mutable_collection('intermediates') or self.is_initializing()
+        if self.memory.policy == 'none' or cache_length or looked_at:
             if first:
                 x, reported['prefix'] = self.prefix(x, 0, *args)
             x, reported['periods'] = self.periods(x, indices, *args)

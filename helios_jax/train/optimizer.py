@@ -76,19 +76,24 @@ def rules(config: Optimizer, axes: PyTree, params: PyTree) -> list[Rule]:
 
 
 def schedule(config: Optimizer, num_steps: int) -> optax.Schedule:
-    """Learning rate by the count of updates made: 0 to the peak, then down to `final_fraction`.
+    """Learning rate of each update, by the count of updates made before it.
 
-    A run that ends within its warmup never leaves it.
+    Rises linearly from peak / warmup_steps at the first update to the peak at update number
+    warmup_steps, then falls; the last update of the run takes final_fraction · peak, however short
+    the run is.
     """
-    peak, final = config.learning_rate, config.learning_rate * config.final_fraction
-    warmup = config.warmup_steps
-    rise = optax.linear_schedule(0.0, peak, max(1, warmup))
+    peak, warmup = config.learning_rate, max(1, config.warmup_steps)
+    num_falling = num_steps - warmup
+    if config.schedule == 'wsd':
+        num_falling = min(num_falling, round(num_steps * config.decay_fraction))
+    num_falling = max(1, num_falling)
+    rise = optax.linear_schedule(peak / warmup, peak, warmup - 1) if warmup > 1 else lambda _: peak
     if config.schedule == 'cosine':
-        fall = optax.cosine_decay_schedule(peak, max(1, num_steps - warmup), config.final_fraction)
-        return optax.join_schedules([rise, fall], [warmup])
-    turn = max(warmup, round(num_steps * (1 - config.decay_fraction)))
-    fall = optax.linear_schedule(peak, final, max(1, num_steps - turn))
-    return optax.join_schedules([rise, optax.constant_schedule(peak), fall], [warmup, turn])
+        fall = optax.cosine_decay_schedule(peak, num_falling, config.final_fraction)
+    else:
+        fall = optax.linear_schedule(peak, peak * config.final_fraction, num_falling)
+    # The first falling update is below the peak already, so that the last one reaches the end.
+    return optax.join_schedules([rise, lambda count: fall(count + 1)], [num_steps - num_falling])
 
 
 def make(config: Optimizer, num_steps: int, axes: PyTree) -> optax.GradientTransformation:

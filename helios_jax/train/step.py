@@ -16,7 +16,7 @@ from helios_jax.model.layers import float32_or_wider
 from helios_jax.model.loss import cross_entropy, next_tokens
 from helios_jax.parallel.context import zigzag_rows
 from helios_jax.parallel.sharding import constrain
-from helios_jax.train import optimizer, streaming
+from helios_jax.train import optimizer, streaming, throughput
 from helios_jax.train.state import Setup, TrainState
 
 Metrics = dict[str, Array]
@@ -159,13 +159,11 @@ def gradient(
             return jax.tree.map(jnp.add, total, of(part)), None
 
         (gradients, (sums, load)), _ = jax.lax.scan(add, zeros, whole)
-    tokens = (batch.segment_ids > 0).sum(dtype=jnp.int32)
-    seen = jnp.where(batch.segment_ids > 0, batch.positions + 1.0, 0)
     metrics = {
         'loss': sums.pop('cross_entropy'),
         'targets': weights.sum(),
-        'tokens': tokens,
-        'mean_context': (seen.sum() / jnp.maximum(tokens, 1)).astype(jnp.float32),
+        'tokens': (batch.segment_ids > 0).sum(dtype=jnp.int32),
+        **throughput.mean_context(setup.config.model, batch),
         **sums,
     }
     if load:
