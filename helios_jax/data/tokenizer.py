@@ -292,5 +292,5 @@ def _bytes_per_token(
 
 def _unknown(model: dict[str, Any], vocabulary: dict[str, int]) -> int:
     """The id that a tokenizer.json gives to what is not in its vocabulary; -1 without one."""
-    unknown = model.get('unk_id')  # Unigram has its number, the others its name
-    return vocabulary.get(model.get('unk_token'), -1) if unknown is None else unknown
+    number = model.get('unk_id')  # Unigram has its number, the others its name
+    return vocabulary.get(model.get('unk_token') or '', -1) if number is None else number

@@ -1,6 +1,7 @@
 import copy
 import dataclasses
 import types
+from unittest import mock
 
 import pytest
 
@@ -19,7 +20,7 @@ def resume(now: dict, metadata: dict) -> None:
     cfg = config.Config()
     train = types.SimpleNamespace(fingerprint=now['train']['rows'])
     data = types.SimpleNamespace(contents=now, train=train)
-    run = types.SimpleNamespace(config=cfg, data=data, workdir='runs/x')
+    run = mock.Mock(spec=runs.Run, config=cfg, data=data, workdir='runs/x')
     saved = {'step': 3, 'config': dataclasses.asdict(cfg), 'fingerprint': 'a'}
     runs.check_resumable(run, saved | metadata)
 
