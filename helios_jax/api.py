@@ -62,6 +62,12 @@ def restore(
     return Restored(model, restore_variables(model, directory, step, mesh), tokenizer, cfg)
 
 
+def read_metadata(directory: epath.PathLike, step: int | str = 'latest') -> dict[str, Any]:
+    """What was saved beside the arrays of a step: config, data, samples, metrics."""
+    directory = checkpoint_directory(directory)
+    return checkpoint.read_metadata(directory, checkpoint.resolve(directory, step))
+
+
 def load_tokenizer(directory: epath.Path, metadata: dict[str, Any]) -> tokenizers.Tokenizer:
     """The tokenizer that travels with the checkpoints."""
     spec = metadata['tokenizer']

@@ -133,7 +133,12 @@ def eval_command(argv: Sequence[str]) -> None:
     flags.DEFINE_integer('row_length', 0, "Tokens a row; 0: the run's.", flag_values=values)
     flags.DEFINE_integer('rows', 0, 'Rows to read; 0: all.', flag_values=values)
     flags.DEFINE_integer('batch_rows', 16, 'Rows at a time.', flag_values=values)
+    flags.DEFINE_bool(
+        'allow_lossy_tokenizer', False, 'Score text that the tokenizer loses some of.',
+        flag_values=values,
+    )  # fmt: skip
     options.parse(values, argv)
+    from helios_jax import api
     from helios_jax.evaluate.held_out import held_out
 
     figures = held_out(
@@ -142,6 +147,8 @@ def eval_command(argv: Sequence[str]) -> None:
         row_length=values.row_length,
         num_rows=values.rows,
         batch_rows=values.batch_rows,
+        allow_lossy_tokenizer=values.allow_lossy_tokenizer,
+        trained_on=api.read_metadata(values.checkpoint, values.step).get('data'),
     )
     show(figures, values.json)
 
@@ -175,7 +182,7 @@ def generate_command(argv: Sequence[str]) -> None:
 
 
 def data_command(argv: Sequence[str]) -> None:
-    """data prepare --config | data tokenizer --corpus --vocab_size --output."""
+    """data prepare --config [--rebuild] | data tokenizer --corpus --vocab_size --output."""
     action = argv[0] if argv else ''
     require(
         action in ('prepare', 'tokenizer'),
@@ -195,9 +202,11 @@ def data_command(argv: Sequence[str]) -> None:
         return
     options.config_flag(values, argv)
     flags.DEFINE_bool('json', False, 'One JSON object a line.', flag_values=values)
+    flags.DEFINE_bool('rebuild', False, 'Make all of it again.', flag_values=values)
     options.parse(values, options.config_file(argv[1:]))
     cfg = config.from_dict(values.config)
-    prepared = pipeline.prepare(cfg.data, tokenizer.load(cfg.data.tokenizer))
+    loaded = tokenizer.load(cfg.data.tokenizer)
+    prepared = pipeline.prepare(cfg.data, loaded, rebuild=values.rebuild)
     for row in pipeline.summary(prepared):
         show(row, values.json)
 

@@ -238,6 +238,20 @@ def test_ckpt_lists_the_steps(root, capsys):
     assert run_json(capsys, 'ckpt', 'ls', f'{root}/run/checkpoints') == rows
 
 
+def test_damaged_data_is_one_line_until_it_is_rebuilt(root, capsys, tmp_path):
+    prepare = ['data', 'prepare', f'--config={root}/small.py']
+    prepare += [f'--config.data.cache_dir={tmp_path}', '--config.data.row_length=37']
+    before = run_json(capsys, *prepare)
+    assert all(row['lost_bytes'] == 0 for row in before)
+    next((tmp_path / 'rows').glob('*/*array_record*')).unlink()
+    with pytest.raises(SystemExit) as caught:
+        cli.main(prepare)
+    assert caught.value.code == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert re.search(r'helios: .*/rows/.* is damaged \(missing.*data prepare --rebuild', line)
+    assert run_json(capsys, *prepare, '--rebuild') == before == run_json(capsys, *prepare)
+
+
 def test_explain_prints_every_setting_or_those_that_are_named(capsys):
     cli.main(['explain'])
     lines = capsys.readouterr().out.splitlines()

@@ -20,6 +20,7 @@ class Data:
     validation_fraction: float = 0.02  # of documents, chosen by their content
     cache_dir: str = '~/.cache/helios'  # where packed rows are kept; gs:// works
     num_workers: int = 0  # processes that tokenize; 0 takes every core
+    allow_lossy_tokenizer: bool = False  # takes text that decoding does not give back, uncounted
 
     def __post_init__(self) -> None:
         require(self.row_length >= 4, f'data.row_length={self.row_length} must be 4 or more.')
@@ -30,6 +31,11 @@ class Data:
             f'data.validation_fraction={self.validation_fraction} must lie between 0 and 1.',
         )
         at_least_zero('data', self, 'num_workers')
+
+    @property
+    def documents_apart(self) -> bool:
+        """Whether attention keeps to a document; False where a row is one stream."""
+        return self.packing == 'best_fit'
 
 
 @dataclasses.dataclass(frozen=True)

@@ -59,7 +59,7 @@ class Layout:
         """Of each row, as many as cuDNN's attention sizes its buffers for; 0 without cuDNN."""
         if self.platform != 'gpu' or not self.attention_kernel or self.shape['context'] > 1:
             return 0
-        return CUDNN_SEGMENTS if self.config.data.packing == 'best_fit' else 1
+        return CUDNN_SEGMENTS if self.config.data.documents_apart else 1
 
     @property
     def keeps_quantised(self) -> bool:

@@ -192,7 +192,8 @@ def score(run: Run, state: states.TrainState) -> dict[str, float]:
         readable(run, state),
         (pipeline.to_global(batch, rows) for batch in batches),
         eos_id=run.tokenizer.eos_id,
-        packed=cfg.data.packing == 'best_fit',
+        documents_apart=cfg.data.documents_apart,
+        lost_fraction=run.data.validation.lost_fraction,
     )
 
 

@@ -129,6 +129,7 @@ _SHOWN = {
     'loss': 'loss {:.4f}'.format,
     'eval/loss': 'held-out loss {:.4f}'.format,
     'eval/bits_per_byte': '{:.4f} bits/byte'.format,
+    'eval/lost_fraction': '(without the {:.2%} of bytes that the tokenizer loses)'.format,
     'learning_rate': 'lr {:.2e}'.format,
     'gradient_norm': 'grad {:.3g}'.format,
     'time/tokens_per_second': '{:,.0f} tok/s'.format,

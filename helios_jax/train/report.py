@@ -17,7 +17,7 @@ PACKAGES = (
     'helios_jax', 'jax', 'jaxlib', 'flax', 'optax', 'orbax-checkpoint', 'tensorflow-datasets',
     'grain', 'numpy',
 )  # fmt: skip
-LOSS, HELD_OUT = 'loss', 'eval/bits_per_byte'
+LOSS, HELD_OUT, LOST = 'loss', 'eval/bits_per_byte', 'eval/lost_fraction'
 
 
 def environment() -> dict[str, dict[str, str]]:
@@ -79,7 +79,11 @@ def curves(lines: list[dict[str, Any]]) -> bytes:
     """A PNG of the training loss and, where there are evaluations, of held-out bits per byte."""
     names = [LOSS] + [HELD_OUT] * any(HELD_OUT in line for line in lines)
     figure = Figure(figsize=(5 * len(names), 3.6), layout='constrained')
-    labels = {LOSS: 'training loss (nats per token)', HELD_OUT: 'held-out bits per byte'}
+    lossy = any(LOST in line for line in lines)
+    labels = {
+        LOSS: 'training loss (nats per token)',
+        HELD_OUT: 'held-out bits per byte' + ' that the tokenizer keeps' * lossy,
+    }
     for name, axes in zip(names, figure.subplots(1, len(names), squeeze=False)[0], strict=True):
         points = [(line['step'], line[name]) for line in lines if name in line]
         axes.plot(

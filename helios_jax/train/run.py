@@ -14,6 +14,7 @@ from jaxtyping import PyTree
 from helios_jax import api, checkpoint, config
 from helios_jax.data import pipeline
 from helios_jax.data import tokenizer as tokenizers
+from helios_jax.data.rows import changes
 from helios_jax.train import report, streaming
 from helios_jax.train import state as states
 
@@ -25,7 +26,8 @@ FREE_TO_CHANGE = (
     'train.num_steps', 'train.log_every', 'train.eval_every', 'train.eval_rows',
     'train.checkpoint_every', 'train.keep_checkpoints', 'train.profile_steps', 'train.tensorboard',
     'train.compilation_cache', 'train.microbatches', 'train.init_from', 'mesh.', 'memory.',
-    'data.cache_dir', 'data.num_workers', 'data.tokenizer', 'model.attention',
+    'data.cache_dir', 'data.num_workers', 'data.tokenizer', 'data.allow_lossy_tokenizer',
+    'model.attention',
 )  # fmt: skip
 
 
@@ -72,6 +74,7 @@ def save(run: Run, state: states.TrainState, step: int, scores: dict[str, float]
         'config': dataclasses.asdict(run.config),
         'tokenizer': run.tokenizer.save(directory),
         'fingerprint': run.data.train.fingerprint,
+        'data': run.data.contents,
         'samples': step * run.config.train.batch_rows,
         'environment': report.environment(),
     }
@@ -133,10 +136,14 @@ def check_resumable(run: Run, metadata: dict[str, Any]) -> None:
             f'{name}={value!r}, but {run.workdir} was trained with {saved.get(name)!r}; set it '
             'back, or start in another workdir (train.init_from takes its parameters along).',
         )
+    now = run.data.contents
+    saved = metadata.get('data') or {}  # older checkpoints have only the training rows' fingerprint
+    changed = {split: changes(saved[split], now[split]) for split in saved}
+    told = '; '.join(f'{split}: {change}' for split, change in changed.items() if change)
     config.require(
-        metadata['fingerprint'] == run.data.train.fingerprint,
-        f'the data of corpus={run.config.data.corpus!r} has changed since {run.workdir} was begun; '
-        'restore the files, or start in another workdir.',
+        metadata['fingerprint'] == run.data.train.fingerprint and not told,
+        f'the data of corpus={run.config.data.corpus!r} has changed since {run.workdir} was begun'
+        f'{told and f" ({told})"}; restore the files, or start in another workdir.',
     )
 
 

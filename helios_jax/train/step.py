@@ -22,14 +22,9 @@ from helios_jax.train.state import Setup, TrainState
 Metrics = dict[str, Array]
 
 
-def segments(data: config.Data, batch: Batch) -> Array | None:
-    """The segment ids that attention sees: none where a row is one stream (plain causal)."""
-    return batch.segment_ids if data.packing == 'best_fit' else None
-
-
 def num_routed(data: config.Data, batch: Batch) -> Float[Array, '']:
     """Tokens that a router counts: all but padding, where segments tell which that is."""
-    ids = segments(data, batch)
+    ids = batch.attention_segments(data.documents_apart)
     if ids is None:
         return jnp.asarray(batch.tokens.size, jnp.float32)
     return (ids > 0).sum(dtype=jnp.float32)
@@ -192,7 +187,7 @@ def loss(
     cfg = setup.config
     variables = {'params': params, 'router': router}
     hidden, reported = setup.model.apply(
-        variables, batch.tokens, batch.positions, segments(cfg.data, batch)
+        variables, batch.tokens, batch.positions, batch.attention_segments(cfg.data.documents_apart)
     )
     head = setup.model.apply(variables, method='unembedding_weight')
     losses = cross_entropy(hidden, head, targets, weights, cfg.model.vocab_size, cfg.train.z_loss)

@@ -114,6 +114,10 @@ def test_line_shows_what_is_there():
     assert line == 'step 20/50  loss 2.3457  lr 1.00e-03  12,346 tok/s  MFU 41.2%'
     line = metrics.format_line(20, 0, {'eval/bits_per_byte': 2.1, 'eval/loss': 1.5})
     assert line == 'step 20  held-out loss 1.5000  2.1000 bits/byte'
+    line = metrics.format_line(20, 0, {'eval/bits_per_byte': 2.1, 'eval/lost_fraction': 0.0123})
+    assert (
+        line == 'step 20  2.1000 bits/byte  (without the 1.23% of bytes that the tokenizer loses)'
+    )
 
 
 def test_plain_lines_where_there_is_no_terminal(tmp_path, capsys):
