@@ -191,9 +191,8 @@ class _ShardJob:
     def __call__(self, index: int) -> dict[str, Any]:
         path = self.directory / records.shard_name(NAME, SPLIT, index)
         stats_path = self.directory / f'{path.name}.stats.json'
-        # Without its numbers a shard is an older version's, which did not count lost bytes.
-        if path.exists() and stats_path.exists() and not self.rebuild:
-            return json.loads(stats_path.read_text())
+        if not self.rebuild and (finished := _finished(path, stats_path)):
+            return finished
         documents = list(self.documents.shards()[index])
         rows = self.packer.rows(documents)
         features = _features(self.packer, self.documents)
@@ -207,8 +206,21 @@ class _ShardJob:
         }
         with records.shard(path, (_stored(row, features) for row in rows)) as written:
             # The shard's own name comes last: where it stands, so do its numbers.
-            records.write_text(stats_path, json.dumps(counts | written))
-        return counts | written
+            stats = counts | written
+            records.write_text(stats_path, json.dumps([stats, records.digest(stats)]))
+        return stats
+
+
+def _finished(path: epath.Path, stats_path: epath.Path) -> dict[str, Any]:
+    """The numbers of a shard that an interrupted run has left whole, or {}.
+
+    Without its numbers a shard is an older version's, which did not count lost bytes.
+    """
+    try:
+        stats, digest = json.loads(stats_path.read_text())
+    except (OSError, ValueError):
+        return {}
+    return stats if path.exists() and digest == records.digest(stats) else {}
 
 
 def _run(job: _ShardJob, num_workers: int) -> list[dict[str, Any]]:
