@@ -106,11 +106,11 @@ def checkpoint_flags(values: flags.FlagValues) -> None:
 
 def restore(values: flags.FlagValues) -> Any:
     require(bool(values.checkpoint), "--checkpoint is missing; name a run's workdir.")
-    from helios_jax import api
+    from helios_jax import restoring
     from helios_jax.parallel import cluster
 
     cluster.enable_compilation_cache(config.Train().compilation_cache)
-    return api.restore(values.checkpoint, values.step, rope=yarn(values.yarn))
+    return restoring.restore(values.checkpoint, values.step, rope=yarn(values.yarn))
 
 
 def yarn(value: str) -> dict[str, Any]:
@@ -210,9 +210,9 @@ def ckpt_command(argv: Sequence[str]) -> None:
         len(arguments) == 2 and arguments[0] == 'ls',
         f'helios ckpt {" ".join(arguments)}: write helios ckpt ls DIR.',
     )
-    from helios_jax import api, checkpoint
+    from helios_jax import checkpoint, restoring
 
-    for row in checkpoint.list_steps(api.checkpoint_directory(arguments[1])):
+    for row in checkpoint.list_steps(restoring.checkpoint_directory(arguments[1])):
         show(row | {'damage': row['damage'] or 'none'}, values.json)
 
 

@@ -12,7 +12,7 @@ import helios_jax
 # A module imports from its own part and from parts to the left of it.
 ORDER = [
     {'errors'}, {'config'}, {'options', 'kernels'}, {'parallel'}, {'memory'}, {'model'},
-    {'data', 'checkpoint'}, {'api'}, {'evaluate'}, {'train'},
+    {'data', 'checkpoint'}, {'restoring'}, {'evaluate'}, {'train'},
     {'plan', 'convert', 'ablate', 'bench'}, {'cli'}, {'__main__'},
 ]  # fmt: skip
 RANKS = {part: rank for rank, parts in enumerate(ORDER) for part in parts}

@@ -4,11 +4,11 @@ import dataclasses
 
 import jax
 
-from helios_jax.api import Restored, mesh_of
 from helios_jax.data import pipeline
 from helios_jax.errors import require
 from helios_jax.evaluate.perplexity import evaluate
 from helios_jax.parallel import sharding
+from helios_jax.restoring import Restored, mesh_of
 
 
 def held_out(

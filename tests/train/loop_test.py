@@ -80,7 +80,7 @@ def saved(cfg: config.Config, workdir: Path, step: int) -> dict:
     items = {'params': setup.state.params, 'optimizer': setup.state.optimizer}
     directory = workdir / 'checkpoints'
     return {
-        name: jax.device_get(checkpoint.restore(directory, step, name, tree))
+        name: jax.device_get(checkpoint.open_step(directory, step).restore(name, tree))
         for name, tree in items.items()
     }
 
@@ -118,7 +118,7 @@ def test_a_run_leaves_metrics_checkpoints_config_and_a_report(finished):
     assert list(steps) == [5, 7, 10]  # every 5, and with each evaluation
     assert not any(row['damage'] for row in steps.values())
     assert steps[10]['metrics'] == held_out and steps[5]['metrics'] == {}
-    metadata = checkpoint.read_metadata(workdir / 'checkpoints', 10)
+    metadata = checkpoint.open_step(workdir / 'checkpoints', 10).metadata
     assert metadata['samples'] == 80
     assert metadata['config'] == dataclasses.asdict(cfg.resolve(256))
     assert metadata.keys() >= {'fingerprint', 'tokenizer', 'format_version'}

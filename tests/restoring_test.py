@@ -10,7 +10,7 @@ import pytest
 from etils import epath
 
 import helios_jax
-from helios_jax import api, checkpoint, config
+from helios_jax import checkpoint, config, restoring
 from helios_jax.data import tokenizer as tokenizers
 from helios_jax.errors import UserError
 from helios_jax.parallel import mesh as meshes
@@ -58,7 +58,7 @@ def write(directory, name: str, cfg: config.Config = CONFIG, step: int = 3):
 @pytest.mark.parametrize('read', MESHES)
 def test_any_mesh_reads_what_any_other_wrote(written, read, tmp_path):
     write(tmp_path, written)
-    restored = api.restore(tmp_path, mesh=mesh_of(read))
+    restored = restoring.restore(tmp_path, mesh=mesh_of(read))
     jax.tree.map(np.testing.assert_array_equal, restored.variables, numbers())
     assert restored.config == CONFIG
     assert restored.tokenizer.vocab_size == 256
@@ -69,13 +69,13 @@ def test_any_mesh_reads_what_any_other_wrote(written, read, tmp_path):
             restored.variables[name],
             like,
         )
-    assert api.mesh_of(restored.variables) == mesh_of(read)
+    assert restoring.mesh_of(restored.variables) == mesh_of(read)
 
 
 def test_without_a_mesh_all_devices_share_the_weights(tmp_path):
     write(tmp_path, 'one')
     model, variables, _, _ = helios_jax.restore(str(tmp_path / 'checkpoints'), 'latest')
-    assert api.mesh_of(variables).shape['fsdp'] == 8
+    assert restoring.mesh_of(variables).shape['fsdp'] == 8
     head = variables['params']['unembedding']['w']
     assert head.sharding.shard_shape(head.shape) == (24, 32)
     assert model.model == CONFIG.model
@@ -85,29 +85,29 @@ def test_weights_that_the_devices_do_not_divide_are_copied_to_each(tmp_path):
     model = dataclasses.replace(CONFIG.model, embed_dim=20)
     shapes = setup_on('one', dataclasses.replace(CONFIG, model=model))
     where = shapes.state.params, shapes.axes
-    mesh = api.default_mesh(where[1], where[0])
+    mesh = restoring.default_mesh(where[1], where[0])
     assert (mesh.shape['data'], mesh.shape['fsdp']) == (8, 1)
 
 
 def test_positions_may_be_rescaled_while_restoring(tmp_path):
     write(tmp_path, 'one')
-    restored = api.restore(tmp_path, rope={'scaling': 'dynamic'}, mesh=mesh_of('one'))
+    restored = restoring.restore(tmp_path, rope={'scaling': 'dynamic'}, mesh=mesh_of('one'))
     rope = restored.model.model.rope
     assert (rope.scaling, rope.trained_length) == ('dynamic', 16)
     with pytest.raises(UserError, match=r'factor=0\.5'):
-        api.restore(tmp_path, rope={'scaling': 'static', 'factor': 0.5}, mesh=mesh_of('one'))
+        restoring.restore(tmp_path, rope={'scaling': 'static', 'factor': 0.5}, mesh=mesh_of('one'))
 
 
 def test_a_step_is_chosen_by_number(tmp_path):
     write(tmp_path, 'one', step=3)
     write(tmp_path, 'one', step=5)
-    assert checkpoint.resolve(tmp_path / 'checkpoints', 'latest') == 5
+    assert checkpoint.open_step(tmp_path / 'checkpoints', 'latest').step == 5
     jax.tree.map(
         np.testing.assert_array_equal,
-        api.restore(tmp_path, 3, mesh=mesh_of('one')).variables,
+        restoring.restore(tmp_path, 3, mesh=mesh_of('one')).variables,
         numbers(),
     )
     with pytest.raises(UserError, match=r'step=4.*3, 5'):
-        api.restore(tmp_path, 4)
+        restoring.restore(tmp_path, 4)
     with pytest.raises(UserError, match='does not exist'):
-        api.restore(tmp_path / 'none')
+        restoring.restore(tmp_path / 'none')
