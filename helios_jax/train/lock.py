@@ -3,9 +3,9 @@
 Local disks: `writer.lock` in the workdir, locked by the operating system (flock) and so released
 whenever the process ends, SIGKILL included. It holds one JSON line while a run lives and is empty
 afterwards; no run deletes it, since a lock on a deleted file guards nothing. Across hosts this
-needs a file system on which flock reaches all of them: NFS 4, NFS 3 with its lock daemon (not mounted
-`nolock` or `local_lock`), Lustre mounted with `flock`, GPFS, CephFS. A mounted object store
-(gcsfuse) locks within one host only: give gs:// instead. A file system without flock is refused.
+needs a file system on which flock reaches all of them: NFS 4, NFS 3 with its lock daemon (mounted
+without `nolock` and `local_lock`), Lustre mounted with `flock`, GPFS, CephFS. A mounted bucket
+(gcsfuse) locks within one host: give gs:// instead. A file system without flock is refused.
 
 Object stores: see `remote_lock`.
 
@@ -22,7 +22,7 @@ import os
 import socket
 import time
 from collections.abc import Iterator
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import filelock
 import fsspec
@@ -39,6 +39,7 @@ NAME = 'writer.lock'
 READ_SECONDS = 1.0  # for a writer that has just locked to say who it is
 
 
+@runtime_checkable
 class Lock(Protocol):
     """What a run is given."""
 
@@ -88,12 +89,12 @@ def describe(writer: dict[str, Any]) -> str:
 
 
 class LocalLock(OthersLock):
-    def __init__(self, path: epath.Path) -> None:
+    def __init__(self, path: epath.Path, *, is_new: bool) -> None:
         self._path = path
         self._changed = False
         self._found: bytes | None = None
         self._times = (0, 0)
-        if path.exists():
+        if not is_new:
             stat = os.stat(path)
             self._found, self._times = path.read_bytes(), (stat.st_atime_ns, stat.st_mtime_ns)
 
@@ -124,6 +125,7 @@ class LocalLock(OthersLock):
 def _local(workdir: epath.Path) -> Iterator[Lock]:
     absent = [path for path in (workdir, *workdir.parents) if not path.exists()]
     path = workdir / NAME
+    is_new = not path.exists()
     system_lock = filelock.FileLock(path, timeout=0, fallback_to_soft=False)
     try:
         workdir.mkdir(parents=True, exist_ok=True)
@@ -134,11 +136,13 @@ def _local(workdir: epath.Path) -> Iterator[Lock]:
         except OSError as error:
             if error.errno not in (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK):
                 raise
+            if is_new:
+                path.unlink(missing_ok=True)
             raise UserError(
                 f'{workdir} lies on a file system that cannot lock files ({error.strerror}); mount '
                 'it with locks (NFS 4, Lustre with -o flock), or choose another workdir.'
             ) from error
-        held = LocalLock(path)
+        held = LocalLock(path, is_new=is_new)
         try:
             held.write(identity())
             yield held
@@ -148,7 +152,7 @@ def _local(workdir: epath.Path) -> Iterator[Lock]:
     finally:
         for folder in absent:  # innermost first; what is not empty stays
             with contextlib.suppress(OSError):
-                folder.rmdir()
+                os.rmdir(folder)
 
 
 @contextlib.contextmanager

@@ -137,6 +137,6 @@ def require_same_data(
     for name, (split, fingerprint) in now.items():
         require(
             opened.metadata.get(name, fingerprint) == fingerprint,
-            f'the {split} data of corpus={cfg.data.corpus!r} has changed since {workdir} was '
+            f'the data of corpus={cfg.data.corpus!r} ({split}) has changed since {workdir} was '
             'begun; restore the files, or start in another workdir.',
         )
