@@ -50,7 +50,8 @@ def run(*values: dict) -> list[list[str]]:
         for index, value in enumerate(values)
     ]  # fmt: skip
     try:
-        return [program.communicate(timeout=150)[0].splitlines() for program in programs]
+        outputs = [program.communicate(timeout=150)[0].splitlines() for program in programs]
+        return [[line for line in lines if '[Gloo]' not in line] for lines in outputs]
     finally:
         for program in programs:
             program.kill()
