@@ -107,11 +107,11 @@ def checkpoint_flags(values: flags.FlagValues) -> None:
 
 def restore(values: flags.FlagValues) -> Any:
     require(bool(values.checkpoint), "--checkpoint is missing; name a run's workdir.")
-    from helios_jax import api
+    from helios_jax import restoring
     from helios_jax.parallel import cluster
 
     cluster.enable_compilation_cache(config.Train().compilation_cache)
-    return api.restore(values.checkpoint, values.step, rope=yarn(values.yarn))
+    return restoring.restore(values.checkpoint, values.step, rope=yarn(values.yarn))
 
 
 def yarn(value: str) -> dict[str, Any]:
@@ -138,7 +138,7 @@ def eval_command(argv: Sequence[str]) -> None:
         flag_values=values,
     )  # fmt: skip
     options.parse(values, argv)
-    from helios_jax import api
+    from helios_jax import restoring
     from helios_jax.evaluate.held_out import held_out
 
     figures = held_out(
@@ -148,7 +148,7 @@ def eval_command(argv: Sequence[str]) -> None:
         num_rows=values.rows,
         batch_rows=values.batch_rows,
         allow_lossy_tokenizer=values.allow_lossy_tokenizer,
-        trained_on=api.read_metadata(values.checkpoint, values.step).get('data'),
+        trained_on=restoring.read_metadata(values.checkpoint, values.step).get('data'),
     )
     show(figures, values.json)
 
@@ -220,9 +220,9 @@ def ckpt_command(argv: Sequence[str]) -> None:
         len(arguments) == 2 and arguments[0] == 'ls',
         f'helios ckpt {" ".join(arguments)}: write helios ckpt ls DIR.',
     )
-    from helios_jax import api, checkpoint
+    from helios_jax import checkpoint, restoring
 
-    for row in checkpoint.list_steps(api.checkpoint_directory(arguments[1])):
+    for row in checkpoint.list_steps(restoring.checkpoint_directory(arguments[1])):
         show(row | {'damage': row['damage'] or 'none'}, values.json)
 
 

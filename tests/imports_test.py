@@ -12,7 +12,7 @@ import helios_jax
 # A module imports from its own part and from parts to the left of it.
 ORDER = [
     {'errors'}, {'chips', 'config', 'paths'}, {'options', 'arch'}, {'kernels'}, {'parallel'},
-    {'memory'}, {'model'}, {'data', 'checkpoint'}, {'api'}, {'evaluate'}, {'train'},
+    {'memory'}, {'model'}, {'data', 'checkpoint'}, {'restoring'}, {'evaluate'}, {'train'},
     {'plan', 'convert', 'ablate', 'verify'}, {'bench'}, {'cli'}, {'__main__'},
 ]  # fmt: skip
 RANKS = {part: rank for rank, parts in enumerate(ORDER) for part in parts}

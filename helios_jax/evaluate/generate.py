@@ -14,12 +14,12 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int, PyTree
 
-from helios_jax.api import Restored, mesh_of
 from helios_jax.arch import rules
 from helios_jax.config import require
 from helios_jax.model.loss import project
 from helios_jax.model.transformer import Transformer
 from helios_jax.parallel.sharding import constrain
+from helios_jax.restoring import Restored, mesh_of
 
 PREFILL_CHUNK = 256  # tokens
 

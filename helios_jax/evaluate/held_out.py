@@ -6,13 +6,13 @@ from typing import Any
 
 import jax
 
-from helios_jax.api import Restored, mesh_of
 from helios_jax.arch import rules
 from helios_jax.data import pipeline
 from helios_jax.data.rows import changes
 from helios_jax.errors import require
 from helios_jax.evaluate.perplexity import evaluate
 from helios_jax.parallel import sharding
+from helios_jax.restoring import Restored, mesh_of
 
 
 def held_out(

@@ -1,9 +1,11 @@
 """A training run, from a config to a report.
 
-    prepare data → build → restore or initialise → (batch → step → log, evaluate, save)* → report
+    agree → lock → prepare data → restore or initialise → compile
+    → (batch → step → log, evaluate, save)* → report
 
 A run is resumed by starting it again with the same workdir: the state comes from the newest intact
-checkpoint, the data from the number of samples it had consumed.
+checkpoint, the data from the number of samples it had consumed. A run that is refused before
+`Lock.begin` has changed nothing in the workdir.
 """
 
 import contextlib
@@ -24,11 +26,11 @@ from helios_jax.evaluate.generate import generate
 from helios_jax.evaluate.perplexity import evaluate
 from helios_jax.memory import proof
 from helios_jax.model.transformer import Transformer
-from helios_jax.parallel import cluster, sharding
+from helios_jax.parallel import agreement, cluster, sharding
 from helios_jax.parallel import mesh as meshes
-from helios_jax.train import metrics, report
+from helios_jax.train import lock, metrics, report, resume
 from helios_jax.train import state as states
-from helios_jax.train.run import Run, readable, restore_or_initialize, save, save_config
+from helios_jax.train.run import Run, readable, save, save_inputs, shared_facts
 from helios_jax.train.step import compile_step
 
 log = logging.getLogger(__name__)
@@ -47,21 +49,32 @@ def train(cfg: config.Config, workdir: epath.PathLike) -> dict[str, float]:
         that is no longer finite, with every checkpoint left intact.
     """
     cluster.enable_compilation_cache(cfg.train.compilation_cache)
-    mesh = meshes.make(cfg.mesh)
-    tokenizer = tokenizers.load(cfg.data.tokenizer)
-    cfg = cfg.resolve(tokenizer.vocab_size)
-    setup = states.create(cfg, mesh)
     workdir = epath.Path(workdir).expanduser()
-    data = pipeline.prepare(cfg.data, tokenizer)
-    checkpoints = checkpoint.Checkpoints(workdir / 'checkpoints', keep=cfg.train.keep_checkpoints)
-    run = Run(workdir, setup, tokenizer, data, checkpoints)
-    with (
-        contextlib.closing(checkpoints),
-        jax.set_mesh(mesh),
-        cluster.stop_on_signals() as stop,
-    ):
-        state, samples = restore_or_initialize(run)
-        save_config(run)
+    with agreement.together() as facts:
+        tokenizer = tokenizers.load(cfg.data.tokenizer)
+        cfg = cfg.resolve(tokenizer.vocab_size)
+        facts |= shared_facts(cfg, tokenizer)
+    mesh = meshes.make(cfg.mesh)
+    setup = states.create(cfg, mesh)
+    with jax.set_mesh(mesh), contextlib.ExitStack() as stack:
+        own = resume.own_step(workdir, cfg)
+        parent = None if own else resume.parent_step(setup, tokenizer)
+        held = stack.enter_context(lock.hold(workdir))
+        # Again: what was there may have gone on, and is now read in full.
+        own = resume.own_step(workdir, cfg, resume.ITEMS)
+        with agreement.together() as facts:
+            data = pipeline.prepare(cfg.data, tokenizer)
+            facts['training data'] = data.train.fingerprint
+            facts['validation data'] = data.validation.fingerprint
+        if own:
+            resume.require_same_data(workdir, cfg, data, own)
+        checkpoints = checkpoint.Checkpoints(
+            workdir / 'checkpoints', keep=cfg.train.keep_checkpoints
+        )
+        stack.enter_context(contextlib.closing(checkpoints))
+        run = Run(workdir, setup, tokenizer, data, checkpoints, held)
+        stop = stack.enter_context(cluster.stop_on_signals())
+        state, samples = resume.initial_state(setup, own, parent)
         state, held_out = run_steps(run, state, samples, stop)
         if int(state.step) == cfg.train.num_steps:
             # A run that ended before its report was written has only that left to do.
@@ -73,30 +86,41 @@ def train(cfg: config.Config, workdir: epath.PathLike) -> dict[str, float]:
 def run_steps(
     run: Run, state: states.TrainState, samples: int, stop: cluster.StopRequest
 ) -> tuple[states.TrainState, dict[str, float]]:
-    """Steps until the end or until told to stop; the state is saved when this returns."""
+    """Steps until the end or until told to stop; the state is saved when this returns.
+
+    Nothing in the workdir changes before the step is compiled.
+    """
     cfg, held_out = run.config.train, {}
     first = int(state.step)
     batches = pipeline.train_batches(
         run.data, batch_rows=cfg.batch_rows, seed=cfg.seed, first_sample=samples
     )
     rows = sharding.sharding(run.setup.mesh, ('batch', 'length'))
-    train_step: Any = None
+    progress = Progress(run)
+
+    def next_batch() -> pipeline.Batch:
+        with progress.timer.measure('data_wait'):
+            return pipeline.to_global(next(batches), rows)
+
+    if first < cfg.num_steps:
+        batch = next_batch()
+        with progress.timer.measure('compile'):
+            train_step = proven_step(run, state, batch)
+    run.lock.begin()
     with metrics.MetricWriter(
         run.workdir, tensorboard=cfg.tensorboard, resume_step=first, num_steps=cfg.num_steps
     ) as writer:
-        progress = Progress(run)
+        save_inputs(run)
         for step in range(first + 1, cfg.num_steps + 1):
-            with progress.timer.measure('data_wait'):
-                batch = pipeline.to_global(next(batches), rows)
-            if step == first + 1:
-                with progress.timer.measure('compile'):
-                    train_step = proven_step(run, state, batch)
+            if step > first + 1:
+                batch = next_batch()
             with profiled(run, step - first) as ends:
                 state, reported = train_step(state, batch)
                 if ends:
                     jax.block_until_ready(state)  # or the profile would miss this step
             # What is due at this step is done before stopping: the resumed run starts behind it.
             stopping = stop.agreed()
+            run.lock.check()
             due = lambda every: step == cfg.num_steps or (every and step % every == 0)  # noqa: E731, B023
             if due(cfg.log_every):
                 writer.write(step, progress.figures(step, reported))

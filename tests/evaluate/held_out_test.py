@@ -11,12 +11,12 @@ import tokenizers
 from jax.sharding import NamedSharding, PartitionSpec
 
 from helios_jax import config
-from helios_jax.api import Restored
 from helios_jax.data import pipeline, tokenizer
 from helios_jax.errors import UserError
 from helios_jax.evaluate.held_out import held_out
 from helios_jax.model.transformer import Transformer, abstract_variables
 from helios_jax.parallel import mesh as meshes
+from helios_jax.restoring import Restored
 
 TEXTS = [f'{number} alpha beta gamma ' * (number % 7 + 1) for number in range(37)]
 VOCABULARY = 256

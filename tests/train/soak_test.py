@@ -1,0 +1,170 @@
+"""A run that is killed a hundred times, with other commands thrown in, ends as one that was not.
+
+Each command is a fork of a process that has imported everything, so that it starts in a second.
+"""
+
+import dataclasses
+import json
+import multiprocessing
+import os
+import random
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+import small_run
+
+from helios_jax import checkpoint, config
+from helios_jax.parallel import mesh as meshes
+from helios_jax.train import resume
+from helios_jax.train import state as states
+
+KILLS, STEPS, KEEP, SEED = 100, 400, 4, 11
+ENVIRONMENT = {
+    'JAX_PLATFORMS': 'cpu',
+    'JAX_NUM_CPU_DEVICES': '1',
+    'JAX_DISABLE_MOST_OPTIMIZATIONS': '1',
+    'JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS': '0',
+}
+
+
+def helios(output: str, *arguments: str) -> None:
+    """A command in a process of its own, its output appended to a file."""
+    file = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.dup2(file, 1)
+    os.dup2(file, 2)
+    from helios_jax import cli
+    from helios_jax.train import loop
+
+    loop.SAMPLE_TOKENS = 3
+    cli.main(arguments)
+
+
+class Commands:
+    """`helios train` of one config below a root, forked."""
+
+    def __init__(self, root: Path):
+        cfg = small_run.make_config(root)
+        self.root = root
+        self.config = dataclasses.replace(
+            cfg,
+            train=dataclasses.replace(
+                cfg.train, num_steps=STEPS, eval_every=40, eval_rows=3, checkpoint_every=3,
+                keep_checkpoints=KEEP, compilation_cache=str(root / 'xla'),
+            ),
+        )  # fmt: skip
+        small_run.write_config(self.config, root / 'small.py')
+        self.forks = multiprocessing.get_context('forkserver')
+        self.forks.set_forkserver_preload(['helios_jax.cli', 'helios_jax.train.loop'])
+
+    def start(self, workdir: str, *flags: str, output: str = 'output'):
+        arguments = ['train', f'--config={self.root}/small.py', f'--workdir={self.root / workdir}']
+        process = self.forks.Process(
+            target=helios, args=(str(self.root / output), *arguments, *flags)
+        )
+        process.start()
+        return process
+
+    def state(self, workdir: str) -> dict:
+        setup = states.create(
+            self.config.resolve(256), meshes.make(config.Mesh(), jax.devices()[:1])
+        )
+        opened = checkpoint.open_step(self.root / workdir / 'checkpoints', STEPS)
+        return jax.device_get(resume.load(setup, opened, *resume.ITEMS))
+
+    def lines(self, workdir: str) -> list[dict]:
+        text = (self.root / workdir / 'metrics.jsonl').read_text()
+        lines = [json.loads(line) for line in text.splitlines()]
+        return [{n: v for n, v in line.items() if not n.startswith('time/')} for line in lines]
+
+
+def wait_for(condition, process, seconds: float = 120) -> None:
+    deadline = time.monotonic() + seconds
+    while process.is_alive() and not condition() and time.monotonic() < deadline:
+        time.sleep(0.01)
+
+
+def size(path: Path) -> int:
+    return path.stat().st_size if path.exists() else 0
+
+
+class Reported:
+    """What `ckpt ls` ever listed must be there, intact, unless `keep` has let it go."""
+
+    def __init__(self, directory: Path):
+        self.directory = directory
+        self.scores: dict[int, float] = {}
+
+    def look(self) -> None:
+        if not self.directory.exists():
+            return
+        rows = checkpoint.list_steps(self.directory)
+        assert not any(row['damage'] for row in rows), rows
+        there = [row['step'] for row in rows]
+        for row in rows:
+            self.scores[row['step']] = row['metrics'].get('bits_per_byte', np.inf)
+        best = min(self.scores.values(), default=np.inf)
+        for step, score in self.scores.items():
+            newer = sum(other > step for other in there)
+            assert step in there or (newer >= KEEP and score >= best), (step, there)
+        extra = {p.name for p in self.directory.iterdir()} - {str(step) for step in there}
+        allowed = ('.orbax-checkpoint-tmp', '.unfinished', 'helios_checkpoints.json', 'tokenizer')
+        assert all(any(part in name for part in allowed) for name in extra), extra
+
+
+@pytest.mark.long
+@pytest.mark.timeout(1800)
+def test_hundred_random_kills_change_nothing(tmp_path, monkeypatch):
+    for name, value in ENVIRONMENT.items():
+        monkeypatch.setenv(name, value)
+    draw = random.Random(SEED)
+    commands = Commands(tmp_path)
+    straight = commands.start('straight')
+    straight.join()
+    assert straight.exitcode == 0, (tmp_path / 'output').read_text()
+    workdir, reported = tmp_path / 'killed', Reported(tmp_path / 'killed/checkpoints')
+    begin, seconds, refusals = time.monotonic(), 2.0, 0
+    for kill in range(KILLS):
+        before = size(workdir / 'metrics.jsonl')
+        started = time.monotonic()
+        run = commands.start('killed')
+        seconds_threw_in = []
+        if kill % 7 == 3:
+            seconds_threw_in.append(
+                commands.start('killed', '--config.train.seed=7', output='second')
+            )
+        if kill % 7 == 5:
+            seconds_threw_in.append(commands.start('killed', output='second'))
+        if draw.random() < 0.4:  # anywhere from the start on
+            time.sleep(draw.uniform(0, 1.5 * seconds))
+        else:  # while it trains or saves
+            wait_for(lambda n=before: size(workdir / 'metrics.jsonl') not in (0, n), run)
+            seconds = time.monotonic() - started
+            time.sleep(draw.uniform(0, 0.4))
+        if seconds_threw_in and draw.random() < 0.7:
+            wait_for(lambda: not seconds_threw_in[0].is_alive(), seconds_threw_in[0], 5 * seconds)
+        run.kill()
+        run.join()
+        for second in seconds_threw_in:
+            refusals += second.exitcode == 2
+            assert second.exitcode in (0, 2, None)
+            second.kill()
+            second.join()
+        reported.look()
+    last = commands.start('killed')
+    last.join()
+    assert last.exitcode == 0, (tmp_path / 'output').read_text()[-2000:]
+    reported.look()
+    output = (tmp_path / 'output').read_text() + (tmp_path / 'second').read_text()
+    print(
+        f'{KILLS} kills, {refusals} refusals, {output.count("Taking over")} locks taken over, '
+        f'{output.count("Removing ")} leftovers removed, {len(reported.scores)} steps reported, '
+        f'{time.monotonic() - begin:.0f} s'
+    )
+    assert refusals > 5 and 'Taking over' in output and 'Traceback' not in output
+    assert commands.lines('killed') == commands.lines('straight')
+    jax.tree.map(
+        np.testing.assert_array_equal, commands.state('killed'), commands.state('straight')
+    )
