@@ -1,6 +1,5 @@
 """Our attention kernels as the bench compiles them, and how often their regions run."""
 
-import math
 from typing import Any
 
 import jax.numpy as jnp
@@ -10,7 +9,7 @@ from jax import Array
 from helios_jax.bench.attention_peers import FLOAT, HALF, changes, plan
 from helios_jax.bench.attention_problem import Problem, Setup, frequencies
 from helios_jax.bench.tpu_timing import Plan
-from helios_jax.kernels.attention import tpu
+from helios_jax.kernels.attention import Setting, Tokens, tpu
 from helios_jax.kernels.attention.tpu import blocks, work
 from helios_jax.kernels.attention.tpu.blocks import Shape
 from helios_jax.kernels.attention.tpu.tiles import MARKS
@@ -35,15 +34,8 @@ def setup(problem: Problem, options: Options) -> Setup:
             q,
             k,
             v,
-            positions=positions,
-            segment_ids=segments if problem.documents > 1 else None,
-            key_positions=None,
-            key_segment_ids=None,
-            frequencies=turns,
-            query_scale=1.0,
-            scale=1 / math.sqrt(problem.head_dim),
-            window=problem.window,
-            softcap=0.0,
+            Tokens(positions, segments if problem.documents > 1 else None),
+            Setting(turns, window=problem.window),
             blocks=(chosen, chosen),
         )
 
@@ -65,7 +57,7 @@ def forward_plan(problem: Problem, sizes: Blocks, listed: work.Work) -> Plan:
 def backward_plan(problem: Problem, sizes: Blocks, listed: work.Work) -> Plan:
     runs, moved = visits(problem, sizes, listed, query_arrays=4, tables=~0xFFFF)
     del runs['start']
-    written = np.asarray(listed.writes)
+    written = np.asarray(listed.items.writes)
     moved = moved + 2 * sizes.k * problem.head_dim * HALF * changes(written)
     return plan(repeat(runs, problem), np.tile(moved, problem.kv_heads), 1)
 
@@ -80,21 +72,22 @@ def visits(
 ) -> tuple[dict[str, np.ndarray], np.ndarray]:
     """For one key head's items: how often each region runs, and the bytes copied.
 
-    `tables` masks the half of `Work.keys` that the tables of keys follow.
+    `tables` masks the half of `Items.keys` that the tables of keys follow.
     """
-    parts, queries, keys = (np.asarray(x) for x in (listed.parts, listed.queries, listed.keys))
-    at = work.spans(parts)
+    items = work.Items(*map(np.asarray, listed.items))
+    strips, queries, keys = items.strips, items.queries, items.keys
+    at = work.spans(strips)
     whole = at.mixed - at.full
     halves = [1 << i for i in reversed(range(sizes.run.bit_length() - 1))]
     runs = {
-        'first_q': parts & work.FIRST_Q > 0,
-        'start': np.arange(len(parts)) == 0,
-        'first_k': parts & work.FIRST_K > 0,
+        'first_q': strips & work.FIRST_Q > 0,
+        'start': np.arange(len(strips)) == 0,
+        'first_k': strips & work.FIRST_K > 0,
         'run': whole // sizes.run,
         **{f'run/{sizes.run // size}': whole // size % 2 for size in halves},
         'masked': at.end - at.first - whole,
-        'last_q': parts & work.LAST_Q > 0,
-        'last_k': parts & work.LAST_K > 0,
+        'last_q': strips & work.LAST_Q > 0,
+        'last_k': strips & work.LAST_K > 0,
     }
     G, H = problem.heads // problem.kv_heads, problem.head_dim
     rows = changes(queries)
