@@ -28,7 +28,7 @@ from helios_jax.kernels.attention.tpu.layout import (
     tokens_first,
 )
 from helios_jax.kernels.attention.tpu.tables import mark, tables
-from helios_jax.kernels.attention.tpu.tiles import LOG2E, MARKS
+from helios_jax.kernels.attention.tpu.tiles import LOG2E, MARKS, Static
 from helios_jax.kernels.attention.tpu.work import Blocks
 from helios_jax.kernels.quantize import Stored
 
@@ -158,14 +158,11 @@ def run_forward(
     queries, keys, values = operands(q, k, v)
     marks = mark(tokens, T, S, blocks)
     q_table, k_table = tables(tokens, setting.frequencies, *marks)
+    static = Static(blocks, setting.window, setting.softcap, not tokens.plain, options.residuals)
     kernel = functools.partial(
         forward_kernel.forward,
         listed=work.make(*marks, blocks, setting.window, ordered=tokens.own_keys),
-        blocks=blocks,
-        window=setting.window,
-        softcap=setting.softcap,
-        segmented=not tokens.plain,
-        residuals=options.residuals,
+        static=static,
         vmem=options.vmem,
         interpret=options.interpret,
     )
@@ -208,10 +205,7 @@ def run_backward(
     kernel = functools.partial(
         backward_kernel.backward,
         scale=jnp.reshape(setting.query_scale, 1) * LOG2E,
-        blocks=blocks,
-        window=setting.window,
-        softcap=setting.softcap,
-        segmented=not tokens.plain,
+        static=Static(blocks, setting.window, setting.softcap, not tokens.plain),
         vmem=options.vmem,
         interpret=options.interpret,
     )

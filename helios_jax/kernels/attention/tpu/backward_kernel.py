@@ -25,6 +25,7 @@ from helios_jax.kernels.attention.tpu.tiles import (
     MARKS,
     MASKED,
     Ref,
+    Static,
     capped,
     column,
     dot,
@@ -100,21 +101,17 @@ def backward(
     x: Inputs,
     scale: Array,
     listed: Work,
-    *,
-    blocks: Blocks,
-    window: int,
-    softcap: float,
-    segmented: bool,
+    static: Static,
     vmem: int,
     interpret: Any,
 ) -> tuple[Array, Array, Array]:
     """(dq [B K G T H], dk and dv [B K S H]) of unrotated q and k. Arguments are `forward`'s."""
     B, K, G, T, H = x.out.shape
-    S = x.k_table.shape[-1]
+    S, blocks = x.k_table.shape[-1], static.blocks
     width, dtype = G * blocks.q, x.out.dtype
     q, k, v = (a._replace(payload=a.values) if isinstance(a, Stored) else a for a in x[:3])
     x = x._replace(q=q, k=k, v=v)
-    at = specs(x.out, blocks, cached=True)
+    at = specs(x.out, static)
     tile = functools.partial(pltpu.VMEM, dtype=dtype)
     total = functools.partial(pltpu.VMEM, dtype=jnp.float32)
     in_specs = Inputs(
@@ -132,9 +129,7 @@ def backward(
     keys = jax.ShapeDtypeStruct((B, K, S, H), dtype)
     # A pytree alone would be taken apart: the kernel gets each in one piece, out of a tuple of one.
     (y,) = pl.pallas_call(
-        functools.partial(
-            kernel, blocks=blocks, window=window, softcap=softcap, segmented=segmented
-        ),
+        functools.partial(kernel, static),
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=2,
             grid=(K, listed.count),
@@ -188,19 +183,10 @@ def turned(x: Any, head: int | None = None) -> Array:
 
 
 def kernel(
-    items: Items,
-    scale: Ref,
-    x: Inputs,
-    y: Outputs,
-    scratch: Scratch,
-    *,
-    blocks: Blocks,
-    window: int,
-    softcap: float,
-    segmented: bool,
+    static: Static, items: Items, scale: Ref, x: Inputs, y: Outputs, scratch: Scratch
 ) -> None:
     """One work item of one key head."""
-    G, bq, H = y.dq.shape
+    (G, bq, H), blocks, softcap = y.dq.shape, static.blocks, static.softcap
     q_turned, cotangent, k_turned, k_upright, v_upright, q_marks, lse, delta, dq, dk, dv = scratch
     item = pl.program_id(1)
     flags = items.strips[item]
@@ -248,7 +234,7 @@ def kernel(
                     spread(column(rows[i : i + 1]), logits.shape[1]) for i in (0, 1)
                 )
                 on_rows = q_marks[:1, on], q_marks[1:2, on]
-                seen = visible(on_rows, (segment, position), window, segmented)
+                seen = visible(on_rows, (segment, position), static)
                 logits = jnp.where(seen, logits, MASKED)
             weights = jnp.exp2(logits - lse[:, on])
             change = weights * (dot(v_upright[at], do, (1, 0)) - delta[:, on])

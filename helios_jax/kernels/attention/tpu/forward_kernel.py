@@ -22,6 +22,7 @@ from helios_jax.kernels.attention.tpu.tiles import (
     MARKS,
     MASKED,
     Ref,
+    Static,
     capped,
     column,
     compact,
@@ -35,7 +36,7 @@ from helios_jax.kernels.attention.tpu.tiles import (
     visible,
     walk,
 )
-from helios_jax.kernels.attention.tpu.work import Blocks, Items, Work
+from helios_jax.kernels.attention.tpu.work import Items, Work
 from helios_jax.kernels.quantize import DTYPES, encode, exponents_for, pack
 
 
@@ -68,7 +69,7 @@ class Scratch(NamedTuple):
     k_marks: Ref  # float32 [blocks of keys, MARKS, k]
     q_marks: Ref  # float32 [2 q LANES]: segment and position of each query, in all lanes
     greatest: Ref  # float32 [G·q LANES]: the greatest logit of a row so far, in all lanes
-    total: Ref  # float32 [G·q LANES]: its sum of weights, a part in each lane
+    total: Ref  # float32 [G·q LANES]: its sum of weights, still to be added over the lanes
     out: Ref  # float32 [G·q H]: its weighted sum of values
 
 
@@ -76,37 +77,31 @@ def forward(
     x: Inputs,
     scale: Array,
     listed: Work,
-    *,
-    blocks: Blocks,
-    window: int,
-    softcap: float,
-    segmented: bool,
-    residuals: str,
+    static: Static,
     vmem: int,
     interpret: Any,
 ) -> tuple[Array, Array, Any]:
-    """(out [B K G T H], log-sum-exp float32 [B K G T], q, k and v as `residuals` or ()).
+    """(out [B K G T H], log-sum-exp float32 [B K G T], q, k and v as `static.residuals` or ()).
 
     These are `Stored` [B K G T H], [B K S H], [B K S H], with exponents [B K G T], [B K 1 S].
 
     Args:
       x: T and S are multiples of their blocks.
       scale: float32 [1], of the logits in base 2.
-      segmented: there is more than one segment, or padding between tokens.
-      residuals: '' | fp8 | int8.
       vmem: bytes that the kernel may take.
     """
     B, K, G, T, H = x.q.shape
-    S, dtype = x.k.shape[2], x.q.dtype
+    S, dtype, blocks = x.k.shape[2], x.q.dtype, static.blocks
     width = G * blocks.q
     kept_bytes = S * (2 * max(H, LANES) * dtype.itemsize + 4 * MARKS)
     cached = kept_bytes + working_set(blocks, G, H, dtype.itemsize, backward=False) <= vmem
-    at = specs(x.q, blocks, cached)
+    static = static._replace(cached=cached)
+    at = specs(x.q, static)
     shape = jax.ShapeDtypeStruct
     shapes = Outputs(shape(x.q.shape, dtype), shape((B, K, G, T), jnp.float32), ())
     places = Outputs(at.queries, at.rows, ())
-    if residuals:
-        form = DTYPES[residuals]
+    if static.residuals:
+        form = DTYPES[static.residuals]
         kept_q = shape(x.q.shape, form), shape((B, K, G, T), jnp.int8)
         kept_k = shape((B, K, S, H), form), shape((B, K, 1, S), jnp.int8)
         shapes = shapes._replace(kept=(kept_q, kept_k, kept_k))
@@ -117,15 +112,7 @@ def forward(
     total = functools.partial(pltpu.VMEM, dtype=jnp.float32)
     # A pytree alone would be taken apart: the kernel gets each in one piece, out of a tuple of one.
     (y,) = pl.pallas_call(
-        functools.partial(
-            kernel,
-            blocks=blocks,
-            window=window,
-            softcap=softcap,
-            segmented=segmented,
-            cached=cached,
-            residuals=residuals,
-        ),
+        functools.partial(kernel, static),
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=2,
             grid=(K, listed.count),
@@ -164,25 +151,14 @@ def forward(
 
 
 def kernel(
-    items: Items,
-    scale: Ref,
-    x: Inputs,
-    y: Outputs,
-    scratch: Scratch,
-    *,
-    blocks: Blocks,
-    window: int,
-    softcap: float,
-    segmented: bool,
-    cached: bool,
-    residuals: str,
+    static: Static, items: Items, scale: Ref, x: Inputs, y: Outputs, scratch: Scratch
 ) -> None:
     """One work item of one key head."""
-    G, bq, H = x.q.shape
+    (G, bq, H), blocks, residuals = x.q.shape, static.blocks, static.residuals
     q_rotated, k_turned, values, k_marks, q_marks, greatest, total, out = scratch
     item = pl.program_id(1)
     flags = items.strips[item]
-    slot: Any = high(items.keys[item]) if cached else 0
+    slot: Any = high(items.keys[item]) if static.cached else 0
     first_key = slot * blocks.k
 
     @pl.when(flags & work.FIRST_Q != 0)
@@ -194,7 +170,7 @@ def kernel(
         for g in range(G):
             q, other = (a.astype(jnp.float32) for a in (x.q[g], swapped(x.q[g])))
             q_rotated[g * bq : (g + 1) * bq] = (q * cos + other * sin).astype(q_rotated.dtype)
-        if segmented:
+        if static.segmented:
             for i in (0, 1):
                 q_marks[i] = column(x.q_marks[i : i + 1])
         else:  # the position is the index
@@ -211,7 +187,7 @@ def kernel(
         out[...] = jnp.zeros_like(out)
 
     # Rotated keys and values stay in VMEM for the queries to come, if a head's all fit.
-    @pl.when(flags & work.FIRST_K != 0 if cached else item >= 0)
+    @pl.when(flags & work.FIRST_K != 0 if static.cached else item >= 0)
     def _() -> None:
         k = rotate(x.k[...].T.astype(jnp.float32), x.k_table)
         k_turned[slot] = k.astype(k_turned.dtype)
@@ -228,11 +204,11 @@ def kernel(
 
     def add(start: Any, size: int, masked: bool) -> None:
         at = pl.ds(start, size)
-        logits = capped(dot(q_rotated[...], k_turned[slot, :, at], (1, 0)), softcap)
+        logits = capped(dot(q_rotated[...], k_turned[slot, :, at], (1, 0)), static.softcap)
         if masked:
             segments, positions = (jnp.tile(spread(q_marks[i], size), (G, 1)) for i in (0, 1))
             rows = k_marks[slot, :1, at], k_marks[slot, 1:2, at]
-            seen = visible((segments, positions), rows, window, segmented)
+            seen = visible((segments, positions), rows, static)
             logits = jnp.where(seen, logits, MASKED)
         before = greatest[...]
         now = jnp.maximum(before, jnp.max(logits, axis=1, keepdims=True))
@@ -252,7 +228,7 @@ def kernel(
         most = compact(greatest[...])
         lse = jnp.where(most > MASKED / 2, (most + jnp.log2(compact(sums))) / LOG2E, -jnp.inf)
         share = inverse(sums, steps=1 if y.out.dtype == jnp.bfloat16 else 2)
-        if segmented:  # otherwise each query sees itself
+        if static.segmented:  # otherwise each query sees itself
             share = jnp.where(greatest[...] > MASKED / 2, share, 0)
         result = out[...] * spread(share, H)
         for g in range(G):

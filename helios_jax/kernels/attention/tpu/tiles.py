@@ -25,6 +25,17 @@ LANES = 128
 MARKS = 8  # rows of the tables below the rotation's: segment, position, and padding to a tile
 
 
+class Static(NamedTuple):
+    """What one kernel is compiled for."""
+
+    blocks: Blocks
+    window: int
+    softcap: float
+    segmented: bool  # there is more than one segment, or padding between tokens
+    residuals: str = ''  # what the forward kernel keeps q, k and v as: '' | fp8 | int8
+    cached: bool = True  # all rotated keys of a head stay in VMEM, and are fetched only once
+
+
 def dot(a: Array, b: Array, contract: tuple[int, int]) -> Array:
     """Float32 product of two matrices over one axis of each."""
     precision = jax.lax.Precision.HIGHEST if a.dtype == jnp.float32 else None
@@ -112,16 +123,16 @@ def walk(word: Any, blocks: Blocks, attend: Callable[[Any, int, bool], None]) ->
     jax.lax.fori_loop(0, (at.full - at.first) + (at.end - at.mixed), masked, None)
 
 
-def visible(q: tuple[Array, Array], k: tuple[Array, Array], window: int, segmented: bool) -> Array:
+def visible(q: tuple[Array, Array], k: tuple[Array, Array], static: Static) -> Array:
     """Which logits count, given (segments, positions) that broadcast to the logits' shape.
 
     Padding needs no test of its own: its keys lie beyond every position, and the segments of its
     queries are those of no key.
     """
     seen = k[1] <= q[1]
-    if segmented:
+    if static.segmented:
         seen &= k[0] == q[0]
-    return seen & (k[1] > q[1] - window) if window else seen
+    return seen & (k[1] > q[1] - static.window) if static.window else seen
 
 
 def capped(logits: Array, softcap: float) -> Array:
@@ -153,12 +164,9 @@ def low(word: Any) -> Any:
     return word & 0xFFFF
 
 
-def specs(q: Array, blocks: Blocks, cached: bool) -> Specs:
-    """Index maps take (key head, index of the item, the items' words, what else is prefetched).
-
-    `cached`: the kernel keeps what it makes of a block of keys, so that it is fetched only once.
-    """
-    G, _, H = q.shape[2:]
+def specs(q: Array, static: Static) -> Specs:
+    """Index maps take (key head, index of the item, the items' words, what else is prefetched)."""
+    (G, _, H), blocks, cached = q.shape[2:], static.blocks, static.cached
 
     def queries(head: Any, i: Any, items: Items, _: Any) -> tuple[Any, ...]:
         return high(items.queries[i]), head, 0, low(items.queries[i]), 0

@@ -39,7 +39,8 @@ A step goes:
  4. LAST_Q: the forward kernel divides by the sum and gives out and log-sum-exp; the backward kernel
     turns dq back. LAST_K: the backward kernel turns dk back, and gives dk and dv.
  5. Pallas writes an output block to HBM when the next item names another. Those of dk and dv follow
-    `writes`, so that they stay until their last item has filled them.
+    `writes`, so that they stay until their last item has filled them; what the forward kernel keeps
+    of k and v follows the low half of `keys`, as it is made where a block begins.
 """
 
 import functools
