@@ -355,6 +355,19 @@ def test_blockwise_takes_what_can_attend_to_some_of_the_keys(
     assert [r.levelno for r in log.records] == ([] if level is None else [level])
 
 
+def test_a_machine_that_a_kernel_does_not_know_gets_the_reference(monkeypatch, log):
+    def unknown():
+        raise NotImplementedError('does not know TPU v99.')
+
+    row = IMPLEMENTATIONS['tpu']._replace(ready=unknown)
+    monkeypatch.setitem(IMPLEMENTATIONS, 'tpu', row)
+    q = jnp.zeros((1, 2, 3, 32), jnp.bfloat16)
+    found = door.blockwise(q, 'auto', 'tpu')
+    assert found == IMPLEMENTATIONS['reference'].blockwise
+    [record] = log.records
+    assert 'tpu does not know TPU v99' in record.getMessage()
+
+
 def test_blockwise_refuses_what_cannot():
     with pytest.raises(NotImplementedError, match='cudnn cannot attend to some of the keys'):
         door.blockwise(jnp.zeros((1, 2, 3, 32), jnp.bfloat16), 'cudnn', 'gpu')

@@ -19,6 +19,7 @@ from jaxtyping import Float
 
 from helios_jax.kernels.attention import gpu, reference, tpu
 from helios_jax.kernels.attention.arguments import DTYPES, Setting, Tokens, check
+from helios_jax.kernels.attention.tpu import blocks
 from helios_jax.kernels.quantize import FORMATS
 
 __all__ = ['IMPLEMENTATIONS', 'Blockwise', 'Setting', 'Tokens', 'attention', 'blockwise']
@@ -43,18 +44,21 @@ class Implementation(NamedTuple):
     platform: str = ''  # the only one that it runs on; '': any
     dtypes: tuple[str, ...] = DTYPES  # q's, k's and v's
     head_multiple: int = 2  # H must be a multiple of it
+    ready: Callable[[], object] | None = None  # raises NotImplementedError on an unknown machine
     blockwise: Blockwise | None = None
     quantises: bool = False  # takes `residuals`, and can keep q, k and v in a byte a value
     differentiable: bool = True  # has a backward pass
 
     def check(self, q: Array) -> None:
-        """Raises NotImplementedError, saying why, if it cannot take arrays like q."""
+        """Raises NotImplementedError, saying why, if it cannot take arrays like q, or not here."""
         if q.dtype not in self.dtypes:
             raise NotImplementedError(f'cannot take {q.dtype}: only {", ".join(self.dtypes)}.')
         if q.shape[-1] % self.head_multiple:
             raise NotImplementedError(
                 f'cannot take H={q.shape[-1]}: it must be a multiple of {self.head_multiple}.'
             )
+        if self.ready:
+            self.ready()
 
 
 # In the order in which `auto` tries those of a platform. config/model.py lists their names.
@@ -64,6 +68,7 @@ IMPLEMENTATIONS = {
         platform='tpu',
         dtypes=('bfloat16', 'float32'),
         head_multiple=32,
+        ready=blocks.generation,
         blockwise=Blockwise(tpu.forward, tpu.backward),
         quantises=True,
     ),
