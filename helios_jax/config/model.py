@@ -6,6 +6,7 @@ import math
 from helios_jax.errors import UserError, at_least_zero, one_of, positive, require
 
 LAYER_KINDS = ('dense', 'moe', 'dense_window', 'moe_window')
+ATTENTION = ('tpu', 'cudnn', 'reference')  # kernels/attention has a row for each
 
 
 @dataclasses.dataclass(frozen=True)
@@ -111,7 +112,7 @@ class Model:
     tied_embeddings: bool = False  # one matrix for embedding and unembedding
     norm_eps: float = 1e-6  # of every RMSNorm
     compute_dtype: str = 'bfloat16'  # of matmuls and the stream: bfloat16 | float32
-    attention: str = 'auto'  # implementation: auto | reference | tpu | cudnn
+    attention: str = 'auto'  # implementation: auto | tpu | cudnn | reference
     gmu: GMU = GMU()
     rope: Rope = Rope()
     moe: MoE = MoE()
@@ -129,7 +130,7 @@ class Model:
         )
         require(self.head_dim % 2 == 0, f'model.head_dim={self.head_dim} must be even for RoPE.')
         one_of('model.compute_dtype', self.compute_dtype, ('bfloat16', 'float32'))
-        one_of('model.attention', self.attention, ('auto', 'reference', 'tpu', 'cudnn'))
+        one_of('model.attention', self.attention, ('auto', *ATTENTION))
         require(
             self.gmu.gate != 'per_head' or self.embed_dim % self.head_dim == 0,
             f'model.gmu.gate=per_head needs head_dim={self.head_dim} to divide '

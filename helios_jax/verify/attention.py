@@ -22,9 +22,9 @@ from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Bool, Shaped
 
 from helios_jax.errors import require
-from helios_jax.kernels.attention import tpu
+from helios_jax.kernels.attention import Tokens, tpu
 from helios_jax.kernels.attention.tpu.work import Blocks
-from helios_jax.verify.cases import Case, Example, example, product
+from helios_jax.verify.cases import Call, Case, Example, example, product
 from helios_jax.verify.oracle import Results, oracle, rounded_to, visible
 
 SLACK = 1e-5
@@ -32,7 +32,7 @@ SLACK = 1e-5
 # because a largest error is a matter of luck where numbers are few or one of them stands out.
 PLAIN_RUNS = 6
 # Small enough for a row to have several blocks: the kernels' own are larger than most cases.
-SMALL = Blocks(q=256, k=768, part=256, run=2, width=256)
+SMALL = Blocks(q=256, k=768, strip=256, run=2, width=256)
 
 
 class Check(NamedTuple):
@@ -46,7 +46,7 @@ def check(attention: Callable[..., jax.Array], chosen: Iterable[Case]) -> Iterat
     """Checks output and gradients of each chosen case.
 
     Args:
-      attention: takes what `kernels.attention.attention` takes, all of it given by name.
+      attention: takes q, k, v, tokens and setting, as `kernels.attention.attention` does.
     """
     for case in chosen:
         given = example(case)
@@ -103,29 +103,26 @@ def check_kernels(case: Case) -> Check:
 def run(attention: Callable[..., jax.Array], given: Example) -> list[np.ndarray]:
     """Computes out, dq, dk, dv of all calls together by `attention` and its vjp."""
 
-    def results(q: Any, k: Any, v: Any, cotangent: Any, *, calls: Any) -> Any:
+    def results(q: Any, k: Any, v: Any, cotangent: Any, calls: list[Call]) -> Any:
         def total(q: Any, k: Any, v: Any) -> Any:
-            outs = [attention(q, k, v, **call) for call in calls]
+            outs = [attention(q, k, v, *call) for call in calls]
             return sum(outs[1:], outs[0])
 
         out, vjp = jax.vjp(total, q, k, v)
         return out, *vjp(cotangent)
 
-    return jitted(results, given[:4], {'calls': given.calls})
+    return jitted(results, *given)
 
 
-def jitted(
-    function: Callable[..., Any], arrays: Iterable[np.ndarray], arguments: dict[str, Any]
-) -> list[np.ndarray]:
+def jitted(function: Callable[..., Any], *arguments: Any) -> list[np.ndarray]:
     """Runs a function under jit, with arguments that are no arrays as constants."""
-    leaves, tree = jax.tree.flatten((list(arrays), arguments))
+    leaves, tree = jax.tree.flatten(arguments)
     traced = {i: jnp.asarray(x) for i, x in enumerate(leaves) if isinstance(x, np.ndarray)}
 
     @jax.jit
     def call(traced: dict[int, jax.Array]) -> Any:
         given = [traced.get(i, x) for i, x in enumerate(leaves)]
-        arrays, arguments = jax.tree.unflatten(tree, given)
-        return function(*arrays, **arguments)
+        return function(*jax.tree.unflatten(tree, given))
 
     return [np.asarray(x) for x in jax.tree.leaves(call(traced))]
 
@@ -169,31 +166,34 @@ def _faults_of(
     return faults, worst
 
 
-def total_of(given: Example, calls: list[dict[str, Any]], operand: str = '') -> list[np.ndarray]:
+def total_of(given: Example, calls: list[Call], operand: str = '') -> list[np.ndarray]:
     """Computes out, dq, dk, dv of all calls together, in float64 or plainly in a dtype."""
-    results = [oracle(*given[:4], **call, operand=operand)[:4] for call in calls]
-    return [rounded_to(np.sum(arrays, axis=0), operand) for arrays in zip(*results, strict=True)]
+    results = [oracle(*given[:4], *call, operand=operand)[:4] for call in calls]
+    return [rounded_to(np.sum(terms, axis=0), operand) for terms in zip(*results, strict=True)]
 
 
-def shifted(calls: list[dict[str, Any]], by: int) -> list[dict[str, Any]]:
+def shifted(calls: list[Call], by: int) -> list[Call]:
     """Moves all positions by as much, which changes how the same attention rounds."""
 
-    def later(positions: np.ndarray | None) -> np.ndarray | None:
+    def later(positions: Any) -> Any:
         return None if positions is None else positions + positions.dtype.type(by)
 
-    names = 'positions', 'key_positions'
-    return [call | {name: later(call[name]) for name in names} for call in calls]
+    def moved(tokens: Tokens) -> Tokens:
+        at = later(tokens.positions), later(tokens.key_positions)
+        return tokens._replace(positions=at[0], key_positions=at[1])
+
+    return [call._replace(tokens=moved(call.tokens)) for call in calls]
 
 
 def _unseen(
-    calls: list[dict[str, Any]],
+    calls: list[Call],
 ) -> tuple[Bool[np.ndarray, 'B T'], Bool[np.ndarray, 'B S']]:
     """Finds the queries that see no key, and the keys that no query sees."""
     masks = []
-    for c in calls:
-        keys = c['positions'] if c['key_positions'] is None else c['key_positions']
-        ids = c['segment_ids'], c['key_segment_ids']
-        masks.append(visible(c['positions'], keys, *ids, c['window']))
+    for tokens, setting in calls:
+        ids = tokens.segment_ids, tokens.key_segment_ids
+        at = tokens.positions, tokens.positions_of_keys
+        masks.append(visible(*at, *ids, setting.window))
     seen = np.any(masks, axis=0)
     return ~seen.any(2), ~seen.any(1)
 

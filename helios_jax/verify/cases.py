@@ -12,6 +12,7 @@ import numpy as np
 from jaxtyping import Float
 
 from helios_jax import config
+from helios_jax.kernels.attention import Setting, Tokens
 from helios_jax.model import rope
 
 FACTORS: dict[str, tuple[Any, ...]] = {  # cheap levels first
@@ -99,6 +100,13 @@ def covering(strength: int = 2) -> list[Case]:
     return chosen
 
 
+class Call(NamedTuple):
+    """What one call of attention takes beside q, k and v."""
+
+    tokens: Tokens
+    setting: Setting
+
+
 class Example(NamedTuple):
     """Arrays of a case in its dtype, and the calls of attention whose sum is the result."""
 
@@ -106,25 +114,24 @@ class Example(NamedTuple):
     k: Float[np.ndarray, 'B S K H']
     v: Float[np.ndarray, 'B S K H']
     cotangent: Float[np.ndarray, 'B T N H']
-    calls: list[dict[str, Any]]
+    calls: list[Call]
 
 
 def example(case: Case) -> Example:
     """Draws the arrays of a case, the same ones each time."""
     B, K = case.rows_and_heads
     T, H, N = case.T, case.H, case.G * K
-    arguments, window = tokens(case, B)
-    S = arguments.get('key_positions', arguments['positions']).shape[1]
+    tokens, window = tokens_of(case, B)
+    S = tokens.positions_of_keys.shape[1]
     rng = np.random.default_rng(zlib.crc32(case.name.encode()))
     shapes = (B, T, N, H), (B, S, K, H), (B, S, K, H), (B, T, N, H)
     q, k, v, cotangent = (rng.standard_normal(shape, np.float32) for shape in shapes)
     q *= 3 if case.softcap else 2  # a cap must have something to cap
     q, k, v, cotangent = (x.astype(jnp.dtype(case.dtype)) for x in (q, k, v, cotangent))
-    arguments |= {'scale': 1 / math.sqrt(H), 'window': window, 'softcap': case.softcap}
-    return Example(q, k, v, cotangent, calls_of(case, arguments))
+    return Example(q, k, v, cotangent, calls_of(case, tokens, window))
 
 
-def tokens(case: Case, B: int) -> tuple[dict[str, Any], int]:
+def tokens_of(case: Case, B: int) -> tuple[Tokens, int]:
     """Builds positions and segment ids of queries and keys, and the window."""
     T = case.T
     M = {'own': T, 'slice': T + 90, 'ring': T + T // 2 + 90}[case.keys]  # the row's tokens
@@ -143,37 +150,36 @@ def tokens(case: Case, B: int) -> tuple[dict[str, Any], int]:
         order = np.concatenate([first, last, second, third])
         start = len(first) - T // 4
         queries, keys = order[start : start + T], order[len(first) :]
-    arguments = {'positions': positions[:, queries], 'key_positions': positions[:, keys]}
+    tokens = Tokens(positions[:, queries], key_positions=positions[:, keys])
     if 'segments' in case.mask:
-        arguments |= {'segment_ids': ids[:, queries], 'key_segment_ids': ids[:, keys]}
+        tokens = tokens._replace(segment_ids=ids[:, queries], key_segment_ids=ids[:, keys])
     if case.keys == 'own':
-        arguments = {n: x for n, x in arguments.items() if 'key' not in n}
-    return arguments, 2 + M // 5 if 'window' in case.mask else 0
+        tokens = tokens._replace(key_positions=None, key_segment_ids=None)
+    return tokens, 2 + M // 5 if 'window' in case.mask else 0
 
 
-def calls_of(case: Case, arguments: dict[str, Any]) -> list[dict[str, Any]]:
+def calls_of(case: Case, tokens: Tokens, window: int) -> list[Call]:
     """Lists the calls that model/attention.py would make, one a bucket of dynamic YaRN."""
-    arguments = {n: None for n in ('segment_ids', 'key_positions', 'key_segment_ids')} | arguments
-    positions, segments = arguments['positions'], arguments['segment_ids']
+    positions, segments = tokens.positions, tokens.segment_ids
     trained = math.ceil(0.6 * (positions.max() + 1))
-    setting = config.Rope(
+    yarn = config.Rope(
         scaling=case.yarn,
         factor=STATIC_FACTOR if case.yarn == 'static' else 1.0,
         trained_length=trained,
     )
-    tables = [
-        {'frequencies': frequencies, 'query_scale': np.asarray(query_scale)}
-        for frequencies, query_scale in zip(*rope.tables(setting, case.H, 2 * trained), strict=True)
+    settings = [
+        Setting(frequencies, np.asarray(query_scale), 1 / math.sqrt(case.H), window, case.softcap)
+        for frequencies, query_scale in zip(*rope.tables(yarn, case.H, 2 * trained), strict=True)
     ]
     if case.yarn != 'dynamic':
-        return [arguments | tables[0]]
+        return [Call(tokens, settings[0])]
     segments = np.ones_like(positions) if segments is None else segments
-    if case.keys == 'own':
-        arguments['key_segment_ids'] = segments
-    elif arguments['key_segment_ids'] is None:
-        arguments['key_segment_ids'] = np.ones_like(arguments['key_positions'])
+    if tokens.key_segment_ids is None:
+        keys = segments if tokens.key_positions is None else np.ones_like(tokens.key_positions)
+        tokens = tokens._replace(key_segment_ids=keys)
     # Queries of the other bucket are padding to a call.
+    ids = (np.where((positions >= trained) == late, segments, 0) for late in range(len(settings)))
     return [
-        arguments | table | {'segment_ids': np.where((positions >= trained) == late, segments, 0)}
-        for late, table in enumerate(tables)
+        Call(tokens._replace(segment_ids=own), setting)
+        for own, setting in zip(ids, settings, strict=True)
     ]

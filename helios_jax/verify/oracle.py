@@ -12,6 +12,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Bool, Float, Int, Num
 
+from helios_jax.kernels.attention import Setting, Tokens
+
 
 class Results(NamedTuple):
     out: Float[np.ndarray, 'B T N H']
@@ -26,16 +28,9 @@ def oracle(
     k: Float[np.ndarray, 'B S K H'],
     v: Float[np.ndarray, 'B S K H'],
     cotangent: Float[np.ndarray, 'B T N H'],
+    tokens: Tokens,
+    setting: Setting,
     *,
-    positions: Num[np.ndarray, 'B T'],
-    frequencies: Float[np.ndarray, 'R'],
-    segment_ids: Int[np.ndarray, 'B T'] | None = None,
-    key_positions: Num[np.ndarray, 'B S'] | None = None,
-    key_segment_ids: Int[np.ndarray, 'B S'] | None = None,
-    query_scale: float | Float[np.ndarray, ''] = 1.0,
-    scale: float | None = None,
-    window: int = 0,
-    softcap: float = 0.0,
     operand: str = '',
 ) -> Results:
     """Computes output, gradients and log-sum-exp, of `kernels.attention.attention`'s arguments.
@@ -46,6 +41,8 @@ def oracle(
     """
     work = np.float32 if operand else np.float64
     rounded = functools.partial(rounded_to, operand=operand)
+    positions, segment_ids, key_positions, key_segment_ids = tokens
+    frequencies, query_scale, scale, window, softcap = setting
     key_positions = positions if key_positions is None else key_positions
     mask = visible(positions, key_positions, segment_ids, key_segment_ids, window)
     scale = float(query_scale) * (1 / math.sqrt(q.shape[-1]) if scale is None else scale)

@@ -33,13 +33,15 @@ def test_the_oracle_follows_the_definition(case):
     given = cases.example(case)
     [call] = given.calls
     q, k, v, _ = exact(given)
-    got = oracle(*given[:4], **call)
-    key_positions = call['positions'] if call['key_positions'] is None else call['key_positions']
-    key_ids = call['segment_ids'] if call['key_segment_ids'] is None else call['key_segment_ids']
+    got = oracle(*given[:4], *call)
+    positions, ids, key_positions, key_ids = call.tokens
+    key_positions = positions if key_positions is None else key_positions
+    key_ids = ids if key_ids is None else key_ids
+    frequencies, query_scale, _, window, _ = call.setting
 
     def turned(x, t):
         low, high = np.split(x, 2)
-        turned = (low + 1j * high) * np.exp(1j * t * call['frequencies'].astype(np.float64))
+        turned = (low + 1j * high) * np.exp(1j * t * frequencies.astype(np.float64))
         return np.concatenate([turned.real, turned.imag])
 
     rng = np.random.default_rng(0)
@@ -47,10 +49,10 @@ def test_the_oracle_follows_the_definition(case):
         b, t, n = (rng.integers(size) for size in q.shape[:3])
         logits, values = [], []
         for s in range(k.shape[1]):
-            distance = call['positions'][b, t] - key_positions[b, s]
-            same = call['segment_ids'][b, t] == key_ids[b, s] != 0
-            if same and 0 <= distance < call['window']:
-                query = turned(q[b, t, n], call['positions'][b, t]) * float(call['query_scale'])
+            distance = positions[b, t] - key_positions[b, s]
+            same = ids[b, t] == key_ids[b, s] != 0
+            if same and 0 <= distance < window:
+                query = turned(q[b, t, n], positions[b, t]) * float(query_scale)
                 key = turned(k[b, s, n // case.G], key_positions[b, s])
                 logit = query @ key / math.sqrt(case.H)
                 logits.append(20 * math.tanh(logit / 20) if case.softcap else logit)
@@ -71,10 +73,10 @@ def test_the_oracles_gradients_are_slopes(index, case):
 
     def loss(step):
         moved = [*arrays[:index], arrays[index] + step * direction, *arrays[index + 1 :]]
-        return np.vdot(oracle(*moved, cotangent, **given.calls[0]).out, cotangent)
+        return np.vdot(oracle(*moved, cotangent, *given.calls[0]).out, cotangent)
 
     slope = (loss(1e-5) - loss(-1e-5)) / 2e-5
-    gradient = oracle(*arrays, cotangent, **given.calls[0])[1 + index]
+    gradient = oracle(*arrays, cotangent, *given.calls[0])[1 + index]
     np.testing.assert_allclose(np.vdot(gradient, direction), slope, rtol=1e-6, atol=1e-6)
 
 
@@ -97,30 +99,34 @@ def test_cases_are_the_whole_product():
 @pytest.mark.parametrize('mask', FACTORS['mask'])
 def test_problems_are_what_their_names_say(mask, keys):
     given = cases.example(change(keys=keys, mask=mask, yarn='dynamic'))
-    early, late = given.calls
+    (early, before), (late, after) = given.calls
     T, S = given.q.shape[1], given.k.shape[1]
     assert T == CASE.T
-    assert (T == S) == (keys == 'own') == (early['key_positions'] is None)
-    key_positions = early['positions'] if keys == 'own' else early['key_positions']
+    assert (T == S) == (keys == 'own') == (early.key_positions is None)
+    key_positions = early.positions if keys == 'own' else early.key_positions
     assert (np.diff(key_positions) < 0).any() == (keys == 'ring' or 'segments' in mask)
-    assert early['frequencies'][-1] > late['frequencies'][-1]
-    assert early['query_scale'] == 1.0 < late['query_scale']
-    live = [call['segment_ids'] != 0 for call in given.calls]
+    assert before.frequencies[-1] > after.frequencies[-1]
+    assert before.query_scale == 1.0 < after.query_scale
+    live = [call.tokens.segment_ids != 0 for call in given.calls]
     assert not (live[0] & live[1]).any()
     assert live[0].any()
     assert live[1].any()
     assert (live[0] | live[1]).all() == ('segments' not in mask)
-    assert (early['window'] > 0) == ('window' in mask)
-    ids = late['segment_ids'], late['key_segment_ids']
-    seen = visible(late['positions'], key_positions, *ids, late['window'])
+    assert (before.window > 0) == ('window' in mask)
+    ids = late.segment_ids, late.key_segment_ids
+    seen = visible(late.positions, key_positions, *ids, after.window)
     assert seen.any()
     if keys == 'ring':
         assert (live[1] & ~seen.any(2)).any() or (live[0] & ~seen.any(2)).any()
 
 
 def edit(**edits):
+    def edited(given):
+        made = {n: f(getattr(given, n)) for n, f in edits.items() if n in given._fields}
+        return given._replace(**made)
+
     return lambda given: given._replace(
-        calls=[call | {n: f(call[n]) for n, f in edits.items()} for call in given.calls]
+        calls=[bench.Call(*map(edited, call)) for call in given.calls]
     )
 
 
@@ -166,7 +172,7 @@ WRONG_RESULTS = {
 def judged(case, spoilt_problem=lambda x: x, spoilt_results=lambda x: x, operand=''):
     given = cases.example(case)
     wrong = spoilt_problem(given)
-    results = oracle(*wrong[:4], **wrong.calls[0], operand=operand)
+    results = oracle(*wrong[:4], *wrong.calls[0], operand=operand)
     results = [rounded_to(x, case.dtype) for x in spoilt_results(results)[:4]]
     return verify.judge(given, case.dtype, results)
 
@@ -210,6 +216,7 @@ def test_verify_runs_attention_and_its_gradient():
     assert {fault.split()[0] for fault in check.faults} == {'out', 'dq', 'dk', 'dv'}
 
 
-def capless(attention, *arrays, softcap, **arguments):
-    assert softcap
-    return attention(*arrays, softcap=0.0, **arguments)
+def capless(attention, *arguments):
+    *arguments, setting = arguments
+    assert setting.softcap
+    return attention(*arguments, setting._replace(softcap=0.0))

@@ -1,6 +1,5 @@
 """Our attention kernels as a candidate, and how often their regions run."""
 
-import math
 from typing import Any
 
 import jax.numpy as jnp
@@ -9,7 +8,7 @@ from jax import Array
 
 from helios_jax.bench.attention.problem import Candidate, Problem, frequencies
 from helios_jax.bench.tpu.timing import FLOAT, HALF, Visits, changes, tally
-from helios_jax.kernels.attention import tpu
+from helios_jax.kernels.attention import Setting, Tokens, tpu
 from helios_jax.kernels.attention.tpu import blocks, work
 from helios_jax.kernels.attention.tpu.blocks import Shape
 from helios_jax.kernels.attention.tpu.tiles import MARKS
@@ -35,15 +34,8 @@ def candidate(problem: Problem, options: Options) -> Candidate:
             q,
             k,
             v,
-            positions=positions,
-            segment_ids=segments if problem.documents > 1 else None,
-            key_positions=None,
-            key_segment_ids=None,
-            frequencies=turns,
-            query_scale=1.0,
-            scale=1 / math.sqrt(problem.head_dim),
-            window=problem.window,
-            softcap=0.0,
+            Tokens(positions, segments if problem.documents > 1 else None),
+            Setting(turns, window=problem.window),
             blocks=(chosen, chosen),
         )
 
@@ -67,7 +59,7 @@ def backward_visits(problem: Problem, sizes: Blocks, listed: work.Work) -> Visit
     """Counts visits of the backward kernel, which has no start and writes dk and dv."""
     runs, moved = count_items(problem, sizes, listed, query_arrays=4, tables=~0xFFFF)
     del runs['start']
-    written = np.asarray(listed.writes)
+    written = np.asarray(listed.items.writes)
     moved = moved + 2 * sizes.k * problem.head_dim * HALF * changes(written)
     return tally(repeat(runs, problem), np.tile(moved, problem.kv_heads), 1)
 
@@ -84,21 +76,22 @@ def count_items(
 
     Args:
       query_arrays: arrays of H values a query that an item reads or writes.
-      tables: masks the half of `Work.keys` that the tables of keys follow.
+      tables: masks the half of `Items.keys` that the tables of keys follow.
     """
-    parts, queries, keys = (np.asarray(x) for x in (listed.parts, listed.queries, listed.keys))
-    at = work.spans(parts)
+    items = work.Items(*map(np.asarray, listed.items))
+    strips, queries, keys = items.strips, items.queries, items.keys
+    at = work.spans(strips)
     whole = at.mixed - at.full
     halves = [1 << i for i in reversed(range(sizes.run.bit_length() - 1))]
     runs = {
-        'first_q': parts & work.FIRST_Q > 0,
-        'start': np.arange(len(parts)) == 0,
-        'first_k': parts & work.FIRST_K > 0,
+        'first_q': strips & work.FIRST_Q > 0,
+        'start': np.arange(len(strips)) == 0,
+        'first_k': strips & work.FIRST_K > 0,
         'run': whole // sizes.run,
         **{f'run/{sizes.run // size}': whole // size % 2 for size in halves},
         'masked': at.end - at.first - whole,
-        'last_q': parts & work.LAST_Q > 0,
-        'last_k': parts & work.LAST_K > 0,
+        'last_q': strips & work.LAST_Q > 0,
+        'last_k': strips & work.LAST_K > 0,
     }
     G, H = problem.heads // problem.kv_heads, problem.head_dim
     rows = changes(queries)

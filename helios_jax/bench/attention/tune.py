@@ -23,7 +23,7 @@ from helios_jax.kernels.attention.tpu.blocks import Shape
 
 LENGTHS = (2048, 4096, 8192, 16384, 131072)
 COMPILED = 4096
-# Rows, keys of a block, of a part, of a run, and the width of a product. Grid steps cost some
+# Rows, keys of a block, of a strip, of a run, and the width of a product. Grid steps cost some
 # hundred cycles each, so that blocks of keys are long. Runs of 2,048 keys would save 1% of the
 # forward pass at 16,384 tokens, and double the time that a kernel takes to compile.
 CANDIDATES = {
@@ -38,8 +38,8 @@ def tune(target: str, head_dim: int, jobs: int) -> None:
     found: dict[str, dict[int, Shape]] = {}
     for which in PASSES:
         shapes = [
-            Shape(rows, keys, part, run // part, width)
-            for rows, keys, part, run, width in CANDIDATES[which]
+            Shape(rows, keys, strip, run // strip, width)
+            for rows, keys, strip, run, width in CANDIDATES[which]
         ]
         base = Task(target, dataclasses.asdict(problem), which, OURS, {}, True, LENGTHS)
         tasks = [base._replace(options={'shape': shape}) for shape in shapes]

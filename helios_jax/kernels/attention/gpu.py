@@ -15,9 +15,10 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 from jax._src.cudnn import fused_attention_stablehlo as cudnn
-from jaxtyping import Bool, Float, Int, Num
+from jaxtyping import Bool, Float, Int
 
 from helios_jax.arch.buffers import CUDNN_SEGMENTS
+from helios_jax.kernels.attention.arguments import Setting, Tokens
 from helios_jax.kernels.attention.rotation import rotate
 
 Call = Callable[..., Array]  # call_cudnn with its scale and window
@@ -31,65 +32,50 @@ def attention(
     q: Float[Array, 'B T N H'],
     k: Float[Array, 'B S K H'],
     v: Float[Array, 'B S K H'],
-    *,
-    positions: Num[Array, 'B T'],
-    segment_ids: Int[Array, 'B T'] | None,
-    key_positions: Num[Array, 'B S'] | None,
-    key_segment_ids: Int[Array, 'B S'] | None,
-    frequencies: Float[Array, 'R'],
-    query_scale: float | Float[Array, ''],
-    scale: float,
-    window: int,
-    softcap: float,
+    tokens: Tokens,
+    setting: Setting,
 ) -> Float[Array, 'B T N H']:
-    """As `kernels.attention.attention`, on one device's arrays.
+    """`kernels.attention.attention` on one device's arrays.
 
     Raises:
-      NotImplementedError: `key_positions`, a soft cap, a dtype other than bfloat16 and float16, a
-        head size that cuDNN refuses, no cuDNN; packed rows on a GPU older than Hopper.
+      NotImplementedError: keys other than the queries' own tokens, a soft cap, a head size that
+        cuDNN refuses, no cuDNN; packed rows on a GPU older than Hopper.
     """
     B, T, N, H = q.shape
-    if key_positions is not None:
+    window = setting.window
+    if not tokens.own_keys:
         raise NotImplementedError('cannot take key_positions: it masks by index.')
-    if softcap:
+    if setting.softcap:
         raise NotImplementedError('has no soft cap.')
-    if q.dtype not in (jnp.bfloat16, jnp.float16):
-        raise NotImplementedError(f'cannot take {q.dtype}: only bfloat16 and float16.')
     if B * T * N * H >= 2**31:
         raise NotImplementedError(f'counts elements in int32: q {q.shape} has too many.')
-    plain = segment_ids is None and key_segment_ids is None
     if T % 2:
         # cuDNN has no backward for odd lengths. No query sees the key that is added: it comes after
         # them all, and is padding where there are segments.
         pad: Any = lambda x: jnp.pad(x, [(0, 0), (0, 1)] + [(0, 0)] * (x.ndim - 2))  # noqa: E731
-        q, k, v, positions = pad(q), pad(k), pad(v), pad(positions)
-        segment_ids = segment_ids if segment_ids is None else pad(segment_ids)
-        key_segment_ids = key_segment_ids if key_segment_ids is None else pad(key_segment_ids)
+        q, k, v, tokens = jax.tree.map(pad, (q, k, v, tokens))
     try:
         version = cudnn.check_cudnn_version()
     except RuntimeError as error:
         raise NotImplementedError(f'needs cuDNN: {error}') from error
-    if version < PACKED_CUDNN and not plain:
+    if version < PACKED_CUDNN and not tokens.plain:
         raise NotImplementedError(f'needs cuDNN {PACKED_CUDNN} for packed rows, not {version}.')
 
-    q = rotate(q, positions, frequencies, query_scale).astype(q.dtype)
-    k = rotate(k, positions, frequencies).astype(k.dtype)
-    if plain:
+    q = rotate(q, tokens.positions, setting.frequencies, setting.query_scale).astype(q.dtype)
+    k = rotate(k, tokens.positions, setting.frequencies).astype(k.dtype)
+    if tokens.plain:
         out = jax.nn.dot_product_attention(
             q,
             k,
             v,
-            scale=scale,
+            scale=setting.logit_scale,
             is_causal=True,
             local_window_size=(window - 1, 0) if window else None,
             implementation='cudnn',
         )
         return out[:, :T]
-    segments = segment_ids if key_segment_ids is None else key_segment_ids
-    assert segments is not None
-    out = packed(q, k, v, segments, scale, window)
-    if segment_ids is not None:
-        out = jnp.where((segment_ids != 0)[:, :, None, None], out, 0)
+    out = packed(q, k, v, tokens.ids_of_keys, setting.logit_scale, window)
+    out = jnp.where((tokens.ids_of_queries != 0)[:, :, None, None], out, 0)
     return out[:, :T]
 
 

@@ -49,7 +49,7 @@ def store(x: Float[Array, '... H'], form: str) -> Stored:
 
 
 def pack(values: Array, exponents: Array) -> Stored:
-    """Of values in the format's own dtype."""
+    """Stores values that are in the format's own dtype."""
     if values.dtype == DTYPES['fp8']:
         values = jax.lax.bitcast_convert_type(values, jnp.uint8)
     return Stored(values, exponents)

@@ -22,7 +22,7 @@ class Shape(NamedTuple):
 
     rows: int  # queries × heads of a group
     k: int
-    part: int
+    strip: int
     run: int
     width: int
 
@@ -72,22 +72,22 @@ def default(H: int, wide: bool, backward: bool) -> Shape:
 
 def fit(shape: Shape, G: int, T: int, S: int) -> Blocks:
     """The nearest blocks for a problem, none much larger than it."""
-    q = part = 128
+    q = strip = 128
     while q * 2 * G <= shape.rows and q < T:
         q *= 2
-    while part < min(shape.part, S):
-        part *= 2
-    k = -(-S // -(-S // shape.k) // part) * part
+    while strip < min(shape.strip, S):
+        strip *= 2
+    k = -(-S // -(-S // shape.k) // strip) * strip
     run = shape.run
-    while run * part > k:
+    while run * strip > k:
         run //= 2
-    return Blocks(q, k, part, run, shape.width)
+    return Blocks(q, k, strip, run, shape.width)
 
 
 def working_set(
     blocks: Blocks, G: int, H: int, itemsize: int, backward: bool, in_chunks: bool = False
 ) -> int:
-    """Bytes of VMEM that a kernel takes, but for what it keeps of all keys; rather too many.
+    """Upper bound on a kernel's VMEM in bytes, without the cache of all keys.
 
     in_chunks: dq comes in, and goes out, in float32 for every chunk of the keys.
     """
@@ -97,5 +97,5 @@ def working_set(
     # In chunks the compiler takes 5 MiB more for 2,048 rows of 128: 20 bytes a value.
     state = rows * lanes * (2 * itemsize + (32 if in_chunks else 12))
     chunk = min(blocks.width, rows) if backward else rows
-    keys = blocks.run * blocks.part if backward else min(blocks.width, blocks.run * blocks.part)
+    keys = blocks.run * blocks.strip if backward else min(blocks.width, blocks.run * blocks.strip)
     return copies + tables + state + 4 * chunk * keys
