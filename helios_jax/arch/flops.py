@@ -21,7 +21,7 @@ def active_matmul(model: Model) -> int:
 
 
 def attention_flops(model: Model, row_length: int) -> float:
-    """Of a token, forward and backward, in a row that is one segment."""
+    """FLOPs of one token's attention, forward and backward, in a row that is one segment."""
     total = 0.0
     for kind in model.layer_kinds:
         keys = row_length / 2
@@ -32,7 +32,7 @@ def attention_flops(model: Model, row_length: int) -> float:
 
 
 def flops_per_token(model: Model, row_length: int) -> float:
-    """Of training, for MFU."""
+    """FLOPs of training on one token, for MFU."""
     return 6 * active_matmul(model) + attention_flops(model, row_length)
 
 
