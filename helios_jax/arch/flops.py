@@ -51,7 +51,7 @@ def dropped_flops(model: Model, drop_fraction: float) -> float:
 
 
 def flops_per_token(model: Model, row_length: int) -> float:
-    """FLOPs of training a token, for MFU."""
+    """FLOPs of training on one token, for MFU."""
     return 6 * active_matmul(model) + attention_flops(model, row_length)
 
 

@@ -16,6 +16,7 @@ RULES: Mapping[str, Axes] = {
     'length': ('context',),
     'stored_length': ('context', 'tensor'),  # of a saved activation that tensor does not split
     'stream': (),
+    'choices': (),  # a token's experts
     'loss_batch': ('slice', 'data', 'expert'),  # beside unembed_vocab, which takes fsdp
     'whole': (),
     # parameters; heads, kv_heads and mlp name activations as well

@@ -1,13 +1,13 @@
 """Settings of data, optimizer, training, mesh and memory."""
 
 import dataclasses
+from typing import Any
 
 from helios_jax.errors import at_least_zero, fraction, one_of, positive, require
 
 # What a saved activation becomes, and those that keep every bit.
 EXACT_ACTIONS = ('remat', 'device', 'offload')
 ACTIONS = ('', *EXACT_ACTIONS, 'fp8', 'int8', 'fp8+offload', 'int8+offload')
-EXACT_ONLY = ('log_sum_exp', 'router_choices')  # rounding these would be another function
 POLICIES = ('none', 'minimal', 'full', 'fp8', 'offload', 'fp8_offload', 'auto')
 
 
@@ -110,33 +110,54 @@ class Mesh:
         require(list(sizes.values()).count(-1) <= 1, f'mesh: only one axis may be -1, got {sizes}.')
 
 
+def _tensor(axes: str, dtype: str = '') -> Any:
+    """A setting of `Actions`, with what is true of the tensor that it names (arch/tensors.py).
+
+    Args:
+      axes: its logical axes, which are rows of arch/rules.py.
+      dtype: one that it must keep, for rounding it would be another function; '' is the compute
+        dtype.
+    """
+    return dataclasses.field(default='', metadata={'axes': tuple(axes.split()), 'dtype': dtype})
+
+
+# Logical axes that several tensors have. What tensor does not split is stored split by length.
+_STREAM = 'batch stored_length stream'
+_GATE = 'batch stored_length gate'
+_HEADS = 'batch length heads head_dim'
+
+
 @dataclasses.dataclass(frozen=True)
 class Actions:
-    """What each saved activation becomes, of `ACTIONS`; '' is as the policy says."""
+    """What each saved activation becomes, one of `ACTIONS`; '' is as the policy says.
 
-    block_input: str = ''  # the stream at a layer's bottom [B T D]
-    attention_input: str = ''  # x̂ of the attention sublayer [B T D]
-    q: str = ''  # unrotated queries [B T N H]
-    k: str = ''  # unrotated keys [B T K H]
-    v: str = ''  # values [B T K H]
-    attention_output: str = ''  # per head, before the output projection [B T N H]
-    log_sum_exp: str = ''  # of each query's logits, float32 [B N T]
-    attention_update: str = ''  # F(x̂) of the attention sublayer [B T D]
-    attention_gate: str = ''  # what its gate is computed from [B T R], or its logits
-    mlp_input: str = ''  # x̂ of the feed-forward sublayer [B T D]
-    gate_up: str = ''  # gate and up projections, of dense layers and experts [B T F] each
-    dispatched: str = ''  # tokens as they reach the devices of their experts [B T D]
-    expert_input: str = ''  # tokens sorted by expert [tokens·X D]
-    router_choices: str = ''  # chosen experts [B T X]
-    mlp_update: str = ''  # F(x̂) of the feed-forward sublayer [B T D]
-    mlp_gate: str = ''  # what its gate is computed from [B T R], or its logits
-    final_hidden: str = ''  # the stream below the last norm [B T D]
+    A field is the one row of its tensor: the memory system, the planner and the sharding read it.
+    """
+
+    block_input: str = _tensor(_STREAM)  # the stream at a layer's bottom [B T D]
+    attention_input: str = _tensor(_STREAM)  # x̂ of the attention sublayer [B T D]
+    q: str = _tensor(_HEADS)  # unrotated queries [B T N H]
+    k: str = _tensor('batch length kv_heads head_dim')  # unrotated keys [B T K H]
+    v: str = _tensor('batch length kv_heads head_dim')  # values [B T K H]
+    attention_output: str = _tensor(_HEADS)  # per head, before the output projection [B T N H]
+    log_sum_exp: str = _tensor('batch heads length', 'float32')  # of each query's logits [B N T]
+    attention_update: str = _tensor(_STREAM)  # F(x̂) of the attention sublayer [B T D]
+    attention_gate: str = _tensor(_GATE)  # what its gate is computed from [B T R], or its logits
+    mlp_input: str = _tensor(_STREAM)  # x̂ of the feed-forward sublayer [B T D]
+    gate_up: str = _tensor('batch length mlp')  # gate and up projections [B T F] each
+    dispatched: str = _tensor('batch length stream')  # tokens at their experts' devices [B T D]
+    expert_input: str = _tensor('batch stream')  # tokens sorted by expert [tokens·X D]
+    router_choices: str = _tensor('batch length choices', 'int32')  # chosen experts [B T X]
+    mlp_update: str = _tensor(_STREAM)  # F(x̂) of the feed-forward sublayer [B T D]
+    mlp_gate: str = _tensor(_GATE)  # what its gate is computed from [B T R], or its logits
+    final_hidden: str = _tensor(_STREAM)  # the stream below the last norm [B T D]
 
     def __post_init__(self) -> None:
-        for name, action in dataclasses.asdict(self).items():
+        for field in dataclasses.fields(self):
+            name, action = field.name, getattr(self, field.name)
             one_of(f'memory.actions.{name}', action, ACTIONS)
             require(
-                action in ('', *EXACT_ACTIONS) or name not in EXACT_ONLY,
+                action in ('', *EXACT_ACTIONS) or not field.metadata['dtype'],
                 f'memory.actions.{name}={action!r} would round it; choose one of '
                 f'{", ".join(EXACT_ACTIONS)}.',
             )

@@ -8,7 +8,7 @@ from typing import NamedTuple
 from helios_jax import config
 from helios_jax.chips import Chip
 from helios_jax.memory import policy
-from helios_jax.plan.closed_form import Plan, plan
+from helios_jax.plan.planning import Plan, plan
 
 # Presets in the order of the work that they add; each is exact but for those that say fp8.
 PRESETS = ('minimal', 'fp8', 'full', 'offload', 'fp8_offload')

@@ -9,7 +9,7 @@ from typing import Any
 from absl import flags
 
 from helios_jax import chips, config, options
-from helios_jax.plan import changes, closed_form, report, search
+from helios_jax.plan import changes, planning, report, search
 
 BYTE_VOCABULARY = 256  # of data.tokenizer=bytes, without loading the tokenizers' libraries
 CONFIRMED = 3  # configurations of a search that --compile compiles
@@ -31,7 +31,7 @@ def plan_command(argv: Sequence[str]) -> None:
     options.parse(values, options.config_file(argv))
     if values.validate:
         os.environ['JAX_PLATFORMS'] = 'cpu'
-        from helios_jax.plan import validate
+        from helios_jax.plan.compiler import validate
 
         validate.report(values.json)
         return
@@ -78,7 +78,7 @@ def planned(
     explain: bool = False,
 ) -> dict[str, Any]:
     """Prints the plan as text unless it is wanted as JSON; returns it."""
-    made = closed_form.plan(cfg, topology.chip, topology.num_devices)
+    made = planning.plan(cfg, topology.chip, topology.num_devices)
     most = report.limits(made, topology)
     found = report.as_dict(made, topology) | most
     if not as_json:
@@ -113,10 +113,10 @@ def searched(
 
 
 def compiled(
-    made: closed_form.Plan, topology: chips.Topology, as_json: bool, explain: bool = False
+    made: planning.Plan, topology: chips.Topology, as_json: bool, explain: bool = False
 ) -> dict[str, Any]:
     os.environ['JAX_PLATFORMS'] = 'cpu'
-    from helios_jax.plan import compiled as compiling
+    from helios_jax.plan.compiler import compiled as compiling
 
     measured = compiling.measure(made.config, topology.name)
     if not as_json:

@@ -17,7 +17,7 @@ from helios_jax.data.pipeline import Batch
 from helios_jax.memory import proof
 from helios_jax.parallel import mesh as meshes
 from helios_jax.parallel import sharding
-from helios_jax.plan.closed_form import Plan
+from helios_jax.plan.planning import Plan
 from helios_jax.train import state as states
 from helios_jax.train.step import make_train_step
 
@@ -100,12 +100,12 @@ def measure(cfg: config.Config, name: str) -> dict[str, Any]:
 
 def predicted(made: Plan) -> dict[str, float]:
     """The closed form's figures under the names of `measure`."""
-    counted = made.bytes
+    counted = made.memory
     return {
         'arguments_gib': counted.arguments_device / GIB,
         'live_temp_gib': counted.temporary / GIB,
         'peak_gib': counted.peak / GIB,
-        'host_arguments_gib': counted.arguments.on_host(counted.layout) / GIB,
+        'host_arguments_gib': counted.arguments.on_host(counted.placement) / GIB,
         'host_temp_gib': counted.saved_host / GIB,
     }
 

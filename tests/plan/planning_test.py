@@ -1,4 +1,4 @@
-"""Bytes, seconds and limits of a plan: against the state of a run, and against each other."""
+"""Memory, seconds and limits of a plan: against the state of a run, and against each other."""
 
 import dataclasses
 import math
@@ -8,8 +8,9 @@ import pytest
 
 from helios_jax import chips, config
 from helios_jax.parallel import mesh as meshes
-from helios_jax.plan import changes, closed_form, compiled, search
-from helios_jax.plan.closed_form import plan
+from helios_jax.plan import changes, planning, search
+from helios_jax.plan.compiler import compiled
+from helios_jax.plan.planning import plan
 from helios_jax.train import state as states
 
 MODEL = config.Model(
@@ -23,7 +24,7 @@ V5E = chips.CHIPS['v5e']
 
 
 def large(**memory: str) -> config.Config:
-    """Of 16 v5e: what fits depends on the policy."""
+    """A model for 16 v5e: what fits depends on the policy."""
     return config.Config(
         model=config.Model(
             num_layers=32, embed_dim=4096, num_heads=32, num_kv_heads=8, head_dim=128,
@@ -50,7 +51,7 @@ def large(**memory: str) -> config.Config:
 def test_arguments_are_the_shards_of_state_and_batch(mesh, optimizer, moments):
     chosen = config.Optimizer(name=optimizer, moments_dtype=moments)
     cfg = dataclasses.replace(SMALL, mesh=mesh, optimizer=chosen)
-    planned = plan(cfg, V5E, 8).bytes
+    planned = plan(cfg, V5E, 8).memory
     abstract = meshes.abstract(mesh, 8)
     setup = states.create(cfg, abstract)
 
@@ -77,25 +78,25 @@ def test_a_plan_refuses_what_a_run_would():
 
 def test_policies_are_ordered_as_their_names_say():
     of = {p: plan(large(policy=p), V5E, 16) for p in changes.PRESETS}
-    peak = {p: made.bytes.peak for p, made in of.items()}
+    peak = {p: made.memory.peak for p, made in of.items()}
     assert peak['fp8'] < peak['minimal']
     assert peak['full'] < peak['fp8']
     assert peak['fp8_offload'] < peak['offload'] < peak['full']
-    inputs = sum(s.num_bytes for s in of['full'].bytes.saved if s.name == 'block_input')
-    assert of['offload'].bytes.saved_host == inputs
-    assert of['full'].bytes.saved_device - of['offload'].bytes.saved_device == inputs
+    inputs = sum(s.num_bytes for s in of['full'].memory.saved if s.name == 'block_input')
+    assert of['offload'].memory.saved_host == inputs
+    assert of['full'].memory.saved_device - of['offload'].memory.saved_device == inputs
     assert of['full'].seconds.flops > of['minimal'].seconds.flops
-    assert of['full'].bytes.host == 0
+    assert of['full'].memory.host == 0
 
 
 def test_state_on_the_host_leaves_the_device():
-    device = plan(large(), V5E, 16).bytes
-    moments = plan(large(optimizer='host'), V5E, 16).bytes
+    device = plan(large(), V5E, 16).memory
+    moments = plan(large(optimizer='host'), V5E, 16).memory
     both = plan(large(optimizer='host', parameters='host'), V5E, 16)
     assert device.arguments_device - moments.arguments_device == device.arguments.optimizer
     assert moments.host == device.arguments.optimizer
-    assert both.bytes.host == device.arguments.optimizer + device.arguments.parameters
-    assert both.bytes.peak < moments.peak < device.peak
+    assert both.memory.host == device.arguments.optimizer + device.arguments.parameters
+    assert both.memory.peak < moments.peak < device.peak
     # There and back, and the parameters once more for the copy that the model reads.
     state, seconds = device.arguments, both.seconds
     assert seconds.host_bytes == 2 * state.optimizer + 3 * state.parameters
@@ -106,10 +107,10 @@ def test_state_on_the_host_leaves_the_device():
 
 
 def test_accumulating_takes_fewer_activations_and_float32_sums_of_gradients():
-    one = plan(large(), V5E, 16).bytes
+    one = plan(large(), V5E, 16).memory
     cfg = large()
     cfg = dataclasses.replace(cfg, train=dataclasses.replace(cfg.train, microbatches=2))
-    two = plan(cfg, V5E, 16).bytes
+    two = plan(cfg, V5E, 16).memory
     assert 2 * two.saved_device == one.saved_device
     # Of one microbatch in bfloat16, but for norms and the head; their sums in float32.
     assert (two.gradients, one.accumulated) == (one.gradients, 0)
@@ -120,14 +121,14 @@ def test_accumulating_takes_fewer_activations_and_float32_sums_of_gradients():
 @pytest.mark.parametrize('policy', ['full', 'fp8', 'offload'])
 def test_the_most_rows_and_the_longest_row_are_really_the_most(policy):
     cfg = large(policy=policy)
-    rows = closed_form.largest_rows(cfg, V5E, 16)
-    fits = lambda n: plan(closed_form.with_rows(cfg, 16, n), V5E, 16).fits  # noqa: E731
+    rows = planning.largest_rows(cfg, V5E, 16)
+    fits = lambda n: plan(planning.with_rows(cfg, 16, n), V5E, 16).fits  # noqa: E731
     assert fits(rows)
     assert not fits(rows + 1)
-    length = closed_form.longest_row(cfg, V5E, 16)
-    fits = lambda n: plan(closed_form.with_length(cfg, n), V5E, 16).fits  # noqa: E731
+    length = planning.longest_row(cfg, V5E, 16)
+    fits = lambda n: plan(planning.with_length(cfg, n), V5E, 16).fits  # noqa: E731
     assert fits(length)
-    assert not fits(length + closed_form.LENGTH_STEP)
+    assert not fits(length + planning.LENGTH_STEP)
 
 
 def test_the_cheapest_changes_fit_and_are_sorted_by_time():
@@ -163,7 +164,7 @@ def test_parts_free_memory_and_cost_a_gated_layer_its_mlp_again(kind, again):
     for parts in (1, 2, 4):
         memory = dataclasses.replace(cfg.memory, backward_parts=parts)
         made = plan(dataclasses.replace(cfg, memory=memory), V5E, 16)
-        peaks.append(made.bytes.peak)
+        peaks.append(made.memory.peak)
         flops.append(made.seconds.flops)
         seconds.append(made.seconds.compute + made.seconds.memory)
     assert peaks == sorted(peaks, reverse=True) and len(set(peaks)) == 3
@@ -198,4 +199,4 @@ def test_a_search_is_sorted_and_its_overrides_make_its_plans():
         cfg = dataclasses.replace(
             cfg, **{section: dataclasses.replace(part, **{field: kind(value)})}
         )
-    assert plan(cfg, chip, 4).bytes.peak == best.plan.bytes.peak
+    assert plan(cfg, chip, 4).memory.peak == best.plan.memory.peak

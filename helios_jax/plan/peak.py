@@ -1,25 +1,24 @@
 """Bytes of a train step on one device, in closed form, by what they are for.
 
 The peak is the largest of a step's phases. What is alive in each was read from the schedules that
-XLA makes for TPUs (libtpu 0.0.50, jax 0.12): see `phases`. `plan/validate.py` holds it against the
-compiler's figures.
+XLA makes for TPUs: see `phases`. `helios plan --validate` holds it against the compiler's figures.
 """
 
 import dataclasses
 
 from helios_jax.arch import buffers, rules
 from helios_jax.arch.weights import all_weights, read_in_compute_dtype
-from helios_jax.plan.layout import DTYPE_BYTES, Layout
+from helios_jax.plan.arguments import Arguments, arguments, layer_weights, local
+from helios_jax.plan.backward import gathered_bytes, working_bytes
+from helios_jax.plan.placement import DTYPE_BYTES, Placement
 from helios_jax.plan.saved import Saved, saved_tensors
-from helios_jax.plan.state import Arguments, arguments, layer_weights, local
-from helios_jax.plan.working import gathered_bytes, working_bytes
 
 
 @dataclasses.dataclass(frozen=True)
-class Bytes:
-    """Of one device; `host` of its share of the host's memory."""
+class Memory:
+    """Bytes on one device; `host` counts its share of the host's memory."""
 
-    layout: Layout
+    placement: Placement
     arguments: Arguments
     saved: list[Saved]
     gradients: int  # of all layers and the head, of one microbatch
@@ -42,11 +41,11 @@ class Bytes:
 
     @property
     def arguments_device(self) -> int:
-        return self.arguments.on_device(self.layout)
+        return self.arguments.on_device(self.placement)
 
     @property
     def host(self) -> int:
-        return self.saved_host + self.arguments.on_host(self.layout)
+        return self.saved_host + self.arguments.on_host(self.placement)
 
     @property
     def phases(self) -> dict[str, int]:
@@ -73,7 +72,7 @@ class Bytes:
 
     @property
     def peak(self) -> int:
-        """Of the whole step, arguments included: what has to fit."""
+        """What has to fit: the arguments, and the largest phase beside them."""
         return self.arguments_device + self.temporary
 
     @property
@@ -81,88 +80,93 @@ class Bytes:
         return max(self.phases, key=lambda phase: self.phases[phase])
 
 
-def step_bytes(layout: Layout) -> Bytes:
-    """Of a train step of the config on its mesh.
+def step_memory(placement: Placement) -> Memory:
+    """The bytes of a train step of the config on its mesh.
 
     Raises:
       UserError: the mesh does not divide a weight, or the policy is still to be resolved.
     """
-    saved = saved_tensors(layout)
-    return Bytes(
-        layout=layout,
-        arguments=arguments(layout),
+    saved = saved_tensors(placement)
+    return Memory(
+        placement=placement,
+        arguments=arguments(placement),
         saved=saved,
-        gradients=_gradients(layout, accumulated=False),
-        accumulated=_gradients(layout, accumulated=True),
-        weights_copy=_weights_copy(layout),
-        working=working_bytes(layout),
-        gathered=gathered_bytes(layout),
-        loss=_loss(layout),
+        gradients=_gradients(placement, accumulated=False),
+        accumulated=_gradients(placement, accumulated=True),
+        weights_copy=_weights_copy(placement),
+        working=working_bytes(placement),
+        gathered=gathered_bytes(placement),
+        loss=_loss(placement),
         # One step's tensors have arrived, the next step's are on their way.
         prefetched=2 * sum(s.layer_bytes for s in saved if s.place == 'host'),
-        fetched_early=_fetched_early(layout),
-        streamed=_streamed(layout),
+        fetched_early=_fetched_early(placement),
+        streamed=_streamed(placement),
     )
 
 
-def _gradients(layout: Layout, *, accumulated: bool) -> int:
-    """Of all parameters but an untied embedding, whose gradient comes when little else is left.
+def _gradients(placement: Placement, *, accumulated: bool) -> int:
+    """Bytes of all gradients but an untied embedding's, which comes when little else is left.
 
     Float32, or the compute dtype where the model reads a copy in that; sums are float32.
     """
-    tied, total = layout.config.model.tied_embeddings, 0
-    if accumulated and layout.config.train.microbatches == 1:
+    tied, total = placement.config.model.tied_embeddings, 0
+    if accumulated and placement.config.train.microbatches == 1:
         return 0
-    for weight in all_weights(layout.config.model):
+    for weight in all_weights(placement.config.model):
         narrow = read_in_compute_dtype(weight.axes) and not accumulated
         if tied or weight.name != 'embed.w':
-            total += (layout.dtype_bytes if narrow else 4) * local(layout, weight)
+            total += (placement.dtype_bytes if narrow else 4) * local(placement, weight)
     return total
 
 
-def _weights_copy(layout: Layout) -> int:
+def _weights_copy(placement: Placement) -> int:
     """Compute-dtype copies that live through both passes."""
-    model, total = layout.config.model, 0
-    on_host = layout.config.memory.parameters == 'host'
+    model, total = placement.config.model, 0
+    on_host = placement.config.memory.parameters == 'host'
     for weight in all_weights(model):
-        if read_in_compute_dtype(weight.axes) and layout.dtype_bytes < 4:
-            total += layout.dtype_bytes * local(layout, weight)
+        if read_in_compute_dtype(weight.axes) and placement.dtype_bytes < 4:
+            total += placement.dtype_bytes * local(placement, weight)
         elif on_host:
-            total += 4 * local(layout, weight)
+            total += 4 * local(placement, weight)
     return total
 
 
-def _loss(layout: Layout) -> int:
+def _loss(placement: Placement) -> int:
     """model/loss.py: logits in float32, their gradient in the compute dtype, tokens gathered."""
-    model, cfg = layout.config.model, layout.config
-    rows, T = layout.microbatch_rows, cfg.data.row_length
-    chunks = buffers.loss_chunks(rows, T, model.padded_vocab_size, layout.num_devices)
-    tokens = rows // rules.shards(layout, 'loss_batch') * T // chunks
-    vocab = model.padded_vocab_size // rules.shards(layout, 'unembed_vocab')
-    logits = tokens * vocab * (4 + layout.dtype_bytes)
-    head = model.embed_dim * vocab * (4 + layout.dtype_bytes)
-    stream = 2 * layout.local_tokens * model.embed_dim * layout.dtype_bytes
-    return logits + head + 2 * tokens * model.embed_dim * layout.dtype_bytes + stream
+    model, cfg = placement.config.model, placement.config
+    rows, T = placement.microbatch_rows, cfg.data.row_length
+    chunks = buffers.loss_chunks(rows, T, model.padded_vocab_size, placement.num_devices)
+    tokens = rows // rules.shards(placement, 'loss_batch') * T // chunks
+    vocab = model.padded_vocab_size // rules.shards(placement, 'unembed_vocab')
+    logits = tokens * vocab * (4 + placement.dtype_bytes)
+    head = model.embed_dim * vocab * (4 + placement.dtype_bytes)
+    stream = 2 * placement.local_tokens * model.embed_dim * placement.dtype_bytes
+    return logits + head + 2 * tokens * model.embed_dim * placement.dtype_bytes + stream
 
 
-def _fetched_early(layout: Layout) -> int:
-    if layout.config.memory.optimizer == 'device':
+def _fetched_early(placement: Placement) -> int:
+    if placement.config.memory.optimizer == 'device':
         return 0
-    moment = DTYPE_BYTES[layout.config.optimizer.moments_dtype]
-    return 2 * moment * sum(_alone(layout))
+    moment = DTYPE_BYTES[placement.config.optimizer.moments_dtype]
+    return 2 * moment * sum(_alone(placement))
 
 
-def _alone(layout: Layout) -> list[int]:
+def _alone(placement: Placement) -> list[int]:
     """Elements of each array that is not stacked layers."""
-    return [local(layout, w) for w in all_weights(layout.config.model) if w.axes[0] != 'layers']
+    return [
+        local(placement, w) for w in all_weights(placement.config.model) if w.axes[0] != 'layers'
+    ]
 
 
-def _streamed(layout: Layout) -> int:
-    """Of state on the host: a layer in use and the next on its way, or an array of no layer's."""
-    memory = layout.config.memory
-    moment = DTYPE_BYTES[layout.config.optimizer.moments_dtype]
+def _streamed(placement: Placement) -> int:
+    """Device bytes for a state on the host.
+
+    The layer being updated and the one being fetched, or the largest array that is no layer's.
+    """
+    memory = placement.config.memory
+    moment = DTYPE_BYTES[placement.config.optimizer.moments_dtype]
     each = (4 if memory.parameters == 'host' else 0) + (
         2 * moment if memory.optimizer == 'host' else 0
     )
-    layers = [2 * sum(local(layout, w) for w in ws) for ws in layer_weights(layout)]
-    return each * max([*layers, *_alone(layout)])
+    layers = [2 * sum(local(placement, w) for w in ws) for ws in layer_weights(placement)]
+    return each * max([*layers, *_alone(placement)])

@@ -7,13 +7,16 @@ gradients and weights all weigh. Compare `live temp`: what the compiler keeps be
 at the peak. A plan that is optimistic about the peak would let a run start that cannot fit.
 """
 
+import importlib.metadata
 import json
+import sys
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 from helios_jax import config
 from helios_jax.chips import topology
-from helios_jax.plan import changes, closed_form, compiled
+from helios_jax.plan import changes, measured, planning
+from helios_jax.plan.compiler import compiled
 
 TOPOLOGIES = ('v5e:2x2', 'v5p:2x2x1', 'v6e:2x2')
 POLICIES = ('full', 'fp8', 'offload', 'fp8_offload')
@@ -63,11 +66,11 @@ CASES = [
 def errors(case: Case) -> dict[str, Any]:
     """Predicted and compiled GiB of one case, and the relative errors of the prediction."""
     where = topology(case.topology)
-    made = closed_form.plan(case.config, where.chip, where.num_devices)
-    predicted, measured = compiled.predicted(made), compiled.measure(case.config, case.topology)
-    row = {**case._asdict(), 'compile_seconds': measured['compile_seconds']}
+    made = planning.plan(case.config, where.chip, where.num_devices)
+    predicted, found = compiled.predicted(made), compiled.measure(case.config, case.topology)
+    row = {**case._asdict(), 'compile_seconds': found['compile_seconds']}
     for name in ('arguments', 'live_temp', 'peak', 'host_temp'):
-        guess, true = predicted[f'{name}_gib'], measured[f'{name}_gib']
+        guess, true = predicted[f'{name}_gib'], found[f'{name}_gib']
         row |= {f'{name}_predicted': guess, f'{name}_compiled': true}
         row[f'{name}_error'] = guess / true - 1 if true > 1e-3 else 0.0
     row['within'] = (
@@ -79,21 +82,33 @@ def errors(case: Case) -> dict[str, Any]:
 
 
 def report(as_json: bool) -> None:
-    """Compiles every case and prints a line for each, as it is done."""
+    """Compiles every case and prints a line for each, as it is done.
+
+    Exits with code 1 if a case is beyond its limits.
+    """
     if not as_json:
-        print(HEAD)
+        print('\n'.join(ages()), HEAD, sep='\n\n')
     rows = []
     for row in map(errors, CASES):
         rows.append(row)
         print(json.dumps(row) if as_json else line(row), flush=True)
     if not as_json:
         print('\n'.join(summary(rows)))
+    if not all(row['within'] for row in rows):
+        sys.exit(1)
 
 
 HEAD = (
     f'{"case":34} {"arguments, GiB":>22} {"live temporary, GiB":>22} {"peak, GiB":>22} '
     f'{"host, GiB":>13}'
 )
+
+
+def ages() -> Iterator[str]:
+    """When each figure that the predictions rest on was last true, and what is compared now."""
+    now = ', '.join(f'{name} {importlib.metadata.version(name)}' for name in ('jax', 'libtpu'))
+    yield f'Figures that were read off, and the day on which each was last true; now {now}:'
+    yield from measured.ages()
 
 
 def line(row: dict[str, Any]) -> str:

@@ -1,4 +1,4 @@
-"""Where arrays live on a mesh: sizes on one device, by arch/rules.py."""
+"""A config placed on a mesh of devices: the sizes of its arrays on one of them."""
 
 import dataclasses
 import math
@@ -12,7 +12,7 @@ DTYPE_BYTES = {'float32': 4, 'bfloat16': 2, 'int32': 4, 'uint8': 1, 'int8': 1, '
 
 
 @dataclasses.dataclass(frozen=True)
-class Layout:
+class Placement:
     """A config on a mesh of so many devices, compiled for a platform."""
 
     config: config.Config
@@ -43,7 +43,7 @@ class Layout:
 
     @property
     def dtype_bytes(self) -> int:
-        """Of the compute dtype."""
+        """Bytes of a value in the compute dtype."""
         return DTYPE_BYTES[self.config.model.compute_dtype]
 
     @property
@@ -56,7 +56,7 @@ class Layout:
 
     @property
     def cudnn_sequences(self) -> int:
-        """Of each row, as many as cuDNN's attention sizes its buffers for; 0 without cuDNN."""
+        """Sequences of each row that cuDNN's attention sizes its buffers for; 0 without cuDNN."""
         if self.platform != 'gpu' or not self.attention_kernel or self.shape['context'] > 1:
             return 0
         return CUDNN_SEGMENTS if self.config.data.documents_apart else 1
@@ -68,20 +68,20 @@ class Layout:
         return ours and self.attention_kernel and self.shape['context'] == 1
 
     def elements(self, shape: Sequence[int], axes: rules.Axes) -> int:
-        """On one device, of an array of this shape."""
+        """Elements on one device of an array of this shape."""
         total = 1
         for size, name in zip(shape, axes, strict=True):
             total *= size // rules.shards(self, name)
         return total
 
 
-def layout(cfg: config.Config, num_devices: int, platform: str) -> Layout:
+def place(cfg: config.Config, num_devices: int, platform: str) -> Placement:
     """The config on its mesh.
 
     Raises:
       UserError: the mesh does not fit the devices, or does not divide the batch.
     """
     sizes = rules.sizes(cfg.mesh, num_devices)
-    made = Layout(cfg, dict(zip(rules.MESH_AXES, sizes, strict=True)), platform)
+    made = Placement(cfg, dict(zip(rules.MESH_AXES, sizes, strict=True)), platform)
     rules.check_batch(cfg, made)
     return made

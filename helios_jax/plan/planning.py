@@ -10,8 +10,8 @@ from collections.abc import Callable
 from helios_jax import config
 from helios_jax.arch import rules
 from helios_jax.chips import Chip
-from helios_jax.plan.bytes import Bytes, step_bytes
-from helios_jax.plan.layout import layout
+from helios_jax.plan.peak import Memory, step_memory
+from helios_jax.plan.placement import place
 from helios_jax.plan.seconds import Seconds, step_seconds
 
 LENGTH_STEP = 256  # tokens: a row length that kernels and chunks of the loss divide well
@@ -22,7 +22,7 @@ MOST = 2**22  # rows a device, or tokens a row, beyond which nobody looks
 class Plan:
     config: config.Config
     chip: Chip
-    bytes: Bytes
+    memory: Memory
     seconds: Seconds
 
     @property
@@ -32,38 +32,38 @@ class Plan:
 
     @property
     def fits(self) -> bool:
-        return holds(self.chip, self.bytes)
+        return holds(self.chip, self.memory)
 
 
 def plan(cfg: config.Config, chip: Chip, num_devices: int) -> Plan:
-    """Of one train step of a resolved config.
+    """Plans one train step of a resolved config.
 
     Raises:
       UserError: the mesh does not fit the devices, or does not divide a weight or the batch.
     """
-    where = layout(cfg, num_devices, chip.platform)
-    counted = step_bytes(where)
+    where = place(cfg, num_devices, chip.platform)
+    counted = step_memory(where)
     return Plan(cfg, chip, counted, step_seconds(where, counted, chip))
 
 
-def holds(chip: Chip, counted: Bytes) -> bool:
+def holds(chip: Chip, counted: Memory) -> bool:
     """Whether it fits on the device, and in its share of the host's memory."""
     on_host = counted.host <= chip.host_bytes or chip.platform == 'cpu'
     return counted.peak <= chip.hbm_bytes and on_host
 
 
 def fits(cfg: config.Config, chip: Chip, num_devices: int) -> bool:
-    """Whether a step would.
+    """Whether a step of the config fits.
 
     Raises:
       UserError: as `plan`.
     """
-    return holds(chip, step_bytes(layout(cfg, num_devices, chip.platform)))
+    return holds(chip, step_memory(place(cfg, num_devices, chip.platform)))
 
 
 def with_rows(cfg: config.Config, num_devices: int, rows: int) -> config.Config:
     """The config with this many rows of a microbatch on each device."""
-    shape = layout_shape(cfg, num_devices)
+    shape = mesh_shape(cfg, num_devices)
     total = rows * cfg.train.microbatches
     for axis in rules.BATCH_AXES:
         total *= shape[axis]
@@ -71,7 +71,7 @@ def with_rows(cfg: config.Config, num_devices: int, rows: int) -> config.Config:
     return dataclasses.replace(cfg, train=train)
 
 
-def layout_shape(cfg: config.Config, num_devices: int) -> dict[str, int]:
+def mesh_shape(cfg: config.Config, num_devices: int) -> dict[str, int]:
     return dict(zip(rules.MESH_AXES, rules.sizes(cfg.mesh, num_devices), strict=True))
 
 
@@ -92,7 +92,7 @@ def largest_rows(cfg: config.Config, chip: Chip, num_devices: int) -> int:
 
 def longest_row(cfg: config.Config, chip: Chip, num_devices: int) -> int:
     """Tokens of a row that fit, in steps of 256 a device, all else as it is; 0: not even one."""
-    shape = layout_shape(cfg, num_devices)
+    shape = mesh_shape(cfg, num_devices)
     step = LENGTH_STEP * shape['tensor']
     step *= 2 * shape['context'] if shape['context'] > 1 else 1
     return step * _largest(lambda n: fits(with_length(cfg, n * step), chip, num_devices))

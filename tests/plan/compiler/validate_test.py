@@ -2,7 +2,8 @@
 
 import pytest
 
-from helios_jax.plan import validate
+from helios_jax.plan import measured
+from helios_jax.plan.compiler import validate
 
 SIX = [
     validate.Case('dense', 'full', 'v6e:2x2'),
@@ -42,3 +43,22 @@ def test_a_row_outside_its_limits_is_counted():
     assert 'peak 20.0%' in text
     assert '20.0% below the compiler' in text
     assert '1 of 2 cases' in text
+
+
+@pytest.mark.parametrize('within', [True, False])
+def test_a_report_says_when_each_figure_was_last_true_and_fails_beyond_the_limits(
+    within, capsys, monkeypatch
+):
+    row = {'layers': 'dense', 'policy': 'full', 'topology': 'v5e:2x2', 'backward_parts': 1}
+    for name in ('arguments', 'live_temp', 'peak', 'host_temp'):
+        row |= {f'{name}_predicted': 1.0, f'{name}_compiled': 1.25, f'{name}_error': -0.2}
+    monkeypatch.setattr(validate, 'errors', lambda case: row | {'within': within})
+    if within:
+        validate.report(as_json=False)
+    else:
+        with pytest.raises(SystemExit, match='1'):
+            validate.report(as_json=False)
+    out = capsys.readouterr().out
+    assert 'last true; now jax ' in out
+    for name, figure in measured.figures().items():
+        assert f'{name} ' in out and figure.seen in out
