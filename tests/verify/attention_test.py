@@ -126,7 +126,7 @@ def edit(**edits):
         return given._replace(**made)
 
     return lambda given: given._replace(
-        calls=[bench.Call(*map(edited, call)) for call in given.calls]
+        calls=[cases.Call(*map(edited, call)) for call in given.calls]
     )
 
 
