@@ -52,7 +52,7 @@ def block_sizes(problem: Problem, sizes: list[tuple[int, int]]) -> list[Options]
     return [o | {'scoped_vmem_mib': 48} if o['block'] > 1024 else o for o in worth]
 
 
-def block_arguments(options: Options) -> dict[str, int]:
+def block_arguments(options: Options) -> dict[str, Any]:
     """Names the blocks of the forward and the dk, dv kernel as both peers do."""
     block, compute = options['block'], options['compute']
     sides = {'block_q': block, 'block_kv': block, 'block_kv_compute': compute}
