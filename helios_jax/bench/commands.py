@@ -13,7 +13,7 @@ from helios_jax.errors import nearest, require
 
 
 def bench_command(argv: Sequence[str]) -> None:
-    """bench attention | memory | train | torch_peer: measurements, each with its own flags."""
+    """Measures or predicts time and memory: attention | memory | train | torch_peer."""
     benches = {
         'attention': attention_bench,
         'memory': memory_bench,
@@ -21,6 +21,10 @@ def bench_command(argv: Sequence[str]) -> None:
         'train': train_bench,
     }
     name = argv[0] if argv else ''
+    if name in ('-h', '--help', 'help'):
+        print('helios bench <measurement>\n')
+        print('\n'.join(f'  {bench:10}  {run.__doc__}' for bench, run in benches.items()))
+        return
     require(
         name in benches,
         f'helios bench {name}: no such measurement.{nearest(name, benches)} '
@@ -30,7 +34,7 @@ def bench_command(argv: Sequence[str]) -> None:
 
 
 def attention_bench(argv: Sequence[str]) -> None:
-    """TPU attention by its schedule: --target --lengths [--documents --window --json …]."""
+    """Predicts attention's time on a TPU: --target --lengths [--documents --window --verify …]."""
     values = flags.FlagValues()
     shape = {
         'batch': (1, 'Rows, B.'),
@@ -82,7 +86,7 @@ def attention_bench(argv: Sequence[str]) -> None:
 
 
 def train_bench(argv: Sequence[str]) -> None:
-    """Training speed on real text: --config [--kinds --packings --peer --json]."""
+    """Measures training speed on real text: --config [--kinds --packings --peer --json]."""
     values = flags.FlagValues()
     options.config_flag(values, argv)
     flags.DEFINE_list('kinds', ['residual', 'convex'], 'GMU kinds.', flag_values=values)
@@ -107,7 +111,7 @@ def train_bench(argv: Sequence[str]) -> None:
 
 
 def memory_bench(argv: Sequence[str]) -> None:
-    """Memory policies of one model: --config [--policies --json]."""
+    """Measures memory policies of one model: --config [--policies --json]."""
     values = flags.FlagValues()
     options.config_flag(values, argv)
     presets = ['full', 'fp8_offload', 'offload', 'fp8', 'minimal']
@@ -123,7 +127,7 @@ def memory_bench(argv: Sequence[str]) -> None:
 
 
 def torch_bench(argv: Sequence[str]) -> None:
-    """PyTorch's training speed on helios_1b's shape: [--batch --length --layers … --json]."""
+    """Measures PyTorch's training speed, on helios_1b's shape: [--batch --layers … --json]."""
     from helios_jax.bench.torch_peer import Peer, report
 
     values = flags.FlagValues()

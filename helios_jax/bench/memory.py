@@ -138,7 +138,7 @@ def with_policy(cfg: config.Config, name: str) -> config.Config:
     """Gives a config a preset, and what differs from it: `full:backward_parts=4:gate_up=fp8`.
 
     Raises:
-      UserError: no such preset, tensor or action, or a number of parts that is none.
+      UserError: no such preset, tensor or action; backward_parts is no whole number.
     """
     policy, *others = name.split(':')
     values = dataclasses.asdict(cfg)

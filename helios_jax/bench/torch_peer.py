@@ -31,15 +31,15 @@ class Peer:
     length: int = 4096  # Tokens a row, T.
     steps: int = 20  # Steps that are timed.
     warmup: int = 5  # Steps before them; the first compiles.
-    layers: int = 16  # L.
-    embed: int = 2048  # D.
-    heads: int = 16  # N.
-    kv_heads: int = 4  # K.
-    head: int = 128  # H.
-    mlp: int = 8192  # F.
-    vocab: int = 32768  # V.
+    layers: int = 16  # Layers, L.
+    embed: int = 2048  # Width of the stream, D.
+    heads: int = 16  # Query heads, N.
+    kv_heads: int = 4  # Key heads, K; must divide N.
+    head: int = 128  # Width of a head, H.
+    mlp: int = 8192  # Hidden width of the MLP, F.
+    vocab: int = 32768  # Tokens of the vocabulary, V.
     tokens: str = ''  # File of token ids (.npy) to train on; none: random ones.
-    device: str = 'cuda'  # As torch names it.
+    device: str = 'cuda'  # Device, by its name in torch.
     checkpointing: bool = False  # Recompute each layer in the backward pass.
     eager: bool = False  # Leave out torch.compile.
 

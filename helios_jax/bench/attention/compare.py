@@ -8,7 +8,7 @@ the fastest then inside the whole attention layer (problem.py). The time of a pa
   kernel: by its schedule (tpu/schedule.py), how often each region runs and the bytes it copies;
   around: the layer's other operations, less those of the same layer around a kernel that does
     nothing: rotation, copies and transposes, residuals, delta, sums over partial gradients.
-The ratio is a peer's sum by ours. FLOPs are those that the mask leaves, so that wasted work shows.
+The ratio is a peer's sum divided by ours. FLOPs count what the mask leaves: wasted work shows.
 
 Left out: what a call costs before its first step (some microseconds), the copies before the first
 step and after the last, the latency of copies (only their bytes count), contention for HBM between

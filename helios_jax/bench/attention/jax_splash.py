@@ -52,6 +52,13 @@ def block_sizes(problem: Problem, sizes: list[tuple[int, int]]) -> list[Options]
     return [o | {'scoped_vmem_mib': 48} if o['block'] > 1024 else o for o in worth]
 
 
+def block_arguments(options: Options) -> dict[str, Any]:
+    """Names the blocks of the forward and the dk, dv kernel as both peers do."""
+    block, compute = options['block'], options['compute']
+    sides = {'block_q': block, 'block_kv': block, 'block_kv_compute': compute}
+    return sides | {'block_q_dkv': block, 'block_kv_dkv': block, 'block_kv_dkv_compute': compute}
+
+
 def candidate(problem: Problem, options: Options) -> Candidate:
     """Makes jax's splash attention with one of the options of `variants`."""
     block, fused = options['block'], options.get('fused', False)
@@ -61,12 +68,7 @@ def candidate(problem: Problem, options: Options) -> Candidate:
     kernel = splash.make_splash_mha(
         masks.MultiHeadMask([mask] * N),
         block_sizes=splash.BlockSizes(
-            block_q=block,
-            block_kv=block,
-            block_kv_compute=options['compute'],
-            block_q_dkv=block,
-            block_kv_dkv=block,
-            block_kv_dkv_compute=options['compute'],
+            **block_arguments(options),
             block_q_dq=None if fused else block,
             block_kv_dq=None if fused else block,
             use_fused_bwd_kernel=fused,

@@ -13,6 +13,7 @@ from helios_jax.bench.attention.jax_splash import (
     LANES,
     SUBLANES,
     Options,
+    block_arguments,
     block_sizes,
     rotated_attention,
 )
@@ -70,12 +71,7 @@ def candidate(problem: Problem, options: Options) -> Candidate:
         if problem.window
         else tokamax_masks.CausalMask(shape),
         config=kernels.SplashConfig(
-            block_q=block,
-            block_kv=block,
-            block_kv_compute=options['compute'],
-            block_q_dkv=block,
-            block_kv_dkv=block,
-            block_kv_dkv_compute=options['compute'],
+            **block_arguments(options),
             qk_diag_skip=options['diagonal_skip'],
             sv_diag_skip=options['diagonal_skip'],
             dq_reduction_steps=3 if options.get('dynamic') else None,
