@@ -134,7 +134,11 @@ def with_tokenizer(tmp_path_factory):
             'tokenizer': 'tokenizer.json',
             'tokenizer_files': {'tokenizer.json': hashlib.sha256(path.read_bytes()).hexdigest()},
         }
-        items = {'params': state.params, 'router': state.router, 'optimizer': state.optimizer}
+        rng = np.random.default_rng(1)  # a fresh optimizer's zeros would be compressed
+        moments = jax.tree.map(
+            lambda x: rng.standard_normal(x.shape).astype(x.dtype), state.optimizer
+        )
+        items = {'params': state.params, 'router': state.router, 'optimizer': moments}
         writer.save(3, items, metadata)
     return workdir
 

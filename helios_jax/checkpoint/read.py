@@ -158,13 +158,19 @@ def list_steps(directory: epath.PathLike, *, verify: bool = True) -> list[dict[s
     return rows
 
 
-def ranked(directory: epath.Path, metric: str = BEST_METRIC) -> list[int]:
-    """The steps that have the metric, lowest first; of equal ones the newest first."""
+def ranked(directory: epath.Path, *, warn: bool = False) -> list[int]:
+    """The steps that have `BEST_METRIC`, lowest first; of equal ones the newest first.
+
+    Args:
+      warn: whether to name the steps whose metadata is damaged.
+    """
     scores = {}
     for step in layout.committed(directory):
         try:
-            score = _open(directory, step).metadata['metrics'].get(metric, math.nan)
-        except DamageError:
+            score = _open(directory, step).metadata['metrics'].get(BEST_METRIC, math.nan)
+        except DamageError as error:
+            if warn:
+                _warn_of_damage(directory, step, str(error))
             continue
         if math.isfinite(score):
             scores[step] = score
@@ -186,7 +192,7 @@ def _find(directory: epath.Path, step: int | str, items: Sequence[str]) -> Opene
     layout.warn_of_incomplete(directory)
     require(bool(steps), f'checkpoint directory {directory} holds no complete checkpoint yet.')
     if step in ('latest', 'best'):
-        chosen = steps[::-1] if step == 'latest' else ranked(directory)
+        chosen = steps[::-1] if step == 'latest' else ranked(directory, warn=True)
         require(bool(chosen), f'no step of {directory} has {BEST_METRIC}; ask for latest instead.')
         for each in chosen:
             if opened := _intact(directory, each, items):
@@ -216,10 +222,14 @@ def _intact(directory: epath.Path, step: int, items: Sequence[str]) -> Opened | 
             return opened
     except DamageError as error:
         damage = str(error)
-    if layout.is_committed(directory, step):
+    _warn_of_damage(directory, step, damage)
+    return None
+
+
+def _warn_of_damage(directory: epath.Path, step: int, damage: str) -> None:
+    if layout.is_committed(directory, step):  # else a run has let it go meanwhile
         folder = layout.folder(directory, step)
         log.warning('CHECKPOINT %s IS DAMAGED: %s. Trying another.', folder, damage)
-    return None
 
 
 def _open(directory: epath.Path, step: int) -> Opened:

@@ -384,3 +384,55 @@ def test_manifest_names_every_file_of_every_part(tmp_path):
     listed = json.loads((tmp_path / '1/manifest.json').read_text())['files']
     assert set(listed) == {name for name in files(tmp_path / '1') if '/' in name}
     assert {name.split('/')[0] for name in listed} == {'params', 'metadata'}
+
+
+@pytest.fixture
+def object_store(monkeypatch):
+    """Local folders taken for an object store, where nothing can be renamed at once."""
+    monkeypatch.setattr(manifest, 'is_remote', lambda path: True)
+
+
+def test_on_an_object_store_a_mark_tells_what_is_unfinished(tmp_path, object_store, monkeypatch):
+    release, sha256 = threading.Event(), manifest.sha256
+    write(tmp_path, [1])
+    with monkeypatch.context() as patch:
+        patch.setattr(manifest, 'sha256', lambda path: release.wait(60) and sha256(path))
+        writer = checkpoint.Checkpoints(tmp_path, keep=9)
+        writer.save(2, {'params': params()}, {})
+        assert (tmp_path / '2.unfinished').is_file()
+        release.set()
+        writer.close()
+    assert sorted(p.name for p in tmp_path.iterdir()) == ['1', '2', 'helios_checkpoints.json']
+
+
+def test_on_an_object_store_half_a_step_is_removed_if_it_is_marked_as_ours(
+    tmp_path, object_store, caplog
+):
+    write(tmp_path, [1, 2, 3, 4])
+    for step in (2, 3):
+        (tmp_path / f'{step}/manifest.json').unlink()
+    for step in (1, 3, 8):  # finished but for the mark, half deleted, not begun
+        (tmp_path / f'{step}.unfinished').write_text('')
+    assert [row['step'] for row in checkpoint.list_steps(tmp_path)] == [1, 4]
+    assert f'{tmp_path}/2 has no manifest' in caplog.text
+    assert f'{tmp_path}/3 has no manifest' not in caplog.text
+    write(tmp_path, [5])
+    names = sorted(p.name for p in tmp_path.iterdir())
+    assert names == ['1', '2', '4', '5', 'helios_checkpoints.json']
+
+
+@pytest.mark.parametrize('remote', [False, True])
+def test_deletion_that_fails_stops_no_save_and_is_made_up_for(tmp_path, monkeypatch, remote):
+    if remote:
+        monkeypatch.setattr(manifest, 'is_remote', lambda path: True)
+    writer = checkpoint.Checkpoints(tmp_path, keep=1)
+    writer.save(1, {'params': params()}, {})
+    with monkeypatch.context() as patch:
+        patch.setattr(type(writer.directory), 'rmtree', refuse)
+        writer.save(2, {'params': params()}, {})
+        writer.wait()
+        assert [row['step'] for row in checkpoint.list_steps(tmp_path)] == [2]
+        assert (tmp_path / '1.unfinished').exists()
+    writer.save(3, {'params': params()}, {})
+    writer.close()
+    assert sorted(p.name for p in tmp_path.iterdir()) == ['3', 'helios_checkpoints.json']

@@ -163,7 +163,7 @@ def test_no_flipped_bit_of_a_steps_files_is_restored_silently(directory):
 
 
 def test_damage_of_one_item_leaves_the_others_to_be_read(directory, caplog):
-    path = max((directory / '5/optimizer').rglob('*'), key=lambda p: p.stat().st_size)
+    path = max((directory / '5/optimizer/d').iterdir(), key=lambda p: p.stat().st_size)
     path.write_bytes(b'!' + path.read_bytes()[1:])
     opened = checkpoint.open_step(directory, 'latest', ['params', 'router'])
     assert opened.step == 5 and caplog.text == ''
