@@ -93,7 +93,7 @@ def _rows(
     except config.UserError:
         return
     for rows in {2**i for i in range(7) if 2**i <= most} | ({most} if most else set()):
-        train = dataclasses.replace(cfg.train, batch_rows=rows * rows_of_one)
+        train = dataclasses.replace(cfg.train, batch_rows=rows * microbatches * sharded)
         made = plan(dataclasses.replace(cfg, train=train), chip, num_devices)
         yield Change(_overrides(original, made), made)
 

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from helios_jax import config
-from helios_jax.arch import flops
+from helios_jax.arch import flops, weights
 from helios_jax.model.gmu import input_eps
 from helios_jax.model.layers import RMSNorm
 from helios_jax.model.loss import cross_entropy
