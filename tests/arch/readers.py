@@ -6,7 +6,7 @@ import jax
 
 from helios_jax import chips, config
 from helios_jax.arch import tensors, weights
-from helios_jax.bench.tpu_timing import CHIPS
+from helios_jax.bench.tpu.timing import CHIPS
 from helios_jax.kernels.attention import gpu
 from helios_jax.memory import policy
 from helios_jax.parallel import mesh as meshes

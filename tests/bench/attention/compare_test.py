@@ -5,8 +5,8 @@ import json
 import re
 
 import pytest
+from attention_shapes import PROBLEMS
 
-from bench.attention.shapes import PROBLEMS
 from helios_jax import cli
 from helios_jax.bench.attention import compare, task
 from helios_jax.bench.attention.problem import PASSES, Problem

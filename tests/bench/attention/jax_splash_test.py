@@ -3,8 +3,8 @@
 import dataclasses
 
 import pytest
+from attention_shapes import PROBLEMS, blocks, total, visible
 
-from bench.attention.shapes import PROBLEMS, blocks, total, visible
 from helios_jax.bench.attention import jax_splash
 from helios_jax.bench.attention.problem import Problem
 

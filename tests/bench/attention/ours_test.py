@@ -1,8 +1,8 @@
 """How often the regions of our kernels run."""
 
 import pytest
+from attention_shapes import PROBLEMS, total, visible
 
-from bench.attention.shapes import PROBLEMS, total, visible
 from helios_jax.bench.attention import ours
 from helios_jax.kernels.attention.tpu.blocks import Shape
 from helios_jax.kernels.attention.tpu.tiles import MARKS

@@ -4,8 +4,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from attention_shapes import PROBLEMS, visible
 
-from bench.attention.shapes import PROBLEMS, visible
 from helios_jax.bench.attention import problem as problems
 from helios_jax.bench.attention import task
 from helios_jax.bench.attention.problem import PASSES, Problem

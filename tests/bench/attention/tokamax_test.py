@@ -3,8 +3,7 @@
 import dataclasses
 
 import pytest
-
-from bench.attention.shapes import PROBLEMS, blocks, total, visible
+from attention_shapes import PROBLEMS, blocks, total, visible
 
 
 @pytest.mark.parametrize('problem', PROBLEMS, ids=str)

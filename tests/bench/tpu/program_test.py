@@ -3,8 +3,8 @@
 from pathlib import Path
 
 import pytest
+from tpu_by_hand import CYCLES, by_hand
 
-from bench.tpu.by_hand import CYCLES, by_hand
 from helios_jax.bench.tpu import program
 from helios_jax.bench.tpu.timing import CHIPS
 

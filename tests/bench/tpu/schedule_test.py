@@ -9,8 +9,7 @@ from pathlib import Path
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-
-from bench.tpu.by_hand import (
+from tpu_by_hand import (
     BUNDLES,
     CYCLES,
     FINAL,
@@ -23,6 +22,7 @@ from bench.tpu.by_hand import (
     row,
     utilization,
 )
+
 from helios_jax.bench.tpu import schedule
 from helios_jax.bench.tpu.timing import CHIPS
 
