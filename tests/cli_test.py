@@ -71,11 +71,11 @@ REFUSED = {
     'mesh against devices': ([*TRAIN, '--config.mesh.tensor=3'], 'tensor=3.*8 devices.*-1'),
     'mesh against batch': (
         [*TRAIN, '--config.train.batch_rows=12'],
-        'batch_rows=12.*8 parts.*change',
+        'batch_rows=12.*8 pieces.*change',
     ),
     'mesh against weights': (
         [*TRAIN, '--config.model.embed_dim=18'],
-        'embed/w.*embed=18.*8 parts.*change',
+        'embed/w.*embed=18.*8 pieces.*change',
     ),
     'no workdir': (['train'], '--workdir is missing.*name'),
     'no such config': (['train', '--config=tniy'], "tniy.*Did you mean 'tiny'"),

@@ -56,12 +56,12 @@ def check(label: str, shape: Sequence[int], axes: Sequence[str], mesh: Any) -> N
     """
     assert len(shape) == len(axes), f'{label}: shape {shape} has other dimensions than {axes}'
     for size, name in zip(shape, axes, strict=True):
-        parts = shards(mesh, name)
+        pieces = shards(mesh, name)
         split = {axis: mesh.shape[axis] for axis in RULES[name]}
         require(
-            size % parts == 0,
+            size % pieces == 0,
             f'{label} {tuple(shape)}: dimension {name}={size} is not divisible by the mesh, which '
-            f'cuts it into {parts} parts {split}; change the size or the mesh.',
+            f'cuts it into {pieces} pieces {split}; change the size or the mesh.',
         )
 
 

@@ -18,7 +18,7 @@ def spec(axes: Sequence[str]) -> PartitionSpec:
       ValueError: a name that the table lacks, or two names on one mesh axis.
     """
     used: dict[str, str] = {}
-    parts: list[Axes | str | None] = []
+    placed: list[Axes | str | None] = []
     for name in axes:
         if name not in RULES:
             raise ValueError(f'logical axis {name!r} is not in the sharding table: {sorted(RULES)}')
@@ -30,8 +30,8 @@ def spec(axes: Sequence[str]) -> PartitionSpec:
                 )
             used[mesh_axis] = name
         rule = RULES[name]
-        parts.append(None if not rule else rule[0] if len(rule) == 1 else rule)
-    return PartitionSpec(*parts)
+        placed.append(None if not rule else rule[0] if len(rule) == 1 else rule)
+    return PartitionSpec(*placed)
 
 
 def sharding(mesh: Mesh | AbstractMesh, axes: Sequence[str]) -> NamedSharding:

@@ -106,11 +106,11 @@ def gathered_bytes(placement: Placement) -> int:
     While a matmul computes, the weights of the next arrive and the gradient of the last leaves:
     together about the weights of a layer.
     """
-    parts = rules.shards(placement, 'embed')
-    if parts == 1:
+    num_shards = rules.shards(placement, 'embed')
+    if num_shards == 1:
         return 0
     narrow = [
         sum(local(placement, weight) for weight in weights if read_in_compute_dtype(weight.axes))
         for weights in layer_weights(placement)
     ]
-    return placement.dtype_bytes * parts * max(narrow)
+    return placement.dtype_bytes * num_shards * max(narrow)

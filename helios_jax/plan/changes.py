@@ -61,8 +61,8 @@ def _single(cfg: config.Config, num_devices: int) -> Iterator[tuple[str, str, ob
             yield 'memory', 'policy', preset
     if cfg.memory.backward_parts == 1:
         yield 'memory', 'backward_parts', PARTS
-    for parts in (2, 4, 8, 16):
-        yield 'train', 'microbatches', cfg.train.microbatches * parts
+    for times in (2, 4, 8, 16):
+        yield 'train', 'microbatches', cfg.train.microbatches * times
     if cfg.memory.optimizer == 'device':
         yield 'memory', 'optimizer', 'host'
     if cfg.memory.parameters == 'device':
@@ -82,8 +82,8 @@ def _try(
         return None
     try:
         for section, field, value in changes:
-            part = dataclasses.replace(getattr(cfg, section), **{field: value})
-            cfg = dataclasses.replace(cfg, **{section: part})
+            changed_section = dataclasses.replace(getattr(cfg, section), **{field: value})
+            cfg = dataclasses.replace(cfg, **{section: changed_section})
         changed = plan(cfg, chip, num_devices)
     except config.UserError:
         return None

@@ -29,7 +29,7 @@ class Memory:
     loss: int  # a chunk's logits and their gradient, the gathered tokens, the gradient of the head
     prefetched: int  # of the host's: what is on its way back
     fetched_early: int  # of the host's: moments of arrays that are no layer's
-    streamed: int  # of the host's state: the parts that are being updated
+    streamed: int  # of the host's state: what is being updated
 
     @property
     def saved_device(self) -> int:

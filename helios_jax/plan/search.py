@@ -26,8 +26,8 @@ def search(cfg: config.Config, chip: Chip, num_devices: int) -> list[Change]:
         tried = dataclasses.replace(cfg, mesh=mesh, memory=memory)
         found = [
             change
-            for parts in MICROBATCHES
-            for change in _rows(tried, cfg, parts, chip, num_devices)
+            for microbatches in MICROBATCHES
+            for change in _rows(tried, cfg, microbatches, chip, num_devices)
         ]
         speed = max((c.plan.seconds.tokens_per_second for c in found), default=0.0)
         near = [c for c in found if c.plan.seconds.tokens_per_second > (1 - NEAR) * speed]
@@ -79,19 +79,21 @@ def _meshes(cfg: config.Config, num_devices: int) -> Iterator[config.Mesh]:
 
 
 def _rows(
-    cfg: config.Config, original: config.Config, parts: int, chip: Chip, num_devices: int
+    cfg: config.Config, original: config.Config, microbatches: int, chip: Chip, num_devices: int
 ) -> Iterator[Change]:
     """Rows of a device's microbatch: powers of two up to the most that fit, and the most itself."""
     shape = mesh_shape(cfg, num_devices)
     sharded = math.prod(shape[axis] for axis in BATCH_AXES)
-    train = dataclasses.replace(cfg.train, microbatches=parts, batch_rows=parts * sharded)
+    train = dataclasses.replace(
+        cfg.train, microbatches=microbatches, batch_rows=microbatches * sharded
+    )
     cfg = dataclasses.replace(cfg, train=train)
     try:
         most = min(largest_rows(cfg, chip, num_devices), 64)
     except config.UserError:
         return
     for rows in {2**i for i in range(7) if 2**i <= most} | ({most} if most else set()):
-        train = dataclasses.replace(cfg.train, batch_rows=rows * parts * sharded)
+        train = dataclasses.replace(cfg.train, batch_rows=rows * microbatches * sharded)
         made = plan(dataclasses.replace(cfg, train=train), chip, num_devices)
         yield Change(_overrides(original, made), made)
 

@@ -136,7 +136,7 @@ def _dense_experts(placement: Placement) -> float:
 
 def _memory_bytes(placement: Placement, planned: Memory) -> float:
     """Bytes over HBM: the update, weights, saved tensors, elementwise passes over activations."""
-    model, parts = placement.config.model, placement.config.train.microbatches
+    model, microbatches = placement.config.model, placement.config.train.microbatches
     weights = sum(local(placement, weight) for weight in all_weights(model))
     moments = planned.arguments.optimizer
     # Parameters and moments are read and written, gradients written and read; three bfloat16 reads.
@@ -155,7 +155,7 @@ def _memory_bytes(placement: Placement, planned: Memory) -> float:
     layers = passes * stream * model.num_layers + inside + summed
     gathered = 3 * planned.gathered * model.num_layers
     kept = 2 * sum(s.num_bytes for s in planned.saved)
-    return float(update + parts * (layers + gathered + kept))
+    return float(update + microbatches * (layers + gathered + kept))
 
 
 def _network_bytes(placement: Placement) -> float:

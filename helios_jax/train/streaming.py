@@ -76,7 +76,7 @@ def update(
     counts = {path: slots[path] for path in slots if not owners[path]}
     new_params: Arrays = {}
     new_slots: Arrays = {}
-    for keys, stacked in parts(axes):
+    for keys, stacked in groups(axes):
         of = lambda tree: {key: tree[key] for key in keys}  # noqa: B023, E731
         moments = {path: slots[path] for path in slots if owners[path] in keys}
         cut = {key: axes[key][stacked:] for key in keys}
@@ -94,7 +94,7 @@ def update(
     )
 
 
-def parts(axes: Mapping[optimizer.Key, Axes]) -> list[tuple[list[optimizer.Key], bool]]:
+def groups(axes: Mapping[optimizer.Key, Axes]) -> list[tuple[list[optimizer.Key], bool]]:
     """Keys of the parameters that are updated together, and whether they are stacked layers."""
     stacked: dict[optimizer.Key, list[optimizer.Key]] = {}
     for key, names in axes.items():

@@ -56,7 +56,7 @@ def test_a_size_that_the_mesh_does_not_divide_names_the_weight_and_the_axes():
     mesh = meshes.abstract(config.Mesh(fsdp=4, tensor=2), 8)
     rules.check('blocks/q', (12, 6, 5), ('embed', 'heads', 'head_dim'), mesh)
     with pytest.raises(
-        config.UserError, match=r'blocks/q \(12, 7, 5\): .*heads=7 .*2 parts .*tensor'
+        config.UserError, match=r'blocks/q \(12, 7, 5\): .*heads=7 .*2 pieces .*tensor'
     ):
         rules.check('blocks/q', (12, 7, 5), ('embed', 'heads', 'head_dim'), mesh)
     tree, axes = {'a': {'w': jnp.zeros((10, 3))}}, {'a': {'w': ('embed', 'gate')}}
