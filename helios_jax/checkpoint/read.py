@@ -120,18 +120,12 @@ def open_step(
       UserError: no such directory, step or intact step; damage; a format newer than this version's.
     """
     directory = layout.absolute(directory)
-    first: dict[str, Any] = {}
     found: Opened | None = None
-    if jax.process_index() == 0:
-        try:
+    with agreement.together():
+        if jax.process_index() == 0:
             found = _find(directory, step, items)
-            first = {'step': found.step, 'metadata': found.metadata}
-        except UserError as error:
-            first = {'error': str(error)}
-    first = agreement.from_first(first)
-    if 'error' in first:
-        raise UserError(first['error'])
-    return found or Opened(directory, first['step'], first['metadata'], {})
+    number, metadata = agreement.from_first(found and [found.step, found.metadata])
+    return found or Opened(directory, number, metadata, {})
 
 
 def list_steps(directory: epath.PathLike, *, verify: bool = True) -> list[dict[str, Any]]:

@@ -183,17 +183,15 @@ class Checkpoints:
     def _remove_leftovers(self) -> None:
         """Removes what interrupted saves and deletions of ours left, and says so."""
         for path in list(self.directory.iterdir()):
+            step = layout.unfinished_step(path)
             try:
-                if layout.is_temporary(path.name):
-                    log.info('Removing %s, which an interrupted save left.', path)
+                if path.is_dir() and (layout.is_temporary(path.name) or step is not None):
+                    log.info('Removing %s, left by an interrupted save or deletion.', path)
                     path.rmtree()
-                elif (step := layout.unfinished_step(path)) is not None:
+                elif step is not None:
                     folder = layout.folder(self.directory, step)
-                    log.info('Removing step %d, which was left half saved or half deleted.', step)
-                    if path.is_dir():
-                        path.rmtree()
-                        continue
                     if folder.exists() and not layout.is_committed(self.directory, step):
+                        log.info('Removing %s, left half saved or half deleted.', folder)
                         folder.rmtree()
                     path.unlink()
             except OSError as error:  # a thread of a failed save may write into it yet

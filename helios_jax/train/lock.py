@@ -142,13 +142,12 @@ def _local(workdir: epath.Path) -> Iterator[Lock]:
                 f'{workdir} lies on a file system that cannot lock files ({error.strerror}); mount '
                 'it with locks (NFS 4, Lustre with -o flock), or choose another workdir.'
             ) from error
-        held = LocalLock(path, is_new=is_new)
-        try:
+        with contextlib.ExitStack() as stack:
+            stack.callback(system_lock.release)
+            held = LocalLock(path, is_new=is_new)
+            stack.callback(held.restore)
             held.write(identity())
             yield held
-        finally:
-            held.restore()
-            system_lock.release()
     finally:
         for folder in absent:  # innermost first; what is not empty stays
             with contextlib.suppress(OSError):

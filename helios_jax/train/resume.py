@@ -14,6 +14,7 @@ from helios_jax.data import tokenizer as tokenizers
 from helios_jax.data.rows import changes
 from helios_jax.errors import require
 from helios_jax.parallel import agreement
+from helios_jax.train import metrics
 from helios_jax.train import state as states
 from helios_jax.train.run import flat_settings, variables
 
@@ -41,11 +42,13 @@ def own_step(
       items: which must be intact; steps where they are not are passed over.
     Raises:
       UserError: the run there has other settings or is further than this one is to go; something
-        without a manifest lies where this run will save.
+        without a manifest lies where this run will save; metrics.jsonl cannot be read.
     """
     directory = checkpoint.absolute(workdir / 'checkpoints')
     with agreement.together():
         checkpoint.require_ours(directory)
+        if jax.process_index() == 0 and (workdir / 'metrics.jsonl').exists():
+            metrics.read(workdir / 'metrics.jsonl')
     opened = None
     if agreement.from_first(checkpoint.committed(directory)):
         opened = checkpoint.open_step(directory, 'latest', items)
