@@ -11,7 +11,7 @@ import helios_jax
 
 # A module imports from its own part and from parts to the left of it.
 ORDER = [
-    {'errors'}, {'config'}, {'options', 'kernels'}, {'parallel'}, {'memory'}, {'model'},
+    {'errors', 'display'}, {'config'}, {'options', 'kernels'}, {'parallel'}, {'memory'}, {'model'},
     {'data', 'checkpoint'}, {'api'}, {'evaluate'}, {'train'},
     {'plan', 'convert', 'ablate', 'bench'}, {'cli'}, {'__main__'},
 ]  # fmt: skip

@@ -14,6 +14,7 @@ from typing import Any
 import tensorflow_datasets as tfds
 from etils import epath
 
+from helios_jax import display
 from helios_jax.config import UserError
 from helios_jax.data import corpora, records
 from helios_jax.data.corpora import Document
@@ -52,7 +53,9 @@ def prepare(corpus: str, cache_dir: epath.Path, validation_fraction: float) -> d
     )
     directory = epath.Path(builder.data_dir)
     prepared = directory / 'dataset_info.json'
-    if not prepared.exists():
+    if prepared.exists():
+        display.say(f'Reading {corpus}: cached')
+    else:
         try:
             # TFDS announces a download, which this is not.
             with contextlib.redirect_stdout(io.StringIO()):
@@ -94,7 +97,7 @@ class HeliosText(tfds.core.DatasetBuilder):
     def _download_and_prepare(self, dl_manager: Any, download_config: Any = None) -> None:
         names = ['train', 'validation'] if self._validation_fraction else ['train']
         splits = {name: _SplitWriter(self, name) for name in names}
-        with records.progress(f'Reading {self._corpus}', None) as advance:
+        with display.phase(f'Reading {self._corpus}', unit='documents') as advance:
             for document in corpora.read(self._corpus):
                 validation = _unit_hash(document) < self._validation_fraction
                 splits['validation' if validation else 'train'].add(document)

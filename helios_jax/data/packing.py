@@ -27,6 +27,7 @@ import tensorflow_datasets as tfds
 from etils import epath
 from jaxtyping import Bool, UInt32
 
+from helios_jax import display
 from helios_jax.data import records
 from helios_jax.data.corpora import Document
 from helios_jax.data.documents import Documents
@@ -138,6 +139,7 @@ def pack(
     )  # fmt: skip
     directory = cache_dir / 'rows' / fingerprint
     if (directory / 'dataset_info.json').exists():
+        display.say(f'{_description(documents)}: cached')
         return directory
     directory.mkdir(parents=True, exist_ok=True)
     shards = _run(_ShardJob(documents, packer, directory), documents, num_workers)
@@ -189,14 +191,17 @@ class _ShardJob:
         return counts | written
 
 
+def _description(documents: Documents) -> str:
+    return f'Packing {documents.corpus} ({documents.split})'
+
+
 def _run(job: _ShardJob, documents: Documents, num_workers: int) -> list[dict[str, int]]:
     """Every shard's numbers, in order, whichever process packed it."""
     info = tfds.builder_from_directory(documents.directory).info
     num_shards = info.splits[documents.split].num_shards
     # A process takes seconds to start: each gets two shards or more.
     num_workers = max(1, min(num_workers or os.cpu_count() or 1, num_shards // 2))
-    description = f'Packing {documents.corpus} ({documents.split})'
-    with records.progress(description, num_shards) as advance:
+    with display.phase(_description(documents), num_shards, 'shards') as advance:
         shards = []
         for shard in _map(job, num_shards, num_workers):
             shards.append(shard)

@@ -14,11 +14,9 @@ import os
 import tempfile
 import threading
 import uuid
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
-import rich.console
-import rich.progress
 import tensorflow_datasets as tfds
 from array_record.python import array_record_module
 from etils import epath
@@ -112,23 +110,6 @@ class Records:
         for start in range(0, length, chunk):
             for record in reader.read(start, min(start + chunk, length)):
                 yield self._features.deserialize_example_np(record)
-
-
-@contextlib.contextmanager
-def progress(description: str, total: int | None) -> Iterator[Callable[[int], None]]:
-    """A progress bar on a terminal, nothing elsewhere; yields the function that advances it."""
-    console = rich.console.Console(stderr=True)
-    with rich.progress.Progress(
-        rich.progress.TextColumn('{task.description}'),
-        rich.progress.BarColumn(),
-        rich.progress.MofNCompleteColumn(),
-        rich.progress.TimeRemainingColumn(),
-        console=console,
-        transient=True,
-        disable=not console.is_terminal,
-    ) as bar:
-        task = bar.add_task(description, total=total)
-        yield lambda amount: bar.advance(task, amount)
 
 
 def _serialize(example: Stored) -> bytes:
