@@ -12,6 +12,7 @@ from typing import Any
 import tensorflow_datasets as tfds
 from etils import epath
 
+from helios_jax import display
 from helios_jax.data import corpora, manifest, records
 from helios_jax.data.corpora import Document
 from helios_jax.errors import UserError
@@ -60,7 +61,9 @@ def prepare(
     """
     state = corpora.state(corpus)
     directory = cache_dir / 'documents' / records.digest(FORMAT, state, validation_fraction)
-    if rebuild or not manifest.is_complete(directory):
+    if manifest.is_complete(directory) and not rebuild:
+        display.say(f'Reading {corpus}: cached')
+    else:
         directory.mkdir(parents=True, exist_ok=True)
         names = ['train', 'validation'] if validation_fraction else ['train']
         splits = {name: _SplitWriter(directory, name) for name in names}
@@ -85,7 +88,7 @@ def prepare(
 
 
 def _read_into(splits: 'dict[str, _SplitWriter]', corpus: str, validation_fraction: float) -> None:
-    with records.progress(f'Reading {corpus}', None) as advance:
+    with display.phase(f'Reading {corpus}', unit='documents') as advance:
         for document in corpora.read(corpus):
             validation = _unit_hash(document) < validation_fraction
             splits['validation' if validation else 'train'].add(document)

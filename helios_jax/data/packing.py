@@ -23,6 +23,7 @@ import tensorflow_datasets as tfds
 from etils import epath
 from jaxtyping import Bool, UInt32
 
+from helios_jax import display
 from helios_jax.data import manifest, records
 from helios_jax.data.corpora import Document
 from helios_jax.data.documents import Documents
@@ -155,7 +156,9 @@ def pack(
         packer.row_length, packer.packing,
     )  # fmt: skip
     directory = cache_dir / 'rows' / fingerprint
-    if rebuild or not manifest.is_complete(directory):
+    if manifest.is_complete(directory) and not rebuild:
+        display.say(f'{_description(documents)}: cached')
+    else:
         directory.mkdir(parents=True, exist_ok=True)
         shards = _run(_ShardJob(documents, packer, directory, rebuild), num_workers)
         metadata = {
@@ -223,13 +226,16 @@ def _finished(path: epath.Path, stats_path: epath.Path) -> dict[str, Any]:
     return stats if path.exists() and digest == records.digest(stats) else {}
 
 
+def _description(documents: Documents) -> str:
+    return f'Packing {documents.corpus} ({documents.split})'
+
+
 def _run(job: _ShardJob, num_workers: int) -> list[dict[str, Any]]:
     """Every shard's numbers, in order, whichever process packed it."""
     num_shards = len(job.documents.shards())
     # A process takes seconds to start: each gets two shards or more.
     num_workers = max(1, min(num_workers or os.cpu_count() or 1, num_shards // 2))
-    description = f'Packing {job.documents.corpus} ({job.documents.split})'
-    with records.progress(description, num_shards) as advance:
+    with display.phase(_description(job.documents), num_shards, 'shards') as advance:
         shards = []
         for shard in _map(job, num_shards, num_workers):
             shards.append(shard)

@@ -14,11 +14,9 @@ import os
 import tempfile
 import threading
 import uuid
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
-import rich.console
-import rich.progress
 import tensorflow_datasets as tfds
 from array_record.python import array_record_module
 from etils import epath
@@ -157,23 +155,6 @@ class Records:
             else:
                 cause = str(error).partition(';')[0].partition('\n')[0]
             raise damaged(epath.Path(path), cause, self._remedy) from None
-
-
-@contextlib.contextmanager
-def progress(description: str, total: int | None) -> Iterator[Callable[[int], None]]:
-    """A progress bar on a terminal, nothing elsewhere; yields the function that advances it."""
-    console = rich.console.Console(stderr=True)
-    with rich.progress.Progress(
-        rich.progress.TextColumn('{task.description}'),
-        rich.progress.BarColumn(),
-        rich.progress.MofNCompleteColumn(),
-        rich.progress.TimeRemainingColumn(),
-        console=console,
-        transient=True,
-        disable=not console.is_terminal,
-    ) as bar:
-        task = bar.add_task(description, total=total)
-        yield lambda amount: bar.advance(task, amount)
 
 
 def _serialize(example: Stored) -> bytes:

@@ -61,6 +61,8 @@ def start() -> None:
             f'({str(error).splitlines()[0]}); check JAX_COORDINATOR_ADDRESS={address!r} and that '
             'every host started.'
         ) from error
+    if jax.process_index():
+        logging.getLogger('helios_jax').setLevel(logging.WARNING)  # the first one tells the rest
 
 
 def enable_compilation_cache(directory: str) -> None:

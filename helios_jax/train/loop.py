@@ -9,33 +9,26 @@ checkpoint, the data from the number of samples it had consumed. A run that is r
 """
 
 import contextlib
-import dataclasses
 import logging
-import math
-from collections.abc import Iterator
 from typing import Any
 
 import jax
 from etils import epath
 
-from helios_jax import checkpoint, chips, config
-from helios_jax.arch import flops
-from helios_jax.data import baselines, pipeline
+from helios_jax import checkpoint, config, display
+from helios_jax.data import pipeline
 from helios_jax.data import tokenizer as tokenizers
-from helios_jax.evaluate.generate import generate
-from helios_jax.evaluate.perplexity import evaluate
 from helios_jax.memory import proof
-from helios_jax.model.transformer import Transformer
 from helios_jax.parallel import agreement, cluster, sharding
 from helios_jax.parallel import mesh as meshes
-from helios_jax.train import lock, metrics, report, resume
+from helios_jax.train import lock, metrics, resume
 from helios_jax.train import state as states
-from helios_jax.train.run import Run, readable, save, save_inputs, shared_facts
+from helios_jax.train.finish import score, write_report
+from helios_jax.train.progress import Progress, check_finite, profiled
+from helios_jax.train.run import Run, save, save_inputs, shared_facts
 from helios_jax.train.step import compile_step
 
 log = logging.getLogger(__name__)
-
-SAMPLE_TOKENS = 400
 
 
 def train(cfg: config.Config, workdir: epath.PathLike) -> dict[str, float]:
@@ -96,7 +89,7 @@ def run_steps(
         run.data, batch_rows=cfg.batch_rows, seed=cfg.seed, first_sample=samples
     )
     rows = sharding.sharding(run.setup.mesh, ('batch', 'length'))
-    progress = Progress(run)
+    progress = Progress(run, first)
 
     def next_batch() -> pipeline.Batch:
         with progress.timer.measure('data_wait'):
@@ -118,6 +111,7 @@ def run_steps(
                 state, reported = train_step(state, batch)
                 if ends:
                     jax.block_until_ready(state)  # or the profile would miss this step
+            progress.count(reported)
             # What is due at this step is done before stopping: the resumed run starts behind it.
             stopping = stop.agreed()
             run.lock.check()
@@ -146,127 +140,10 @@ def proven_step(run: Run, state: states.TrainState, batch: pipeline.Batch) -> An
       UserError: an action of memory.actions that did not take effect.
     """
     memory = run.config.memory
-    made = compile_step(run.setup, state, batch)
+    with display.phase('Compiling the training step'):
+        made = compile_step(run.setup, state, batch)
     saved, host = proof.saved(made.traced.jaxpr, run.setup.mesh.size), proof.has_host_memory('')
     proof.check(memory, saved, proof.program(made.compiled), host=host)
     if jax.process_index() == 0 and saved:
         log.info(proof.line(saved, host=host))
     return made.run
-
-
-class Progress:
-    """Turns a step's device metrics and the clock into figures for people."""
-
-    def __init__(self, run: Run) -> None:
-        self.run = run
-        self.timer = metrics.Timer()
-        cfg = run.config
-        self.flops = flops.flops_per_token(cfg.model, cfg.data.row_length)
-        self.peak = chips.peak_flops(jax.devices()[0].device_kind) * jax.device_count()
-
-    def figures(self, step: int, reported: dict[str, jax.Array]) -> dict[str, float]:
-        values = {name: float(value) for name, value in jax.device_get(reported).items()}
-        check_finite(self.run, step, values)
-        timed = self.timer.figures(values['tokens'], self.flops, self.peak)
-        if 'time/mfu' in timed:
-            # Beside the convention, which counts every row as one document: what was computed.
-            seen = flops.segment_flops_per_token(self.run.config.model, values['mean_context'])
-            timed['time/segment_mfu'] = timed['time/mfu'] * seen / self.flops
-        return values | timed
-
-
-def check_finite(run: Run, step: int, reported: dict[str, Any]) -> None:
-    # The loss is of the parameters before this step, the gradient's norm tells of those after it.
-    figures = {name: float(reported[name]) for name in ('loss', 'gradient_norm')}
-    broken = next((name for name, value in figures.items() if not math.isfinite(value)), '')
-    if not broken:
-        return
-    run.checkpoints.wait()
-    raise config.UserError(
-        f'the {broken} is {figures[broken]} at step {step}; nothing was saved since step '
-        f'{max(run.checkpoints.steps(), default=0)}. Lower optimizer.learning_rate (now '
-        f'{run.config.optimizer.learning_rate}) or raise optimizer.warmup_steps, and start again.'
-    )
-
-
-@contextlib.contextmanager
-def profiled(run: Run, nth: int) -> Iterator[bool]:
-    """Profiles `train.profile_steps` steps from the run's tenth on, into workdir/profile.
-
-    Yields whether the profile ends with this step, the run's nth.
-    """
-    count = run.config.train.profile_steps
-    ends = count > 0 and nth == 9 + count
-    if count and nth == 10:
-        jax.profiler.start_trace(str(run.workdir / 'profile'))
-    yield ends
-    if ends:
-        jax.profiler.stop_trace()
-
-
-def score(run: Run, state: states.TrainState) -> dict[str, float]:
-    """Held-out loss and bits per byte."""
-    cfg = run.config
-    rows = sharding.sharding(run.setup.mesh, ('batch', 'length'))
-    batches = pipeline.eval_batches(
-        run.data.validation, batch_rows=cfg.train.batch_rows, num_rows=cfg.train.eval_rows
-    )
-    return evaluate(
-        Transformer(cfg.model),
-        readable(run, state),
-        (pipeline.to_global(batch, rows) for batch in batches),
-        eos_id=run.tokenizer.eos_id,
-        documents_apart=cfg.data.documents_apart,
-        lost_fraction=run.data.validation.lost_fraction,
-    )
-
-
-def write_report(run: Run, state: states.TrainState, held_out: dict[str, float]) -> None:
-    """report.md in the workdir, with a sample that continues held-out text."""
-    prompt, sample = continuation(run, state)
-    if jax.process_index() != 0:
-        return
-    validation = run.data.validation
-    data = {
-        'corpus': run.config.data.corpus,
-        'fingerprint': run.data.train.fingerprint,
-        'training tokens': run.data.train.num_tokens,
-        'training bytes': run.data.train.num_bytes,
-        'held-out bytes': validation.num_bytes,
-    }
-    yardsticks = baselines.bits_per_byte(validation, run.tokenizer)
-    figures = {**held_out, **yardsticks}
-    path = report.write(
-        run.workdir,
-        config_dict=dataclasses.asdict(run.config),
-        environment=report.environment(),
-        data=data,
-        final=figures,
-        sample=f'{prompt}⟦generated from here⟧{sample}',
-    )
-    log.info('Report: %s', path)
-    lines = [f'{name}: {value:.4g}' for name, value in figures.items()]
-    print('\n'.join([*lines, '', prompt + sample, '', f'Report: {path}']))
-
-
-def continuation(run: Run, state: states.TrainState) -> tuple[str, str]:
-    """The opening of a held-out document, and what the model makes of it."""
-    row = next(
-        iter(
-            pipeline.eval_batches(
-                run.data.validation, batch_rows=1, num_rows=1, num_hosts=1, host=0
-            )
-        )
-    )
-    length = min(64, max(2, run.config.data.row_length // 4))
-    prompt = [int(token) for token in row.tokens[0, :length]]
-    made = generate(
-        Transformer(run.config.model),
-        readable(run, state),
-        [prompt],
-        max_tokens=SAMPLE_TOKENS,
-        eos_id=run.tokenizer.eos_id,
-        temperature=0.8,
-        seed=run.config.train.seed,
-    )
-    return run.tokenizer.decode(prompt), run.tokenizer.decode(made[0])

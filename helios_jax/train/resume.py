@@ -47,8 +47,8 @@ def own_step(
     directory = checkpoint.absolute(workdir / 'checkpoints')
     with agreement.together():
         checkpoint.require_ours(directory)
-        if jax.process_index() == 0 and (workdir / 'metrics.jsonl').exists():
-            metrics.read(workdir / 'metrics.jsonl')
+        if jax.process_index() == 0 and (workdir / metrics.FILE).exists():
+            metrics.read(workdir / metrics.FILE)
     opened = None
     if agreement.from_first(checkpoint.committed(directory)):
         opened = checkpoint.open_step(directory, 'latest', items)

@@ -30,9 +30,9 @@ PROGRAM_SECONDS = 150
 TAKES_SIGNALS = """
 import os, signal, sys
 from helios_jax import cli
-from helios_jax.train import loop, metrics
+from helios_jax.train import finish, metrics
 
-loop.SAMPLE_TOKENS = 3
+finish.SAMPLE_TOKENS = 3
 write, number, at_step = metrics.MetricWriter.write, int(sys.argv.pop(1)), int(sys.argv.pop(1))
 
 def write_and_signal(self, step, values):
@@ -54,7 +54,7 @@ def quick_compilation():
 
 @pytest.fixture(autouse=True)
 def short_sample(monkeypatch):
-    monkeypatch.setattr(loop, 'SAMPLE_TOKENS', 3)
+    monkeypatch.setattr('helios_jax.train.finish.SAMPLE_TOKENS', 3)
 
 
 @pytest.fixture(scope='module')
@@ -108,7 +108,7 @@ def finished(small, tmp_path_factory) -> tuple[config.Config, Path, dict]:
     workdir = tmp_path_factory.mktemp('run')
     cfg = having(small, train__num_steps=10, train__tensorboard=True, train__log_every=2)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(loop, 'SAMPLE_TOKENS', 3)
+        patch.setattr('helios_jax.train.finish.SAMPLE_TOKENS', 3)
         return cfg, workdir, loop.train(cfg, workdir)
 
 
@@ -138,7 +138,8 @@ def test_a_run_leaves_metrics_checkpoints_config_and_a_report(finished):
     assert set(metadata['arrays']) == {'params', 'optimizer'}
 
     report = (workdir / 'report.md').read_text()
-    assert f'{held_out["bits_per_byte"]:.6g}' in report
+    assert f'| held-out text | {held_out["bits_per_byte"]:.4f} bits/byte |' in report
+    assert re.search(r'\| speed \| [\d,]+ tokens/s \|', report)
     assert '⟦generated from here⟧' in report and 'gzip' in report
     assert (workdir / 'curves.png').read_bytes().startswith(b'\x89PNG')
     assert list((workdir / 'tensorboard').iterdir())
@@ -445,7 +446,7 @@ def test_a_run_that_was_interrupted_ends_bit_identical(small, programs, straight
     jax.tree.map(
         np.testing.assert_array_equal, saved(small, workdir, 30), saved(small, straight, 30)
     )
-    of_clock = re.compile(r'.*(seconds|fraction|interrupted|straight).*\n')
+    of_clock = re.compile(r'.*(seconds|fraction|tokens/s|interrupted|straight).*\n')
     reports = [of_clock.sub('', (d / 'report.md').read_text()) for d in (workdir, straight)]
     assert reports[0] == reports[1]
 
