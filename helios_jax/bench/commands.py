@@ -21,10 +21,6 @@ def bench_command(argv: Sequence[str]) -> None:
         'train': train_bench,
     }
     name = argv[0] if argv else ''
-    if name in ('-h', '--help', 'help'):
-        print('helios bench <measurement>\n')
-        print('\n'.join(f'  {bench:10}  {run.__doc__}' for bench, run in benches.items()))
-        return
     require(
         name in benches,
         f'helios bench {name}: no such measurement.{nearest(name, benches)} '

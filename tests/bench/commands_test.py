@@ -56,15 +56,6 @@ def test_a_shipped_command_measures_its_own_config(name, command, measured, caps
         assert (getattr(cfg, section) != getattr(shipped, section)) == (section in overridden)
 
 
-@pytest.mark.parametrize('word', ['--help', '-h', 'help'])
-def test_help_has_a_line_for_each_measurement(word, capsys):
-    cli.main(['bench', word])
-    title, _, *lines = capsys.readouterr().out.splitlines()
-    assert title == 'helios bench <measurement>'
-    assert [line.split()[0] for line in lines] == ['attention', 'memory', 'torch_peer', 'train']
-    assert all(len(line.split()) > 3 for line in lines)
-
-
 @pytest.mark.parametrize('name', ['attention', 'memory', 'torch_peer', 'train'])
 def test_help_of_a_measurement_has_no_hidden_flag(name, capsys):
     with pytest.raises(SystemExit) as caught:

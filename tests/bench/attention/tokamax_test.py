@@ -9,7 +9,7 @@ from attention_shapes import PROBLEMS, blocks, total, visible
 @pytest.mark.parametrize('problem', PROBLEMS, ids=str)
 def test_tokamax_leaves_out_what_segments_leave_out(problem, tokamax):
     options = {'block': 512, 'compute': 512, 'diagonal_skip': False}
-    forward, backward = tokamax.setup(problem, options | {'dynamic': True}).visits.values()
+    forward, backward = tokamax.candidate(problem, options | {'dynamic': True}).visits.values()
     # A batch shares one list of steps.
     some, _ = blocks(visible(problem).any(0), 512)
     _, every = blocks(visible(dataclasses.replace(problem, documents=1))[0], 512)
@@ -26,7 +26,7 @@ def test_tokamax_leaves_out_what_segments_leave_out(problem, tokamax):
 
 def test_tokamax_steps_over_all_blocks_where_its_grid_is_static(tokamax):
     problem, options = PROBLEMS[0], {'block': 512, 'compute': 512, 'diagonal_skip': False}
-    visits = tokamax.setup(problem, options | {'dynamic': False}).visits['splash_mha_dkv']
+    visits = tokamax.candidate(problem, options | {'dynamic': False}).visits['splash_mha_dkv']
     assert sum(step.number for step in visits.steps) == 6 * 8 * 8
     assert (total(visits, 'full'), total(visits, 'masked')) == (6 * 28, 6 * 8)
     assert total(visits, 'write') == total(visits, 'init') == 2 * 8
