@@ -8,6 +8,7 @@ import json
 import multiprocessing
 import os
 import random
+import signal
 import time
 from pathlib import Path
 
@@ -21,7 +22,8 @@ from helios_jax.parallel import mesh as meshes
 from helios_jax.train import resume
 from helios_jax.train import state as states
 
-KILLS, STEPS, KEEP, SEED = 100, 400, 4, 11
+KILLS, STEPS, KEEP, SEED = 100, 600, 4, 11
+STEP_SECONDS, LATE_SECONDS = 0.02, 0.3
 ENVIRONMENT = {
     'JAX_PLATFORMS': 'cpu',
     'JAX_NUM_CPU_DEVICES': '1',
@@ -36,9 +38,16 @@ def helios(output: str, *arguments: str) -> None:
     os.dup2(file, 1)
     os.dup2(file, 2)
     from helios_jax import cli
-    from helios_jax.train import loop
+    from helios_jax.train import loop, metrics
 
     loop.SAMPLE_TOKENS = 3
+    write = metrics.MetricWriter.write
+
+    def write_and_wait(writer, step, values):
+        write(writer, step, values)
+        time.sleep(STEP_SECONDS)  # or a run would be through after a few kills
+
+    metrics.MetricWriter.write = write_and_wait
     cli.main(arguments)
 
 
@@ -125,30 +134,29 @@ def test_hundred_random_kills_change_nothing(tmp_path, monkeypatch):
     straight.join()
     assert straight.exitcode == 0, (tmp_path / 'output').read_text()
     workdir, reported = tmp_path / 'killed', Reported(tmp_path / 'killed/checkpoints')
-    begin, seconds, refusals = time.monotonic(), 2.0, 0
+    begin, seconds, refusals = time.monotonic(), 30.0, 0
     for kill in range(KILLS):
         before = size(workdir / 'metrics.jsonl')
         started = time.monotonic()
-        run = commands.start('killed')
-        second = None
-        if kill % 7 in (3, 5):  # refused for its settings, or for the lock
+        run, second = commands.start('killed'), None
+        late = draw.random() < 0.6  # while it trains or saves; else anywhere from the start on
+        if late:
+            wait_for(lambda n=before: size(workdir / 'metrics.jsonl') not in (0, n), run)
+            seconds = min(seconds, time.monotonic() - started)
+        if kill % 7 in (3, 5):  # to be refused for its settings, or for the lock
             flags = ('--config.train.seed=7',) if kill % 7 == 3 else ()
             second = commands.start('killed', *flags, output='second')
-        if draw.random() < 0.4:  # anywhere from the start on
-            time.sleep(draw.uniform(0, 1.5 * seconds))
-        else:  # while it trains or saves
-            wait_for(lambda n=before: size(workdir / 'metrics.jsonl') not in (0, n), run)
-            seconds = time.monotonic() - started
-            time.sleep(draw.uniform(0, 0.4))
-        if second and draw.random() < 0.7:
-            second.join(5 * seconds)
-        run.kill()
-        run.join()
-        if second:
-            assert second.exitcode in (0, 2, None)
-            refusals += second.exitcode == 2
-            second.kill()
-            second.join()
+        if late and second and run.is_alive():
+            os.kill(run.pid, signal.SIGSTOP)  # it lives, and does not run ahead
+            second.join(300)
+            assert second.exitcode == 2, (tmp_path / 'second').read_text()[-2000:]
+            os.kill(run.pid, signal.SIGCONT)
+            refusals += 1
+        time.sleep(draw.uniform(0, LATE_SECONDS if late else 1.1 * seconds))
+        for process in (run, second):
+            if process:
+                process.kill()
+                process.join()
         reported.look()
     last = commands.start('killed')
     last.join()
