@@ -1,6 +1,5 @@
 """From a checkpoint directory to a model that is ready to use."""
 
-import dataclasses
 import logging
 from typing import Any, NamedTuple
 
@@ -55,8 +54,7 @@ def restore(
     metadata = checkpoint.read_metadata(directory, step)
     cfg = config.from_dict(metadata['config'])
     if rope:
-        rope_config = dataclasses.replace(cfg.model.rope, **rope)
-        cfg = dataclasses.replace(cfg, model=dataclasses.replace(cfg.model, rope=rope_config))
+        cfg = config.replace(cfg, {f'model.rope.{name}': value for name, value in rope.items()})
     tokenizer = load_tokenizer(directory, metadata)
     model = Transformer(cfg.model)
     return Restored(model, restore_variables(model, directory, step, mesh), tokenizer, cfg)

@@ -1,4 +1,4 @@
-"""helios bench <measurement>: each with its own flags."""
+"""helios bench: measurements, each with its own flags."""
 
 import json
 import os
@@ -7,29 +7,15 @@ from typing import Any
 
 from absl import flags
 
-from helios_jax import config, options
-from helios_jax.config import nearest, require
-
-
-def bench_command(argv: Sequence[str]) -> None:
-    """bench attention | memory | train | torch_peer: measurements, each with its own flags."""
-    benches = {
-        'attention': attention_bench,
-        'memory': memory_bench,
-        'torch_peer': torch_bench,
-        'train': train_bench,
-    }
-    name = argv[0] if argv else ''
-    require(
-        name in benches,
-        f'helios bench {name}: no such measurement.{nearest(name, benches)} '
-        f'There are: {", ".join(benches)}.',
-    )
-    benches[name](argv[1:])
+from helios_jax import options
+from helios_jax.errors import require
 
 
 def attention_bench(argv: Sequence[str]) -> None:
-    """TPU attention by its schedule: --target --lengths [--documents --window --json …]."""
+    """Compares attention kernels on a TPU, by their compiled schedules.
+
+    helios bench attention --target=v5p --lengths=4096 --documents=8
+    """
     values = flags.FlagValues()
     shape = {
         'batch': (1, 'Rows, B.'),
@@ -86,9 +72,11 @@ def attention_bench(argv: Sequence[str]) -> None:
 
 
 def train_bench(argv: Sequence[str]) -> None:
-    """Training speed on real text: --config [--kinds --packings --peer --json]."""
+    """Measures training speed on real text.
+
+    helios bench train --config=helios_1b --config.data.tokenizer=tokenizer.json --peer
+    """
     values = flags.FlagValues()
-    options.config_flag(values, argv)
     flags.DEFINE_list('kinds', ['residual', 'convex'], 'GMU kinds.', flag_values=values)
     flags.DEFINE_list('packings', ['concatenate', 'best_fit'], 'Packings.', flag_values=values)
     flags.DEFINE_bool('peer', False, 'Measure PyTorch as well.', flag_values=values)
@@ -96,8 +84,7 @@ def train_bench(argv: Sequence[str]) -> None:
     flags.DEFINE_bool('here', False, 'One variant, in this process.', flag_values=values)
     flags.DEFINE_integer('warmup_steps', 5, 'Steps before the clock runs.', flag_values=values)
     flags.DEFINE_integer('profiled_steps', 3, 'Steps of a profile, after it.', flag_values=values)
-    options.parse(values, options.config_file(argv))
-    cfg = config.from_dict(values.config)
+    cfg = options.parse_config(values, argv)
     from helios_jax.bench import train as training
 
     if values.here:
@@ -113,16 +100,17 @@ def train_bench(argv: Sequence[str]) -> None:
 
 
 def memory_bench(argv: Sequence[str]) -> None:
-    """Memory policies of one model: --config [--policies --json]."""
+    """Compares what memory policies of one model cost and save.
+
+    helios bench memory --config=helios_1b --policies=full,fp8
+    """
     values = flags.FlagValues()
-    options.config_flag(values, argv)
     presets = ['none', 'minimal', 'full', 'fp8', 'offload', 'fp8_offload']
     text = 'Presets, each with what differs: fp8:gate_up=offload, full:backward_parts=4.'
     flags.DEFINE_list('policies', presets, text, flag_values=values)
     flags.DEFINE_bool('json', False, 'JSON lines.', flag_values=values)
     flags.DEFINE_string('here', '', "One policy; its reference's gradients.", flag_values=values)
-    options.parse(values, options.config_file(argv))
-    cfg = config.from_dict(values.config)
+    cfg = options.parse_config(values, argv)
     from pathlib import Path
 
     from helios_jax.bench import memory
@@ -135,14 +123,18 @@ def memory_bench(argv: Sequence[str]) -> None:
 
 
 def torch_bench(argv: Sequence[str]) -> None:
+    """Measures PyTorch on the same shape."""
     from helios_jax.bench import torch_peer
 
     torch_peer.main(argv)
 
 
-def show(values: dict[str, Any], as_json: bool) -> None:
-    if as_json:
-        print(json.dumps(values))
-        return
-    text = lambda v: f'{v:.4f}' if isinstance(v, float) else str(v)  # noqa: E731
-    print('  '.join(f'{name}={text(value)}' for name, value in values.items()))
+BENCHMARKS = options.Group(
+    'Measures speed and memory.',
+    {
+        'attention': attention_bench,
+        'memory': memory_bench,
+        'train': train_bench,
+        'torch_peer': torch_bench,
+    },
+)
