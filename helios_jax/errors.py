@@ -20,6 +20,13 @@ def require(condition: bool, message: str) -> None:
         raise UserError(message)
 
 
+def within_int32(name: str, value: int) -> None:
+    """Refuses a number that JAX, which counts in int32, would not hold as it is."""
+    require(
+        -(2**31) <= value < 2**31, f'{name}={value} must lie between -2147483648 and 2147483647.'
+    )
+
+
 def one_of(field: str, value: str, choices: Iterable[str]) -> None:
     choices = tuple(choices)
     require(

@@ -1,6 +1,5 @@
 """From a checkpoint directory to a model that is ready to use."""
 
-import dataclasses
 import logging
 from typing import Any, NamedTuple
 
@@ -58,8 +57,7 @@ def restore(
     opened = checkpoint.open_step(checkpoint_directory(directory), step, VARIABLES)
     cfg = saved_config(opened)
     if rope:
-        rope_config = dataclasses.replace(cfg.model.rope, **rope)
-        cfg = dataclasses.replace(cfg, model=dataclasses.replace(cfg.model, rope=rope_config))
+        cfg = config.replace(cfg, {f'model.rope.{name}': value for name, value in rope.items()})
     tokenizer = load_tokenizer(opened)
     model = Transformer(cfg.model)
     return Restored(model, restore_variables(model, opened, mesh), tokenizer, cfg)

@@ -2,9 +2,13 @@
 
 import contextlib
 import dataclasses
+import errno
+import importlib
+import inspect
 import json
 import os
 import re
+import resource
 import subprocess
 import sys
 from pathlib import Path
@@ -13,8 +17,9 @@ import jax
 import numpy as np
 import pytest
 import small_run
+import tokenizers
 
-from helios_jax import checkpoint, cli, config
+from helios_jax import checkpoint, cli, config, options
 from helios_jax.data import pipeline
 from helios_jax.train import loop
 
@@ -31,8 +36,9 @@ def root(tmp_path_factory) -> Path:
     """A directory with a config, a finished run, and files that are not what they seem."""
     root = tmp_path_factory.mktemp('cli')
     cfg = small_run.make_config(root)
-    train = dataclasses.replace(cfg.train, num_steps=6, eval_every=3, checkpoint_every=0)
-    cfg = dataclasses.replace(cfg, train=train)
+    cfg = config.replace(
+        cfg, {'train.num_steps': 6, 'train.eval_every': 3, 'train.checkpoint_every': 0}
+    )
     small_run.write_config(cfg, root / 'small.py')
     (root / 'empty').mkdir()
     (root / 'empty' / 'nothing.txt').write_text('')
@@ -41,6 +47,11 @@ def root(tmp_path_factory) -> Path:
     (root / 'tokenizer.json').write_text('{"model": "none"}')
     (root / 'not_a_config.py').write_text('x = 1\n')
     (root / 'a_file').write_text('kept')
+    (root / 'a_directory.json').mkdir()
+    (root / 'full.json').symlink_to('/dev/full')
+    (root / 'loop').symlink_to(root / 'loop')
+    (root / 'broken.py').write_text('\n\ndef get_config():\n    return CONFIG\n')
+    (root / 'with:colon.py').write_text((root / 'small.py').read_text())
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(loop, 'SAMPLE_TOKENS', 3)
         cli.main(['train', f'--config={root}/small.py', f'--workdir={root}/run'])
@@ -78,6 +89,66 @@ REFUSED = {
         'embed/w.*embed=18.*8 pieces.*change',
     ),
     'no workdir': (['train'], '--workdir is missing.*name'),
+    'setting beyond what JAX counts': (
+        [*TRAIN, '--config.train.seed=99999999999999999999'],
+        'train.seed=99999999999999999999.*between -2147483648 and 2147483647',
+    ),
+    'infinite setting': ([*TRAIN, '--config.optimizer.learning_rate=inf'], 'rate=inf.*finite'),
+    'setting that is no number': ([*TRAIN, '--config.train.z_loss=nan'], 'z_loss=nan.*0 or more'),
+    'moment that never changes': ([*TRAIN, '--config.optimizer.beta2=1.0'], 'beta2=1.0.*below 1'),
+    'more layers than anyone has': (
+        ['train', '--config=tiny', '--dry_run', '--config.model.num_layers=1000000000'],
+        'num_layers=1000000000 must be at most 10000',
+    ),
+    'dry run of no device': (['train', '--dry_run', '--num_devices=0'], 'num_devices=0.*above 0'),
+    'dry run of fewer': (['train', '--dry_run', '--num_devices=-4'], 'num_devices=-4.*above 0'),
+    'dry run with another vocabulary': (
+        ['train', '--dry_run', '--config.model.vocab_size=300'],
+        'vocab_size=300.*256.*set it',
+    ),
+    'dry run without its tokenizer': (
+        ['train', '--config=helios_8b', '--dry_run', '--config.data.tokenizer={root}/none.json'],
+        'none.json',
+    ),
+    'flag file that is none': ([*TRAIN, '--flagfile={root}/none'], '{root}/none.*name a file'),
+    'flag file that is none, without a config': (
+        ['eval', '--flagfile={root}/none'],
+        '{root}/none.*name a file',
+    ),
+    'colon in the name of a config': (
+        ['train', '--config={root}/with:colon.py'],
+        '--workdir is missing',
+    ),
+    'error inside a config file': (
+        ['train', '--config={root}/broken.py'],
+        'broken.py:4: NameError',
+    ),
+    'argument that is not UTF-8': (
+        ['generate', '--checkpoint={root}/run', '--prompt=a\udcff'],
+        r'--prompt=a\\xff is not UTF-8',
+    ),
+    'seed beyond what JAX takes': (
+        ['generate', '--checkpoint={root}/run', '--seed=99999999999999999999'],
+        'seed=99999999999999999999.*between -2147483648 and 2147483647',
+    ),
+    'directory in the place of a file': (
+        ['data', 'tokenizer', '--corpus={root}/text/*.txt', '--vocab_size=280',
+         '--output={root}/a_directory.json'],
+        'a_directory.json.*irectory.*name a file',
+    ),
+    'full disk': (
+        ['data', 'tokenizer', '--corpus={root}/text/*.txt', '--vocab_size=280',
+         '--output={root}/full.json'],
+        'No space left on device; free some space',
+    ),
+    'name that is too long': (
+        ['train', '--config={root}/small.py', '--workdir={root}/' + 300 * 'x'],
+        'xxx: File name too long; choose a shorter name',
+    ),
+    'loop of links': (
+        ['train', '--config={root}/small.py', '--workdir={root}/loop'],
+        'loop.*: Too many levels of symbolic links; remove one',
+    ),
     'no such config': (['train', '--config=tniy'], "tniy.*Did you mean 'tiny'"),
     'config file that is none': (
         ['train', '--config={root}/not_a_config.py', '--workdir={root}/new'],
@@ -151,11 +222,14 @@ REFUSED = {
     'no tokens': (['generate', '--checkpoint={root}/run', '--max_tokens=0'], 'max_tokens=0'),
     'stop at nothing': (['generate', '--checkpoint={root}/run', '--stop='], 'stop is empty'),
     'data without action': (['data'], 'prepare, tokenizer'),
+    'data with an unknown action': (['data', 'prepair'], "Did you mean 'prepare'"),
+    'checkpoints with an unknown action': (['ckpt', 'list'], "ckpt list.*Did you mean 'ls'"),
     'tokenizer of another name': (
         ['data', 'tokenizer', '--corpus={root}/text/*.txt', '--output={root}/a_file'],
         'a_file.*json',
     ),
-    'ckpt without action': (['ckpt', '{root}/run'], 'helios ckpt ls DIR'),
+    'checkpoints without action': (['ckpt'], 'name what to do.*ls'),
+    'checkpoints of two runs': (['ckpt', 'ls', '{root}/run', 'x'], 'helios ckpt ls DIR'),
     'explaining nothing': (['explain', 'model.num_layer'], "Did you mean 'model.num_layers'"),
     'benchmark of nothing': (['bench', 'trian'], "Did you mean 'train'"),
 }  # fmt: skip
@@ -173,15 +247,14 @@ def test_bad_input_is_one_line_code_2_and_leaves_everything_as_it_was(case, root
     lines = [line for line in error.splitlines() if line.startswith('helios: ')]
     assert len(lines) == 1 and error.endswith(lines[0] + '\n')
     assert 'Traceback' not in error
-    assert re.search(message, lines[0]), lines[0]
+    assert re.search(message.replace('{root}', str(root)), lines[0]), lines[0]
     left = {path: c for path, c in files(root).items() if not path.startswith(str(cache))}
     assert left == kept
 
 
 def test_a_tokenizer_of_another_vocabulary_than_the_checkpoints_is_refused(root, capsys, tmp_path):
     cfg = config.from_dict(json.loads((root / 'run' / 'config.json').read_text()))
-    model = dataclasses.replace(cfg.model, vocab_size=300)
-    cfg = dataclasses.replace(cfg, model=model)
+    cfg = config.replace(cfg, {'model.vocab_size': 300})
     with contextlib.closing(checkpoint.Checkpoints(tmp_path / 'checkpoints', keep=1)) as writer:
         metadata = {'config': dataclasses.asdict(cfg), 'tokenizer': 'tokenizer.json'}
         writer.save(1, {'params': {'w': np.zeros(3)}}, metadata)
@@ -285,27 +358,113 @@ def test_a_dry_run_prints_the_plan_and_touches_nothing(root, capsys, tmp_path, m
     ('name', 'devices'),
     [('helios_1b', 1), ('helios_8b', 16), ('hydra_8x7b', 32), ('hydra_30b_a3b', 32)],
 )
-def test_large_configs_describe_themselves_on_the_machine_they_are_for(name, devices, capsys):
-    cli.main(['train', f'--config={name}', '--dry_run', f'--num_devices={devices}'])
+def test_large_configs_describe_themselves_on_the_machine_they_are_for(
+    name, devices, capsys, tmp_path
+):
+    size = importlib.import_module(f'helios_jax.configs.{name}').get_config().model.vocab_size
+    vocabulary = {'<|bos|>': 0, '<|eos|>': 1} | {str(i): i for i in range(2, size)}
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocabulary, unk_token='2'))
+    tokenizer.save(str(tmp_path / 'tokenizer.json'))
+    cli.main([
+        'train', f'--config={name}', '--dry_run', f'--num_devices={devices}',
+        f'--config.data.tokenizer={tmp_path}/tokenizer.json',
+    ])  # fmt: skip
     assert f'# Mesh of {devices} devices' in capsys.readouterr().out
 
 
-@pytest.mark.parametrize('arguments', [[], ['--help'], ['help']])
-def test_help_names_every_command(arguments, capsys):
-    cli.main(arguments)
+def leaves(name: str, group: options.Group):
+    """The words and the function of each command."""
+    for word, command in group.commands.items():
+        if isinstance(command, options.Group):
+            yield from leaves(f'{name} {word}'.strip(), command)
+        else:
+            yield f'{name} {word}'.strip(), command
+
+
+LEAVES = dict(leaves('', cli.commands()))
+GROUPS = ['', *(w for w, c in cli.commands().commands.items() if isinstance(c, options.Group))]
+
+
+@pytest.mark.parametrize('words', GROUPS)
+@pytest.mark.parametrize('asked', ['--help', '-h', 'help'])
+def test_help_says_a_sentence_of_each_command(words, asked, capsys):
+    cli.main([*words.split(), asked])
     printed = capsys.readouterr().out
-    for name in cli.COMMANDS:
-        assert f'  {name} ' in printed
+    group = cli.commands()
+    for word in words.split():
+        group = group.commands[word]
+    assert group.summary in printed
+    for word in group.commands:
+        (line,) = re.findall(rf'^  {word} +(.*)$', printed, re.M)
+        assert re.fullmatch(r'[A-Z][^\n]{10,80}\.', line), line
+
+
+def test_helios_alone_helps(capsys):
+    cli.main([])
+    assert all(f'  {word} ' in capsys.readouterr().out for word in ['train'])
+
+
+@pytest.mark.parametrize('words', LEAVES)
+@pytest.mark.parametrize('others', [[], ['--config=no_such_config'], ['--nonsense']])
+def test_every_command_helps_whatever_else_is_said(words, others, capsys):
+    with pytest.raises(SystemExit) as caught:
+        cli.main([*words.split(), *others, '--help'])
+    assert not caught.value.code
+    printed = capsys.readouterr().out
+    sentence, _, example = inspect.getdoc(LEAVES[words]).partition('\n')
+    assert f'helios {words}: {sentence}' in printed
+    if words != 'bench torch_peer':
+        assert f'helios {words} ' in example
+    if words not in ('explain', 'bench torch_peer'):
+        assert len(re.findall(r'^  --\w+.*\n      \S', printed, re.M)) > 0
+
+
+def test_help_lists_flags_with_defaults_and_says_how_to_change_a_setting(capsys):
+    with pytest.raises(SystemExit):
+        cli.main(['train', '--help'])
+    printed = capsys.readouterr().out
+    for line in (
+        r'--config=NAME\|FILE.py \(default: tiny\)\n.*helios_8b.*tiny_hydra',
+        r'--config\.SECTION\.FIELD=VALUE\n.*--config\.model\.num_layers=12.*`helios explain`',
+        r'--workdir=STRING\n      \w+',
+        r'--dry_run.*\n      \w+',
+        r'--num_devices=INT \(default: 1\)\n      \w+',
+    ):
+        assert re.search(f'^  {line}', printed, re.M), line
+
+
+@pytest.mark.parametrize(
+    ('error', 'line'),
+    [
+        (OSError(errno.ENOSPC, 'No space left on device', 'w/x'), 'w/x: No space left.*; free'),
+        (OSError(errno.ENOSPC, 'No space left on device'), 'No space left on device; free'),
+        (OSError(errno.EROFS, 'Read-only file system', 'w'), 'w: Read-only.*; choose'),
+        (OSError(errno.EACCES, 'Permission denied', 'w'), 'w: Permission denied; allow'),
+        (OSError(errno.ENOTDIR, 'Not a directory', 'w/x'), 'w/x: Not a directory; choose'),
+        (OSError(errno.EISDIR, 'Is a directory', 'w'), 'w: Is a directory; name a file'),
+        (OSError(errno.EXDEV, 'Invalid cross-device link', 'a', None, 'b'), 'a → b: Invalid'),
+        (OSError(errno.EIO, 'Input/output error', 'w'), r'w: Input/output error\.$'),
+        (TimeoutError('the bucket\ndid not answer'), r'the bucket did not answer\.$'),
+        (ConnectionResetError(), r'ConnectionResetError\.$'),
+        (BrokenPipeError(errno.EPIPE, 'Broken pipe'), r'Broken pipe\.$'),  # of another process
+    ],
+    ids=repr,
+)
+def test_what_the_system_refuses_is_one_line(error, line, monkeypatch, capsys):
+    def refuse(argv):
+        raise error
+
+    monkeypatch.setattr(options, 'explain_command', refuse)
+    with pytest.raises(SystemExit) as caught:
+        cli.main(['explain'])
+    assert caught.value.code == 2
+    (printed,) = capsys.readouterr().err.splitlines()
+    assert re.search(f'^helios: {line}', printed), printed
 
 
 @pytest.mark.slow
 def test_the_program_itself_exits_with_code_2_and_one_line():
-    command = [sys.executable, '-m', 'helios_jax', 'train', '--config.model.num_heads=3']
-    environment = os.environ | {'JAX_PLATFORMS': 'cpu'}
-    done = subprocess.run(
-        [*command, '--workdir=/nowhere/at/all'],
-        capture_output=True, text=True, timeout=120, env=environment,
-    )  # fmt: skip
+    done = start(['train', '--config.model.num_heads=3', '--workdir=/nowhere/at/all'])
     assert (done.returncode, done.stdout) == (2, '')
     assert done.stderr.startswith('helios: ') and done.stderr.count('\n') == 1
     assert 'num_heads=3' in done.stderr
@@ -321,3 +480,49 @@ def test_a_reader_that_has_enough_ends_the_program_quietly():
         program.stdout.close()
         assert program.stderr.read() == b''
     assert program.returncode == 0
+
+
+def test_an_interrupt_anywhere_is_one_quiet_line(monkeypatch, capsys):
+    def interrupt(argv):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(options, 'explain_command', interrupt)
+    with pytest.raises(SystemExit) as caught:
+        cli.main(['explain'])
+    assert (caught.value.code, capsys.readouterr().err) == (130, 'helios: interrupted.\n')
+
+
+def start(arguments, **settings) -> subprocess.CompletedProcess:
+    environment = os.environ | {'JAX_PLATFORMS': 'cpu'} | settings.pop('env', {})
+    command = [sys.executable, '-m', 'helios_jax', *arguments]
+    return subprocess.run(
+        command, capture_output=True, text=True, timeout=300, env=environment, **settings
+    )
+
+
+def test_an_interrupt_while_importing_is_one_quiet_line(tmp_path):
+    # In the place of a library that every command needs.
+    (tmp_path / 'ml_collections.py').write_text(
+        'import os, signal\nos.kill(os.getpid(), signal.SIGINT)\n'
+    )
+    done = start(['train', '--config=tiny', '--workdir=w'], env={'PYTHONPATH': str(tmp_path)})
+    assert (done.returncode, done.stdout, done.stderr) == (130, '', 'helios: interrupted.\n')
+
+
+def test_a_terminal_that_lacks_letters_gets_all_the_others():
+    done = start(['explain', 'model.rope.base'], env={'PYTHONIOENCODING': 'ascii'})
+    assert (done.returncode, done.stderr) == (0, '')
+    assert done.stdout.startswith('model.rope.base = 10000.0\n    \\u03b8_i')
+
+
+@pytest.mark.slow
+def test_a_save_that_fails_is_one_line(root, tmp_path):
+    limit = 20_000  # bytes of a file: less than the arrays take, more than all else
+    done = start(
+        ['train', f'--config={root}/small.py', f'--workdir={tmp_path}/run'],
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit)),
+    )
+    assert done.returncode == 2
+    assert 'Traceback' not in done.stderr
+    line = done.stderr.splitlines()[-1]
+    assert re.search(r'^helios: checkpoint \S+ could not be saved .*; free some space', line)

@@ -1,6 +1,7 @@
 import dataclasses
 import importlib
 import importlib.resources
+import math
 import re
 import shlex
 
@@ -72,7 +73,7 @@ def test_a_shipped_config_opens_with_its_command(name):
 @pytest.mark.parametrize(('name', 'expected'), RESIDUAL_PARAMETERS.items())
 def test_shapes_are_those_of_the_models_they_name(name, expected):
     model = shipped(name).model
-    plain = dataclasses.replace(model, gmu=config.GMU(kind='residual'))
+    plain = config.replace(model, {'gmu': config.GMU(kind='residual')})
     assert weights.count(plain) == expected
     # What the gates cost.
     assert weights.count(model) <= 1.03 * expected
@@ -114,13 +115,27 @@ def test_every_field_is_explained_in_one_line_and_there_are_few():
         not dataclasses.is_dataclass(f.type) for s in sections() for f in dataclasses.fields(s)
     )
     assert len(described) == count < 120
-    for name, (default, comment) in described.items():
+    for name, (_, comment) in described.items():
         assert comment.strip() and '\n' not in comment, name
-        section, _, field = name.rpartition('.')
-        value = config.Config()
-        for part in section.split('.'):
-            value = getattr(value, part)
-        assert default == repr(getattr(value, field))
+    assert dict(defaults()).keys() == described.keys()
+    for name, value in defaults():
+        assert described[name][0] == repr(value), name
+
+
+def test_a_comment_is_that_of_its_fields_last_line_whatever_the_field_holds():
+    @dataclasses.dataclass(frozen=True)
+    class Section:
+        plain: int = 1  # one
+        text: str = '  # no comment'  # two
+        long: tuple[int, ...] = (
+            1,  # not this
+        )  # three, with a # in it
+
+    assert config.describe(Section) == {
+        'plain': ('1', 'one'),
+        'text': ("'  # no comment'", 'two'),
+        'long': ('(1,)', 'three, with a # in it'),
+    }
 
 
 @pytest.mark.parametrize(
@@ -168,6 +183,16 @@ def test_a_config_that_does_not_fit_the_schema_is_refused(values, message):
         ({'optimizer': {'name': 'sgd'}}, "'sgd'.*'adamw'"),
         ({'optimizer': {'learning_rate': -1.0}}, r'learning_rate=-1\.0.*greater than 0'),
         ({'optimizer': {'beta2': 1.5}}, r'beta2=1\.5.*between 0 and 1'),
+        ({'optimizer': {'beta1': 1.0}}, r'optimizer\.beta1=1\.0 must be below 1'),
+        ({'optimizer': {'beta2': 1.0}}, r'optimizer\.beta2=1\.0 must be below 1'),
+        ({'model': {'num_layers': 10_001}}, 'num_layers=10001 must be at most 10000'),
+        ({'model': {'gmu': {'bias': 'inf'}}}, "bias='inf'.*number"),
+        ({'model': {'gmu': {'bias': 'nan'}}}, "bias='nan'.*number"),
+        ({'model': {'rope': {'base': 1.0}}}, r'base=1\.0 must be greater than 1'),
+        ({'model': {'rope': {'trained_length': -1}}}, 'trained_length=-1.*0 or more'),
+        ({'train': {'seed': 2**31}}, 'train.seed=2147483648 must lie between -2147483648 and'),
+        ({'train': {'seed': -(2**31) - 1}}, 'train.seed=-2147483649 must lie between'),
+        ({'model': {'embed_dim': 10**20}}, f'model.embed_dim={10**20} must lie between'),
         ({'train': {'batch_rows': 10, 'microbatches': 4}}, 'batch_rows=10.*microbatches=4'),
         ({'train': {'checkpoint_every': -1}}, 'checkpoint_every=-1.*0 or more'),
         ({'mesh': {'data': -1}}, 'only one axis may be -1'),
@@ -184,6 +209,56 @@ def test_settings_that_cannot_work_are_refused_with_value_and_constraint(values,
     with pytest.raises(UserError, match=named) as caught:
         config.from_dict(values)
     assert '\n' not in str(caught.value)
+
+
+@pytest.mark.parametrize('value', [math.inf, -math.inf, math.nan])
+def test_no_setting_is_infinite_or_no_number(value):
+    names = [name for name, default in defaults() if isinstance(default, float)]
+    assert len(names) > 20
+    for name in names:
+        with pytest.raises(UserError, match=f'{name.rpartition(".")[2]}={value}'):
+            config.replace(config.Config(), {name: value})
+
+
+def defaults():
+    for name in config.describe():
+        value = config.Config()
+        for part in name.split('.'):
+            value = getattr(value, part)
+        yield name, value
+
+
+def test_settings_are_replaced_by_their_names():
+    cfg = config.Config()
+    changed = config.replace(
+        cfg, {'train.num_steps': 3, 'model.num_layers': 6, 'model.gmu.kind': 'rezero'}
+    )
+    assert (changed.train.num_steps, changed.model.num_layers) == (3, 6)
+    assert changed.model.gmu == config.GMU(kind='rezero')
+    back = {'train.num_steps': 1000, 'model.num_layers': 4, 'model.gmu.kind': 'convex'}
+    assert config.replace(changed, back) == cfg and config.replace(cfg, {}) == cfg
+    # Any section, and a whole one.
+    assert config.replace(cfg.model, {'rope.base': 5e5}).rope.base == 5e5
+    moved = config.replace(cfg, {'mesh.tensor': 2, 'mesh': config.Mesh(data=3)})
+    assert moved.mesh == config.Mesh(data=3, tensor=2)
+    # Values that fit only together.
+    assert config.replace(cfg, {'model.num_kv_heads': 3, 'model.num_heads': 9}).model.num_heads == 9
+
+
+@pytest.mark.parametrize(
+    ('changes', 'message'),
+    [
+        ({'train.num_step': 3}, r"train\.num_step: no such setting\. Did you mean 'num_steps'"),
+        ({'modle.num_layers': 3}, r"modle\.num_layers: no such setting\. Did you mean 'model'"),
+        ({'model.gmu.kin': ''}, r"model\.gmu\.kin: no such setting\. Did you mean 'kind'"),
+        ({'model.num_layers.x': 3}, r'model\.num_layers\.x: no such setting'),
+        ({'train.num_steps': -3}, r'train\.num_steps=-3 must be greater'),
+    ],
+    ids=str,
+)
+def test_a_setting_that_does_not_exist_is_not_replaced(changes, message):
+    with pytest.raises(UserError, match=message):
+        config.replace(config.Config(), changes)
 
 
 def test_resolving_fills_what_depends_on_the_tokenizer_and_the_rows():

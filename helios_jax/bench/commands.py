@@ -1,7 +1,6 @@
 """Flags of `helios bench <measurement>`: each measurement has its own."""
 
 import dataclasses
-import json
 import os
 from collections.abc import Sequence
 from typing import Any
@@ -9,28 +8,14 @@ from typing import Any
 from absl import flags
 
 from helios_jax import config, options
-from helios_jax.errors import nearest, require
-
-
-def bench_command(argv: Sequence[str]) -> None:
-    """Measures or predicts time and memory: attention | memory | train | torch_peer."""
-    benches = {
-        'attention': attention_bench,
-        'memory': memory_bench,
-        'torch_peer': torch_bench,
-        'train': train_bench,
-    }
-    name = argv[0] if argv else ''
-    require(
-        name in benches,
-        f'helios bench {name}: no such measurement.{nearest(name, benches)} '
-        f'There are: {", ".join(benches)}.',
-    )
-    benches[name](argv[1:])
+from helios_jax.errors import require
 
 
 def attention_bench(argv: Sequence[str]) -> None:
-    """Predicts attention's time on a TPU: --target --lengths [--documents --window --verify …]."""
+    """Compares attention kernels on a TPU, by their compiled schedules.
+
+    helios bench attention --target=v5p --lengths=4096 --documents=8
+    """
     values = flags.FlagValues()
     shape = {
         'batch': (1, 'Rows, B.'),
@@ -82,17 +67,18 @@ def attention_bench(argv: Sequence[str]) -> None:
 
 
 def train_bench(argv: Sequence[str]) -> None:
-    """Measures training speed on real text: --config [--kinds --packings --peer --json]."""
+    """Measures training speed on real text.
+
+    helios bench train --config=helios_1b --config.data.tokenizer=tokenizer.json --peer
+    """
     values = flags.FlagValues()
-    options.config_flag(values, argv)
     flags.DEFINE_list('kinds', ['residual', 'convex'], 'GMU kinds.', flag_values=values)
     flags.DEFINE_list('packings', ['concatenate', 'best_fit'], 'Packings.', flag_values=values)
     flags.DEFINE_bool('peer', False, 'Measure PyTorch as well.', flag_values=values)
     flags.DEFINE_bool('json', False, 'JSON lines alone.', flag_values=values)
     flags.DEFINE_integer('warmup_steps', 5, 'Steps before the clock runs.', flag_values=values)
     flags.DEFINE_integer('profiled_steps', 3, 'Steps of a profile, after it.', flag_values=values)
-    options.parse(values, options.config_file(argv))
-    cfg = config.from_dict(values.config)
+    cfg = options.parse_config(values, argv)
     from helios_jax.bench import train
 
     train.compare_training(
@@ -107,23 +93,27 @@ def train_bench(argv: Sequence[str]) -> None:
 
 
 def memory_bench(argv: Sequence[str]) -> None:
-    """Measures memory policies of one model: --config [--policies --json]."""
+    """Compares what memory policies of one model cost and save.
+
+    helios bench memory --config=helios_1b --policies=full,fp8
+    """
     values = flags.FlagValues()
-    options.config_flag(values, argv)
     presets = ['full', 'fp8_offload', 'offload', 'fp8', 'minimal']
     policies = [*presets, 'full:backward_parts=4', 'fp8_offload:backward_parts=4', 'none']
     text = 'Presets, each with what differs: fp8:gate_up=offload, full:backward_parts=4.'
     flags.DEFINE_list('policies', policies, text, flag_values=values)
     flags.DEFINE_bool('json', False, 'JSON lines.', flag_values=values)
-    options.parse(values, options.config_file(argv))
-    cfg = config.from_dict(values.config)
+    cfg = options.parse_config(values, argv)
     from helios_jax.bench import memory
 
     memory.compare_policies(cfg, values.policies, as_json=values.json)
 
 
 def torch_bench(argv: Sequence[str]) -> None:
-    """Measures PyTorch's training speed, on helios_1b's shape: [--batch --layers … --json]."""
+    """Measures PyTorch's training speed on helios_1b's shape.
+
+    helios bench torch_peer --json
+    """
     from helios_jax.bench.torch_peer import Peer, report
 
     values = flags.FlagValues()
@@ -137,9 +127,12 @@ def torch_bench(argv: Sequence[str]) -> None:
     report(Peer(**given), as_json=values.json)
 
 
-def show(values: dict[str, Any], as_json: bool) -> None:
-    if as_json:
-        print(json.dumps(values))
-        return
-    text = lambda v: f'{v:.4f}' if isinstance(v, float) else str(v)  # noqa: E731
-    print('  '.join(f'{name}={text(value)}' for name, value in values.items()))
+BENCHMARKS = options.Group(
+    'Measures speed and memory.',
+    {
+        'attention': attention_bench,
+        'memory': memory_bench,
+        'train': train_bench,
+        'torch_peer': torch_bench,
+    },
+)

@@ -2,20 +2,25 @@
 
 A config file returns `to_dict(Config(...))`; the command line overrides its fields; `from_dict`
 rebuilds the dataclasses, which validate themselves before any device is touched. No field is None:
-off is '' or 0. The comment behind a field is what `helios explain FIELD` prints.
+off is '' or 0. The comment behind a field is what `helios explain FIELD` prints: one text that
+serves who reads the schema and who asks for a setting, where `field(metadata=…)` would be a second.
 """
 
+import ast
 import dataclasses
 import inspect
+import io
 import math
-import re
-from typing import Any
+import textwrap
+import tokenize
+from collections.abc import Iterator, Mapping
+from typing import Any, TypeVar
 
 import ml_collections
 
 from helios_jax.config.model import GMU, Model, MoE, Rope
 from helios_jax.config.run import Actions, Data, Memory, Mesh, Optimizer, Train
-from helios_jax.errors import UserError, nearest, require
+from helios_jax.errors import UserError, nearest, require, within_int32
 
 __all__ = [
     'GMU',
@@ -33,9 +38,12 @@ __all__ = [
     'describe',
     'from_dict',
     'nearest',
+    'replace',
     'require',
     'to_dict',
 ]
+
+T = TypeVar('T')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,6 +56,11 @@ class Config:
     memory: Memory = Memory()
 
     def __post_init__(self) -> None:
+        for name, value in _settings(self):
+            if isinstance(value, float):
+                require(math.isfinite(value), f'{name}={value} must be a finite number.')
+            elif isinstance(value, int):
+                within_int32(name, value)
         rope = self.model.rope
         require(
             rope.scaling != 'dynamic' or self.data.row_length <= (rope.trained_length or math.inf),
@@ -64,13 +77,50 @@ class Config:
             f'data.tokenizer={self.data.tokenizer!r}; set it to 0 or to {vocab_size}.',
         )
         length = model.rope.trained_length or self.data.row_length
-        rope = dataclasses.replace(model.rope, trained_length=length)
-        model = dataclasses.replace(model, vocab_size=vocab_size, rope=rope)
-        return dataclasses.replace(self, model=model)
+        return replace(self, {'model.vocab_size': vocab_size, 'model.rope.trained_length': length})
+
+
+def _settings(config: Any, prefix: str = '') -> Iterator[tuple[str, Any]]:
+    """Yields each setting's dotted name and its value."""
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        if dataclasses.is_dataclass(value):
+            yield from _settings(value, f'{prefix}{field.name}.')
+        else:
+            yield prefix + field.name, value
+
+
+def replace(config: T, changes: Mapping[str, Any], prefix: str = '') -> T:
+    """Returns a copy with some settings changed: `replace(cfg, {'train.num_steps': 3})`.
+
+    Args:
+      config: a `Config`, or one of its sections.
+      changes: dotted name of a setting, or of a whole section → its new value.
+      prefix: dotted name of the section that `config` is, for messages.
+    Raises:
+      UserError: a name that `config` lacks (with the nearest one), or a value that it refuses.
+    """
+    section: Any = config
+    names = [field.name for field in dataclasses.fields(section)]
+    values: dict[str, Any] = {}
+    nested: dict[str, dict[str, Any]] = {}
+    for name, value in changes.items():
+        head, _, rest = name.partition('.')
+        is_section = head in names and dataclasses.is_dataclass(getattr(section, head))
+        known = head in names and (is_section or not rest)
+        require(known, f'{prefix}{name}: no such setting.{nearest(head, names)}')
+        if rest:
+            nested.setdefault(head, {})[rest] = value
+        else:
+            values[head] = value
+    for head, inner in nested.items():
+        start = values.get(head, getattr(section, head))
+        values[head] = replace(start, inner, f'{prefix}{head}.')
+    return dataclasses.replace(section, **values)
 
 
 def to_dict(config: Any) -> ml_collections.ConfigDict:
-    """The ConfigDict (locked, type-safe) of a config dataclass."""
+    """Returns the ConfigDict (locked, type-safe) of a config dataclass."""
     return ml_collections.ConfigDict(dataclasses.asdict(config)).lock()
 
 
@@ -97,9 +147,8 @@ def from_dict(values: Any, cls: Any = Config, path: str = 'config') -> Any:
 
 
 def describe(cls: Any = Config, prefix: str = '') -> dict[str, tuple[str, str]]:
-    """Each setting's dotted name → (default, one-line comment), read from this file's source."""
-    source = inspect.getsource(cls)
-    comments = dict(re.findall(r'^    (\w+): .*?  # (.+)$', source, re.M))
+    """Each setting's dotted name → (default, one-line comment), read from the schema's source."""
+    comments = _comments(cls)
     described: dict[str, tuple[str, str]] = {}
     for field in dataclasses.fields(cls):
         if dataclasses.is_dataclass(field.type):
@@ -107,3 +156,22 @@ def describe(cls: Any = Config, prefix: str = '') -> dict[str, tuple[str, str]]:
         else:
             described[prefix + field.name] = (repr(field.default), comments[field.name])
     return described
+
+
+def _comments(cls: Any) -> dict[str, str]:
+    """The comment at the end of each field's last line."""
+    source = textwrap.dedent(inspect.getsource(cls))
+    by_line = {
+        token.start[0]: token.string.removeprefix('#').strip()
+        for token in tokenize.generate_tokens(io.StringIO(source).readline)
+        if token.type == tokenize.COMMENT
+    }
+    (definition,) = ast.parse(source).body
+    assert isinstance(definition, ast.ClassDef)
+    return {
+        node.target.id: by_line[node.end_lineno]
+        for node in definition.body
+        if isinstance(node, ast.AnnAssign)
+        and isinstance(node.target, ast.Name)
+        and node.end_lineno in by_line
+    }

@@ -3,8 +3,9 @@
 import dataclasses
 import math
 
-from helios_jax.errors import UserError, at_least_zero, one_of, positive, require
+from helios_jax.errors import at_least_zero, one_of, positive, require
 
+MOST_LAYERS = 10_000  # far above any model; a typing error beyond it would be counted for minutes
 LAYER_KINDS = ('dense', 'moe', 'dense_window', 'moe_window')
 ATTENTION = ('tpu', 'cudnn', 'reference')  # kernels/attention has a row for each
 
@@ -29,11 +30,13 @@ class GMU:
         at_least_zero('model.gmu', self, 'rank')
         if self.bias != 'depth':
             try:
-                float(self.bias)
+                number = float(self.bias)
             except ValueError:
-                raise UserError(
-                    f"model.gmu.bias={self.bias!r} must be 'depth' or a number such as -3."
-                ) from None
+                number = math.nan
+            require(
+                math.isfinite(number),
+                f"model.gmu.bias={self.bias!r} must be 'depth' or a number such as -3.",
+            )
 
     @property
     def normalizes(self) -> bool:
@@ -60,7 +63,9 @@ class Rope:
     def __post_init__(self) -> None:
         one_of('model.rope.scaling', self.scaling, ('none', 'static', 'dynamic'))
         one_of('model.rope.ramp', self.ramp, ('linear_in_dimension', 'linear_in_rotations'))
-        positive('model.rope', self, 'base', 'beta_slow')
+        positive('model.rope', self, 'beta_slow')
+        at_least_zero('model.rope', self, 'trained_length')
+        require(self.base > 1, f'model.rope.base={self.base} must be greater than 1.')
         require(self.factor >= 1, f'model.rope.factor={self.factor} must be 1 or more.')
         require(
             self.beta_fast > self.beta_slow,
@@ -98,7 +103,7 @@ class MoE:
 @dataclasses.dataclass(frozen=True)
 class Model:
     vocab_size: int = 0  # V before padding, tokens; 0 takes the tokenizer's
-    num_layers: int = 4  # L
+    num_layers: int = 4  # L, at most 10,000
     embed_dim: int = 256  # D
     num_heads: int = 4  # N, query heads
     num_kv_heads: int = 2  # K, key/value heads; must divide N
@@ -123,6 +128,10 @@ class Model:
             'mlp_dim', 'norm_eps',
         )  # fmt: skip
         at_least_zero('model', self, 'vocab_size', 'window', 'attention_softcap')
+        require(
+            self.num_layers <= MOST_LAYERS,
+            f'model.num_layers={self.num_layers} must be at most {MOST_LAYERS}.',
+        )
         require(
             self.num_heads % self.num_kv_heads == 0,
             f'model.num_heads={self.num_heads} must be a multiple of '

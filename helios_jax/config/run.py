@@ -60,6 +60,9 @@ class Optimizer:
         positive('optimizer', self, 'learning_rate', 'eps')
         at_least_zero('optimizer', self, 'warmup_steps', 'weight_decay', 'clip_norm')
         fraction('optimizer', self, 'decay_fraction', 'final_fraction', 'beta1', 'beta2')
+        for name in ('beta1', 'beta2'):
+            value = getattr(self, name)
+            require(value < 1, f'optimizer.{name}={value} must be below 1.')
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,11 +1,14 @@
 """Sampling from a model with a cache of unrotated keys.
 
 Prompts of any lengths share a batch: each row has positions of its own, and what is padding writes
-nothing. Two programs are compiled, one for a chunk of the prompt and one for a single token,
-whatever the lengths.
+nothing. A query attends to every slot of the cache, so the cache is made no larger than what it
+holds asks for, and doubled when it is full. Two programs are compiled for each of its sizes, one
+for a chunk of the prompt and one for a single token, whatever the lengths.
 """
 
 import functools
+import logging
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -14,17 +17,21 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int, PyTree
 
+from helios_jax import config
 from helios_jax.arch import rules
-from helios_jax.config import require
+from helios_jax.errors import require, within_int32
 from helios_jax.model.loss import project
 from helios_jax.model.transformer import Transformer
 from helios_jax.parallel.sharding import constrain
 from helios_jax.restoring import Restored, mesh_of
 
+log = logging.getLogger(__name__)
+
 PREFILL_CHUNK = 256  # tokens
+SMALLEST_CACHE = 1024  # slots; attending to fewer would save less than compiling once more costs
 
 
-@functools.partial(jax.jit, static_argnames=('model', 'cache_length'), donate_argnames=('cache',))
+@functools.partial(jax.jit, static_argnames=('model',), donate_argnames=('cache',))
 def extend(
     variables: PyTree,
     cache: PyTree,
@@ -33,7 +40,6 @@ def extend(
     real: Int[Array, 'B T'],
     *,
     model: Transformer,
-    cache_length: int,
 ) -> tuple[Float[Array, 'B V'], PyTree]:
     """Reads tokens into the cache; returns the logits behind each row's last real token."""
     output: Any = model.apply(
@@ -41,7 +47,7 @@ def extend(
         tokens,
         positions,
         real,
-        cache_length=cache_length,
+        cache_length=num_slots(cache),
         mutable=['cache'],
     )
     (hidden, _), written = output
@@ -85,7 +91,7 @@ def empty_cache(
     model: Transformer, variables: PyTree, batch_size: int, cache_length: int
 ) -> PyTree:
     """Zeroed keys and values, [B, cache_length, K, H] of each layer, on the mesh that is set."""
-    tokens = jnp.zeros((batch_size, _parts('length')), jnp.int32)
+    tokens = jnp.zeros((batch_size, _num_shards('length')), jnp.int32)
 
     def shapes() -> PyTree:
         _, made = model.apply(
@@ -96,18 +102,43 @@ def empty_cache(
     return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(shapes))
 
 
+def num_slots(cache: PyTree) -> int:
+    """Positions that a cache has room for."""
+    return jax.tree.leaves(cache)[0].shape[-3]
+
+
+def slots_for(num_tokens: int) -> int:
+    """Slots of the cache that tokens take: a power of two, so that few sizes are compiled."""
+    return max(SMALLEST_CACHE, 1 << (num_tokens - 1).bit_length())
+
+
+def with_room(cache: PyTree, num_tokens: int) -> PyTree:
+    """The cache, grown to `slots_for` these tokens where it is smaller."""
+    missing = slots_for(num_tokens) - num_slots(cache)
+    if missing <= 0:
+        return cache
+
+    def grow(x: Array) -> Array:
+        widths = [(0, 0)] * x.ndim
+        widths[-3] = (0, missing)
+        return jnp.pad(x, widths)
+
+    return jax.tree.map(grow, cache)
+
+
 def prefill(
     model: Transformer,
     variables: PyTree,
     prompts: Sequence[Sequence[int]],
-    cache_length: int,
     chunk: int = PREFILL_CHUNK,
 ) -> tuple[Float[Array, 'B V'], PyTree]:
     """Reads prompts in chunks; returns the logits behind each one, and the cache."""
     lengths = np.array([len(p) for p in prompts])
-    cache = empty_cache(model, variables, len(prompts), cache_length)
+    longest = int(lengths.max())
+    cache = empty_cache(model, variables, len(prompts), slots_for(min(chunk, longest)))
     logits = None
-    for start in range(0, int(lengths.max()), chunk):
+    for start in range(0, longest, chunk):
+        cache = with_room(cache, min(start + chunk, longest))
         positions = np.broadcast_to(
             np.arange(start, start + chunk, dtype=np.int32), (len(prompts), chunk)
         )
@@ -116,10 +147,7 @@ def prefill(
         for row, prompt in enumerate(prompts):
             piece = prompt[start : start + chunk]
             tokens[row, : len(piece)] = piece
-        new, cache = extend(
-            variables, cache, tokens, positions, real.astype(np.int32),
-            model=model, cache_length=cache_length,
-        )  # fmt: skip
+        new, cache = extend(variables, cache, tokens, positions, real.astype(np.int32), model=model)
         ends_here = real.any(axis=1)[:, None]
         logits = new if logits is None else jnp.where(ends_here, new, logits)
     assert logits is not None
@@ -148,20 +176,21 @@ def generate(
     """
     require(all(len(p) > 0 for p in prompts) and len(prompts) > 0, 'a prompt has no token at all.')
     require(max_tokens > 0, f'max_tokens={max_tokens} must be above 0.')
-    require(temperature >= 0, f'temperature={temperature} must be 0 (greedy) or more.')
+    require(
+        0 <= temperature < math.inf,
+        f'temperature={temperature} must be 0 (greedy) or more, and finite.',
+    )
     require(0 < top_p <= 1, f'top_p={top_p} must lie above 0 and at most 1.')
     require(top_k >= 0, f'top_k={top_k} must be 0 (all) or more.')
+    within_int32('seed', seed)
     wanted = len(prompts)
-    prompts = [*prompts, *[prompts[0]] * (-wanted % _parts('batch'))]
-    longest = max(len(p) for p in prompts) + max_tokens
-    # A power of two, so that a longer request seldom compiles anew.
-    cache_length = max(PREFILL_CHUNK, 1 << (longest - 1).bit_length())
+    prompts = [*prompts, *[prompts[0]] * (-wanted % _num_shards('batch'))]
     chunk = min(PREFILL_CHUNK, 1 << (max(len(p) for p in prompts) - 1).bit_length())
     # The mesh may divide the sequence: what a call reads is padded to what it divides.
-    padding = (0, 0), (0, _parts('length') - 1)
-    chunk += -chunk % _parts('length')
+    padding = (0, 0), (0, _num_shards('length') - 1)
+    chunk += -chunk % _num_shards('length')
 
-    logits, cache = prefill(model, variables, prompts, cache_length, chunk)
+    logits, cache = prefill(model, variables, prompts, chunk)
     positions = np.array([len(p) for p in prompts], np.int32)
     output: list[list[int]] = [[] for _ in prompts]
     alive = np.arange(len(prompts)) < wanted
@@ -178,48 +207,67 @@ def generate(
                 alive[row] = False
         if not alive.any() or count == max_tokens - 1:
             break
-        logits, cache = extend(
-            variables,
-            cache,
-            *(np.pad(x[:, None].astype(np.int32), padding) for x in (tokens, positions, alive)),
-            model=model,
-            cache_length=cache_length,
-        )
+        cache = with_room(cache, int(positions[alive].max()) + 1)
+        arrays = (np.pad(x[:, None].astype(np.int32), padding) for x in (tokens, positions, alive))
+        logits, cache = extend(variables, cache, *arrays, model=model)
         positions += 1
     return output[:wanted]
 
 
-def _parts(name: str) -> int:
-    """Number of parts that the mesh that is set cuts a logical axis into."""
+def _num_shards(name: str) -> int:
+    """Number of shards that the mesh that is set cuts a logical axis into."""
     mesh = jax.sharding.get_abstract_mesh()
     return 1 if mesh.empty else rules.shards(mesh, name)
 
 
 def complete(
-    restored: Restored, prompts: Sequence[str], *, stop: Sequence[str] = (), **settings: Any
+    restored: Restored,
+    prompts: Sequence[str],
+    *,
+    max_tokens: int,
+    stop: Sequence[str] = (),
+    **settings: Any,
 ) -> list[str]:
-    """The texts that continue `prompts`, each cut before the first of the `stop` texts.
+    """Returns the texts that continue `prompts`, each cut before the first of the `stop` texts.
+
+    Warns where they reach past the length that the model was trained at.
 
     Args:
-      settings: of `generate`.
+      settings: what `generate` takes besides.
+    Raises:
+      UserError: as `generate`, or an empty text to stop at.
     """
     model, variables, tokenizer, _ = restored
     require(all(stop), 'stop is empty, which every text ends with; name some text.')
+    tokens = [[tokenizer.bos_id, *tokenizer.encode(prompt)] for prompt in prompts]
+    warn_of_length(model.model.rope, max(map(len, tokens), default=0), max_tokens)
 
-    def stopped(_: int, tokens: list[int]) -> bool:
-        text = tokenizer.decode(tokens)
+    def stopped(_: int, new: list[int]) -> bool:
+        text = tokenizer.decode(new)
         return any(end in text for end in stop)
 
     with jax.set_mesh(mesh_of(variables)):
         made = generate(
             model,
             variables,
-            [[tokenizer.bos_id, *tokenizer.encode(prompt)] for prompt in prompts],
+            tokens,
             eos_id=tokenizer.eos_id,
+            max_tokens=max_tokens,
             stopped=stopped if stop else None,
             **settings,
         )
-    texts = [tokenizer.decode(tokens) for tokens in made]
+    texts = [tokenizer.decode(new) for new in made]
     for end in stop:
         texts = [text.split(end)[0] for text in texts]
     return texts
+
+
+def warn_of_length(rope: config.Rope, prompt_tokens: int, max_tokens: int) -> None:
+    """Says so where a text would reach past what the model's positions are good for."""
+    reach = rope.trained_length * (rope.factor if rope.scaling == 'static' else 1)
+    if rope.scaling != 'dynamic' and prompt_tokens + max_tokens > reach:
+        log.warning(
+            'The prompt (%d tokens) and max_tokens=%d reach past the %d tokens that the model was '
+            'made for; beyond them text decays unless --yarn=dynamic stretches its positions.',
+            prompt_tokens, max_tokens, reach,
+        )  # fmt: skip

@@ -16,9 +16,11 @@ CONFIRMED = 3  # configurations of a search that --compile compiles
 
 
 def plan_command(argv: Sequence[str]) -> None:
-    """Bytes and seconds of a step: --config [--topology --compile --explain --search …]."""
+    """Says what a run needs and what fits: bytes and seconds of a step, before it runs.
+
+    helios plan --config=helios_8b --topology=v5p:2x2x4
+    """
     values = flags.FlagValues()
-    options.config_flag(values, argv)
     flags.DEFINE_string(
         'topology', 'h100', 'Chip, and how many: v5p:4x4x4, h100:8, cpu.', flag_values=values
     )
@@ -28,7 +30,7 @@ def plan_command(argv: Sequence[str]) -> None:
     flags.DEFINE_bool('explain', False, 'Compile, and list what is saved.', flag_values=values)
     flags.DEFINE_bool('search', False, 'Policies × batches × meshes.', flag_values=values)
     flags.DEFINE_bool('validate', False, 'Our arithmetic against the compiler.', flag_values=values)
-    options.parse(values, options.config_file(argv))
+    cfg = options.parse_config(values, argv)
     if values.validate:
         os.environ['JAX_PLATFORMS'] = 'cpu'
         from helios_jax.plan.compiler import validate
@@ -36,7 +38,7 @@ def plan_command(argv: Sequence[str]) -> None:
         validate.report(values.json)
         return
     topology = chips.topology(values.topology)
-    cfg = prepared(config.from_dict(values.config), topology, values.batch)
+    cfg = prepared(cfg, topology, values.batch)
     found: dict[str, Any] = {}
     if values.search:
         found = searched(cfg, topology, values.compile, values.json)
@@ -68,6 +70,16 @@ def prepared(cfg: config.Config, topology: chips.Topology, batch_rows: int = 0) 
         memory = search.resolve_auto(cfg, topology.chip, topology.num_devices)
         cfg = dataclasses.replace(cfg, memory=memory)
     return cfg
+
+
+def with_policy(cfg: config.Config) -> config.Config:
+    """The config with what memory.policy=auto stands for on this run's devices."""
+    if cfg.memory.policy != 'auto':
+        return cfg
+    memory = prepared(cfg, chips.here()).memory
+    parts = f', backward_parts={memory.backward_parts}' if memory.backward_parts > 1 else ''
+    print(f'memory.policy=auto: {memory.policy}{parts}')
+    return dataclasses.replace(cfg, memory=memory)
 
 
 def planned(

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 
 from helios_jax import config
 from helios_jax.arch import flops, weights
+from helios_jax.errors import require
 from helios_jax.parallel import mesh as meshes
 from helios_jax.parallel import sharding
 from helios_jax.train import optimizer
@@ -17,11 +18,14 @@ GIB = 2**30
 
 
 def describe(cfg: config.Config, num_devices: int) -> str:
-    """Resolved config, parameter table, sharding rules, FLOPs and bytes, for `num_devices`.
+    """Returns the config, parameter table, sharding rules, FLOPs and bytes for `num_devices`.
 
+    Args:
+      cfg: resolved.
     Raises:
-      UserError: as a run on so many devices would.
+      UserError: as a run on so many devices would, or no devices at all.
     """
+    require(num_devices > 0, f'num_devices={num_devices} must be above 0.')
     mesh = meshes.abstract(cfg.mesh, num_devices)
     setup = states.create(cfg, mesh)
     tokens = cfg.train.batch_rows * cfg.data.row_length

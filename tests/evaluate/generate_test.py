@@ -1,6 +1,7 @@
 """Generation with the cache is recomputation, whatever the chunks, the batch and the mesh."""
 
 import functools
+import re
 
 import flax.linen as nn
 import jax
@@ -20,7 +21,7 @@ from helios_jax.parallel import sharding
 from helios_jax.restoring import Restored, mesh_of
 
 TRAINED, LENGTH = 16, 56  # tokens; more than 3 × the trained length
-CACHE = generating.PREFILL_CHUNK  # what `generate` takes: the tests share its programs
+SMALL_CACHE = 16  # slots: one that is doubled twice for LENGTH tokens
 NO_EOS = 999
 PATTERNS = {'full': 'dense', 'mixed': 'dense,dense_window,moe'}
 
@@ -93,30 +94,38 @@ def test_prefill_in_chunks_is_the_plain_computation(pattern, chunk):
     assert np.std(whole[:, :256]) > 0.3
     for length in {7, TRAINED, TRAINED + 1, 2 * TRAINED + 1, LENGTH} if chunk != 1 else {LENGTH}:
         logits, _ = prefill(
-            model_of(pattern), variables_of(pattern), [tokens()[:length].tolist()], CACHE, chunk
+            model_of(pattern), variables_of(pattern), [tokens()[:length].tolist()], chunk
         )
         close(logits[0, :256], whole[length - 1, :256])
         assert np.isneginf(np.asarray(logits[0, 256:])).all()
 
 
+@pytest.fixture
+def growing_cache(monkeypatch):
+    monkeypatch.setattr(generating, 'SMALLEST_CACHE', SMALL_CACHE)
+
+
 @pytest.mark.parametrize('pattern', PATTERNS)
-def test_decoding_is_recomputation_at_every_length_and_across_every_boundary(pattern):
+def test_decoding_is_recomputation_at_every_length_and_across_every_boundary(
+    pattern, growing_cache
+):
     model, variables = model_of(pattern), variables_of(pattern)
     whole = recompute(pattern)(tokens()[None])[0]
     start = 5
-    logits, cache = prefill(model, variables, [tokens()[:start].tolist()], CACHE, 16)
+    logits, cache = prefill(model, variables, [tokens()[:start].tolist()], 16)
     for t in range(start, LENGTH):
         close(logits[0, :256], whole[t - 1, :256])
         column = lambda x: np.full((1, 1), x, np.int32)  # noqa: E731
+        cache = generating.with_room(cache, t + 1)
         logits, cache = extend(
-            variables, cache, column(tokens()[t]), column(t), column(1),
-            model=model, cache_length=CACHE,
-        )  # fmt: skip
+            variables, cache, column(tokens()[t]), column(t), column(1), model=model
+        )
     close(logits[0, :256], whole[-1, :256])
+    assert generating.num_slots(cache) == 4 * SMALL_CACHE
 
 
 @pytest.mark.parametrize('pattern', PATTERNS)
-def test_greedy_tokens_are_those_of_recomputation_for_ragged_prompts(pattern):
+def test_greedy_tokens_are_those_of_recomputation_for_ragged_prompts(pattern, growing_cache):
     lengths = (3, 14, 31)
     prompts = [
         tokens()[start : start + n].tolist() for start, n in zip((0, 5, 9), lengths, strict=True)
@@ -152,7 +161,7 @@ def drawn(variables):
 
 
 @pytest.mark.slow
-def test_a_mesh_generates_what_one_device_does():
+def test_a_mesh_generates_what_one_device_does(growing_cache):
     model, variables = model_of('mixed'), variables_of('mixed')
     expected = drawn(variables)
     mesh = meshes.make(config.Mesh(fsdp=1, expert=2, context=2, tensor=2))
@@ -196,6 +205,9 @@ def test_seeds_repeat_and_differ():
         ({'top_p': 0.0}, r'top_p=0\.0'),
         ({'top_p': 1.5}, r'top_p=1\.5'),
         ({'top_k': -1}, 'top_k=-1'),
+        ({'temperature': float('inf')}, 'temperature=inf'),
+        ({'temperature': float('nan')}, 'temperature=nan'),
+        ({'seed': 10**20}, f'seed={10**20} must lie between -2147483648 and'),
     ],
     ids=str,
 )
@@ -272,15 +284,45 @@ def test_a_stop_text_that_is_empty_is_refused():
         complete(restored(), ['a'], stop=[''], max_tokens=1)
 
 
-def test_two_programs_serve_every_length(monkeypatch):
-    compiled = []
+@pytest.fixture
+def calls(monkeypatch) -> list[tuple[int, int]]:
+    """Tokens read and slots attended to, of each call of the model."""
+    made: list[tuple[int, int]] = []
     real = generating.extend
-    monkeypatch.setattr(
-        generating,
-        'extend',
-        lambda v, c, t, *a, **k: (compiled.append(t.shape), real(v, c, t, *a, **k))[1],
-    )
+
+    def extend(variables, cache, tokens, *args, **settings):
+        made.append((tokens.shape[1], generating.num_slots(cache)))
+        return real(variables, cache, tokens, *args, **settings)
+
+    monkeypatch.setattr(generating, 'extend', extend)
+    return made
+
+
+def test_two_programs_serve_every_length(calls):
     short([tokens()[:20].tolist()], max_tokens=3)
     short([tokens()[:31].tolist()], max_tokens=1)
     short([tokens()[:17].tolist()], max_tokens=9)
-    assert set(compiled) == {(1, 32), (1, 1)}
+    assert set(calls) == {(32, 1024), (1, 1024)}
+
+
+def test_a_call_attends_to_little_more_than_what_the_cache_holds(calls, growing_cache, monkeypatch):
+    monkeypatch.setattr(generating, 'PREFILL_CHUNK', 8)
+    short([tokens()[:37].tolist(), tokens()[:9].tolist()], max_tokens=33)
+    prompt = [(8, 16), (8, 16), (8, 32), (8, 32), (8, 64)]
+    assert calls == [*prompt, *[(1, 64)] * (64 - 37), *[(1, 128)] * 5]
+
+
+def warnings(caplog, prompt, max_tokens, **rope) -> list[str]:
+    model = config.replace(model_of('full').model, {f'rope.{n}': v for n, v in rope.items()})
+    caplog.clear()
+    complete(restored()._replace(model=Transformer(model)), [prompt], max_tokens=max_tokens)
+    return [record.getMessage() for record in caplog.records if record.levelname == 'WARNING']
+
+
+def test_a_text_that_reaches_past_the_trained_length_is_warned_of(caplog):
+    (line,) = warnings(caplog, 'a' * 12, 4, scaling='none')  # and BOS
+    assert re.search(r'13 tokens.*max_tokens=4 .*past the 16 tokens.*--yarn=dynamic', line)
+    assert not warnings(caplog, 'a' * 11, 4, scaling='none')
+    assert not warnings(caplog, 'a' * 12, 4, scaling='dynamic')
+    assert not warnings(caplog, 'a' * 12, 4, scaling='static', factor=2.0)
+    assert warnings(caplog, 'a' * 12, 20, scaling='static', factor=2.0)

@@ -96,8 +96,8 @@ def test_the_vocabulary_is_the_tokenizers():
 
 def test_auto_is_resolved_for_the_devices_at_hand(capsys):
     small = config.Config(model=config.Model(vocab_size=256), memory=config.Memory('auto'))
-    resolved = cli.with_policy(small)
+    resolved = command.with_policy(small)
     assert resolved == dataclasses.replace(small, memory=resolved.memory)
     assert resolved.memory.policy in PRESETS
     assert f'memory.policy=auto: {resolved.memory.policy}' in capsys.readouterr().out
-    assert cli.with_policy(resolved) is resolved
+    assert command.with_policy(resolved) is resolved

@@ -71,19 +71,26 @@ def test_sizes_are_those_of_the_state(described):
 
 
 def test_bytes_per_device_are_those_of_its_shards():
-    cfg = dataclasses.replace(CONFIG, mesh=config.Mesh())
-    large = dataclasses.replace(cfg.model, embed_dim=4096, mlp_dim=16384, head_dim=128)
-    cfg = dataclasses.replace(cfg, model=large)
+    cfg = config.replace(CONFIG, {
+        'mesh': config.Mesh(), 'model.embed_dim': 4096, 'model.mlp_dim': 16384,
+        'model.head_dim': 128,
+    })  # fmt: skip
     text = dry_run.describe(cfg, 8)
     totals = re.search(r'params GiB +(\S+) in all, (\S+) per device', text)
     everywhere, one = map(float, totals.groups())
-    exact = 4 * weights.count(large) / 2**30
+    exact = 4 * weights.count(cfg.model) / 2**30
     assert everywhere == pytest.approx(exact, abs=1e-3)
     # Norms and biases alone are whole on each device.
     assert everywhere / 8 <= one <= 1.01 * everywhere / 8 + 1e-3
     moments = re.search(r'optimizer GiB +(\S+) in all', text)
     assert float(moments[1]) == pytest.approx(2 * exact, abs=1e-2)
     assert math.isfinite(one)
+
+
+@pytest.mark.parametrize('count', [0, -4])
+def test_no_devices_are_refused(count):
+    with pytest.raises(UserError, match=f'num_devices={count} must be above 0'):
+        dry_run.describe(CONFIG, count)
 
 
 def test_a_mesh_that_does_not_fit_is_refused_as_a_run_would():
