@@ -156,6 +156,9 @@ class _Lines(io.TextIOBase):
     def writable(self) -> bool:
         return True
 
+    def fileno(self) -> int:
+        return self._console.file.fileno()
+
     def write(self, text: str) -> int:
         with self._lock:
             *lines, self._rest = (self._rest + text).split('\n')

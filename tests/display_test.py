@@ -112,6 +112,13 @@ def test_an_error_leaves_the_terminal_as_it_was(monkeypatch, third_party):
     assert not terminal.screen.cursor.hidden
 
 
+def test_a_subprocess_may_be_given_the_stream_that_stands_in(monkeypatch):
+    terminal = screen.attach(monkeypatch)
+    monkeypatch.setattr(terminal, 'fileno', lambda: 77, raising=False)
+    with display.Steps(50, 0):
+        assert sys.stdout is not terminal and sys.stdout.fileno() == sys.stderr.fileno() == 77
+
+
 def test_without_a_terminal_each_step_is_a_line(capsys):
     before = sys.stdout
     with display.Steps(50, 0) as steps:
