@@ -11,7 +11,7 @@ B batch, T query length, S key length, D embed, N query heads, K key/value heads
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from helios_jax.api import Restored, restore
+    from helios_jax.restoring import Restored, restore
 
 __all__ = ['Restored', 'restore']
 __version__ = '0.1.0'
@@ -20,7 +20,7 @@ __version__ = '0.1.0'
 def __getattr__(name: str) -> Any:
     # On demand: the processes that tokenize import this package too, and need no JAX.
     if name in __all__:
-        from helios_jax import api
+        from helios_jax import restoring
 
-        return getattr(api, name)
+        return getattr(restoring, name)
     raise AttributeError(f'module {__name__!r} has no attribute {name!r}')

@@ -82,11 +82,11 @@ REFUSED = {
     'mesh against devices': ([*TRAIN, '--config.mesh.tensor=3'], 'tensor=3.*8 devices.*-1'),
     'mesh against batch': (
         [*TRAIN, '--config.train.batch_rows=12'],
-        'batch_rows=12.*8 parts.*change',
+        'batch_rows=12.*8 pieces.*change',
     ),
     'mesh against weights': (
         [*TRAIN, '--config.model.embed_dim=18'],
-        'embed/w.*embed=18.*8 parts.*change',
+        'embed/w.*embed=18.*8 pieces.*change',
     ),
     'no workdir': (['train'], '--workdir is missing.*name'),
     'setting beyond what JAX counts': (
@@ -249,10 +249,7 @@ def test_bad_input_is_one_line_code_2_and_leaves_everything_as_it_was(case, root
     assert 'Traceback' not in error
     assert re.search(message.replace('{root}', str(root)), lines[0]), lines[0]
     left = {path: c for path, c in files(root).items() if not path.startswith(str(cache))}
-    # A run that was begun and refused may leave its marker, and nothing else.
-    new = {path for path in left if path not in kept}
-    assert all(path.endswith('new/checkpoints/helios_checkpoints.json') for path in new), new
-    assert {path: left[path] for path in kept} == kept
+    assert left == kept
 
 
 def test_a_tokenizer_of_another_vocabulary_than_the_checkpoints_is_refused(root, capsys, tmp_path):
@@ -309,6 +306,20 @@ def test_ckpt_lists_the_steps(root, capsys):
     assert all(row['bytes'] > 0 and row['metrics']['bits_per_byte'] > 0 for row in rows)
     # The directory of the checkpoints themselves will do.
     assert run_json(capsys, 'ckpt', 'ls', f'{root}/run/checkpoints') == rows
+
+
+def test_damaged_data_is_one_line_until_it_is_rebuilt(root, capsys, tmp_path):
+    prepare = ['data', 'prepare', f'--config={root}/small.py']
+    prepare += [f'--config.data.cache_dir={tmp_path}', '--config.data.row_length=37']
+    before = run_json(capsys, *prepare)
+    assert all(row['lost_bytes'] == 0 for row in before)
+    next((tmp_path / 'rows').glob('*/*array_record*')).unlink()
+    with pytest.raises(SystemExit) as caught:
+        cli.main(prepare)
+    assert caught.value.code == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert re.search(r'helios: .*/rows/.* is damaged \(missing.*data prepare --rebuild', line)
+    assert run_json(capsys, *prepare, '--rebuild') == before == run_json(capsys, *prepare)
 
 
 def test_explain_prints_every_setting_or_those_that_are_named(capsys):

@@ -10,8 +10,8 @@ import jax
 import pytest
 
 from helios_jax import config
+from helios_jax.arch import weights
 from helios_jax.errors import UserError
-from helios_jax.model import flops
 from helios_jax.model.transformer import Transformer, abstract_variables
 
 SHIPPED = sorted(
@@ -55,26 +55,28 @@ def test_a_shipped_config_resolves_and_builds(name):
     assert cfg.model.rope.trained_length == cfg.data.row_length
     shapes = nn.unbox(abstract_variables(Transformer(cfg.model)))
     made = sum(leaf.size for leaf in jax.tree.leaves(shapes['params']))
-    assert made == flops.parameters(cfg.model).total
+    assert made == weights.count(cfg.model)
 
 
 @pytest.mark.parametrize('name', SHIPPED)
 def test_a_shipped_config_opens_with_its_command(name):
     summary, _, rest = module(name).__doc__.partition('\n\n')
     assert len(summary) > 20
-    commands = [line for line in rest.replace('\\\n', '').splitlines() if 'helios train' in line]
+    action = 'helios bench' if name.startswith('bench_') else 'helios train'
+    commands = [line for line in rest.replace('\\\n', '').splitlines() if action in line]
     arguments = shlex.split(commands[0])
-    assert arguments[:2] == ['helios', 'train']
-    assert f'--config={name}' in arguments and any(a.startswith('--workdir=') for a in arguments)
+    assert arguments[:2] == action.split()
+    assert f'--config={name}' in arguments
+    assert action == 'helios bench' or any(a.startswith('--workdir=') for a in arguments)
 
 
 @pytest.mark.parametrize(('name', 'expected'), RESIDUAL_PARAMETERS.items())
 def test_shapes_are_those_of_the_models_they_name(name, expected):
     model = shipped(name).model
     plain = config.replace(model, {'gmu': config.GMU(kind='residual')})
-    assert flops.parameters(plain).total == expected
+    assert weights.count(plain) == expected
     # What the gates cost.
-    assert flops.parameters(model).total <= 1.03 * expected
+    assert weights.count(model) <= 1.03 * expected
 
 
 def test_the_default_is_a_round_trip():

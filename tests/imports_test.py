@@ -11,9 +11,9 @@ import helios_jax
 
 # A module imports from its own part and from parts to the left of it.
 ORDER = [
-    {'errors'}, {'config'}, {'options', 'kernels'}, {'parallel'}, {'memory'}, {'model'},
-    {'data', 'checkpoint'}, {'api'}, {'evaluate'}, {'train'},
-    {'plan', 'convert', 'ablate', 'bench'}, {'cli'}, {'__main__'},
+    {'errors', 'display'}, {'chips', 'config', 'paths'}, {'options', 'arch'}, {'kernels'},
+    {'parallel'}, {'memory'}, {'model'}, {'data', 'checkpoint'}, {'restoring'}, {'evaluate'},
+    {'train'}, {'plan', 'convert', 'ablate', 'verify'}, {'bench'}, {'cli'}, {'__main__'},
 ]  # fmt: skip
 RANKS = {part: rank for rank, parts in enumerate(ORDER) for part in parts}
 ROOT = Path(helios_jax.__file__).parent
@@ -60,6 +60,8 @@ def test_the_check_sees_an_import_inside_a_function(tmp_path):
     [
         ('helios_jax', ['jax', 'flax', 'tensorflow_datasets']),
         ('helios_jax.cli', ['jax', 'flax', 'tensorflow_datasets']),
+        ('helios_jax.chips', ['jax', 'flax']),
+        ('helios_jax.plan.command', ['jax', 'flax', 'optax']),
         ('helios_jax.data.packing', ['jax', 'flax']),  # each worker process imports it
     ],
 )
@@ -77,3 +79,11 @@ def test_tensorflow_is_never_needed():
             names += [node.module or ''] if isinstance(node, ast.ImportFrom) else []
             for name in names:
                 assert name.split('.')[0] not in ('tensorflow', 'clu', 'seqio', 't5x'), path
+
+
+def test_what_is_true_of_a_config_needs_no_jax():
+    names = sorted(f'helios_jax.arch.{path.stem}' for path in (ROOT / 'arch').glob('*.py'))
+    code = f'import sys, importlib; [importlib.import_module(n) for n in {names}]; '
+    code += 'print(*{"jax", "flax", "optax", "numpy"} & set(sys.modules))'
+    done = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, timeout=120)
+    assert (done.returncode, done.stdout.strip()) == (0, ''), done.stderr

@@ -1,13 +1,13 @@
-"""helios bench: measurements, each with its own flags."""
+"""Flags of `helios bench <measurement>`: each measurement has its own."""
 
-import json
+import dataclasses
 import os
 from collections.abc import Sequence
 from typing import Any
 
 from absl import flags
 
-from helios_jax import options
+from helios_jax import config, options
 from helios_jax.errors import require
 
 
@@ -22,7 +22,7 @@ def attention_bench(argv: Sequence[str]) -> None:
         'heads': (32, 'Query heads, N.'),
         'kv_heads': (8, 'Key heads, K.'),
         'head_dim': (128, 'H; the layer is N·H wide.'),
-        'documents': (1, 'Of a row.'),
+        'documents': (1, 'Documents in a row.'),
         'window': (0, 'Tokens that a query sees; 0: all before it.'),
     }
     flags.DEFINE_string('target', 'v5p', 'v5e | v5p | v6e | tpu7x.', flag_values=values)
@@ -35,33 +35,28 @@ def attention_bench(argv: Sequence[str]) -> None:
     flags.DEFINE_bool('json', False, 'JSON lines.', flag_values=values)
     flags.DEFINE_bool('tune', False, "Search our kernels' block sizes.", flag_values=values)
     flags.DEFINE_bool('verify', False, 'Our kernels against float64.', flag_values=values)
-    flags.DEFINE_integer('cases', 0, 'To verify; 0: all of them.', flag_values=values)
-    flags.DEFINE_string('here', '', 'One compilation, in this process.', flag_values=values)
+    flags.DEFINE_integer('cases', 0, 'Cases to verify; 0: all of them.', flag_values=values)
     options.parse(values, argv)
     if values.verify:
-        from helios_jax.bench import attention_verify
+        from helios_jax.verify import attention
 
-        attention_verify.report(values.cases, values.jobs)
+        attention.report(values.cases, values.jobs)
         return
     os.environ['JAX_PLATFORMS'] = 'cpu'
-    from helios_jax.bench import attention, attention_task, attention_tune
+    from helios_jax.bench.attention import compare, tune
 
-    if values.here:
-        task = attention_task.Task(**json.loads(values.here))
-        print(json.dumps(attention_task.compile_here(task)))
-        return
     require(
-        values.target in attention.CHIPS,
-        f'--target={values.target}: there are {", ".join(attention.CHIPS)}.',
+        values.target in compare.CHIPS,
+        f'--target={values.target}: there are {", ".join(compare.CHIPS)}.',
     )
     if values.tune:
-        attention_tune.tune(values.target, values.head_dim, values.jobs)
+        tune.tune(values.target, values.head_dim, values.jobs)
         return
     for length in values.lengths:
         require(length.isdigit() and length != '0', f'--lengths={length}: not a number of tokens.')
     sizes: Any = {name: values[name].value for name in shape}
-    problems = [attention.Problem(length=int(length), **sizes) for length in values.lengths]
-    attention.compare(
+    problems = [compare.Problem(length=int(length), **sizes) for length in values.lengths]
+    compare.compare_implementations(
         values.target,
         problems,
         names=values.implementations,
@@ -81,19 +76,17 @@ def train_bench(argv: Sequence[str]) -> None:
     flags.DEFINE_list('packings', ['concatenate', 'best_fit'], 'Packings.', flag_values=values)
     flags.DEFINE_bool('peer', False, 'Measure PyTorch as well.', flag_values=values)
     flags.DEFINE_bool('json', False, 'JSON lines alone.', flag_values=values)
-    flags.DEFINE_bool('here', False, 'One variant, in this process.', flag_values=values)
     flags.DEFINE_integer('warmup_steps', 5, 'Steps before the clock runs.', flag_values=values)
     flags.DEFINE_integer('profiled_steps', 3, 'Steps of a profile, after it.', flag_values=values)
     cfg = options.parse_config(values, argv)
-    from helios_jax.bench import train as training
+    from helios_jax.bench import train
 
-    if values.here:
-        print(json.dumps(training.measure(cfg, values.warmup_steps, values.profiled_steps)))
-        return
-    training.compare(
-        argv,
+    train.compare_training(
+        cfg,
         kinds=values.kinds,
         packings=values.packings,
+        warmup_steps=values.warmup_steps,
+        profiled_steps=values.profiled_steps,
         with_peer=values.peer,
         as_json=values.json,
     )
@@ -105,28 +98,33 @@ def memory_bench(argv: Sequence[str]) -> None:
     helios bench memory --config=helios_1b --policies=full,fp8
     """
     values = flags.FlagValues()
-    presets = ['none', 'minimal', 'full', 'fp8', 'offload', 'fp8_offload']
+    presets = ['full', 'fp8_offload', 'offload', 'fp8', 'minimal']
+    policies = [*presets, 'full:backward_parts=4', 'fp8_offload:backward_parts=4', 'none']
     text = 'Presets, each with what differs: fp8:gate_up=offload, full:backward_parts=4.'
-    flags.DEFINE_list('policies', presets, text, flag_values=values)
+    flags.DEFINE_list('policies', policies, text, flag_values=values)
     flags.DEFINE_bool('json', False, 'JSON lines.', flag_values=values)
-    flags.DEFINE_string('here', '', "One policy; its reference's gradients.", flag_values=values)
     cfg = options.parse_config(values, argv)
-    from pathlib import Path
-
     from helios_jax.bench import memory
 
-    if values.here:
-        print(json.dumps(memory.measure(cfg, Path(values.here))))
-        return
-    own = [a for a in argv if not a.startswith(('--policies', '--json', '--config.memory'))]
-    memory.compare(own, values.policies, as_json=values.json)
+    memory.compare_policies(cfg, values.policies, as_json=values.json)
 
 
 def torch_bench(argv: Sequence[str]) -> None:
-    """Measures PyTorch on the same shape."""
-    from helios_jax.bench import torch_peer
+    """Measures PyTorch's training speed on helios_1b's shape.
 
-    torch_peer.main(argv)
+    helios bench torch_peer --json
+    """
+    from helios_jax.bench.torch_peer import Peer, report
+
+    values = flags.FlagValues()
+    define: Any = {int: flags.DEFINE_integer, str: flags.DEFINE_string, bool: flags.DEFINE_bool}
+    described, fields = config.describe(Peer), dataclasses.fields(Peer)
+    for field in fields:
+        define[field.type](field.name, field.default, described[field.name][1], flag_values=values)
+    flags.DEFINE_bool('json', False, 'One line of JSON.', flag_values=values)
+    options.parse(values, argv)
+    given: Any = {field.name: values[field.name].value for field in fields}
+    report(Peer(**given), as_json=values.json)
 
 
 BENCHMARKS = options.Group(

@@ -1,16 +1,15 @@
-"""What each memory policy costs and saves: one model's loss and gradient, policy by policy.
+"""Measures what memory policies cost and save: one model's loss and gradient, policy by policy.
 
-    helios bench memory --config=helios_1b --policies=none,minimal,fp8,full,offload,fp8_offload
+    helios bench memory --config=bench_memory
 
-Each policy runs in a process of its own, so that none inherits another's memory: the compiler's
-bytes, the allocator's peak, the time of a step (loss and gradient, no optimizer), the loss and the
-cosine of every parameter's gradient with that of the first policy that runs. The batch is the first
-of the config's data, the parameters are initial ones.
+Each policy runs in a process of its own, so that none inherits another's memory. A row holds the
+compiler's bytes, the allocator's peak, the time of a step (loss and gradient, no optimizer), the
+loss, and the least cosine of a parameter's gradient with that under the first policy that ran. The
+batch is the first of the config's data, the parameters are initial ones.
 """
 
+import dataclasses
 import json
-import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Sequence
@@ -23,7 +22,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from helios_jax import config
+from helios_jax.bench import process
 from helios_jax.data import pipeline, tokenizer
+from helios_jax.errors import UserError, require
 from helios_jax.memory import proof, store
 from helios_jax.parallel import cluster, sharding
 from helios_jax.parallel import mesh as meshes
@@ -34,8 +35,12 @@ WARMUP_STEPS, STEPS = 2, 5
 GIB = 2**30
 
 
-def measure(cfg: config.Config, reference: Path) -> dict[str, Any]:
-    """One policy. The first writes its gradients to `reference`, the others compare with them."""
+def measure_policy(values: dict[str, Any], directory: str) -> dict[str, Any]:
+    """Measures the memory policy of a config, given as nested mappings.
+
+    The first policy writes its gradients into the directory, the others compare theirs with those.
+    """
+    cfg, reference = config.from_dict(values), Path(directory) / 'gradients'
     cluster.start()
     mesh = meshes.make(cfg.mesh)
     encoder = tokenizer.load(cfg.data.tokenizer)
@@ -71,7 +76,7 @@ def measure(cfg: config.Config, reference: Path) -> dict[str, Any]:
 
 
 def start(setup: states.Setup) -> states.TrainState:
-    """Initial parameters without moments, which a gradient does not read."""
+    """Makes initial parameters, without the optimizer's moments: a gradient does not read them."""
 
     def init() -> tuple[Any, Any]:
         tokens = jnp.zeros((1, 2), jnp.int32)
@@ -84,6 +89,7 @@ def start(setup: states.Setup) -> states.TrainState:
 
 
 def bytes_of(compiled: jax.stages.Compiled, table: list[dict[str, Any]]) -> dict[str, Any]:
+    """Collects GiB: what is saved for backward by the table of saved tensors, and temporaries."""
     memory: Any = compiled.memory_analysis()
     return {
         'saved_gib': sum(row['device_bytes'] for row in table) / GIB,
@@ -98,7 +104,7 @@ def bytes_of(compiled: jax.stages.Compiled, table: list[dict[str, Any]]) -> dict
 
 
 def timed(compiled: Any, state: states.TrainState, batch: pipeline.Batch) -> dict[str, float]:
-    """Milliseconds of the fastest and of the median step."""
+    """Times the steps: milliseconds of the median and of the fastest one."""
     times = []
     for _ in range(WARMUP_STEPS + STEPS):
         begin = time.perf_counter()
@@ -109,14 +115,14 @@ def timed(compiled: Any, state: states.TrainState, batch: pipeline.Batch) -> dic
 
 
 def write(gradients: Any, reference: Path) -> None:
-    """Each gradient in float32, a file a parameter."""
+    """Writes each gradient in float32, a file a parameter."""
     reference.mkdir()
     for i, leaf in enumerate(jax.tree.leaves(gradients)):
         np.save(reference / f'{i}.npy', np.asarray(leaf, np.float32))
 
 
 def cosines(gradients: Any, reference: Path) -> dict[str, Any]:
-    """The least cosine of a parameter's gradient with the reference's, and that parameter."""
+    """Finds the least cosine of a parameter's gradient with the reference's, and that parameter."""
     found = []
     for i, (path, leaf) in enumerate(jax.tree_util.tree_leaves_with_path(gradients)):
         one, other = leaf.astype(jnp.float32), jnp.asarray(np.load(reference / f'{i}.npy'))
@@ -128,28 +134,45 @@ def cosines(gradients: Any, reference: Path) -> dict[str, Any]:
     return {'least_cosine': least, 'of_parameter': name}
 
 
-def compare(argv: Sequence[str], policies: Sequence[str], *, as_json: bool) -> None:
-    """Measures and prints every policy; one that does not fit is a row that says so."""
+def with_policy(cfg: config.Config, name: str) -> config.Config:
+    """Gives a config a preset, and what differs from it: `full:backward_parts=4:gate_up=fp8`.
+
+    Raises:
+      UserError: no such preset, tensor or action; backward_parts is no whole number.
+    """
+    policy, *others = name.split(':')
+    values = dataclasses.asdict(cfg)
+    memory = values['memory'] | {'policy': policy}
+    for other in others:
+        setting, _, value = other.partition('=')
+        if setting != 'backward_parts':
+            memory['actions'][setting] = value
+            continue
+        require(value.isdecimal(), f'--policies={name}: backward_parts must be a whole number.')
+        memory['backward_parts'] = int(value)
+    return config.from_dict(values | {'memory': memory})
+
+
+def compare_policies(cfg: config.Config, policies: Sequence[str], *, as_json: bool) -> None:
+    """Measures and prints every policy; one that does not fit is a row that says so.
+
+    Raises:
+      UserError: a policy is none, before anything is measured.
+    """
+    variants = {name: with_policy(cfg, name) for name in policies}
     with tempfile.TemporaryDirectory() as directory:
-        reference = Path(directory) / 'gradients'
-        for name in policies:
-            command = [sys.executable, '-m', 'helios_jax', 'bench', 'memory', *argv]
-            policy, *others = name.split(':')
-            flags = [f'--config.memory.policy={policy}', f'--here={reference}']
-            for other in others:
-                section = '' if other.startswith('backward_parts=') else 'actions.'
-                flags.append(f'--config.memory.{section}{other}')
-            done = subprocess.run([*command, *flags], capture_output=True, text=True, check=False)
+        for name, variant in variants.items():
             row: dict[str, Any] = {'policy': name}
-            if done.returncode:
-                reason = [line for line in done.stderr.splitlines() if line.strip()][-1:]
-                row['failed'] = ' '.join(reason)[:300]
-            else:
-                row |= json.loads(done.stdout.strip().splitlines()[-1])
-            print(json.dumps(row) if as_json else text(row), flush=True)
+            values = dataclasses.asdict(variant)
+            try:
+                row |= process.run(measure_policy, values, directory, quiet=True)
+            except UserError as error:
+                row['failed'] = str(error)[:300]
+            print(json.dumps(row) if as_json else describe(row), flush=True)
 
 
-def text(row: dict[str, Any]) -> str:
+def describe(row: dict[str, Any]) -> str:
+    """Writes a policy's row as a line."""
     if 'failed' in row:
         temp = f'temp {row["temp_gib"]:6.2f}  ' if 'temp_gib' in row else ''
         return f'{row["policy"]:24} {temp}failed: {row["failed"]}'

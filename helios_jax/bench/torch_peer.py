@@ -1,105 +1,134 @@
-"""What PyTorch trains on the same card: transformers' Llama of helios_1b's shape.
+"""Measures what PyTorch trains on the same card: transformers' Llama of helios_1b's shape.
 
     helios bench torch_peer --json
 
-torch.compile, scaled dot-product attention, fused AdamW, bfloat16 autocast over float32 parameters,
-the loss inside the model: the usual way to train there. Needs torch and transformers, which nothing
-else here does. One H100: about a minute to compile, then half a second a step.
+It trains the usual way there: torch.compile, scaled dot-product attention, fused AdamW, bfloat16
+autocast over float32 parameters, the loss inside the model. Needs torch and transformers, which
+nothing else here does. One H100 takes about a minute to compile, then half a second a step.
 """
 
-import argparse
+import dataclasses
 import json
 import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 from etils import epath
 
-from helios_jax.config import UserError
-from helios_jax.model.flops import peak_flops
+from helios_jax.chips import peak_flops
+from helios_jax.errors import UserError, require
 
 GIB = 2**30
 
 
-def arguments(argv: Sequence[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser('helios bench torch_peer', description=__doc__.splitlines()[0])
-    for name, value, text in (
-        ('batch', 8, 'rows a step, B'),
-        ('length', 4096, 'tokens a row, T'),
-        ('steps', 20, 'steps that are timed'),
-        ('warmup', 5, 'steps before them; the first compiles'),
-        ('layers', 16, 'L'),
-        ('embed', 2048, 'D'),
-        ('heads', 16, 'N'),
-        ('kv_heads', 4, 'K'),
-        ('head', 128, 'H'),
-        ('mlp', 8192, 'F'),
-        ('vocab', 32768, 'V'),
-    ):
-        parser.add_argument(f'--{name}', type=int, default=value, help=f'{text} ({value})')
-    parser.add_argument('--tokens', default='', help='.npy of token ids to train on; else random')
-    parser.add_argument('--device', default='cuda', help='torch device (cuda)')
-    parser.add_argument('--checkpointing', action='store_true', help='recompute each layer')
-    parser.add_argument('--eager', action='store_true', help='without torch.compile')
-    parser.add_argument('--json', action='store_true', help='one line of JSON')
-    return parser.parse_args(argv)
+@dataclasses.dataclass(frozen=True)
+class Peer:
+    """What PyTorch trains, helios_1b's shape by default, and how; a flag for each field."""
+
+    batch: int = 8  # Rows a step, B.
+    length: int = 4096  # Tokens a row, T.
+    steps: int = 20  # Steps that are timed.
+    warmup: int = 5  # Steps before them; the first compiles.
+    layers: int = 16  # Layers, L.
+    embed: int = 2048  # Width of the stream, D.
+    heads: int = 16  # Query heads, N.
+    kv_heads: int = 4  # Key heads, K; must divide N.
+    head: int = 128  # Width of a head, H.
+    mlp: int = 8192  # Hidden width of the MLP, F.
+    vocab: int = 32768  # Tokens of the vocabulary, V.
+    tokens: str = ''  # File of token ids (.npy) to train on; none: random ones.
+    device: str = 'cuda'  # Device, by its name in torch.
+    checkpointing: bool = False  # Recompute each layer in the backward pass.
+    eager: bool = False  # Leave out torch.compile.
+
+    def __post_init__(self) -> None:
+        for name, value in dataclasses.asdict(self).items():
+            require(type(value) is not int or value > 0, f'--{name}={value} must be above 0.')
+        require(
+            self.heads % self.kv_heads == 0,
+            f'--kv_heads={self.kv_heads} must divide --heads={self.heads}.',
+        )
+
+    @property
+    def batch_tokens(self) -> int:
+        return self.batch * self.length
+
+    def flops_per_token(self, parameters: int) -> int:
+        """Counts FLOPs of a training step: 6 a weight, and attention without its masked half.
+
+        Args:
+          parameters: all of the model's, the embedding included.
+        """
+        matmuls = parameters - self.vocab * self.embed
+        return 6 * matmuls + 6 * self.layers * self.length * self.heads * self.head
 
 
-def batches(options: argparse.Namespace) -> Iterator[np.ndarray]:
-    """Rows [B T] of int64 token ids, from the start again when they run out."""
-    size = options.batch * options.length
-    if not options.tokens:
+def batches(peer: Peer) -> Iterator[np.ndarray]:
+    """Yields rows [B T] of int64 token ids, from the start again when they run out.
+
+    Raises:
+      UserError: the file of tokens is not there, too short, or holds no ids below V.
+    """
+    size = peer.batch_tokens
+    if not peer.tokens:
         rng = np.random.default_rng(0)
         while True:
-            yield rng.integers(options.vocab, size=(options.batch, options.length))
-    path = epath.Path(options.tokens)
+            yield rng.integers(peer.vocab, size=(peer.batch, peer.length))
+    path = epath.Path(peer.tokens)
     if not path.exists():
         raise UserError(f'--tokens={path} is not there; give a .npy file of token ids.')
-    with path.open('rb') as file:
-        tokens = np.load(file).reshape(-1)
-    if tokens.size < size or tokens.dtype.kind not in 'iu' or tokens.max() >= options.vocab:
+    try:
+        with path.open('rb') as file:
+            tokens = np.load(file).reshape(-1)
+    except (ValueError, EOFError, OSError) as error:
+        raise UserError(f'--tokens={path} cannot be read as a .npy file: {error}') from error
+    fits = tokens.size >= size and tokens.dtype.kind in 'iu'
+    if not fits or tokens.min() < 0 or tokens.max() >= peer.vocab:
         raise UserError(
             f'--tokens={path} holds {tokens.size} values of {tokens.dtype}; it needs at least '
-            f'{size} token ids below --vocab={options.vocab}.'
+            f'{size} token ids from 0 and below --vocab={peer.vocab}.'
         )
     while True:
         for start in range(0, tokens.size - size + 1, size):
-            rows = tokens[start : start + size].reshape(options.batch, options.length)
+            rows = tokens[start : start + size].reshape(peer.batch, peer.length)
             yield rows.astype(np.int64)
 
 
-def build(options: argparse.Namespace, torch: Any, transformers: Any) -> Any:
-    """The model in float32 on the device."""
+def build(peer: Peer, torch: Any, transformers: Any) -> Any:
+    """Makes the model in float32 on the device."""
     config = transformers.LlamaConfig(
-        vocab_size=options.vocab,
-        hidden_size=options.embed,
-        intermediate_size=options.mlp,
-        num_hidden_layers=options.layers,
-        num_attention_heads=options.heads,
-        num_key_value_heads=options.kv_heads,
-        head_dim=options.head,
-        max_position_embeddings=options.length,
+        vocab_size=peer.vocab,
+        hidden_size=peer.embed,
+        intermediate_size=peer.mlp,
+        num_hidden_layers=peer.layers,
+        num_attention_heads=peer.heads,
+        num_key_value_heads=peer.kv_heads,
+        head_dim=peer.head,
+        max_position_embeddings=peer.length,
         tie_word_embeddings=False,
         use_cache=False,
         attn_implementation='sdpa',
     )
     torch.manual_seed(0)
-    with torch.device(options.device):
+    with torch.device(peer.device):
         model = transformers.LlamaForCausalLM(config)
-    model = model.to(options.device, torch.float32).train()
-    if options.checkpointing:
+    model = model.to(peer.device, torch.float32).train()
+    if peer.checkpointing:
         model.gradient_checkpointing_enable({'use_reentrant': False})
     return model
 
 
-def measure(options: argparse.Namespace) -> dict[str, Any]:
-    """Trains warmup + steps steps; throughput of the latter.
+def measure_peer(values: dict[str, Any]) -> dict[str, Any]:
+    """Trains warmup + steps steps, and measures the throughput of the latter.
 
+    Args:
+      values: a value for each field of Peer.
     Raises:
-      UserError: torch, transformers or the device is missing.
+      UserError: torch, transformers or the device is missing; the loss is not finite.
     """
+    peer = Peer(**values)
     try:
         import torch
         import transformers
@@ -107,65 +136,58 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         raise UserError(
             f'the PyTorch peer needs torch and transformers ({error}); pip install them.'
         ) from error
-    cuda = options.device.startswith('cuda')
+    cuda = peer.device.startswith('cuda')
     if cuda and not torch.cuda.is_available():
-        raise UserError(f'--device={options.device}: torch finds no CUDA device.')
+        raise UserError(f'--device={peer.device}: torch finds no CUDA device.')
     wait = torch.cuda.synchronize if cuda else lambda: None
 
-    model = build(options, torch, transformers)
+    model = build(peer, torch, transformers)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
-    run = model if options.eager else torch.compile(model, dynamic=False)
+    called = model if peer.eager else torch.compile(model, dynamic=False)
 
     def step(rows: np.ndarray) -> Any:
-        ids = torch.from_numpy(rows).to(options.device)
-        with torch.autocast(torch.device(options.device).type, dtype=torch.bfloat16):
-            loss = run(input_ids=ids, labels=ids).loss
+        ids = torch.from_numpy(rows).to(peer.device)
+        with torch.autocast(torch.device(peer.device).type, dtype=torch.bfloat16):
+            loss = called(input_ids=ids, labels=ids).loss
         loss.backward()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         return loss.detach()
 
-    rows = batches(options)
+    rows = batches(peer)
     start = time.perf_counter()
     first_loss = float(step(next(rows)))
     wait()
     compile_seconds = time.perf_counter() - start
-    for _ in range(options.warmup - 1):
+    for _ in range(peer.warmup - 1):
         step(next(rows))
     wait()
     start = time.perf_counter()
-    for _ in range(options.steps):
+    for _ in range(peer.steps):
         loss = step(next(rows))
     wait()
     seconds = time.perf_counter() - start
-    loss = float(loss)
-    if not math.isfinite(loss):
-        raise UserError(
-            f'the peer diverged: loss {loss} after {first_loss}; its time says nothing.'
-        )
+    last_loss = float(loss)
+    require(
+        math.isfinite(last_loss),
+        f'the peer diverged: loss {last_loss} after {first_loss}; its time says nothing.',
+    )
 
     parameters = sum(p.numel() for p in model.parameters())
-    tokens_per_second = options.steps * options.batch * options.length / seconds
-    flops_per_token = 6 * (parameters - options.vocab * options.embed)
-    flops_per_token += 6 * options.layers * options.length * options.heads * options.head
-    hardware = torch.cuda.get_device_name() if cuda else options.device
-    mfu = tokens_per_second * flops_per_token / peak_flops(hardware)
+    hardware = torch.cuda.get_device_name() if cuda else peer.device
     return {
-        'tokens_per_second': tokens_per_second,
-        'mfu': mfu if math.isfinite(mfu) else None,
-        'tflops_per_second': tokens_per_second * flops_per_token / 1e12,
-        'step_seconds': seconds / options.steps,
+        **speed(peer, parameters, seconds, hardware),
         'peak_memory_gib': torch.cuda.max_memory_allocated() / GIB if cuda else None,
         'compile_seconds': compile_seconds,
         'first_loss': first_loss,
-        'last_loss': loss,
+        'last_loss': last_loss,
         'parameters': parameters,
-        'batch': options.batch,
-        'length': options.length,
-        'steps': options.steps,
-        'checkpointing': options.checkpointing,
-        'compiled': not options.eager,
-        'tokens': options.tokens or 'random',
+        'batch': peer.batch,
+        'length': peer.length,
+        'steps': peer.steps,
+        'checkpointing': peer.checkpointing,
+        'compiled': not peer.eager,
+        'tokens': peer.tokens or 'random',
         'torch': torch.__version__,
         'transformers': transformers.__version__,
         'cuda': torch.version.cuda,
@@ -173,11 +195,24 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-def main(argv: Sequence[str]) -> None:
-    options = arguments(argv)
-    result = measure(options)
-    if options.json:
-        print(json.dumps(result), flush=True)
+def speed(peer: Peer, parameters: int, seconds: float, hardware: str) -> dict[str, float | None]:
+    """Computes throughput and MFU of the timed steps; MFU is None on hardware of unknown peak."""
+    tokens_per_second = peer.steps * peer.batch_tokens / seconds
+    flops_per_second = tokens_per_second * peer.flops_per_token(parameters)
+    mfu = flops_per_second / peak_flops(hardware)
+    return {
+        'tokens_per_second': tokens_per_second,
+        'mfu': mfu if math.isfinite(mfu) else None,
+        'tflops_per_second': flops_per_second / 1e12,
+        'step_seconds': seconds / peer.steps,
+    }
+
+
+def report(peer: Peer, *, as_json: bool) -> None:
+    """Measures the peer and prints its figures."""
+    figures = measure_peer(dataclasses.asdict(peer))
+    if as_json:
+        print(json.dumps(figures), flush=True)
         return
-    for name, value in result.items():
+    for name, value in figures.items():
         print(f'{name}: {value:.6g}' if isinstance(value, float) else f'{name}: {value}')

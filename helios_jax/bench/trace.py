@@ -1,4 +1,4 @@
-"""Where the time of a profile goes: seconds of device kernels, by kind."""
+"""Reads where the time of a GPU's profile goes: seconds of its kernels, by kind."""
 
 import collections
 import re
@@ -17,7 +17,7 @@ KINDS = (
 
 
 def kernel_seconds(directory: Path) -> dict[str, float]:
-    """Device seconds of each kernel in the newest profile below `directory`, by kernel name."""
+    """Adds up the device seconds of each kernel in the newest profile below `directory`."""
     profiles = sorted(directory.rglob('*.xplane.pb'))
     assert profiles, f'no profile below {directory}'
     totals: dict[str, float] = collections.defaultdict(float)
@@ -33,7 +33,7 @@ def kernel_seconds(directory: Path) -> dict[str, float]:
 
 
 def by_kind(kernels: dict[str, float]) -> dict[str, float]:
-    """The same seconds summed by kind of kernel."""
+    """Sums the seconds of kernels by their kind."""
     totals: dict[str, float] = {}
     for name, seconds in kernels.items():
         kind = next((k for k, pattern in KINDS if re.search(pattern, name.lower())), 'other')

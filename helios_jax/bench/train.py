@@ -1,4 +1,4 @@
-"""Training speed on real text, beside PyTorch's in the same run.
+"""Measures training speed on real text, and PyTorch's in the same run.
 
     helios bench train --config=helios_1b --config.data.tokenizer=tokenizer.json --peer
 
@@ -6,9 +6,8 @@ Each variant (GMU kind × packing) runs in a process of its own, so that none in
 memory, and reports tokens/s, MFU, peak memory and where the time goes.
 """
 
+import dataclasses
 import json
-import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Sequence
@@ -18,19 +17,26 @@ from typing import Any
 import jax
 
 from helios_jax import config
-from helios_jax.bench import trace
+from helios_jax.bench import process, torch_peer, trace
 from helios_jax.data import pipeline, tokenizer
-from helios_jax.model import flops
 from helios_jax.parallel import cluster, sharding
 from helios_jax.parallel import mesh as meshes
 from helios_jax.train import state as states
+from helios_jax.train import throughput
 from helios_jax.train.step import compile_step
 
 GIB = 2**30
 
 
-def measure(cfg: config.Config, warmup_steps: int, profiled_steps: int) -> dict[str, Any]:
-    """Runs `train.num_steps` steps after the warm-up, timed all together, and then a profile."""
+def measure_training(
+    values: dict[str, Any], warmup_steps: int, profiled_steps: int
+) -> dict[str, Any]:
+    """Runs `train.num_steps` steps after the warm-up, timed all together, and then a profile.
+
+    Args:
+      values: the config as nested mappings.
+    """
+    cfg = config.from_dict(values)
     cluster.start()
     mesh = meshes.make(cfg.mesh)
     encoder = tokenizer.load(cfg.data.tokenizer)
@@ -43,7 +49,8 @@ def measure(cfg: config.Config, warmup_steps: int, profiled_steps: int) -> dict[
         state = states.initialize(setup)
         first = pipeline.to_global(next(batches), rows)
         step = compile_step(setup, state, first)
-        losses, tokens, context, start, seconds = [], 0.0, 0.0, 0.0, 0.0
+        losses, start, seconds = [], 0.0, 0.0
+        speed = throughput.Throughput(cfg, throughput.peak_flops())
         total = warmup_steps + cfg.train.num_steps
         for count in range(total + profiled_steps):
             if count in (warmup_steps, total):
@@ -51,12 +58,10 @@ def measure(cfg: config.Config, warmup_steps: int, profiled_steps: int) -> dict[
                 seconds, start = time.perf_counter() - start, time.perf_counter()
             if count == total:
                 jax.profiler.start_trace(profile)
-            batch = next(batches)
-            if warmup_steps <= count < total:
-                tokens += int((batch.segment_ids > 0).sum())
-                context += int((batch.positions + (batch.segment_ids > 0)).sum())
-            state, metrics = step.run(state, pipeline.to_global(batch, rows))
+            state, metrics = step.run(state, pipeline.to_global(next(batches), rows))
             losses.append(metrics['loss'])
+            if warmup_steps <= count < total:
+                speed.add(metrics)
         jax.block_until_ready(state)
         kernels: dict[str, float] = {}
         if profiled_steps:
@@ -64,16 +69,13 @@ def measure(cfg: config.Config, warmup_steps: int, profiled_steps: int) -> dict[
             kernels = trace.kernel_seconds(Path(profile))
         else:
             seconds = time.perf_counter() - start
-    rate, device = tokens / seconds, jax.devices()[0]
+    device = jax.devices()[0]
     memory: Any = step.compiled.memory_analysis()
-    peak = flops.peak_flops(device.device_kind) * jax.device_count()
     return {
         'kind': cfg.model.gmu.kind,
         'packing': cfg.data.packing,
         'policy': cfg.memory.policy,
-        'tokens_per_second': rate,
-        'mfu': rate * flops.flops_per_token(cfg.model, cfg.data.row_length) / peak,
-        'segment_mfu': rate * flops.segment_flops_per_token(cfg.model, context / tokens) / peak,
+        **speed.figures(seconds),
         'step_ms': 1e3 * seconds / cfg.train.num_steps,
         'losses': [float(loss) for loss in losses],
         'state_gib': gib_of(state),
@@ -87,7 +89,7 @@ def measure(cfg: config.Config, warmup_steps: int, profiled_steps: int) -> dict[
 
 
 def gib_of(state: states.TrainState) -> dict[str, float]:
-    """GiB of the training state in each memory that it lies in."""
+    """Adds up the GiB of the training state in each memory that it lies in."""
     total: dict[str, float] = {}
     for leaf in jax.tree.leaves(state):
         kind = leaf.sharding.memory_kind
@@ -95,42 +97,49 @@ def gib_of(state: states.TrainState) -> dict[str, float]:
     return total
 
 
-def compare(
-    argv: Sequence[str],
+def compare_training(
+    cfg: config.Config,
     *,
     kinds: Sequence[str],
     packings: Sequence[str],
+    warmup_steps: int,
+    profiled_steps: int,
     with_peer: bool,
     as_json: bool,
 ) -> None:
-    """Measures and prints every variant of the config that the flags `argv` describe."""
+    """Measures and prints the config with each GMU kind and packing.
+
+    Raises:
+      UserError: a kind or a packing is none, before anything is measured; a measurement failed.
+    """
+    variants = [variant(cfg, kind, packing) for packing in packings for kind in kinds]
     rows = []
-    for packing in packings:
-        for kind in kinds:
-            variant = [f'--config.model.gmu.kind={kind}', f'--config.data.packing={packing}']
-            rows.append(_run(['helios_jax', 'bench', 'train', *argv, *variant, '--here']))
-            print(json.dumps(rows[-1]), flush=True)
-    peer = _run(['helios_jax', 'bench', 'torch_peer', '--json']) if with_peer else {}
-    if peer:
+    for values in map(dataclasses.asdict, variants):
+        rows.append(process.run(measure_training, values, warmup_steps, profiled_steps))
+        print(json.dumps(rows[-1]), flush=True)
+    peer: dict[str, Any] = {}
+    if with_peer:
+        peer = process.run(torch_peer.measure_peer, dataclasses.asdict(torch_peer.Peer()))
         print(json.dumps(peer), flush=True)
-    if as_json:
-        return
-    for row in rows:
-        ratio = row['tokens_per_second'] / peer['tokens_per_second'] if peer else float('nan')
-        print(
-            f'{row["kind"]:10} {row["packing"]:12} {row["tokens_per_second"]:9,.0f} tok/s  '
-            f'MFU {row["mfu"]:.3f}  {row["peak_gib"]:.1f} GiB  {ratio:.2f} × PyTorch'
-        )
+    if not as_json:
+        print('\n'.join(describe(row, peer) for row in rows))
 
 
-def _run(arguments: list[str]) -> dict[str, Any]:
-    """The JSON that a process of its own prints last."""
-    done = subprocess.run(
-        [sys.executable, '-m', *arguments], stdout=subprocess.PIPE, text=True, check=False
+def variant(cfg: config.Config, kind: str, packing: str) -> config.Config:
+    """Gives a config another GMU kind and packing."""
+    gmu = dataclasses.replace(cfg.model.gmu, kind=kind)
+    model = dataclasses.replace(cfg.model, gmu=gmu)
+    return dataclasses.replace(
+        cfg, model=model, data=dataclasses.replace(cfg.data, packing=packing)
     )
-    lines = done.stdout.strip().splitlines()
-    config.require(
-        done.returncode == 0 and bool(lines),
-        f'measurement {" ".join(arguments)} ended with code {done.returncode}; see above.',
+
+
+def describe(row: dict[str, Any], peer: dict[str, Any]) -> str:
+    """Writes a variant's row as a line, with its speed by the peer's where that was measured."""
+    line = (
+        f'{row["kind"]:10} {row["packing"]:12} {row["tokens_per_second"]:9,.0f} tok/s  '
+        f'MFU {row["mfu"]:.3f} ({row["segment_mfu"]:.3f} by segments)  {row["peak_gib"]:.1f} GiB'
     )
-    return json.loads(lines[-1])
+    if not peer:
+        return line
+    return f'{line}  {row["tokens_per_second"] / peer["tokens_per_second"]:.2f} × PyTorch'

@@ -3,24 +3,42 @@
     DIRECTORY/helios_checkpoints.json   marks the directory as ours
     DIRECTORY/tokenizer/                files that every step shares
     DIRECTORY/STEP/ITEM/                arrays of one item (params, optimizer, …)
-    DIRECTORY/STEP/metadata/            JSON: format version, time, metrics, shapes; the caller's
+    DIRECTORY/STEP/metadata/            JSON: format version, step, time, shapes; the caller's
     DIRECTORY/STEP/manifest.json        size and SHA-256 of each part's files, written last
+    DIRECTORY/STEP.unfinished           STEP is being deleted or, on an object store, saved (a mark)
+    DIRECTORY/STEP.damaged              STEP was damaged, and a run has written it again
 
-A step is a checkpoint exactly if it has a manifest. Arrays are stored under flat names, such as
-`layers.attention.q`, so that the files depend on no class of the optimizer's. In a run of several
-processes all of them call every function here (`steps` and `tokenizer_directory` apart).
+A step is a checkpoint exactly if it has a manifest. Nothing is deleted but what `keep` lets go and
+what a save or a deletion of ours left unfinished. Arrays are stored under flat names, such as
+`layers.attention.q`, so that the files depend on no class of the optimizer's. Readers need no lock:
+they may read while a run writes. In a run of several processes all of them call the methods of
+`Checkpoints` and `Opened`, and `open_step`.
 """
 
-from helios_jax.checkpoint.layout import FORMAT_VERSION, tokenizer_directory
-from helios_jax.checkpoint.read import list_steps, read_metadata, resolve, restore
+from helios_jax.checkpoint.layout import (
+    FORMAT_VERSION,
+    absolute,
+    committed,
+    in_the_way,
+    incomplete,
+    require_ours,
+    tokenizer_directory,
+)
+from helios_jax.checkpoint.manifest import sha256
+from helios_jax.checkpoint.read import Opened, list_steps, open_step
 from helios_jax.checkpoint.write import Checkpoints
 
 __all__ = [
     'FORMAT_VERSION',
     'Checkpoints',
+    'Opened',
+    'absolute',
+    'committed',
+    'in_the_way',
+    'incomplete',
     'list_steps',
-    'read_metadata',
-    'resolve',
-    'restore',
+    'open_step',
+    'require_ours',
+    'sha256',
     'tokenizer_directory',
 ]

@@ -2,23 +2,26 @@
 
 import json
 import logging
-import math
+import re
 from typing import Any
 
 import jax
 import numpy as np
 from etils import epath
-from jax.experimental import multihost_utils
 from jaxtyping import PyTree
 
 from helios_jax.checkpoint import manifest
-from helios_jax.errors import UserError, require
+from helios_jax.errors import require
 
 log = logging.getLogger(__name__)
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2  # 1: manifests without a digest of their own, tokenizers without one
 MARKER = 'helios_checkpoints.json'
 METADATA = 'metadata'
+# STEP.unfinished is what a local step is renamed to before it is deleted. Object stores cannot
+# rename: there it is a file which says that STEP is being saved or deleted.
+UNFINISHED = '.unfinished'
+_TEMPORARY = re.compile(r'([0-9]+)\.orbax-checkpoint-tmp.*')
 
 
 def tokenizer_directory(directory: epath.PathLike) -> epath.Path:
@@ -28,70 +31,100 @@ def tokenizer_directory(directory: epath.PathLike) -> epath.Path:
 
 def absolute(directory: epath.PathLike) -> epath.Path:
     path = epath.Path(directory)
-    return path if '://' in str(path) else path.expanduser().resolve()
+    return path if manifest.is_remote(path) else path.expanduser().resolve()
+
+
+def is_step(name: str) -> bool:
+    """Whether a step's folder can have this name: 40, but not 040, ٤٠ or 4²."""
+    return name.isascii() and name.isdecimal() and str(int(name)) == name
+
+
+def is_temporary(name: str) -> bool:
+    """Whether Orbax names an unfinished save of one of our steps so."""
+    found = _TEMPORARY.fullmatch(name)
+    return bool(found) and is_step(found[1])  # type: ignore[index]
+
+
+def require_ours(directory: epath.Path) -> None:
+    """Refuses a directory that is not marked as ours and holds what would be taken for our steps.
+
+    Raises:
+      UserError: names the first such folder.
+    """
+    if (directory / MARKER).exists() or not directory.exists():
+        return
+    foreign = sorted(path.name for path in directory.iterdir() if is_step(path.name))
+    require(
+        not foreign,
+        f'{directory} holds folder {", ".join(foreign[:1])} but is no Helios checkpoint '
+        'directory; choose another, nothing there is written over.',
+    )
 
 
 def claim(directory: epath.Path) -> None:
-    """Marks a directory as ours, unless what it holds would be taken for our steps."""
-    marker = directory / MARKER
-    if jax.process_index() == 0 and not marker.exists():
+    """Marks a directory as ours, having made it if need be."""
+    if not (directory / MARKER).exists():
         directory.mkdir(parents=True, exist_ok=True)
-        foreign = sorted(path.name for path in directory.iterdir() if path.name.isdigit())
-        require(
-            not foreign,
-            f'{directory} holds folder {", ".join(foreign[:1])} but is no Helios checkpoint '
-            'directory; choose another, nothing there is written over.',
-        )
-        marker.write_text(json.dumps({'format_version': FORMAT_VERSION}))
+        (directory / MARKER).write_text(json.dumps({'format_version': FORMAT_VERSION}))
 
 
-def open_steps(directory: epath.Path) -> list[int]:
+def require_directory(directory: epath.Path) -> None:
     require(directory.exists(), f'checkpoint directory {directory} does not exist.')
     require(
         (directory / MARKER).exists(),
         f'{directory} is not a checkpoint directory of Helios (it has no {MARKER}); give the one '
         'that `helios train` wrote.',
     )
-    return committed(directory)
 
 
 def committed(directory: epath.Path) -> list[int]:
-    names = [path.name for path in directory.iterdir() if path.name.isdigit()]
-    return sorted(int(name) for name in names if (directory / name / manifest.NAME).exists())
+    """The steps that have a manifest, oldest first."""
+    return [step for step in _numbered(directory) if is_committed(directory, step)]
 
 
-def ranked(directory: epath.Path, metric: str) -> list[int]:
-    """The steps that have the metric, lowest first; of equal ones the newest first."""
-    scores = {}
-    for step in committed(directory):
-        score = read_json(directory / str(step)).get('metrics', {}).get(metric, math.nan)
-        if math.isfinite(score):
-            scores[step] = score
-    return sorted(scores, key=lambda step: (scores[step], -step))
+def incomplete(directory: epath.Path) -> list[int]:
+    """What is named like a step, has no manifest, and is not being saved or deleted either."""
+    return [
+        step
+        for step in _numbered(directory)
+        if not is_committed(directory, step)
+        and not unfinished(directory, step).exists()
+        and folder(directory, step).exists()
+    ]
 
 
-def first_intact(directory: epath.Path, steps: list[int]) -> int:
-    for step in steps:
-        damage = manifest.damage(directory / str(step))
-        if not damage:
-            return step
-        log.warning('CHECKPOINT %s IS DAMAGED: %s. Trying another.', directory / str(step), damage)
-    raise UserError(f'every checkpoint in {directory} is damaged; see the warnings above.')
+def warn_of_incomplete(directory: epath.Path) -> None:
+    for step in incomplete(directory):
+        log.warning(
+            '%s has no %s and is passed over: it was copied in part, or is no checkpoint.',
+            folder(directory, step),
+            manifest.NAME,
+        )
 
 
-def read_json(folder: epath.Path) -> dict[str, Any]:
-    """A step's metadata, {} if it cannot be read: listing must not stop at a damaged step."""
-    try:
-        return json.loads((folder / METADATA / 'metadata').read_text())
-    except (OSError, ValueError):
-        return {}
+def is_committed(directory: epath.Path, step: int) -> bool:
+    return (folder(directory, step) / manifest.NAME).exists()
 
 
-def check(folder: epath.Path, part: str) -> None:
-    damage = manifest.damage(folder, part)
-    require(
-        not damage,
-        f'checkpoint {folder} is damaged: {damage}; restore another step (see `helios ckpt ls`).',
+def folder(directory: epath.Path, step: int) -> epath.Path:
+    return directory / str(step)
+
+
+def unfinished(directory: epath.Path, step: int) -> epath.Path:
+    return directory / f'{step}{UNFINISHED}'
+
+
+def unfinished_step(path: epath.Path) -> int | None:
+    """The step that a STEP.unfinished is of; None for any other file."""
+    name = path.name.removesuffix(UNFINISHED)
+    return int(name) if path.name.endswith(UNFINISHED) and is_step(name) else None
+
+
+def in_the_way(path: epath.Path) -> str:
+    """Refuses to write where something lies that is no checkpoint."""
+    return (
+        f'{path} is in the way of checkpoint {path.name}: it has no {manifest.NAME}, so it was '
+        'copied in part or is no checkpoint; complete it, or move it away.'
     )
 
 
@@ -107,6 +140,6 @@ def describe(leaves: dict[str, Any]) -> dict[str, str]:
     return {name: f'{np.dtype(leaf.dtype)}{list(leaf.shape)}' for name, leaf in leaves.items()}
 
 
-def barrier(name: str) -> None:
-    if jax.process_count() > 1:
-        multihost_utils.sync_global_devices(name)
+def _numbered(directory: epath.Path) -> list[int]:
+    names = [path.name for path in directory.iterdir()] if directory.exists() else []
+    return sorted(int(name) for name in names if is_step(name))

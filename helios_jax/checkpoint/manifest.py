@@ -1,22 +1,33 @@
 """A folder's manifest: the size and SHA-256 of every file below it, written last, checked later.
 
 Orbax restores arrays with flipped bits silently; this does not. What lies directly in the folder is
-left out: Orbax still changes its own files there while it commits. Files are hashed once a process.
+left out: Orbax still changes its own files there while it commits, and nothing reads them.
+
+The manifest carries a SHA-256 of its own list, and is damaged unless it is, byte for byte, what
+`write` would have written. Manifests of format 1 are the bare list.
 """
 
 import concurrent.futures
 import functools
 import hashlib
 import json
+import os
+import pathlib
+import re
 from typing import Any
 
-import jax
-import numpy as np
 from etils import epath
-from jax.experimental import multihost_utils
 
 NAME = 'manifest.json'
-_intact: set[tuple[str, str, str]] = set()  # folder, text of its manifest, part
+Files = dict[str, tuple[int, str]]  # size in bytes and SHA-256, by the path within the folder
+
+
+class DamageError(Exception):
+    """What is wrong with files that were read, for people."""
+
+
+def is_remote(path: epath.Path) -> bool:
+    return '://' in str(path)
 
 
 def files(folder: epath.Path) -> dict[str, epath.Path]:
@@ -36,26 +47,47 @@ def write(folder: epath.Path) -> None:
     found = files(folder)
     with concurrent.futures.ThreadPoolExecutor() as pool:
         hashes = list(pool.map(sha256, found.values()))
-    sizes = [path.stat().length for path in found.values()]
-    manifest = dict(zip(found, zip(sizes, hashes, strict=True), strict=True))
+        sizes = list(pool.map(_size, found.values()))
+    listed = dict(zip(found, map(list, zip(sizes, hashes, strict=True)), strict=True))
     temporary = folder / f'{NAME}.tmp'
-    temporary.write_text(json.dumps(manifest, indent=0))
+    temporary.write_text(_render({'files': listed, 'sha256': _digest(listed)}))
     temporary.replace(folder / NAME)
 
 
-def damage(folder: epath.Path, part: str = '') -> str:
-    """What differs from the manifest, '' if nothing does.
+def read(folder: epath.Path) -> Files:
+    """Parses the manifest.
 
-    Of several processes the first reads the files; all of them call this.
-
-    Args:
-      part: a subfolder, to check that one alone.
+    Raises:
+      DamageError: it is not exactly what was written, or names a file outside the folder.
+      FileNotFoundError: there is none.
     """
-    found = _find(folder, part) if jax.process_index() == 0 else ''
-    if jax.process_count() == 1:
-        return found
-    damaged = multihost_utils.broadcast_one_to_all(np.array(bool(found)))
-    return found or ('process 0 found a damaged file' if damaged else '')
+    try:
+        text = (folder / NAME).read_bytes().decode()
+        content = json.loads(text)
+    except (ValueError, RecursionError):
+        raise DamageError(f'{NAME} cannot be read') from None
+    except IsADirectoryError:
+        raise DamageError(f'{NAME} is a directory') from None
+    signed = isinstance(content, dict) and content.keys() == {'files', 'sha256'}
+    listed = content['files'] if signed else content
+    if not isinstance(listed, dict) or not listed:
+        raise DamageError(f'{NAME} is no list of files')
+    wrong = next((name for name, entry in listed.items() if not _is_entry(name, entry)), None)
+    if wrong is not None:
+        raise DamageError(f'{NAME} has an entry {wrong[:80]!r} that no checkpoint has')
+    if _render(content) != text or (signed and content['sha256'] != _digest(listed)):
+        raise DamageError(f'{NAME} has changed since it was written')
+    return {name: (size, digest) for name, (size, digest) in listed.items()}
+
+
+def fault(folder: epath.Path, listed: Files, part: str) -> str:
+    """What differs from the manifest in one subfolder, '' if nothing does."""
+    names = [name for name in listed if name.startswith(f'{part}/')]
+    if not names:
+        return f'{part} is not in its manifest'
+    with concurrent.futures.ThreadPoolExecutor() as pool:
+        faults = pool.map(functools.partial(_fault, folder, listed), names)
+        return next(filter(None, faults), '')
 
 
 def sha256(path: epath.Path) -> str:
@@ -66,33 +98,43 @@ def sha256(path: epath.Path) -> str:
     return digest.hexdigest()
 
 
-def _find(folder: epath.Path, part: str) -> str:
-    text = (folder / NAME).read_text()
-    try:
-        manifest = json.loads(text)
-    except ValueError:
-        return f'{NAME} cannot be read'
-    parts: dict[str, list[str]] = {}
-    for name in manifest:
-        parts.setdefault(name.split('/')[0], []).append(name)
-    for each in [part] if part else parts:
-        if each not in parts:
-            return f'{each} is not in its manifest'
-        if (str(folder), text, each) in _intact:
-            continue
-        with concurrent.futures.ThreadPoolExecutor() as pool:
-            faults = pool.map(functools.partial(_fault, folder, manifest), parts[each])
-            if fault := next(filter(None, faults), ''):
-                return fault
-        _intact.add((str(folder), text, each))
-    return ''
-
-
-def _fault(folder: epath.Path, manifest: dict[str, list[Any]], name: str) -> str:
-    size, digest = manifest[name]
+def _fault(folder: epath.Path, listed: Files, name: str) -> str:
+    size, digest = listed[name]
     path = folder / name
-    if not path.exists():
+    if not is_remote(path):
+        real, root = pathlib.Path(os.path.realpath(path)), os.path.realpath(folder)
+        if not real.is_relative_to(root):
+            return f'{name} is a link that leaves the checkpoint'
+    if not (path.is_file() if is_remote(path) else os.path.isfile(path)):
         return f'{name} is missing'
-    if path.stat().length != size:
-        return f'{name} has {path.stat().length} bytes instead of {size}'
-    return '' if sha256(path) == digest else f'{name} has changed since it was written'
+    try:
+        if (now := _size(path)) != size:
+            return f'{name} has {now} bytes instead of {size}'
+        return '' if sha256(path) == digest else f'{name} has changed since it was written'
+    except OSError as error:
+        return f'{name} cannot be read ({error.strerror or error})'
+
+
+def _is_entry(name: str, entry: Any) -> bool:
+    path = pathlib.PurePosixPath(name)
+    inside = not path.is_absolute() and '..' not in path.parts and '\0' not in name
+    if not inside or len(path.parts) < 2 or str(path) != name:
+        return False
+    match entry:
+        case [int(size), str(digest)]:
+            whole = not isinstance(size, bool) and size >= 0
+            return whole and re.fullmatch('[0-9a-f]{64}', digest) is not None
+    return False
+
+
+def _render(content: dict[str, Any]) -> str:
+    return json.dumps(content, indent=0)
+
+
+def _digest(listed: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(listed).encode()).hexdigest()
+
+
+def _size(path: epath.Path) -> int:
+    # epath's stat also looks up the owner's name, which a container may not have.
+    return path.stat().length if is_remote(path) else os.stat(path).st_size

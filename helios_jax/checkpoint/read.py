@@ -1,5 +1,10 @@
 """Reads checkpoints: which steps there are, their metadata, and their arrays onto any mesh."""
 
+import dataclasses
+import json
+import logging
+import math
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import jax
@@ -8,109 +13,270 @@ from etils import epath
 from jaxtyping import PyTree
 
 from helios_jax.checkpoint import layout, manifest
-from helios_jax.errors import require
+from helios_jax.checkpoint.manifest import DamageError
+from helios_jax.errors import UserError, require
+from helios_jax.parallel import agreement
+
+log = logging.getLogger(__name__)
+
+BEST_METRIC = 'bits_per_byte'
 
 
-def resolve(directory: epath.PathLike, step: int | str) -> int:
-    """The number that `latest`, `best` or a number stands for.
+@dataclasses.dataclass(frozen=True)
+class Opened:
+    """One step, its metadata verified; an item's files are hashed when it is first asked for.
 
-    `latest` and `best` pass over damaged steps, with a warning for each.
+    In a run of several processes all of them call every method; process 0 hashes.
 
-    Raises:
-      UserError: no such directory, step or intact step.
+    Attributes:
+      metadata: what was given to `save`, and `step`, `time`, `metrics`, `arrays`, `format_version`.
     """
-    directory = layout.absolute(directory)
-    steps = layout.open_steps(directory)
-    require(bool(steps), f'checkpoint directory {directory} holds no complete checkpoint yet.')
-    if step == 'latest':
-        return layout.first_intact(directory, steps[::-1])
-    if step == 'best':
-        ranked = layout.ranked(directory, 'bits_per_byte')
-        require(bool(ranked), f'no step of {directory} has bits_per_byte; ask for latest instead.')
-        return layout.first_intact(directory, ranked)
-    require(
-        str(step).isdigit() and int(step) in steps,
-        f'step={step} is not in {directory}; choose latest, best or one of '
-        f'{", ".join(map(str, steps))}.',
-    )
-    return int(step)
+
+    directory: epath.Path
+    step: int
+    metadata: dict[str, Any]
+    files: manifest.Files = dataclasses.field(repr=False)
+    _intact: set[str] = dataclasses.field(default_factory=set, repr=False)
+
+    @property
+    def folder(self) -> epath.Path:
+        return layout.folder(self.directory, self.step)
+
+    @property
+    def items(self) -> tuple[str, ...]:
+        return tuple(self.metadata['arrays'])
+
+    def damage(self, *items: str) -> str:
+        """What is wrong with the files of some items, '' if nothing is."""
+        found = self._fault(items) if jax.process_index() == 0 else ''
+        return agreement.from_first(found)
+
+    def require_fit(self, item: str, abstract: PyTree[jax.ShapeDtypeStruct]) -> None:
+        """Refuses a tree that the item cannot be restored to, reading none of its arrays.
+
+        Raises:
+          UserError: no such item; an array that differs, with both shapes.
+        """
+        saved, wanted = self.metadata['arrays'], layout.describe(layout.flatten(abstract))
+        require(
+            item in saved,
+            f'checkpoint {self.folder} has no {item!r}; it holds {", ".join(saved)}.',
+        )
+        for name in sorted({*saved[item], *wanted}):
+            ours, theirs = wanted.get(name, 'nothing'), saved[item].get(name, 'nothing')
+            require(
+                ours == theirs,
+                f'{self.folder / item} does not fit: {name} is {theirs} in the checkpoint and '
+                f'{ours} in this configuration; use the configuration that it was trained with.',
+            )
+
+    def restore(self, item: str, abstract: PyTree[jax.ShapeDtypeStruct]) -> PyTree[jax.Array]:
+        """Reads one item, verified, straight onto the devices that `abstract` names.
+
+        Args:
+          abstract: the tree to restore; each leaf has a sharding, on whichever mesh.
+        Raises:
+          UserError: as `require_fit`; a damaged item, or one that cannot be read.
+        """
+        self.require_fit(item, abstract)
+        wanted = layout.flatten(abstract)
+        if any(leaf.sharding is None for leaf in wanted.values()):
+            raise ValueError(f'every leaf of abstract needs a sharding to restore {item!r}.')
+        if damage := self.damage(item):
+            raise UserError(_refusal(self.folder, damage))
+        try:
+            with ocp.Checkpointer(ocp.StandardCheckpointHandler()) as reader:
+                arrays = reader.restore(self.folder / item, args=ocp.args.StandardRestore(wanted))
+        except Exception as error:
+            cause = f'{type(error).__name__}: {str(error).partition(chr(10))[0][:160]}'
+            raise UserError(
+                _refusal(self.folder, f'{item} cannot be restored ({cause})')
+            ) from error
+        return jax.tree.unflatten(jax.tree.structure(abstract), [arrays[name] for name in wanted])
+
+    def _fault(self, items: Iterable[str]) -> str:
+        for item in items:
+            if item in self._intact:
+                continue
+            if damage := manifest.fault(self.folder, self.files, item):
+                if not layout.is_committed(self.directory, self.step):
+                    return f'{self.folder} was deleted while it was read'
+                return damage
+            self._intact.add(item)
+        return ''
 
 
-def read_metadata(directory: epath.PathLike, step: int | str = 'latest') -> dict[str, Any]:
-    """The JSON saved with a step, with `step`, `time`, `metrics` and `format_version` added.
+def open_step(
+    directory: epath.PathLike, step: int | str = 'latest', items: Sequence[str] = ()
+) -> Opened:
+    """Opens one step: reads and verifies its manifest and its metadata.
 
-    Raises:
-      UserError: as `resolve`; damaged metadata; a format that is newer than this version's.
-    """
-    directory = layout.absolute(directory)
-    folder = directory / str(resolve(directory, step))
-    metadata = layout.read_json(folder)
-    version = metadata.get('format_version', 0)
-    require(
-        version <= layout.FORMAT_VERSION,
-        f'checkpoint {folder} has format version {version}, newer than this installation, which '
-        f'reads up to {layout.FORMAT_VERSION}; upgrade helios_jax.',
-    )
-    layout.check(folder, layout.METADATA)
-    return metadata
-
-
-def restore(
-    directory: epath.PathLike,
-    step: int | str,
-    item: str,
-    abstract: PyTree[jax.ShapeDtypeStruct],
-) -> PyTree[jax.Array]:
-    """Reads one item, verified, straight onto the devices that `abstract` names.
+    `latest` and `best` pass over steps that are damaged there or in one of `items`, with a warning
+    for each; items that a step does not have are not looked for.
 
     Args:
-      step: latest, best or a number.
-      abstract: the tree to restore; each leaf has a sharding, on whichever mesh.
+      step: latest, best (lowest bits per byte) or a number.
     Raises:
-      UserError: as `read_metadata`; a damaged item; a tree that differs, naming the first array.
+      UserError: no such directory, step or intact step; damage; a format newer than this version's.
     """
     directory = layout.absolute(directory)
-    folder = directory / str(resolve(directory, step))
-    saved = read_metadata(directory, int(folder.name))['arrays']
-    require(
-        item in saved,
-        f'checkpoint {folder} has no {item!r}; it holds {", ".join(saved)}.',
-    )
-    wanted = layout.flatten(abstract)
-    _compare(folder / item, saved[item], layout.describe(wanted))
-    if any(leaf.sharding is None for leaf in wanted.values()):
-        raise ValueError(f'every leaf of abstract needs a sharding to restore {item!r}.')
-    layout.check(folder, item)
-    with ocp.Checkpointer(ocp.StandardCheckpointHandler()) as reader:
-        arrays = reader.restore(folder / item, args=ocp.args.StandardRestore(wanted))
-    return jax.tree.unflatten(jax.tree.structure(abstract), [arrays[name] for name in wanted])
+    found: Opened | None = None
+    with agreement.together():
+        if jax.process_index() == 0:
+            found = _find(directory, step, items)
+    number, metadata = agreement.from_first(found and [found.step, found.metadata])
+    return found or Opened(directory, number, metadata, {})
 
 
 def list_steps(directory: epath.PathLike, *, verify: bool = True) -> list[dict[str, Any]]:
     """Each step's `step`, `bytes`, `time` (ISO, UTC), `metrics` and `damage` ('' if intact).
 
-    `damage` reads every byte; without `verify` it is left out.
+    `damage` reads every byte; without `verify` it is left out. May be called while a run writes.
     """
     directory = layout.absolute(directory)
+    layout.require_directory(directory)
+    layout.warn_of_incomplete(directory)
     rows = []
-    for step in layout.open_steps(directory):
-        folder = directory / str(step)
-        metadata = layout.read_json(folder)
-        row = {
-            'step': step,
-            'bytes': sum(path.stat().length for path in manifest.files(folder).values()),
-            'time': metadata.get('time', ''),
-            'metrics': metadata.get('metrics', {}),
-        }
-        rows.append(row | ({'damage': manifest.damage(folder)} if verify else {}))
+    for step in layout.committed(directory):
+        row: dict[str, Any] = {'step': step, 'bytes': 0, 'time': '', 'metrics': {}}
+        damage = ''
+        try:
+            opened = _open(directory, step)
+            row['bytes'] = sum(size for size, _ in opened.files.values())
+            row |= {name: opened.metadata[name] for name in ('time', 'metrics')}
+            damage = opened._fault(opened.items) if verify else ''
+        except (DamageError, UserError) as error:
+            damage = str(error)
+        if layout.is_committed(directory, step):  # else a run has let it go
+            rows.append(row | ({'damage': damage} if verify else {}))
     return rows
 
 
-def _compare(path: epath.Path, saved: dict[str, str], wanted: dict[str, str]) -> None:
-    for name in sorted({*saved, *wanted}):
-        ours, theirs = wanted.get(name, 'nothing'), saved.get(name, 'nothing')
+def ranked(directory: epath.Path, *, warn: bool = False) -> list[int]:
+    """The steps that have `BEST_METRIC`, lowest first; of equal ones the newest first.
+
+    Args:
+      warn: whether to name the steps whose metadata is damaged.
+    """
+    scores = {}
+    for step in layout.committed(directory):
+        try:
+            score = _open(directory, step).metadata['metrics'].get(BEST_METRIC, math.nan)
+        except DamageError as error:
+            if warn:
+                _warn_of_damage(directory, step, str(error))
+            continue
+        if math.isfinite(score):
+            scores[step] = score
+    return sorted(scores, key=lambda step: (scores[step], -step))
+
+
+def damage_of(directory: epath.Path, step: int) -> str:
+    """What is wrong with a step, every file of its hashed; '' if nothing is."""
+    try:
+        opened = _open(directory, step)
+    except DamageError as error:
+        return str(error)
+    return opened._fault(opened.items)
+
+
+def _find(directory: epath.Path, step: int | str, items: Sequence[str]) -> Opened:
+    layout.require_directory(directory)
+    steps = layout.committed(directory)
+    layout.warn_of_incomplete(directory)
+    require(bool(steps), f'checkpoint directory {directory} holds no complete checkpoint yet.')
+    if step in ('latest', 'best'):
+        chosen = steps[::-1] if step == 'latest' else ranked(directory, warn=True)
+        require(bool(chosen), f'no step of {directory} has {BEST_METRIC}; ask for latest instead.')
+        for each in chosen:
+            if opened := _intact(directory, each, items):
+                return opened
+        # A run that writes meanwhile may have let go what was listed.
         require(
-            ours == theirs,
-            f'{path} does not fit: {name} is {theirs} in the checkpoint and {ours} in this '
-            'configuration; use the configuration that it was trained with.',
+            not all(layout.is_committed(directory, each) for each in chosen),
+            f'every checkpoint in {directory} is damaged; see the warnings above.',
         )
+        return _find(directory, step, items)
+    require(
+        layout.is_step(str(step)) and int(step) in steps,
+        f'step={step} is not in {directory}; choose latest, best or one of '
+        f'{", ".join(map(str, steps))}.',
+    )
+    try:
+        return _open(directory, int(step))
+    except DamageError as error:
+        raise UserError(_refusal(layout.folder(directory, int(step)), str(error))) from None
+
+
+def _intact(directory: epath.Path, step: int, items: Sequence[str]) -> Opened | None:
+    try:
+        opened = _open(directory, step)
+        damage = opened._fault(item for item in items if item in opened.items)
+        if not damage:
+            return opened
+    except DamageError as error:
+        damage = str(error)
+    _warn_of_damage(directory, step, damage)
+    return None
+
+
+def _warn_of_damage(directory: epath.Path, step: int, damage: str) -> None:
+    if layout.is_committed(directory, step):  # else a run has let it go meanwhile
+        folder = layout.folder(directory, step)
+        log.warning('CHECKPOINT %s IS DAMAGED: %s. Trying another.', folder, damage)
+
+
+def _open(directory: epath.Path, step: int) -> Opened:
+    """Raises DamageError where the manifest or the metadata is not what was written."""
+    folder = layout.folder(directory, step)
+    try:
+        files = manifest.read(folder)
+    except OSError as error:
+        raise DamageError(f'{manifest.NAME} cannot be read ({error.strerror or error})') from None
+    if damage := manifest.fault(folder, files, layout.METADATA):
+        raise DamageError(damage)
+    try:
+        metadata = json.loads((folder / layout.METADATA / 'metadata').read_bytes())
+    except (OSError, ValueError, RecursionError):
+        raise DamageError('its metadata cannot be read') from None
+    version = metadata.get('format_version') if isinstance(metadata, dict) else None
+    if not isinstance(version, int) or isinstance(version, bool) or version < 1:
+        raise DamageError('its metadata has no format_version')
+    require(
+        version <= layout.FORMAT_VERSION,
+        f'checkpoint {folder} has format version {version}, newer than this installation, which '
+        f'reads up to {layout.FORMAT_VERSION}; upgrade helios_jax.',
+    )
+    _check(metadata, step, files)
+    return Opened(directory, step, metadata, files)
+
+
+def _check(metadata: dict[str, Any], step: int, files: manifest.Files) -> None:
+    if type(metadata.get('step')) is not int:
+        raise DamageError('its metadata has no step')
+    if metadata['step'] != step:
+        raise DamageError(f'it is step {metadata["step"]} by its metadata; rename it back')
+    arrays, metrics = metadata.get('arrays'), metadata.get('metrics')
+    shapes = isinstance(arrays, dict) and all(
+        isinstance(names, dict) and all(isinstance(shape, str) for shape in names.values())
+        for names in arrays.values()
+    )
+    numbers = isinstance(metrics, dict) and all(map(_is_number, metrics.values()))
+    for name, right in (
+        ('arrays', shapes),
+        ('metrics', numbers),
+        ('time', isinstance(metadata.get('time'), str)),
+    ):
+        if not right:
+            raise DamageError(f'its metadata has no {name} that can be read')
+    parts = {name.split('/')[0] for name in files}
+    if missing := sorted({*metadata['arrays']} - parts):
+        raise DamageError(f'{missing[0]} is not in its manifest')
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, float) or (type(value) is int and value.bit_length() < 1024)
+
+
+def _refusal(folder: epath.Path, damage: str) -> str:
+    return f'checkpoint {folder} is damaged: {damage}; restore another step (see `helios ckpt ls`).'

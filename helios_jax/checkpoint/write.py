@@ -12,42 +12,39 @@ from jaxtyping import PyTree
 
 from helios_jax.checkpoint import layout, manifest, read
 from helios_jax.errors import UserError, require
+from helios_jax.parallel import agreement
 
 log = logging.getLogger(__name__)
 
-_TEMPORARY = '.orbax-checkpoint-tmp'
 _COMMIT_SECONDS = 3600  # from the call of save to the commit, hashing included
 
 
 class Checkpoints:
     """The writer of one directory; one save is in flight at a time.
 
+    There must be no other writer: see `train.lock`. Nothing on disk changes before the first save,
+    which makes the directory and removes what interrupted saves and deletions left there.
+
     Args:
-      directory: created if absent; leftovers of interrupted saves in it are removed.
-      keep: newest steps to keep; the one with the lowest `best_metric` is kept besides.
-      best_metric: key of the metrics given to `save`.
+      keep: newest steps to keep; the one with the lowest `read.BEST_METRIC` is kept besides.
     Raises:
       UserError: the directory holds numbered folders that are not Helios checkpoints.
     """
 
-    def __init__(
-        self, directory: epath.PathLike, *, keep: int, best_metric: str = 'bits_per_byte'
-    ) -> None:
+    def __init__(self, directory: epath.PathLike, *, keep: int) -> None:
         if keep < 1:
             raise ValueError(f'keep={keep} must be 1 or more.')
         self.directory = layout.absolute(directory)
         self._keep = keep
-        self._best_metric = best_metric
         self._saving: int | None = None
+        self._damaged: dict[int, str] = {}  # steps that were hashed and found so
+        layout.require_ours(self.directory)
         options = ocp.options.AsyncOptions(
             timeout_secs=_COMMIT_SECONDS, post_finalization_callback=self._write_manifest
         )
         self._writer = ocp.AsyncCheckpointer(
             ocp.CompositeCheckpointHandler(), async_options=options
         )
-        layout.claim(self.directory)
-        self._remove_leftovers()
-        layout.barrier('checkpoints_opened')
 
     def save(
         self,
@@ -66,8 +63,13 @@ class Checkpoints:
           UserError: this save or the one before failed, or the step exists already.
         """
         self.wait()
-        self._remove_leftovers()
-        self._make_way(step)
+        with agreement.together():
+            if jax.process_index() == 0:
+                layout.claim(self.directory)
+                self._remove_leftovers()
+                self._make_way(step)
+                if manifest.is_remote(self.directory):  # where Orbax writes to the final name
+                    layout.unfinished(self.directory, step).write_text('')
         arrays = {name: layout.flatten(tree) for name, tree in items.items()}
         record = {
             **metadata,
@@ -96,8 +98,10 @@ class Checkpoints:
         except Exception as error:
             raise self._failed(error) from error
         if self._saving is not None:
-            self._saving = None
-            self._delete_old()
+            step, self._saving = self._saving, None
+            if jax.process_index() == 0:
+                layout.unfinished(self.directory, step).unlink(missing_ok=True)
+                self._delete_old()
 
     def close(self) -> None:
         """Waits, then releases the threads."""
@@ -110,19 +114,14 @@ class Checkpoints:
         """The committed steps, oldest first."""
         return layout.committed(self.directory)
 
-    def latest(self) -> int | None:
-        """The newest step whose files are intact; None if there is none at all."""
-        return read.resolve(self.directory, 'latest') if self.steps() else None
-
-    def best(self) -> int | None:
-        """The intact step of the lowest metric; None if no step has the metric."""
-        ranked = layout.ranked(self.directory, self._best_metric)
-        return layout.first_intact(self.directory, ranked) if ranked else None
-
     def _write_manifest(self) -> None:
         # Orbax calls this on process 0, with every file complete and the folder not yet renamed.
-        prefix = f'{self._saving}{_TEMPORARY}'
-        unnamed = [path for path in self.directory.iterdir() if path.name.startswith(prefix)]
+        prefix = f'{self._saving}.'
+        unnamed = [
+            path
+            for path in self.directory.iterdir()
+            if path.name.startswith(prefix) and layout.is_temporary(path.name)
+        ]
         (folder,) = unnamed or [self.directory / str(self._saving)]
         manifest.write(folder)
 
@@ -130,7 +129,8 @@ class Checkpoints:
         step, self._saving = self._saving, None
         with contextlib.suppress(Exception):
             self._writer.wait_until_finished()  # what else of the failed save is being written
-        self._remove_leftovers()
+        if jax.process_index() == 0:
+            self._remove_leftovers()
         cause = f'{type(error).__name__}: …{str(error).partition(chr(10))[0][-120:]}'
         return UserError(
             f'checkpoint {self.directory / str(step)} could not be saved ({cause}); free some '
@@ -138,36 +138,69 @@ class Checkpoints:
         )
 
     def _make_way(self, step: int) -> None:
-        """Removes damaged steps that a run which fell back to an earlier one writes again."""
-        for other in reversed([s for s in self.steps() if s >= step]):
-            damage = manifest.damage(self.directory / str(other))
+        """Moves a damaged step aside that a run which fell back to an earlier one writes again.
+
+        Raises:
+          UserError: an intact step that this one is not after; something of this name that is no
+            checkpoint.
+        """
+        for other in [each for each in self.steps() if each >= step]:
+            damage = self._damaged.get(other) or read.damage_of(self.directory, other)
             require(
                 bool(damage),
                 f'checkpoint {self.directory / str(other)} exists already, and step {step} is not '
                 'after it; continue from it, or choose another directory.',
             )
-            log.warning('Removing damaged checkpoint %s (%s).', other, damage)
-            self._delete(other)
-        layout.barrier('checkpoint_way_made')
+            self._damaged[other] = damage
+        folder = layout.folder(self.directory, step)
+        if damage := self._damaged.pop(step, ''):
+            aside = _unused(self.directory / f'{step}.damaged')
+            log.warning('%s is damaged (%s): it is now %s.', folder, damage, aside.name)
+            folder.rename(aside)
+        require(not folder.exists(), layout.in_the_way(folder))
 
     def _delete_old(self) -> None:
         steps = self.steps()
-        kept = {*steps[-self._keep :], *layout.ranked(self.directory, self._best_metric)[:1]}
+        kept = {*steps[-self._keep :], *read.ranked(self.directory)[:1]}
         for step in steps:
             if step not in kept:
-                self._delete(step)
+                try:
+                    self._delete(step)
+                except OSError as error:  # such as a reader's open files on NFS
+                    log.warning('Step %d is left for the next save to remove (%s).', step, error)
 
     def _delete(self, step: int) -> None:
-        if jax.process_index() == 0:
-            folder = self.directory / str(step)
-            (folder / manifest.NAME).unlink()  # first, so that half a step never counts as one
-            folder.rmtree()
+        folder, unfinished = (of(self.directory, step) for of in (layout.folder, layout.unfinished))
+        if not manifest.is_remote(folder):
+            folder.rename(unfinished)  # at once, and on a full disk too
+            unfinished.rmtree()
+            return
+        unfinished.write_text('')
+        (folder / manifest.NAME).unlink()  # first: half a step never counts as one
+        folder.rmtree()
+        unfinished.unlink()
 
     def _remove_leftovers(self) -> None:
-        for path in self.directory.iterdir() if jax.process_index() == 0 else ():
-            unfinished = path.name.isdigit() and not (path / manifest.NAME).exists()
-            if unfinished or _TEMPORARY in path.name:
-                try:
+        """Removes what interrupted saves and deletions of ours left, and says so."""
+        for path in list(self.directory.iterdir()):
+            step = layout.unfinished_step(path)
+            try:
+                if path.is_dir() and (layout.is_temporary(path.name) or step is not None):
+                    log.info('Removing %s, left by an interrupted save or deletion.', path)
                     path.rmtree()
-                except OSError as error:  # a thread of a failed save may write into it yet
-                    log.warning('%s is left for the next save to remove (%s).', path, error)
+                elif step is not None:
+                    folder = layout.folder(self.directory, step)
+                    if folder.exists() and not layout.is_committed(self.directory, step):
+                        log.info('Removing %s, left half saved or half deleted.', folder)
+                        folder.rmtree()
+                    path.unlink()
+            except OSError as error:  # a thread of a failed save may write into it yet
+                log.warning('%s is left for the next save to remove (%s).', path, error)
+
+
+def _unused(path: epath.Path) -> epath.Path:
+    number = 2
+    unused = path
+    while unused.exists():
+        unused, number = path.parent / f'{path.name}.{number}', number + 1
+    return unused

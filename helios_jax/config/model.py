@@ -7,6 +7,7 @@ from helios_jax.errors import at_least_zero, one_of, positive, require
 
 MOST_LAYERS = 10_000  # far above any model; a typing error beyond it would be counted for minutes
 LAYER_KINDS = ('dense', 'moe', 'dense_window', 'moe_window')
+ATTENTION = ('tpu', 'cudnn', 'reference')  # kernels/attention has a row for each
 
 
 @dataclasses.dataclass(frozen=True)
@@ -116,7 +117,7 @@ class Model:
     tied_embeddings: bool = False  # one matrix for embedding and unembedding
     norm_eps: float = 1e-6  # of every RMSNorm
     compute_dtype: str = 'bfloat16'  # of matmuls and the stream: bfloat16 | float32
-    attention: str = 'auto'  # implementation: auto | reference | tpu | splash | cudnn
+    attention: str = 'auto'  # implementation: auto | tpu | cudnn | reference
     gmu: GMU = GMU()
     rope: Rope = Rope()
     moe: MoE = MoE()
@@ -138,7 +139,7 @@ class Model:
         )
         require(self.head_dim % 2 == 0, f'model.head_dim={self.head_dim} must be even for RoPE.')
         one_of('model.compute_dtype', self.compute_dtype, ('bfloat16', 'float32'))
-        one_of('model.attention', self.attention, ('auto', 'reference', 'tpu', 'splash', 'cudnn'))
+        one_of('model.attention', self.attention, ('auto', *ATTENTION))
         require(
             self.gmu.gate != 'per_head' or self.embed_dim % self.head_dim == 0,
             f'model.gmu.gate=per_head needs head_dim={self.head_dim} to divide '

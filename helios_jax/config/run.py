@@ -1,13 +1,13 @@
 """Settings of data, optimizer, training, mesh and memory."""
 
 import dataclasses
+from typing import Any
 
 from helios_jax.errors import at_least_zero, fraction, one_of, positive, require
 
 # What a saved activation becomes, and those that keep every bit.
 EXACT_ACTIONS = ('remat', 'device', 'offload')
 ACTIONS = ('', *EXACT_ACTIONS, 'fp8', 'int8', 'fp8+offload', 'int8+offload')
-EXACT_ONLY = ('log_sum_exp', 'router_choices')  # rounding these would be another function
 POLICIES = ('none', 'minimal', 'full', 'fp8', 'offload', 'fp8_offload', 'auto')
 
 
@@ -20,6 +20,7 @@ class Data:
     validation_fraction: float = 0.02  # of documents, chosen by their content
     cache_dir: str = '~/.cache/helios'  # where packed rows are kept; gs:// works
     num_workers: int = 0  # processes that tokenize; 0 takes every core
+    allow_lossy_tokenizer: bool = False  # takes text that decoding does not give back, uncounted
 
     def __post_init__(self) -> None:
         require(self.row_length >= 4, f'data.row_length={self.row_length} must be 4 or more.')
@@ -31,15 +32,20 @@ class Data:
         )
         at_least_zero('data', self, 'num_workers')
 
+    @property
+    def documents_apart(self) -> bool:
+        """Whether attention keeps to a document; False where a row is one stream."""
+        return self.packing == 'best_fit'
+
 
 @dataclasses.dataclass(frozen=True)
 class Optimizer:
     name: str = 'adamw'  # adamw | muon (matrices; the rest takes adamw)
     learning_rate: float = 1e-3  # the peak
     schedule: str = 'cosine'  # after warmup: cosine | wsd (stable, then linear decay)
-    warmup_steps: int = 100  # linear, from 0
-    decay_fraction: float = 0.2  # share of the steps that wsd decays over
-    final_fraction: float = 0.1  # learning rate at the end, of the peak
+    warmup_steps: int = 100  # updates of a linear rise, whose first takes the peak / warmup_steps
+    decay_fraction: float = 0.2  # share of the updates that wsd decays over
+    final_fraction: float = 0.1  # learning rate of the last update, of the peak
     beta1: float = 0.9  # first moment's decay; Muon's momentum is 0.95
     beta2: float = 0.95  # second moment's decay
     eps: float = 1e-8  # added to the root of the second moment
@@ -107,33 +113,54 @@ class Mesh:
         require(list(sizes.values()).count(-1) <= 1, f'mesh: only one axis may be -1, got {sizes}.')
 
 
+def _tensor(axes: str, dtype: str = '') -> Any:
+    """A setting of `Actions`, with what is true of the tensor that it names (arch/tensors.py).
+
+    Args:
+      axes: its logical axes, which are rows of arch/rules.py.
+      dtype: one that it must keep, for rounding it would be another function; '' is the compute
+        dtype.
+    """
+    return dataclasses.field(default='', metadata={'axes': tuple(axes.split()), 'dtype': dtype})
+
+
+# Logical axes that several tensors have. What tensor does not split is stored split by length.
+_STREAM = 'batch stored_length stream'
+_GATE = 'batch stored_length gate'
+_HEADS = 'batch length heads head_dim'
+
+
 @dataclasses.dataclass(frozen=True)
 class Actions:
-    """What each saved activation becomes, of `ACTIONS`; '' is as the policy says."""
+    """What each saved activation becomes, one of `ACTIONS`; '' is as the policy says.
 
-    block_input: str = ''  # the stream at a layer's bottom [B T D]
-    attention_input: str = ''  # x̂ of the attention sublayer [B T D]
-    q: str = ''  # unrotated queries [B T N H]
-    k: str = ''  # unrotated keys [B T K H]
-    v: str = ''  # values [B T K H]
-    attention_output: str = ''  # per head, before the output projection [B T N H]
-    log_sum_exp: str = ''  # of each query's logits, float32 [B N T]
-    attention_update: str = ''  # F(x̂) of the attention sublayer [B T D]
-    attention_gate: str = ''  # what its gate is computed from [B T R], or its logits
-    mlp_input: str = ''  # x̂ of the feed-forward sublayer [B T D]
-    gate_up: str = ''  # gate and up projections, of dense layers and experts [B T F] each
-    dispatched: str = ''  # tokens as they reach the devices of their experts [B T D]
-    expert_input: str = ''  # tokens sorted by expert [tokens·X D]
-    router_choices: str = ''  # chosen experts [B T X]
-    mlp_update: str = ''  # F(x̂) of the feed-forward sublayer [B T D]
-    mlp_gate: str = ''  # what its gate is computed from [B T R], or its logits
-    final_hidden: str = ''  # the stream below the last norm [B T D]
+    A field is the one row of its tensor: the memory system, the planner and the sharding read it.
+    """
+
+    block_input: str = _tensor(_STREAM)  # the stream at a layer's bottom [B T D]
+    attention_input: str = _tensor(_STREAM)  # x̂ of the attention sublayer [B T D]
+    q: str = _tensor(_HEADS)  # unrotated queries [B T N H]
+    k: str = _tensor('batch length kv_heads head_dim')  # unrotated keys [B T K H]
+    v: str = _tensor('batch length kv_heads head_dim')  # values [B T K H]
+    attention_output: str = _tensor(_HEADS)  # per head, before the output projection [B T N H]
+    log_sum_exp: str = _tensor('batch heads length', 'float32')  # of each query's logits [B N T]
+    attention_update: str = _tensor(_STREAM)  # F(x̂) of the attention sublayer [B T D]
+    attention_gate: str = _tensor(_GATE)  # what its gate is computed from [B T R], or its logits
+    mlp_input: str = _tensor(_STREAM)  # x̂ of the feed-forward sublayer [B T D]
+    gate_up: str = _tensor('batch length mlp')  # gate and up projections [B T F] each
+    dispatched: str = _tensor('batch length stream')  # tokens at their experts' devices [B T D]
+    expert_input: str = _tensor('batch stream')  # tokens sorted by expert [tokens·X D]
+    router_choices: str = _tensor('batch length choices', 'int32')  # chosen experts [B T X]
+    mlp_update: str = _tensor(_STREAM)  # F(x̂) of the feed-forward sublayer [B T D]
+    mlp_gate: str = _tensor(_GATE)  # what its gate is computed from [B T R], or its logits
+    final_hidden: str = _tensor(_STREAM)  # the stream below the last norm [B T D]
 
     def __post_init__(self) -> None:
-        for name, action in dataclasses.asdict(self).items():
+        for field in dataclasses.fields(self):
+            name, action = field.name, getattr(self, field.name)
             one_of(f'memory.actions.{name}', action, ACTIONS)
             require(
-                action in ('', *EXACT_ACTIONS) or name not in EXACT_ONLY,
+                action in ('', *EXACT_ACTIONS) or not field.metadata['dtype'],
                 f'memory.actions.{name}={action!r} would round it; choose one of '
                 f'{", ".join(EXACT_ACTIONS)}.',
             )

@@ -1,13 +1,12 @@
 """Bits per byte of models that anyone has, to set a language model's beside."""
 
 import gzip
-import itertools
-from typing import Any
+from collections.abc import Iterator
 
 import numpy as np
 
-from helios_jax.data.pipeline import Source
-from helios_jax.data.tokenizer import ByteTokenizer, Tokenizer
+from helios_jax.data.rows import Source
+from helios_jax.data.tokenizer import Tokenizer
 
 BASELINE_BYTES = 2**25  # of text that is compressed
 
@@ -15,13 +14,14 @@ BASELINE_BYTES = 2**25  # of text that is compressed
 def bits_per_byte(source: Source, tokenizer: Tokenizer) -> dict[str, float]:
     """Bits per byte of two models that anyone has: byte frequencies, and gzip at level 9.
 
-    Both see the text that is a target, decoded; of a long text the first 32 MiB.
+    Both see the bytes that a language model is scored on: the documents without prompts, and
+    without what the tokenizer loses. Of a long text they see the first 32 MiB.
     """
     text = bytearray()
-    for row in itertools.chain.from_iterable(source.parts):
+    for scored in _scored(source, tokenizer):
+        text += scored
         if len(text) >= BASELINE_BYTES:
             break
-        text += _text(row, tokenizer)
     counts = np.bincount(np.frombuffer(text, np.uint8), minlength=256)
     shares = counts[counts > 0] / len(text)
     return {
@@ -30,9 +30,12 @@ def bits_per_byte(source: Source, tokenizer: Tokenizer) -> dict[str, float]:
     }
 
 
-def _text(row: dict[str, Any], tokenizer: Tokenizer) -> bytes:
-    """The text among a row's targets, exact for the bytes tokenizer."""
-    ids = row['tokens'][row.get('loss_mask', np.ones_like(row['tokens'])).astype(bool)]
-    if isinstance(tokenizer, ByteTokenizer):
-        return ids[(ids != tokenizer.bos_id) & (ids != tokenizer.eos_id)].astype(np.uint8).tobytes()
-    return tokenizer.decode(ids.tolist()).encode()
+def _scored(source: Source, tokenizer: Tokenizer) -> Iterator[bytes]:
+    for rows in source.parts:
+        for shard in rows.documents.shards():
+            for document in shard:
+                kept = document.text
+                if rows.num_lost_bytes:
+                    (encoded,) = tokenizer.encode_with_bytes([document.text])
+                    kept = encoded.kept
+                yield kept.encode()

@@ -14,10 +14,14 @@ def prepare_command(argv: Sequence[str]) -> None:
     """
     values = flags.FlagValues()
     flags.DEFINE_bool('json', False, 'Print JSON, an object a line.', flag_values=values)
+    flags.DEFINE_bool(
+        'rebuild', False, 'Prepare it again, whatever the cache has.', flag_values=values
+    )
     cfg = options.parse_config(values, argv)
     from helios_jax.data import pipeline, tokenizer
 
-    prepared = pipeline.prepare(cfg.data, tokenizer.load(cfg.data.tokenizer))
+    encoder = tokenizer.load(cfg.data.tokenizer)
+    prepared = pipeline.prepare(cfg.data, encoder, rebuild=values.rebuild)
     for row in pipeline.summary(prepared):
         options.show(row, values.json)
 

@@ -1,7 +1,7 @@
 """Where text comes from: the documents of a corpus.
 
 A corpus is `python_stdlib`, a glob of files (JSONL records or whole files, .gz or not), or
-`tfds:NAME`; a mixture is 'a=0.7,b=0.3'.
+`tfds:NAME`; a mixture is 'a=0.7,b=0.3'. Whether a suffix is written in capitals does not matter.
 """
 
 import gzip
@@ -9,8 +9,10 @@ import io
 import json
 import os
 import re
+import stat
 import sysconfig
 import tokenize
+import zlib
 from collections.abc import Iterator
 from fractions import Fraction
 from typing import Any, NamedTuple
@@ -20,8 +22,9 @@ import tensorflow_datasets as tfds
 from etils import epath
 from tensorflow_datasets.core import constants, read_only_builder, registered
 
-from helios_jax.config import UserError, nearest
+from helios_jax import paths
 from helios_jax.data import records
+from helios_jax.errors import UserError, nearest, require
 
 STDLIB = 'python_stdlib'
 TFDS_PREFIX = 'tfds:'
@@ -66,7 +69,7 @@ def read(corpus: str) -> Iterator[Document]:
     """The documents of one corpus in a fixed order, empty ones left out.
 
     Raises:
-      UserError: nothing there, a file that is not text, a malformed record.
+      UserError: nothing there, a file that is not text or no file at all, a malformed record.
     """
     if corpus.startswith(TFDS_PREFIX):
         documents = _read_tfds(corpus)
@@ -78,24 +81,52 @@ def read(corpus: str) -> Iterator[Document]:
 
 
 def state(corpus: str) -> Any:
-    """What tells whether a corpus has changed, without reading its text."""
-    if corpus.startswith(TFDS_PREFIX):
-        info = _tfds_builder(corpus).info
-        return [corpus, json.loads(info.as_json), info.metadata or {}]
-    stats = [(path, path.stat()) for path in _files(corpus)]
-    return [corpus, [(os.fspath(path), stat.length, stat.mtime) for path, stat in stats]]
+    """Values that change whenever the corpus does, without reading its text.
+
+    `paths.identities` says what is relied on.
+    """
+    if not corpus.startswith(TFDS_PREFIX):
+        return paths.identities(_files(corpus))
+    builder = _tfds_builder(corpus)
+    info = [file for file in epath.Path(builder.data_dir).iterdir() if file.suffix == '.json']
+    shards = map(epath.Path, builder.info.splits['train'].filepaths)
+    return [TFDS_PREFIX, paths.identities([*sorted(info), *shards])]
 
 
 def _files(corpus: str) -> list[epath.Path]:
     """The files of a glob, or of the standard library, sorted."""
     if corpus == STDLIB:
         return _stdlib_files()
+    paths.check('data.corpus', corpus)
     path = epath.Path(corpus).expanduser()
-    matches = [path] if path.is_file() else _glob(os.fspath(path))
-    files = sorted(match for match in matches if match.is_file())
+    matches = [path] if _is_file(path) else _glob(corpus, path)
+    files = sorted(match for match in matches if _is_file(match))
     if not files:
         raise UserError(_no_files(corpus, path))
     return files
+
+
+def _is_file(path: epath.Path) -> bool:
+    """Whether it is a file; directories and what is not there are none.
+
+    Raises:
+      UserError: a pipe, a device or a socket, which may never end, or a link to nothing.
+    """
+    if not paths.is_local(path):
+        return path.is_file()
+    try:
+        mode = os.stat(path).st_mode
+    except (OSError, ValueError) as error:
+        if os.path.lexists(path):
+            raise UserError(
+                f'{path} is a link to nothing ({error}); mend it, or leave it out of data.corpus.'
+            ) from None
+        return False
+    require(
+        stat.S_ISREG(mode) or stat.S_ISDIR(mode),
+        f'{path} is a pipe, a device or a socket, not a file; leave it out of data.corpus.',
+    )
+    return stat.S_ISREG(mode)
 
 
 def _stdlib_files() -> list[epath.Path]:
@@ -109,16 +140,21 @@ def _stdlib_files() -> list[epath.Path]:
     return sorted(files)
 
 
-def _glob(pattern: str) -> list[epath.Path]:
+def _glob(corpus: str, pattern: epath.Path) -> list[epath.Path]:
     """What matches, local or in a bucket; epath itself refuses `**`."""
-    scheme, separator, _ = pattern.rpartition('://')
-    filesystem, path = fsspec.core.url_to_fs(pattern)
-    return [epath.Path(scheme + separator + match) for match in filesystem.glob(path)]
+    scheme, separator, _ = os.fspath(pattern).rpartition('://')
+    try:
+        filesystem, path = fsspec.core.url_to_fs(os.fspath(pattern))
+        return [epath.Path(scheme + separator + match) for match in filesystem.glob(path)]
+    except Exception as error:  # a malformed pattern; a bucket that cannot be reached
+        raise UserError(
+            f'data.corpus={corpus!r} cannot be listed: {str(error) or repr(error)}'
+        ) from None
 
 
 def _no_files(corpus: str, path: epath.Path) -> str:
     if path.is_dir():
-        return f'data.corpus={corpus!r} is a directory; name its files, such as {corpus}/**/*.txt.'
+        return f'data.corpus={corpus!r} is a directory; name its files, such as {path}/**/*.txt.'
     return (
         f'data.corpus={corpus!r} matches no file; it must be {STDLIB}, a glob of files or '
         f'tfds:NAME.{nearest(corpus, [STDLIB])}'
@@ -126,18 +162,23 @@ def _no_files(corpus: str, path: epath.Path) -> str:
 
 
 def _read_file(corpus: str, path: epath.Path) -> Iterator[Document]:
-    suffixes = path.suffixes[-2:] if path.suffix == '.gz' else path.suffixes[-1:]
-    with path.open('rb') as raw:
-        file = gzip.GzipFile(fileobj=raw) if path.suffix == '.gz' else raw
-        try:
-            if '.jsonl' in suffixes:
+    name = path.name.lower()
+    try:
+        with path.open('rb') as raw:
+            file = gzip.GzipFile(fileobj=raw) if name.endswith('.gz') else raw
+            if name.removesuffix('.gz').endswith('.jsonl'):
                 for number, line in enumerate(file, 1):
                     if line.strip():
                         yield _record(line, f'{path}:{number}')
             else:
                 yield Document('', _decode(file.read(), path, stdlib=corpus == STDLIB))
-        except (gzip.BadGzipFile, EOFError) as error:
-            raise UserError(f'{path} is not a whole gzip file: {error}') from None
+    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
+        raise UserError(
+            f'{path} is not a whole gzip file: {error}; compress it again, or leave it out of '
+            'data.corpus.'
+        ) from None
+    except OSError as error:
+        raise UserError(f'{path} cannot be read: {error.strerror or error}.') from None
 
 
 def _decode(content: bytes, path: epath.Path, *, stdlib: bool) -> str:
@@ -161,8 +202,8 @@ def _record(line: bytes, place: str) -> Document:
     """The document of a JSONL line: {"text": …} or {"prompt": …, "completion": …}."""
     try:
         record = json.loads(line)
-    except ValueError as error:
-        raise UserError(f'{place} is not a JSON record: {error}') from None
+    except (ValueError, RecursionError) as error:
+        raise UserError(f'{place} is not a JSON record: {error}.') from None
     for prompt, text in ((None, 'text'), ('prompt', 'completion')):
         fields = [name for name in (prompt, text) if name]
         if isinstance(record, dict) and all(isinstance(record.get(n), str) for n in fields):
@@ -180,31 +221,40 @@ def _record(line: bytes, place: str) -> Document:
 def _tfds_builder(corpus: str) -> tfds.core.DatasetBuilder:
     """The prepared data set of `tfds:NAME`, or of `tfds:` and the directory of one version."""
     name = corpus.removeprefix(TFDS_PREFIX)
+    require(bool(name.strip()), f'data.corpus={corpus!r} names no data set; write tfds:NAME.')
+    paths.check('data.corpus', name)
     try:
         if (epath.Path(name).expanduser() / 'dataset_info.json').exists():
             builder = tfds.builder_from_directory(epath.Path(name).expanduser())
         else:
             builder = read_only_builder.builder_from_files(name)
+        formats = [stored.value for stored in builder.info.available_file_formats()]
     except registered.DatasetNotFoundError:
         raise UserError(
             f'data.corpus={corpus!r}: no prepared data set of this name in '
             f'{constants.DATA_DIR}; prepare it as array_record, or set TFDS_DATA_DIR.'
         ) from None
-    formats = [stored.value for stored in builder.info.available_file_formats()]
+    except Exception as error:  # TFDS's parsers of names and descriptions raise all sorts
+        reason = (str(error) or repr(error)).partition('\n')[0].rstrip('.')
+        raise UserError(
+            f'data.corpus={corpus!r} cannot be opened as a TFDS data set: {reason}; name one that '
+            'is prepared, or the directory of one of its versions.'
+        ) from None
     if 'array_record' not in formats:
         raise UserError(
             f'data.corpus={corpus!r} is stored as {", ".join(formats)} in {builder.data_dir}; '
             'prepare it with file_format=array_record.'
         )
-    return tfds.builder_from_directory(builder.data_dir, file_format='array_record')
+    builder = tfds.builder_from_directory(builder.data_dir, file_format='array_record')
+    if 'train' not in builder.info.splits:
+        raise UserError(
+            f"data.corpus={corpus!r} has no split 'train', only {', '.join(builder.info.splits)}."
+        )
+    return builder
 
 
 def _read_tfds(corpus: str) -> Iterator[Document]:
     info = _tfds_builder(corpus).info
-    if 'train' not in info.splits:
-        raise UserError(
-            f"data.corpus={corpus!r} has no split 'train', only {', '.join(info.splits)}."
-        )
     named = {
         name: feature
         for name, feature in info.features.items()
@@ -216,7 +266,7 @@ def _read_tfds(corpus: str) -> Iterator[Document]:
             f'{", ".join(info.features)}.'
         )
     feature = 'text' if 'text' in named else next(iter(named))
-    source = records.Records(info, 'train')
+    source = records.Records(info, 'train', remedy='prepare that data set again')
     for shard in range(len(source.shard_lengths)):
         for number, example in enumerate(source.shard(shard)):
             try:

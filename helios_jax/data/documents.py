@@ -4,21 +4,21 @@ Each document goes to train or validation by a hash of its content, so the split
 neither order nor names, and equal documents stay on one side.
 """
 
-import contextlib
 import dataclasses
 import hashlib
-import io
-import os
+from collections.abc import Iterator
 from typing import Any
 
 import tensorflow_datasets as tfds
 from etils import epath
 
-from helios_jax.config import UserError
-from helios_jax.data import corpora, records
+from helios_jax import display
+from helios_jax.data import corpora, manifest, records
 from helios_jax.data.corpora import Document
+from helios_jax.errors import UserError
 
-FORMAT = 1  # of the stored documents; part of their directory's name
+FORMAT = 2  # of the stored documents; part of their directory's name
+NAME = 'helios_text'
 # A shard's documents are packed together. Shards are small at first, so that a small corpus is
 # worked on in parallel, and up to 16 times as large as they add up.
 SHARD_BYTES = 2**23
@@ -36,32 +36,50 @@ class Documents:
     num_bytes: int  # UTF-8, prompts included
     num_prompts: int  # documents that have one
 
+    def shards(self) -> list[Iterator[Document]]:
+        """The documents of each shard, in order."""
+        info = tfds.builder_from_directory(self.directory).info
+        source = records.Records(info, self.split)
+        return [
+            (Document(e['prompt'].decode(), e['text'].decode()) for e in source.shard(index))
+            for index in range(len(source.shard_lengths))
+        ]
 
-def prepare(corpus: str, cache_dir: epath.Path, validation_fraction: float) -> dict[str, Documents]:
+
+def prepare(
+    corpus: str, cache_dir: epath.Path, validation_fraction: float, rebuild: bool = False
+) -> dict[str, Documents]:
     """Prepares one corpus below `cache_dir`, unless it is there, unchanged.
 
-    Files are taken as unchanged when their names, sizes and times of change are.
+    Whether files are unchanged is told without reading them; `paths.identities` says how.
 
     Args:
       validation_fraction: 0 puts every document into train, and there is no validation split.
+      rebuild: prepares it again whatever is there.
+    Raises:
+      UserError: as `corpora.read` says, no documents, or damage to what was prepared.
     """
-    key = records.digest(FORMAT, corpora.state(corpus), validation_fraction)
-    data_dir = cache_dir / 'documents' / key
-    builder = HeliosText(
-        corpus=corpus, validation_fraction=validation_fraction, data_dir=os.fspath(data_dir)
-    )
-    directory = epath.Path(builder.data_dir)
-    prepared = directory / 'dataset_info.json'
-    if not prepared.exists():
+    state = corpora.state(corpus)
+    directory = cache_dir / 'documents' / records.digest(FORMAT, state, validation_fraction)
+    if manifest.is_complete(directory) and not rebuild:
+        display.say(f'Reading {corpus}: cached')
+    else:
+        directory.mkdir(parents=True, exist_ok=True)
+        names = ['train', 'validation'] if validation_fraction else ['train']
+        splits = {name: _SplitWriter(directory, name) for name in names}
         try:
-            # TFDS announces a download, which this is not.
-            with contextlib.redirect_stdout(io.StringIO()):
-                builder.download_and_prepare(
-                    download_dir=cache_dir / 'documents', file_format='array_record'
+            _read_into(splits, corpus, validation_fraction)
+            if corpora.state(corpus) != state:
+                raise UserError(
+                    f'data.corpus={corpus!r} was changed while it was read; start again.'
                 )
-        except OSError:
-            if not prepared.exists():  # else another process was first
-                raise
+        except BaseException:
+            if not manifest.is_complete(directory):  # nor completed by another process
+                for split in splits.values():
+                    split.remove()
+            raise
+        _complete(directory, splits)
+    manifest.verify(directory)
     metadata = tfds.builder_from_directory(directory).info.metadata
     return {
         split: Documents(corpus=corpus, split=split, directory=directory, **values)
@@ -69,62 +87,45 @@ def prepare(corpus: str, cache_dir: epath.Path, validation_fraction: float) -> d
     }
 
 
-class HeliosText(tfds.core.DatasetBuilder):
-    """Documents {'prompt', 'text'} of one corpus, in splits train and validation.
+def _read_into(splits: 'dict[str, _SplitWriter]', corpus: str, validation_fraction: float) -> None:
+    with display.phase(f'Reading {corpus}', unit='documents') as advance:
+        for document in corpora.read(corpus):
+            validation = _unit_hash(document) < validation_fraction
+            splits['validation' if validation else 'train'].add(document)
+            advance(1)
+    num_documents = sum(split.num_documents for split in splits.values())
+    if not num_documents:
+        raise UserError(f'data.corpus={corpus!r} is empty: no document has any text.')
+    for split in splits.values():
+        split.flush()
+        if not split.num_documents:
+            raise UserError(
+                f'data.corpus={corpus!r}: none of its {num_documents} documents is in the '
+                f'{split.name} split; give more documents or change '
+                f'data.validation_fraction={validation_fraction}.'
+            )
 
-    Not a GeneratorBasedBuilder: that one holds a split in memory to shuffle it, and above 1 GB
-    needs TensorFlow. Each shard holds a run of documents that are packed together.
-    """
 
-    VERSION = tfds.core.Version('1.0.0')
-
-    def __init__(self, *, corpus: str, validation_fraction: float, **kwargs: Any):
-        self._corpus = corpus
-        self._validation_fraction = validation_fraction
-        super().__init__(**kwargs)
-
-    def _info(self) -> tfds.core.DatasetInfo:
-        features = tfds.features.FeaturesDict(
-            {'prompt': tfds.features.Text(), 'text': tfds.features.Text()}
-        )
-        return tfds.core.DatasetInfo(
-            builder=self, features=features, metadata=tfds.core.MetadataDict()
-        )
-
-    def _download_and_prepare(self, dl_manager: Any, download_config: Any = None) -> None:
-        names = ['train', 'validation'] if self._validation_fraction else ['train']
-        splits = {name: _SplitWriter(self, name) for name in names}
-        with records.progress(f'Reading {self._corpus}', None) as advance:
-            for document in corpora.read(self._corpus):
-                validation = _unit_hash(document) < self._validation_fraction
-                splits['validation' if validation else 'train'].add(document)
-                advance(1)
-        num_documents = sum(split.num_documents for split in splits.values())
-        if not num_documents:
-            raise UserError(f'data.corpus={self._corpus!r} is empty: no document has any text.')
-        for split in splits.values():
-            if not split.num_documents:
-                raise UserError(
-                    f'data.corpus={self._corpus!r}: none of its {num_documents} documents is in '
-                    f'the {split.name} split; give more documents or change '
-                    f'data.validation_fraction={self._validation_fraction}.'
-                )
-        self.info.set_splits(tfds.core.SplitDict([split.finish() for split in splits.values()]))
-        self.info.metadata.update({split.name: split.metadata() for split in splits.values()})
-
-    def _as_dataset(self, *args: Any, **kwargs: Any) -> Any:
-        raise NotImplementedError('array_record is read at random: use as_data_source.')
+def _complete(directory: epath.Path, splits: 'dict[str, _SplitWriter]') -> None:
+    features = {'prompt': tfds.features.Text(), 'text': tfds.features.Text()}
+    manifest.complete(
+        directory,
+        NAME,
+        tfds.features.FeaturesDict(features),
+        {name: split.metadata() for name, split in splits.items()},
+        {name: split.shards for name, split in splits.items()},
+    )
 
 
 class _SplitWriter:
-    """Collects a shard's documents and writes them."""
+    """Collects a shard's documents and writes them. A shard is a run of documents."""
 
-    def __init__(self, builder: HeliosText, name: str):
+    def __init__(self, directory: epath.Path, name: str):
         self.name = name
-        self._builder = builder
+        self._directory = directory
         self._pending: list[records.Stored] = []
         self._pending_bytes = 0
-        self._shards: list[dict[str, int]] = []
+        self.shards: list[dict[str, int]] = []
         self._hash = hashlib.sha256()
         self.num_documents = self._num_bytes = self._num_prompts = 0
 
@@ -135,22 +136,23 @@ class _SplitWriter:
         self._pending_bytes += len(prompt) + len(text)
         self.num_documents += 1
         self._num_prompts += bool(prompt)
-        if self._pending_bytes >= SHARD_BYTES << min(len(self._shards) // 32, 4):
-            self._flush()
+        if self._pending_bytes >= SHARD_BYTES << min(len(self.shards) // 32, 4):
+            self.flush()
 
-    def _flush(self) -> None:
-        name = records.shard_name(self._builder.name, self.name, len(self._shards))
-        path = epath.Path(self._builder.data_dir) / name
-        with records.shard(path, self._pending) as written:
-            self._shards.append(written)
+    def flush(self) -> None:
+        if self._pending:
+            with records.shard(self._path(len(self.shards)), self._pending) as written:
+                self.shards.append(written)
         self._num_bytes += self._pending_bytes
         self._pending, self._pending_bytes = [], 0
 
-    def finish(self) -> tfds.core.SplitInfo:
-        if self._pending:
-            self._flush()
-        directory = epath.Path(self._builder.data_dir)
-        return records.split_info(directory, self._builder.name, self.name, self._shards)
+    def remove(self) -> None:
+        """Deletes the shards written so far, of a data set that will not be completed."""
+        for index in range(len(self.shards)):
+            self._path(index).unlink(missing_ok=True)
+
+    def _path(self, index: int) -> epath.Path:
+        return self._directory / records.shard_name(NAME, self.name, index)
 
     def metadata(self) -> dict[str, Any]:
         return {

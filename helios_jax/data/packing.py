@@ -8,29 +8,27 @@ so the number of workers changes nothing.
 Neither this module nor what it imports knows of jax: worker processes start without it.
 """
 
-import concurrent.futures
+import concurrent.futures.process
 import dataclasses
 import itertools
 import json
-import multiprocessing
 import os
-import sys
-import tempfile
 import time
-import types
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
-from unittest import mock
 
+import loky
 import numpy as np
 import tensorflow_datasets as tfds
 from etils import epath
 from jaxtyping import Bool, UInt32
 
-from helios_jax.data import records
+from helios_jax import display
+from helios_jax.data import manifest, records
 from helios_jax.data.corpora import Document
 from helios_jax.data.documents import Documents
 from helios_jax.data.tokenizer import Tokenizer
+from helios_jax.errors import UserError
 
 FORMAT = 1  # of the stored rows; part of their fingerprint
 NAME = 'helios_rows'
@@ -43,7 +41,7 @@ class Piece(NamedTuple):
     """Tokens that stay together: BOS and what follows it, T at most."""
 
     tokens: UInt32[np.ndarray, 'tokens']
-    num_bytes: UInt32[np.ndarray, 'tokens']  # of source text; 0 for BOS, EOS and prompts
+    num_bytes: UInt32[np.ndarray, 'tokens']  # of text given back; 0 for BOS, EOS and prompts
     is_target: Bool[np.ndarray, 'tokens']  # False for prompts
 
 
@@ -73,14 +71,15 @@ class Packer:
         """Each document's tokens and EOS, uncut, without BOS."""
         remaining = iter(documents)
         while chunk := list(itertools.islice(remaining, ENCODED_AT_ONCE)):
-            prompts = self.tokenizer.encode_with_bytes([d.prompt for d in chunk])
+            prompts = self.tokenizer.encode_batch([d.prompt for d in chunk])
             texts = self.tokenizer.encode_with_bytes([d.text for d in chunk])
-            for (prompt, _), (text, num_bytes) in zip(prompts, texts, strict=True):
+            for prompt_ids, text in zip(prompts, texts, strict=True):
+                prompt = np.asarray(prompt_ids, np.uint32)
                 eos = np.array([self.tokenizer.eos_id], np.uint32)
                 yield Piece(
-                    np.concatenate([prompt, text, eos]),
-                    np.concatenate([np.zeros_like(prompt), num_bytes, np.zeros_like(eos)]),
-                    np.arange(len(prompt) + len(text) + 1) >= len(prompt),
+                    np.concatenate([prompt, text.ids, eos]),
+                    np.concatenate([np.zeros_like(prompt), text.num_bytes, np.zeros_like(eos)]),
+                    np.arange(len(prompt) + len(text.ids) + 1) >= len(prompt),
                 )
 
     def _cut(self, stream: Piece) -> Iterator[Piece]:
@@ -91,6 +90,18 @@ class Packer:
         for start in range(0, len(stream.tokens), step):
             parts = zip(bos, stream, strict=True)
             yield Piece(*(np.concatenate([b, s[start : start + step]]) for b, s in parts))
+
+    def lost_example(self, documents: Iterable[Document]) -> str:
+        """The first place where decoding does not give a document's text back, for a message."""
+        for document in documents:
+            (encoded,) = self.tokenizer.encode_with_bytes([document.text])
+            if encoded.kept != document.text:
+                returned = self.tokenizer.decode(encoded.ids.tolist())
+                pairs = enumerate(itertools.zip_longest(document.text, returned))
+                first = next(index for index, (one, other) in pairs if one != other)
+                shown = slice(max(0, first - 10), first + 20)
+                return f'{document.text[shown]!r} comes back as {returned[shown]!r}'
+        return ''
 
 
 def best_fit(lengths: Sequence[int], capacity: int) -> list[list[int]]:
@@ -122,40 +133,52 @@ def best_fit(lengths: Sequence[int], capacity: int) -> list[list[int]]:
 
 
 def pack(
-    documents: Documents, packer: Packer, cache_dir: epath.Path, num_workers: int
+    documents: Documents,
+    packer: Packer,
+    cache_dir: epath.Path,
+    num_workers: int,
+    rebuild: bool = False,
 ) -> epath.Path:
     """Packs one split into `cache_dir`, unless it is there; what a killed run finished is kept.
 
     Args:
       num_workers: processes; 0 takes every core.
+      rebuild: packs it again whatever is there.
     Returns:
       The directory of a TFDS data set of rows, whose metadata has `fingerprint`, `num_tokens`
-      (without padding), `num_bytes` (of text that is a target) and `row_length`.
+      (without padding), `num_bytes` (of text that is a target and that decoding gives back),
+      `num_lost_bytes` (that it does not), `lost_example` and `row_length`.
+    Raises:
+      UserError: damage to what was packed.
     """
     fingerprint = records.digest(
         FORMAT, documents.fingerprint, documents.split, packer.tokenizer.fingerprint,
         packer.row_length, packer.packing,
     )  # fmt: skip
     directory = cache_dir / 'rows' / fingerprint
-    if (directory / 'dataset_info.json').exists():
-        return directory
-    directory.mkdir(parents=True, exist_ok=True)
-    shards = _run(_ShardJob(documents, packer, directory), documents, num_workers)
-    metadata = tfds.core.MetadataDict(
-        fingerprint=fingerprint,
-        corpus=documents.corpus,
-        split=documents.split,
-        tokenizer=packer.tokenizer.name,
-        packing=packer.packing,
-        row_length=packer.row_length,
-        num_tokens=sum(shard['num_tokens'] for shard in shards),
-        num_bytes=sum(shard['num_text_bytes'] for shard in shards),
-    )
-    _write_info(directory, _features(packer, documents), metadata, shards)
-    for path in directory.iterdir():
-        stale = path.name.endswith('.part') and path.stat().mtime < time.time() - STALE_SECONDS
-        if stale or path.name.endswith('.stats.json'):
-            path.unlink(missing_ok=True)
+    if manifest.is_complete(directory) and not rebuild:
+        display.say(f'{_description(documents)}: cached')
+    else:
+        directory.mkdir(parents=True, exist_ok=True)
+        shards = _run(_ShardJob(documents, packer, directory, rebuild), num_workers)
+        metadata = {
+            'fingerprint': fingerprint,
+            'corpus': documents.corpus,
+            'split': documents.split,
+            'tokenizer': packer.tokenizer.name,
+            'packing': packer.packing,
+            'row_length': packer.row_length,
+            'num_tokens': sum(shard['num_tokens'] for shard in shards),
+            'num_bytes': sum(shard['num_text_bytes'] for shard in shards),
+            'num_lost_bytes': sum(shard['num_lost_bytes'] for shard in shards),
+            'lost_example': next((s['lost_example'] for s in shards if s['lost_example']), ''),
+        }
+        manifest.complete(directory, NAME, _features(packer, documents), metadata, {SPLIT: shards})
+        for path in directory.iterdir():
+            stale = path.name.endswith('.part') and path.stat().mtime < time.time() - STALE_SECONDS
+            if stale or path.name.endswith('.stats.json'):
+                path.unlink(missing_ok=True)
+    manifest.verify(directory)
     return directory
 
 
@@ -166,37 +189,53 @@ class _ShardJob:
     documents: Documents
     packer: Packer
     directory: epath.Path
+    rebuild: bool
 
-    def __call__(self, index: int) -> dict[str, int]:
+    def __call__(self, index: int) -> dict[str, Any]:
         path = self.directory / records.shard_name(NAME, SPLIT, index)
         stats_path = self.directory / f'{path.name}.stats.json'
-        if path.exists():
-            return json.loads(stats_path.read_text())
-        info = tfds.builder_from_directory(self.documents.directory).info
-        source = records.Records(info, self.documents.split)
-        rows = self.packer.rows(
-            Document(example['prompt'].decode(), example['text'].decode())
-            for example in source.shard(index)
-        )
+        if not self.rebuild and (finished := _finished(path, stats_path)):
+            return finished
+        documents = list(self.documents.shards()[index])
+        rows = self.packer.rows(documents)
         features = _features(self.packer, self.documents)
+        num_text_bytes = sum(_num_bytes(piece) for row in rows for piece in row)
+        lost = sum(len(document.text.encode()) for document in documents) - num_text_bytes
         counts = {
             'num_tokens': sum(len(piece.tokens) for row in rows for piece in row),
-            'num_text_bytes': sum(_num_bytes(piece) for row in rows for piece in row),
+            'num_text_bytes': num_text_bytes,
+            'num_lost_bytes': lost,
+            'lost_example': self.packer.lost_example(documents) if lost else '',
         }
         with records.shard(path, (_stored(row, features) for row in rows)) as written:
             # The shard's own name comes last: where it stands, so do its numbers.
-            records.write_text(stats_path, json.dumps(counts | written))
-        return counts | written
+            stats = counts | written
+            records.write_text(stats_path, json.dumps([stats, records.digest(stats)]))
+        return stats
 
 
-def _run(job: _ShardJob, documents: Documents, num_workers: int) -> list[dict[str, int]]:
+def _finished(path: epath.Path, stats_path: epath.Path) -> dict[str, Any]:
+    """The numbers of a shard that an interrupted run has left whole, or {}.
+
+    Without its numbers a shard is an older version's, which did not count lost bytes.
+    """
+    try:
+        stats, digest = json.loads(stats_path.read_text())
+    except (OSError, ValueError):
+        return {}
+    return stats if path.exists() and digest == records.digest(stats) else {}
+
+
+def _description(documents: Documents) -> str:
+    return f'Packing {documents.corpus} ({documents.split})'
+
+
+def _run(job: _ShardJob, num_workers: int) -> list[dict[str, Any]]:
     """Every shard's numbers, in order, whichever process packed it."""
-    info = tfds.builder_from_directory(documents.directory).info
-    num_shards = info.splits[documents.split].num_shards
+    num_shards = len(job.documents.shards())
     # A process takes seconds to start: each gets two shards or more.
     num_workers = max(1, min(num_workers or os.cpu_count() or 1, num_shards // 2))
-    description = f'Packing {documents.corpus} ({documents.split})'
-    with records.progress(description, num_shards) as advance:
+    with display.phase(_description(job.documents), num_shards, 'shards') as advance:
         shards = []
         for shard in _map(job, num_shards, num_workers):
             shards.append(shard)
@@ -204,27 +243,25 @@ def _run(job: _ShardJob, documents: Documents, num_workers: int) -> list[dict[st
     return shards
 
 
-def _map(job: _ShardJob, num_shards: int, num_workers: int) -> Iterator[dict[str, int]]:
+def _map(
+    job: Callable[[int], dict[str, Any]], num_shards: int, num_workers: int
+) -> Iterator[dict[str, Any]]:
     if num_workers == 1:
         yield from map(job, range(num_shards))
         return
-    pool = concurrent.futures.ProcessPoolExecutor(
-        num_workers,
-        mp_context=multiprocessing.get_context('spawn'),  # a fork of a process with jax deadlocks
-        initializer=_one_thread_each,
-    )
+    # A fork of a process with jax deadlocks, and a spawned process of the standard library
+    # imports its parent's __main__, which may be unguarded or import jax; loky's does neither.
+    pool = loky.ProcessPoolExecutor(num_workers, env={'TOKENIZERS_PARALLELISM': 'false'})
     try:
-        # A worker imports its parent's __main__, which may be unguarded or import jax.
-        with mock.patch.dict(sys.modules, {'__main__': types.ModuleType('__main__')}):
-            results = [pool.submit(job, index) for index in range(num_shards)]
-        for result in results:
+        for result in [pool.submit(job, index) for index in range(num_shards)]:
             yield result.result()
+    except concurrent.futures.process.BrokenProcessPool:
+        raise UserError(
+            f'one of the {num_workers} processes that tokenize was killed, which happens when '
+            'memory runs out; set data.num_workers to fewer.'
+        ) from None
     finally:
-        pool.shutdown(cancel_futures=True)
-
-
-def _one_thread_each() -> None:
-    os.environ['TOKENIZERS_PARALLELISM'] = 'false'
+        pool.shutdown(kill_workers=True)
 
 
 def _features(packer: Packer, documents: Documents) -> tfds.features.FeaturesDict:
@@ -258,27 +295,3 @@ def _stored(row: list[Piece], features: tfds.features.FeaturesDict) -> records.S
         name: values.astype(features[name].np_dtype).tobytes() for name, values in arrays.items()
     }
     return stored | {'num_bytes': sum(map(_num_bytes, row))}
-
-
-def _write_info(
-    directory: epath.Path,
-    features: tfds.features.FeaturesDict,
-    metadata: tfds.core.MetadataDict,
-    shards: list[dict[str, int]],
-) -> None:
-    """Writes TFDS's description, dataset_info.json last: with it the data set is complete."""
-    identity = tfds.core.DatasetIdentity(
-        name=NAME, version=tfds.core.Version(f'{FORMAT}.0.0'), data_dir=os.fspath(directory),
-        module_name=__name__,
-    )  # fmt: skip
-    info = tfds.core.DatasetInfo(builder=identity, features=features, metadata=metadata)
-    info.set_file_format('array_record')
-    split = records.split_info(directory, NAME, SPLIT, shards)
-    info.set_splits(tfds.core.SplitDict([split]))
-    with tempfile.TemporaryDirectory() as temporary:
-        info.write_to_directory(temporary)
-        files = sorted(
-            epath.Path(temporary).iterdir(), key=lambda file: file.name == 'dataset_info.json'
-        )
-        for file in files:
-            records.write_text(directory / file.name, file.read_text())

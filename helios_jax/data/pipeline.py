@@ -1,131 +1,43 @@
-"""Packed rows to batches: a pure function of data, seed and samples consumed.
+"""From a corpus to batches: a pure function of data, seed and samples consumed.
 
-Sample i of a run belongs to a corpus and to a row of it by arithmetic alone: corpora take turns in
-proportion to their weights, and each goes through its rows in a new random order every epoch. So
-resuming needs one number, and hosts, which each read their slice of a batch, cannot change it.
+Resuming needs one number, and hosts, which each read their slice of a batch, cannot change it.
 """
 
 import dataclasses
-import functools
-import math
+import logging
 from collections.abc import Iterator, Sequence
-from fractions import Fraction
 from typing import Any, NamedTuple
 
 import grain
 import jax
 import numpy as np
-import tensorflow_datasets as tfds
 from etils import epath
 from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Bool, Int32
 
-from helios_jax import config
+from helios_jax import config, paths
 from helios_jax.data import corpora, documents, packing, records
+from helios_jax.data.rows import Rows, Source
 from helios_jax.data.tokenizer import Tokenizer, train_bpe
+from helios_jax.errors import UserError, require
+
+log = logging.getLogger(__name__)
 
 Array = Any  # NumPy's on a host, jax's on the mesh
 
 
 class Batch(NamedTuple):
-    """Rows of T tokens; segment 0 is padding, with token 0, position 0 and no target."""
+    """Rows of T tokens. Segment 0 is padding: token 0 and no target."""
 
     tokens: Int32[Array, 'B T']
     segment_ids: Int32[Array, 'B T']  # from 1 in each row
-    positions: Int32[Array, 'B T']  # from 0 in each segment
+    positions: Int32[Array, 'B T']  # from 0 in each segment; of padding, the index in the row
     loss_mask: Bool[Array, 'B T']  # whether the token counts as a target: False for prompts
     num_bytes: Int32[Array, 'B']  # UTF-8 bytes of the text among the row's targets
 
-
-class Rows:
-    """One packed corpus split, row by row.
-
-    Attributes:
-      fingerprint: of corpus, tokenizer, row length, packing, split and format.
-      row_length: T, tokens.
-      num_tokens: all but padding.
-      num_bytes: UTF-8 bytes of text that is a target.
-    """
-
-    def __init__(self, directory: epath.Path):
-        info = tfds.builder_from_directory(directory).info
-        self.directory = directory
-        self.corpus: str = info.metadata['corpus']
-        self.split: str = info.metadata['split']
-        self.fingerprint: str = info.metadata['fingerprint']
-        self.row_length: int = info.metadata['row_length']
-        self.num_tokens: int = info.metadata['num_tokens']
-        self.num_bytes: int = info.metadata['num_bytes']
-        self._records = records.Records(info, packing.SPLIT)
-
-    def __len__(self) -> int:
-        return len(self._records)
-
-    def __iter__(self) -> Iterator[dict[str, Any]]:
-        return map(self.__getitem__, range(len(self)))
-
-    def __getitem__(self, index: int) -> dict[str, Any]:
-        """The stored row: tokens, segment_lengths, num_bytes and, with prompts, loss_mask."""
-        return self._records[index]
-
-
-@dataclasses.dataclass(frozen=True)
-class Source:
-    """Several corpora's rows and the share of samples that each gives, adding up to 1."""
-
-    parts: tuple[Rows, ...]
-    weights: tuple[Fraction, ...]
-
-    def __len__(self) -> int:
-        return sum(map(len, self.parts))
-
-    @property
-    def row_length(self) -> int:
-        return self.parts[0].row_length
-
-    @property
-    def num_tokens(self) -> int:
-        return sum(rows.num_tokens for rows in self.parts)
-
-    @property
-    def num_bytes(self) -> int:
-        return sum(rows.num_bytes for rows in self.parts)
-
-    @functools.cached_property
-    def fingerprint(self) -> str:
-        parts = zip(self.parts, self.weights, strict=True)
-        return records.digest([[rows.fingerprint, str(weight)] for rows, weight in parts])
-
-    @functools.cached_property
-    def _shares(self) -> list[int]:
-        """The weights as integers: exact, and faster than fractions."""
-        denominator = math.lcm(*(weight.denominator for weight in self.weights))
-        return [int(weight * denominator) for weight in self.weights]
-
-    def counts(self, num_samples: int) -> list[int]:
-        """How many of the first `num_samples` samples each corpus gives: its share, rounded.
-
-        The first corpus takes its share of all, the second its share of the rest, and so on, each
-        rounded up: counts never decrease as samples are added, and always add up.
-        """
-        counts, rest, shares_left = [], num_samples, sum(self._shares)
-        for share in self._shares:
-            counts.append(-(-rest * share // shares_left))  # rounded up
-            rest -= counts[-1]
-            shares_left -= share
-        return counts
-
-    def locate(self, sample: int, seed: int) -> tuple[int, int]:
-        """The corpus and the row in it that sample number `sample` of a run is."""
-        before, after = self.counts(sample), self.counts(sample + 1)
-        part = next(i for i in range(len(before)) if after[i] > before[i])
-        rows = self.parts[part]
-        epoch, position = divmod(before[part], len(rows))
-        # Fewer rounds than 8 leave neighbouring batches alike; adding the epoch to the seed would
-        # make epoch 1 of seed 0 equal epoch 0 of seed 1.
-        return part, grain.experimental.index_shuffle(
-            position, max_index=len(rows) - 1, seed=_key(rows.fingerprint, seed, epoch), rounds=8
-        )
+    def attention_segments(self, documents_apart: bool) -> Int32[Array, 'B T'] | None:
+        """The segment ids that attention keeps to; None for plain causal attention over rows."""
+        return self.segment_ids if documents_apart else None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -133,35 +45,36 @@ class Prepared:
     train: Source
     validation: Source
 
+    @property
+    def contents(self) -> dict[str, dict[str, Any]]:
+        """What a checkpoint keeps of its data."""
+        return {'train': self.train.contents, 'validation': self.validation.contents}
 
-def prepare(data: config.Data, tokenizer: Tokenizer) -> Prepared:
+
+def prepare(data: config.Data, tokenizer: Tokenizer, *, rebuild: bool = False) -> Prepared:
     """Tokenizes and packs `data.corpus` into `data.cache_dir`, or finds it there.
 
     Several processes may prepare the same data at once; each finished shard is kept.
 
+    Args:
+      rebuild: makes all of it again, whatever is there, for files that are damaged.
     Raises:
-      UserError: as `corpora.read` says, or a split without documents.
+      UserError: as `corpora.read` says; a split without documents or without text to score; a
+        tokenizer that loses text, unless `data` allows it; a cache that cannot be written, or is
+        damaged.
     """
-    cache_dir = epath.Path(data.cache_dir).expanduser()
-    mixture = corpora.parse(data.corpus)
-    splits: dict[str, list[Rows]] = {'train': [], 'validation': []}
-    for corpus, _ in mixture:
-        prepared = documents.prepare(corpus, cache_dir, data.validation_fraction)
-        for split, rows in splits.items():
-            rows.append(_pack(prepared[split], data, tokenizer, cache_dir))
-    weights = tuple(weight for _, weight in mixture)
-    return Prepared(**{name: Source(tuple(rows), weights) for name, rows in splits.items()})
+    # The smaller split comes first: a tokenizer that loses text is soon refused.
+    sources = _sources(data.corpus, data, tokenizer, ['validation', 'train'], rebuild)
+    return Prepared(**sources)
 
 
 def from_text(pattern: str, data: config.Data, tokenizer: Tokenizer) -> Source:
-    """Rows of every document of a corpus (such as a glob), none held out, packed as `data` says."""
-    cache_dir = epath.Path(data.cache_dir).expanduser()
-    mixture = corpora.parse(pattern)
-    rows = [
-        _pack(documents.prepare(corpus, cache_dir, 0.0)['train'], data, tokenizer, cache_dir)
-        for corpus, _ in mixture
-    ]
-    return Source(tuple(rows), tuple(weight for _, weight in mixture))
+    """Rows of every document of a corpus (such as a glob), none held out, packed as `data` says.
+
+    Raises:
+      UserError: as `prepare` says.
+    """
+    return _sources(pattern, data, tokenizer, ['train'], rebuild=False)['train']
 
 
 def train_batches(
@@ -236,12 +149,13 @@ def summary(prepared: Prepared) -> list[dict[str, Any]]:
     """What `helios data prepare` prints, a line for each corpus and split."""
     return [
         {
-            'corpus': rows.corpus,
-            'split': rows.split,
+            'corpus': rows.documents.corpus,
+            'split': rows.documents.split,
             'weight': float(weight),
             'rows': len(rows),
             'tokens': rows.num_tokens,
             'bytes': rows.num_bytes,
+            'lost_bytes': rows.num_lost_bytes,
             'fill': rows.num_tokens / (len(rows) * rows.row_length),
             'fingerprint': rows.fingerprint,
             'path': str(rows.directory),
@@ -254,27 +168,60 @@ def summary(prepared: Prepared) -> list[dict[str, Any]]:
 def train_tokenizer(corpus: str, vocab_size: int, output: str) -> None:
     """What `helios data tokenizer` does: a BPE of a corpus, written to `output`."""
     if not output.endswith('.json'):
-        raise config.UserError(f'output={output!r} must end in .json, to be known as a tokenizer.')
+        raise UserError(f'output={output!r} must end in .json, to be known as a tokenizer.')
     train_bpe(corpora.texts(corpus), vocab_size, epath.Path(output).expanduser())
 
 
-def _pack(
-    split: documents.Documents, data: config.Data, tokenizer: Tokenizer, cache_dir: epath.Path
-) -> Rows:
+def _sources(
+    spec: str, data: config.Data, tokenizer: Tokenizer, splits: Sequence[str], rebuild: bool
+) -> dict[str, Source]:
+    """The rows of each split, all corpora's."""
+    paths.check('data.cache_dir', data.cache_dir)
+    cache_dir = epath.Path(data.cache_dir).expanduser()
     packer = packing.Packer(tokenizer, data.row_length, data.packing)
-    return Rows(packing.pack(split, packer, cache_dir, data.num_workers))
+    held_out = data.validation_fraction if 'validation' in splits else 0.0
+    mixture = corpora.parse(spec)
+    packed: dict[str, list[Rows]] = {name: [] for name in splits}
+    with records.writing(cache_dir):
+        for corpus, _ in mixture:
+            prepared = documents.prepare(corpus, cache_dir, held_out, rebuild)
+            for name, rows in packed.items():
+                split = prepared[name]
+                directory = packing.pack(split, packer, cache_dir, data.num_workers, rebuild)
+                rows.append(Rows(directory, split))
+                _check_scorable(rows[-1], data, tokenizer)
+    weights = tuple(weight for _, weight in mixture)
+    return {name: Source(tuple(rows), weights) for name, rows in packed.items()}
 
 
-@functools.lru_cache
-def _key(fingerprint: str, seed: int, epoch: int) -> int:
-    return int(records.digest(fingerprint, seed, epoch)[:8], 16)
+def _check_scorable(rows: Rows, data: config.Data, tokenizer: Tokenizer) -> None:
+    """Refuses a split whose bits per byte would mean nothing."""
+    where = f'the {rows.documents.split} split of data.corpus={rows.documents.corpus!r}'
+    lost, total = rows.num_lost_bytes, rows.num_lost_bytes + rows.num_bytes
+    if lost:
+        loss = (
+            f'data.tokenizer={tokenizer.name!r} loses {lost / total:.2%} of {where} ({lost:,} of '
+            f'{total:,} bytes; {rows.lost_example})'
+        )
+        require(
+            data.allow_lossy_tokenizer,
+            f'{loss}, and bits per byte compare only where nothing is lost; choose another, such '
+            'as bytes or one of helios data tokenizer, or set data.allow_lossy_tokenizer=True to '
+            'score only the bytes that are kept.',
+        )
+        log.warning('%s; bits per byte count only what is kept.', loss)
+    require(
+        rows.num_bytes > 0,
+        f'{where} has no text to score: every text or completion in it is empty or lost; give '
+        'documents with text, or change data.validation_fraction.',
+    )
 
 
 def _host_slice(batch_rows: int, host: int | None, num_hosts: int | None) -> slice:
     host = jax.process_index() if host is None else host
     num_hosts = jax.process_count() if num_hosts is None else num_hosts
     if batch_rows % num_hosts:
-        raise config.UserError(
+        raise UserError(
             f'train.batch_rows={batch_rows} must be a multiple of the {num_hosts} hosts.'
         )
     local_rows = batch_rows // num_hosts

@@ -14,15 +14,17 @@ import os
 import tempfile
 import threading
 import uuid
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
-import rich.console
-import rich.progress
 import tensorflow_datasets as tfds
 from array_record.python import array_record_module
 from etils import epath
+from google.protobuf import message
 from tensorflow_datasets.proto import tf_example_pb2
+
+from helios_jax import paths
+from helios_jax.errors import UserError
 
 OPEN_SHARDS = 512  # below the usual limit of 1024 open files
 
@@ -47,37 +49,58 @@ def shard(path: epath.Path, examples: Iterable[Stored]) -> Iterator[dict[str, in
     """
     written = {'num_examples': 0, 'num_bytes': 0}
     with _local_part(path) as part:
-        writer = array_record_module.ArrayRecordWriter(part, 'group_size:1')
-        for example in examples:
-            record = _serialize(example)
-            writer.write(record)
-            written['num_examples'] += 1
-            written['num_bytes'] += len(record)
-        writer.close()
+        try:
+            writer = array_record_module.ArrayRecordWriter(part, 'group_size:1')
+            for example in examples:
+                record = _serialize(example)
+                writer.write(record)
+                written['num_examples'] += 1
+                written['num_bytes'] += len(record)
+            writer.close()
+        except RuntimeError as error:  # array_record's, such as for a full disk
+            raise unwritable(path, str(error)) from None
         yield written
+    _reader.cache_clear()  # what was open under this name has been replaced
+
+
+@contextlib.contextmanager
+def writing(directory: epath.Path) -> Iterator[None]:
+    """Names the file and the way out where a cache cannot be written.
+
+    Raises:
+      UserError: any OSError, such as a full disk or a read-only file system.
+    """
+    try:
+        yield
+    except OSError as error:
+        path = error.filename or directory
+        raise unwritable(path, error.strerror or str(error)) from None
+
+
+def unwritable(path: epath.PathLike, reason: str) -> UserError:
+    reason = reason.partition(';')[0].partition('\n')[0].rstrip('.')
+    return UserError(
+        f'{os.fspath(path)} could not be written: {reason}; make room there, or name another '
+        'directory as data.cache_dir.'
+    )
 
 
 def write_text(path: epath.Path, text: str) -> None:
     """Writes a small file, complete or not at all."""
     part = _part(path)
-    part.write_text(text)
-    part.replace(path)
+    try:
+        part.write_text(text)
+        part.replace(path)
+    finally:
+        part.unlink(missing_ok=True)
 
 
-def split_info(
-    directory: epath.Path, name: str, split: str, shards: list[dict[str, int]]
-) -> tfds.core.SplitInfo:
-    """TFDS's description of the shards that `shard_name` names."""
-    template = tfds.core.ShardedFileTemplate(
-        data_dir=directory, dataset_name=name, split=split, filetype_suffix='array_record',
-        template='{DATASET}-{SPLIT}.{FILEFORMAT}-{SHARD_INDEX}',
-    )  # fmt: skip
-    return tfds.core.SplitInfo(
-        name=split,
-        shard_lengths=[shard['num_examples'] for shard in shards],
-        num_bytes=sum(shard['num_bytes'] for shard in shards),
-        filename_template=template,
+def damaged(path: epath.Path, cause: str, remedy: str = '') -> UserError:
+    remedy = remedy or (
+        f'run helios data prepare --rebuild with the same config, or remove {path.parent}, and it '
+        'is made anew'
     )
+    return UserError(f'{os.fspath(path)} is damaged ({cause}); {remedy}.')
 
 
 def shard_name(name: str, split: str, index: int) -> str:
@@ -85,11 +108,18 @@ def shard_name(name: str, split: str, index: int) -> str:
 
 
 class Records:
-    """The examples of one split of a prepared TFDS data set, at random, from any thread."""
+    """The examples of one split of a prepared TFDS data set, at random, from any thread.
 
-    def __init__(self, info: tfds.core.DatasetInfo, split: str):
+    Args:
+      remedy: what mends a damaged file; for the data sets written here, making them anew.
+    Raises:
+      UserError: on reading, a file that is missing or damaged.
+    """
+
+    def __init__(self, info: tfds.core.DatasetInfo, split: str, remedy: str = ''):
         assert info.features is not None
         self._features = info.features
+        self._remedy = remedy
         self._paths = [os.fspath(path) for path in info.splits[split].filepaths]
         self.shard_lengths = list(info.splits[split].shard_lengths)
         self._starts = [0, *itertools.accumulate(self.shard_lengths)]
@@ -102,33 +132,29 @@ class Records:
             raise IndexError(f'record {index} of {len(self)}')
         shard = bisect.bisect_right(self._starts, index) - 1
         position = index - self._starts[shard]
-        # read([i]) costs O(records in the shard), read(i, i + 1) does not.
-        (record,) = _reader(self._paths[shard]).read(position, position + 1)
-        return self._features.deserialize_example_np(record)
+        (example,) = self._read(shard, position, position + 1)
+        return example
 
     def shard(self, index: int, chunk: int = 1024) -> Iterator[dict[str, Any]]:
         """The examples of one shard in order, `chunk` of them read at a time."""
-        reader, length = _reader(self._paths[index]), self.shard_lengths[index]
+        length = self.shard_lengths[index]
         for start in range(0, length, chunk):
-            for record in reader.read(start, min(start + chunk, length)):
-                yield self._features.deserialize_example_np(record)
+            yield from self._read(index, start, min(start + chunk, length))
 
-
-@contextlib.contextmanager
-def progress(description: str, total: int | None) -> Iterator[Callable[[int], None]]:
-    """A progress bar on a terminal, nothing elsewhere; yields the function that advances it."""
-    console = rich.console.Console(stderr=True)
-    with rich.progress.Progress(
-        rich.progress.TextColumn('{task.description}'),
-        rich.progress.BarColumn(),
-        rich.progress.MofNCompleteColumn(),
-        rich.progress.TimeRemainingColumn(),
-        console=console,
-        transient=True,
-        disable=not console.is_terminal,
-    ) as bar:
-        task = bar.add_task(description, total=total)
-        yield lambda amount: bar.advance(task, amount)
+    def _read(self, shard: int, start: int, stop: int) -> list[dict[str, Any]]:
+        path = self._paths[shard]
+        try:
+            # read([i]) costs O(records in the shard), read(i, i + 1) does not.
+            found = _reader(path).read(start, stop)
+            if not all(found):  # what array_record reads of an open file that was emptied
+                raise IndexError
+            return [self._features.deserialize_example_np(record) for record in found]
+        except (IndexError, RuntimeError, OSError, ValueError, message.DecodeError) as error:
+            if isinstance(error, IndexError):  # an unreadable file seems to hold nothing
+                cause = 'missing' if not epath.Path(path).exists() else 'cut short'
+            else:
+                cause = str(error).partition(';')[0].partition('\n')[0]
+            raise damaged(epath.Path(path), cause, self._remedy) from None
 
 
 def _serialize(example: Stored) -> bytes:
@@ -147,15 +173,11 @@ def _part(path: epath.Path) -> epath.Path:
     return path.with_name(f'{path.name}.{uuid.uuid4().hex}.part')
 
 
-def _is_local(path: epath.Path) -> bool:
-    return '://' not in os.fspath(path)
-
-
 @contextlib.contextmanager
 def _local_part(path: epath.Path) -> Iterator[str]:
     """A local file name; what is written there becomes `path` on leaving without an error."""
     part = _part(path)
-    if _is_local(path):
+    if paths.is_local(path):
         local = part
     else:
         local = epath.Path(tempfile.gettempdir()) / part.name
@@ -177,9 +199,10 @@ def _reader(path: str) -> array_record_module.ArrayRecordReader:
 
 def _local_copy(path: epath.Path) -> str:
     """The file itself, or a copy of the bucket's that stays for this machine's later runs."""
-    if _is_local(path):
+    if paths.is_local(path):
         return os.fspath(path)
-    mirror = epath.Path(tempfile.gettempdir()) / 'helios' / digest(os.fspath(path))
+    (identity,) = paths.identities([path])
+    mirror = epath.Path(tempfile.gettempdir()) / 'helios' / digest(identity)
     with _copying:
         if not mirror.exists():
             mirror.parent.mkdir(parents=True, exist_ok=True)

@@ -1,4 +1,4 @@
-"""Text to token ids and back, with the bytes of source text that each token stands for.
+"""Text to token ids and back, with the bytes of text that each token gives back.
 
 Three kinds: bytes (the default, no file), any tokenizer.json of the `tokenizers` library, and
 SentencePiece models. Text is only text: the name of a special token inside a document is encoded
@@ -9,6 +9,7 @@ import abc
 import hashlib
 import json
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 import numpy as np
 import sentencepiece
@@ -16,15 +17,15 @@ import tokenizers
 from etils import epath
 from jaxtyping import Int64, UInt32
 
-from helios_jax.config import UserError
+from helios_jax import paths
+from helios_jax.data import lossy
+from helios_jax.data.lossy import Encoded
+from helios_jax.errors import UserError
 
 # In order of preference. GPT-2 has one token for both; BERT's brackets come last.
 BOS_NAMES = ('<|bos|>', '<s>', '<bos>', '<|begin_of_text|>', '<|startoftext|>', '[BOS]')
 EOS_NAMES = ('<|eos|>', '</s>', '<eos>', '<|end_of_text|>', '[EOS]')
 SHARED_NAMES = ('<|endoftext|>',)
-
-# Token ids, and the bytes of each.
-Encoded = tuple[UInt32[np.ndarray, 'tokens'], UInt32[np.ndarray, 'tokens']]
 
 
 class Tokenizer(abc.ABC):
@@ -34,6 +35,7 @@ class Tokenizer(abc.ABC):
       name: for people, such as 'bytes' or the file's name.
       fingerprint: equal for tokenizers that encode alike, different otherwise.
       vocab_size: V; every id is below it.
+      unk_id: the token that stands for text outside the vocabulary; -1 where there is none.
     """
 
     name: str
@@ -41,14 +43,15 @@ class Tokenizer(abc.ABC):
     vocab_size: int
     bos_id: int
     eos_id: int
+    unk_id: int
+
+    @abc.abstractmethod
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        """The token ids of each text; BOS and EOS are not added."""
 
     @abc.abstractmethod
     def encode_with_bytes(self, texts: Sequence[str]) -> list[Encoded]:
-        """Per text: its token ids and, for each token, how many UTF-8 bytes of it are the token's.
-
-        The bytes of a text's tokens add up to its length in UTF-8, unless it has no tokens. BOS
-        and EOS are not added.
-        """
+        """The token ids of each text, and for each token how many UTF-8 bytes of it come back."""
 
     @abc.abstractmethod
     def decode(self, ids: Sequence[int]) -> str:
@@ -57,9 +60,6 @@ class Tokenizer(abc.ABC):
     @abc.abstractmethod
     def save(self, directory: epath.Path) -> str:
         """Writes what `load` needs into `directory`; returns the spec to give to `load` with it."""
-
-    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
-        return [ids.tolist() for ids, _ in self.encode_with_bytes(texts)]
 
     def encode(self, text: str) -> list[int]:
         return self.encode_batch([text])[0]
@@ -73,10 +73,16 @@ class ByteTokenizer(Tokenizer):
     vocab_size = 256
     bos_id = 0xFE
     eos_id = 0xFF
+    unk_id = -1
+
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        return [list(text.encode()) for text in texts]
 
     def encode_with_bytes(self, texts: Sequence[str]) -> list[Encoded]:
         encoded = [np.frombuffer(text.encode(), np.uint8).astype(np.uint32) for text in texts]
-        return [(ids, np.ones_like(ids)) for ids in encoded]
+        return [
+            Encoded(ids, np.ones_like(ids), text) for text, ids in zip(texts, encoded, strict=True)
+        ]
 
     def decode(self, ids: Sequence[int]) -> str:
         kept = bytes(i for i in ids if i not in (self.bos_id, self.eos_id))
@@ -108,17 +114,27 @@ class JsonTokenizer(Tokenizer):
         self._token_bytes = _byte_lengths(vocabulary, self.vocab_size)
         self.bos_id = vocabulary[_special(name, 'BOS', BOS_NAMES + SHARED_NAMES, vocabulary)]
         self.eos_id = vocabulary[_special(name, 'EOS', EOS_NAMES + SHARED_NAMES, vocabulary)]
+        self.unk_id = _unknown(json.loads(self._content)['model'], vocabulary)
 
-    def encode_with_bytes(self, texts: Sequence[str]) -> list[Encoded]:
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         # Offsets cost more than the encoding; most byte-level tokens need none.
         encodings = self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)
+        return [encoding.ids for encoding in encodings]
+
+    def encode_with_bytes(self, texts: Sequence[str]) -> list[Encoded]:
+        batch = self.encode_batch(texts)
+        decoded = self._tokenizer.decode_batch(batch, skip_special_tokens=False)
         encoded = []
-        for text, encoding in zip(texts, encodings, strict=True):
-            ids = np.asarray(encoding.ids, np.uint32)
-            num_bytes = self._token_bytes[ids]
+        for text, ids, returned in zip(texts, batch, decoded, strict=True):
+            if not lossy.keeps_all(self, text, ids, returned):
+                spans = self._tokenizer.encode(text, add_special_tokens=False).offsets
+                encoded.append(lossy.partly(self, text, ids, spans))
+                continue
+            array = np.asarray(ids, np.uint32)
+            num_bytes = self._token_bytes[array]
             if num_bytes.sum(dtype=np.int64) != len(text.encode()):
                 num_bytes = self._bytes_by_offset(text)
-            encoded.append((ids, num_bytes))
+            encoded.append(Encoded(array, num_bytes, text))
         return encoded
 
     def _bytes_by_offset(self, text: str) -> UInt32[np.ndarray, 'tokens']:
@@ -151,11 +167,15 @@ class SentencePieceTokenizer(Tokenizer):
         self.vocab_size = self._processor.get_piece_size()
         self.bos_id = self._processor.bos_id()
         self.eos_id = self._processor.eos_id()
+        self.unk_id = self._processor.unk_id()
         if self.bos_id < 0 or self.eos_id < 0:
             raise UserError(
                 f'data.tokenizer={name!r} has no BOS or no EOS piece; train it with bos_id and '
                 'eos_id switched on.'
             )
+
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        return self._processor.encode(list(texts))
 
     def encode_with_bytes(self, texts: Sequence[str]) -> list[Encoded]:
         mapped = self._processor.encode(
@@ -163,10 +183,14 @@ class SentencePieceTokenizer(Tokenizer):
         )
         encoded = []
         for text, pieces in zip(texts, mapped, strict=True):
-            byte_ends = np.asarray([end for _, end in pieces['offsets']], np.int64)
-            encoded.append(
-                (np.asarray(pieces['ids'], np.uint32), _bytes_per_token(byte_ends, text))
-            )
+            ids = list(pieces['ids'])
+            if lossy.keeps_all(self, text, ids, self._processor.decode(ids)):
+                byte_ends = np.asarray([end for _, end in pieces['offsets']], np.int64)
+                num_bytes = _bytes_per_token(byte_ends, text)
+                encoded.append(Encoded(np.asarray(ids, np.uint32), num_bytes, text))
+            else:
+                in_characters = self._processor.encode(text, return_type='offset_mapping')
+                encoded.append(lossy.partly(self, text, ids, in_characters['offsets']))
         return encoded
 
     def decode(self, ids: Sequence[int]) -> str:
@@ -189,6 +213,7 @@ def load(spec: str, directory: epath.Path | None = None) -> Tokenizer:
     if spec == 'bytes':
         return ByteTokenizer()
     path = epath.Path(spec).expanduser() if directory is None else directory / spec
+    paths.check('data.tokenizer', spec)
     if path.suffix not in ('.json', '.model'):
         raise UserError(
             f"data.tokenizer={spec!r} must be 'bytes', a tokenizer.json or a SentencePiece .model."
@@ -257,9 +282,15 @@ def _bytes_per_token(
 ) -> UInt32[np.ndarray, 'tokens']:
     """Bytes per token, from where each one ends in the UTF-8 text.
 
-    One character's tokens share its bytes as their ends say; what a normaliser drops goes to the
-    token after it, or to the last one.
+    One character's tokens share its bytes as their ends say; white space that decoding puts between
+    tokens goes to the token after it, or to the last one.
     """
     ends = np.maximum.accumulate(byte_ends)
     ends[-1:] = len(text.encode())
     return np.diff(ends, prepend=0).astype(np.uint32)
+
+
+def _unknown(model: dict[str, Any], vocabulary: dict[str, int]) -> int:
+    """The id that a tokenizer.json gives to what is not in its vocabulary; -1 without one."""
+    number = model.get('unk_id')  # Unigram has its number, the others its name
+    return vocabulary.get(model.get('unk_token') or '', -1) if number is None else number

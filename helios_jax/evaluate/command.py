@@ -6,7 +6,7 @@ from typing import Any
 
 from absl import flags
 
-from helios_jax import config, options
+from helios_jax import config, options, paths
 from helios_jax.errors import UserError, require
 
 
@@ -23,15 +23,23 @@ def eval_command(argv: Sequence[str]) -> None:
     flags.DEFINE_integer('row_length', 0, "Tokens a row; 0 takes the run's.", flag_values=values)
     flags.DEFINE_integer('rows', 0, 'Rows to read; 0 takes all.', flag_values=values)
     flags.DEFINE_integer('batch_rows', 16, 'Rows at a time.', flag_values=values)
+    flags.DEFINE_bool(
+        'allow_lossy_tokenizer', False, 'Score a text that the tokenizer loses some of.',
+        flag_values=values,
+    )  # fmt: skip
     options.parse(values, argv)
+    restored = restore(values)
+    from helios_jax import restoring
     from helios_jax.evaluate.held_out import held_out
 
     figures = held_out(
-        restore(values),
+        restored,
         text=values.text,
         row_length=values.row_length,
         num_rows=values.rows,
         batch_rows=values.batch_rows,
+        allow_lossy_tokenizer=values.allow_lossy_tokenizer,
+        trained_on=restoring.read_metadata(values.checkpoint, values.step).get('data'),
     )
     options.show(figures, values.json)
 
@@ -79,9 +87,10 @@ def list_command(argv: Sequence[str]) -> None:
         len(arguments) == 1,
         f'helios ckpt ls {" ".join(arguments)}: write helios ckpt ls DIR, with one directory.',
     )
-    from helios_jax import api, checkpoint
+    from helios_jax import checkpoint, restoring
 
-    for row in checkpoint.list_steps(api.checkpoint_directory(arguments[0])):
+    paths.check('DIR', arguments[0])
+    for row in checkpoint.list_steps(restoring.checkpoint_directory(arguments[0])):
         options.show(row | {'damage': row['damage'] or 'none'}, values.json)
 
 
@@ -101,12 +110,13 @@ def checkpoint_flags(values: flags.FlagValues) -> None:
 def restore(values: flags.FlagValues) -> Any:
     """Returns what `checkpoint_flags` name, ready to use."""
     require(bool(values.checkpoint), "--checkpoint is missing; name a run's workdir.")
+    paths.check('--checkpoint', values.checkpoint)
     scaling = yarn(values.yarn)
-    from helios_jax import api
+    from helios_jax import restoring
     from helios_jax.parallel import cluster
 
     cluster.enable_compilation_cache(config.Train().compilation_cache)
-    return api.restore(values.checkpoint, values.step, rope=scaling)
+    return restoring.restore(values.checkpoint, values.step, rope=scaling)
 
 
 def yarn(value: str) -> dict[str, Any]:

@@ -18,12 +18,12 @@ import numpy as np
 from jaxtyping import Array, Float, Int, PyTree
 
 from helios_jax import config
-from helios_jax.api import Restored, mesh_of
+from helios_jax.arch import rules
 from helios_jax.errors import require, within_int32
 from helios_jax.model.loss import project
 from helios_jax.model.transformer import Transformer
-from helios_jax.parallel import sharding
 from helios_jax.parallel.sharding import constrain
+from helios_jax.restoring import Restored, mesh_of
 
 log = logging.getLogger(__name__)
 
@@ -217,7 +217,7 @@ def generate(
 def _num_shards(name: str) -> int:
     """Number of shards that the mesh that is set cuts a logical axis into."""
     mesh = jax.sharding.get_abstract_mesh()
-    return 1 if mesh.empty else sharding.shards(mesh, name)
+    return 1 if mesh.empty else rules.shards(mesh, name)
 
 
 def complete(

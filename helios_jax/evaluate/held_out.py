@@ -1,14 +1,18 @@
 """Bits per byte of a restored checkpoint on its held-out split, or on any text."""
 
 import dataclasses
+from collections.abc import Mapping
+from typing import Any
 
 import jax
 
-from helios_jax.api import Restored, mesh_of
+from helios_jax.arch import rules
 from helios_jax.data import pipeline
+from helios_jax.data.rows import changes
 from helios_jax.errors import require
 from helios_jax.evaluate.perplexity import evaluate
 from helios_jax.parallel import sharding
+from helios_jax.restoring import Restored, mesh_of
 
 
 def held_out(
@@ -18,27 +22,47 @@ def held_out(
     row_length: int = 0,
     num_rows: int = 0,
     batch_rows: int = 16,
+    allow_lossy_tokenizer: bool = False,
+    trained_on: Mapping[str, Any] | None = None,
 ) -> dict[str, float]:
-    """As `perplexity.evaluate`, on `text` (a corpus such as a glob) or on the validation split.
+    """Scores a checkpoint on `text` (a corpus such as a glob) or on its validation split.
 
     Args:
       row_length: tokens a row; 0 takes the run's.
       num_rows: rows to read; 0 takes all.
-      batch_rows: rows at a time, rounded up to what the devices divide.
+      batch_rows: rows at a time, rounded up to what the devices divide; no more than there are.
+      allow_lossy_tokenizer: scores a text of which the tokenizer loses something, even where the
+        run itself did not allow it.
+      trained_on: the `data` of the checkpoint's metadata, for the validation split to be compared
+        with; without it (an older checkpoint's) nothing is compared.
+    Returns:
+      The figures of `perplexity.evaluate`.
     Raises:
-      UserError: a number out of range; as `prepare` says.
+      UserError: a number out of range; a validation split other than the run's; as `prepare` says.
     """
     require(batch_rows > 0, f'batch_rows={batch_rows} must be above 0.')
     require(num_rows >= 0, f'rows={num_rows} must be 0 (all) or more.')
     model, variables, tokenizer, cfg = restored
-    data = dataclasses.replace(cfg.data, row_length=row_length or cfg.data.row_length)
+    data = dataclasses.replace(
+        cfg.data,
+        row_length=row_length or cfg.data.row_length,
+        allow_lossy_tokenizer=allow_lossy_tokenizer or cfg.data.allow_lossy_tokenizer,
+    )
     if text:
         source = pipeline.from_text(text, data, tokenizer)
     else:
         source = pipeline.prepare(data, tokenizer).validation
+        changed = changes(trained_on['validation'], source.contents) if trained_on else ''
+        require(
+            not changed,
+            f'the held-out split of data.corpus={data.corpus!r} is not the one that the run held '
+            f'out ({changed}), and may hold what it was trained on; restore the files, or name '
+            'what to read with --text.',
+        )
     mesh = mesh_of(variables)
-    shards = sharding.shards(mesh, 'batch')
+    shards = rules.shards(mesh, 'batch')
     where = sharding.sharding(mesh, ('batch', 'length'))
+    batch_rows = min(batch_rows, num_rows or len(source), len(source))
     batches = pipeline.eval_batches(
         source, batch_rows=-(-batch_rows // shards) * shards, num_rows=num_rows
     )
@@ -48,5 +72,6 @@ def held_out(
             variables,
             (pipeline.to_global(batch, where) for batch in batches),
             eos_id=tokenizer.eos_id,
-            packed=data.packing == 'best_fit',
+            documents_apart=data.documents_apart,
+            lost_fraction=source.lost_fraction,
         )

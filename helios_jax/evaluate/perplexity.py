@@ -8,23 +8,23 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, PyTree
 
-from helios_jax.config import require
 from helios_jax.data.pipeline import Batch
+from helios_jax.errors import require
 from helios_jax.model.loss import cross_entropy, next_tokens
 from helios_jax.model.transformer import Transformer
 from helios_jax.parallel.context import zigzag_rows
 
 
-@functools.partial(jax.jit, static_argnames=('model', 'eos_id', 'packed'))
+@functools.partial(jax.jit, static_argnames=('model', 'eos_id', 'documents_apart'))
 def batch_sums(
-    variables: PyTree, batch: Batch, *, model: Transformer, eos_id: int, packed: bool
+    variables: PyTree, batch: Batch, *, model: Transformer, eos_id: int, documents_apart: bool
 ) -> dict[str, Float[Array, '']]:
     """Sums over a batch: nats of all targets, nats of text (not EOS), targets, bytes of text."""
     targets, weights = next_tokens(batch.tokens, batch.segment_ids, batch.loss_mask)
     # In each row's order the targets are its next tokens; from here on its positions tell.
     batch, targets, weights = zigzag_rows((batch, targets, weights))
-    segment_ids = batch.segment_ids if packed else None
-    hidden, _ = model.apply(variables, batch.tokens, batch.positions, segment_ids)
+    segments = batch.attention_segments(documents_apart)
+    hidden, _ = model.apply(variables, batch.tokens, batch.positions, segments)
     head = model.apply(variables, method='unembedding_weight')
     nll = cross_entropy(hidden, head, targets, weights, model.model.vocab_size).nll
     text = weights * (targets != eos_id)
@@ -37,20 +37,30 @@ def batch_sums(
 
 
 def evaluate(
-    model: Transformer, variables: PyTree, batches: Iterable[Batch], *, eos_id: int, packed: bool
+    model: Transformer,
+    variables: PyTree,
+    batches: Iterable[Batch],
+    *,
+    eos_id: int,
+    documents_apart: bool,
+    lost_fraction: float = 0.0,
 ) -> dict[str, float]:
     """`loss` (nats per target), `perplexity`, `bits_per_byte`, `targets`, `bytes` of the batches.
 
     Args:
       variables: 'params', and 'router' for a mixture of experts.
       batches: global arrays, on the mesh that is set.
-      packed: whether attention keeps to segments; False for rows that are one stream.
+      documents_apart: whether attention keeps to segments; False for rows that are one stream.
+      lost_fraction: share of the text's bytes that the tokenizer lost, which no figure counts; it
+        stands beside the figures where it is above 0.
     Raises:
       UserError: the batches hold no text.
     """
     totals: dict[str, float] = {}
     for batch in batches:
-        sums = batch_sums(variables, batch, model=model, eos_id=eos_id, packed=packed)
+        sums = batch_sums(
+            variables, batch, model=model, eos_id=eos_id, documents_apart=documents_apart
+        )
         for name, value in jax.device_get(sums).items():
             totals[name] = totals.get(name, 0.0) + float(value)
     require(
@@ -58,10 +68,11 @@ def evaluate(
         'the text to evaluate on has no token to predict; give longer documents.',
     )
     loss = totals['nats'] / totals['targets']
-    return {
+    figures = {
         'loss': loss,
         'perplexity': math.exp(min(loss, 700)),
         'bits_per_byte': totals['text_nats'] / math.log(2) / totals['bytes'],
         'targets': totals['targets'],
         'bytes': totals['bytes'],
     }
+    return figures | ({'lost_fraction': lost_fraction} if lost_fraction else {})

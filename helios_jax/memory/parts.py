@@ -21,7 +21,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, PyTree
 
-from helios_jax.parallel.sharding import shards
+from helios_jax.arch.rules import shards
 
 
 class Cut(NamedTuple):

@@ -1,6 +1,6 @@
 """What each saved activation becomes: one table from tensor name to action.
 
-The model names its intermediate tensors once (`config.Actions` lists them). A preset gives every
+The model names its intermediate tensors once (arch/tensors.py lists them). A preset gives every
 name an action, the user's actions override it, and memory/store.py carries the table out:
 
   remat                      recomputed in the backward pass
@@ -18,29 +18,8 @@ from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 from helios_jax import config
-from helios_jax.config.run import EXACT_ONLY
+from helios_jax.arch.tensors import NAMES
 
-# Logical axes (parallel/sharding.py) of each tensor, where it is not one device's own.
-AXES: dict[str, tuple[str, ...]] = {
-    'block_input': ('batch', 'stored_length', 'stream'),
-    'attention_input': ('batch', 'stored_length', 'stream'),
-    'q': ('batch', 'length', 'heads', 'head_dim'),
-    'k': ('batch', 'length', 'kv_heads', 'head_dim'),
-    'v': ('batch', 'length', 'kv_heads', 'head_dim'),
-    'attention_output': ('batch', 'length', 'heads', 'head_dim'),
-    'log_sum_exp': ('batch', 'heads', 'length'),
-    'attention_update': ('batch', 'stored_length', 'stream'),
-    'attention_gate': ('batch', 'stored_length', 'gate'),
-    'mlp_input': ('batch', 'stored_length', 'stream'),
-    'gate_up': ('batch', 'length', 'mlp'),
-    'dispatched': ('batch', 'length', 'stream'),
-    'expert_input': ('batch', 'stream'),
-    'router_choices': ('batch', 'length', 'whole'),
-    'mlp_update': ('batch', 'stored_length', 'stream'),
-    'mlp_gate': ('batch', 'stored_length', 'gate'),
-    'final_hidden': ('batch', 'stored_length', 'stream'),
-}
-NAMES = tuple(AXES)
 # A kernel that is one primitive names nothing; these are the names of its results.
 PRIMITIVES = {'dot_product_attention_fwd_wrapper': ('attention_output', 'log_sum_exp')}
 
@@ -135,6 +114,3 @@ def kernel_form(table: Mapping[str, str]) -> str:
     """The form that q, k and v share, in which a kernel that can keeps them by itself; or ''."""
     forms = {parse(table[name]).form for name in ('q', 'k', 'v')}
     return forms.pop() if len(forms) == 1 else ''
-
-
-assert set(EXACT_ONLY) < set(NAMES)

@@ -21,9 +21,10 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, PyTree
 
 from helios_jax import config
+from helios_jax.arch.tensors import TENSORS
 from helios_jax.kernels import quantize
 from helios_jax.memory.linearized import Leaf, Linearized, linearize
-from helios_jax.memory.policy import AXES, Action, actions, parse
+from helios_jax.memory.policy import Action, actions, parse
 from helios_jax.parallel.sharding import constrain, fitting
 
 # Marks a stored array in the jaxpr, for memory/proof.py: stored/NAME/ACTION/manual or auto.
@@ -259,7 +260,7 @@ def restore(linear: Linearized, kept: Kept, params: PyTree, others: Any) -> list
 
 def _place(name: str, array: Array) -> Array:
     """A stored array where its logical axes say; an exponent lacks the last of them."""
-    return constrain(array, *fitting(array.shape, AXES[name][: array.ndim]))
+    return constrain(array, *fitting(array.shape, TENSORS[name].axes[: array.ndim]))
 
 
 def _restored(stored: Any, dtype: Any) -> Array:

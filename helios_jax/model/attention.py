@@ -4,19 +4,17 @@ Keys are cached after their norm and before rotation, because with dynamic YaRN 
 key depends on the query that reads it.
 """
 
-import math
-from functools import partial
-from typing import Any
-
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec
+from jax.typing import ArrayLike
 from jaxtyping import Array, Float, Int
 
 from helios_jax import config
-from helios_jax.kernels.attention import attention, blockwise
+from helios_jax.arch import weights
+from helios_jax.kernels.attention import Setting, Tokens, attention, blockwise
 from helios_jax.model import rope
 from helios_jax.model.layers import Einsum, RMSNorm
 from helios_jax.parallel import context
@@ -43,37 +41,28 @@ class Attention(nn.Module):
         those of x are written at their positions, and x attends to all that the cache holds.
         """
         model, dtype = self.model, x.dtype
-        D, N, K, H = model.embed_dim, model.num_heads, model.num_kv_heads, model.head_dim
-        q = Einsum((D, N, H), ('embed', 'heads', 'head_dim'), D, dtype, name='q')(
-            'btd,dnh->btnh', x
-        )
-        k = Einsum((D, K, H), ('embed', 'kv_heads', 'head_dim'), D, dtype, name='k')(
-            'btd,dkh->btkh', x
-        )
-        v = Einsum((D, K, H), ('embed', 'kv_heads', 'head_dim'), D, dtype, name='v')(
-            'btd,dkh->btkh', x
-        )
+        rows = weights.attention(model)
+        q = Einsum(rows['q'], dtype, name='q')('btd,dnh->btnh', x)
+        k = Einsum(rows['k'], dtype, name='k')('btd,dkh->btkh', x)
+        v = Einsum(rows['v'], dtype, name='v')('btd,dkh->btkh', x)
         if model.qk_norm:
             q = RMSNorm(name='q_norm')(q, model.norm_eps)
             k = RMSNorm(name='k_norm')(k, model.norm_eps)
         q = checkpoint_name(constrain(q, 'batch', 'length', 'heads', 'head_dim'), 'q')
         k = checkpoint_name(constrain(k, 'batch', 'length', 'kv_heads', 'head_dim'), 'k')
         v = checkpoint_name(constrain(v, 'batch', 'length', 'kv_heads', 'head_dim'), 'v')
-        keys: dict[str, Array] = {}
+        tokens = Tokens(positions, segment_ids)
         if cache_length:
             k, v = self.update_cache(k, v, positions, segment_ids, cache_length)
             slots = jnp.arange(cache_length, dtype=positions.dtype)[None]
-            keys['key_positions'] = jnp.broadcast_to(slots, (x.shape[0], cache_length))
+            slots = jnp.broadcast_to(slots, (x.shape[0], cache_length))
             # Every slot up to a query's position has been written; causality hides the others.
-            keys['key_segment_ids'] = jnp.ones_like(keys['key_positions'])
-            segment_ids = jnp.ones_like(positions) if segment_ids is None else segment_ids
+            tokens = Tokens(positions, tokens.ids_of_queries, slots, jnp.ones_like(slots))
         # Initialising needs shapes alone, and its tiny batch fits neither mesh nor kernel.
         out = q
         if not self.is_initializing():
-            out = self.attend(q, k, v, positions, segment_ids, keys)
-        return Einsum((N, H, D), ('heads', 'head_dim', 'embed'), N * H, dtype, name='out')(
-            'btnh,nhd->btd', out
-        )
+            out = self.attend(q, k, v, tokens)
+        return Einsum(rows['out'], dtype, name='out')('btnh,nhd->btd', out)
 
     @nn.nowrap
     def update_cache(
@@ -96,37 +85,33 @@ class Attention(nn.Module):
         q: Float[Array, 'B T N H'],
         k: Float[Array, 'B S K H'],
         v: Float[Array, 'B S K H'],
-        positions: Int[Array, 'B T'],
-        segment_ids: Int[Array, 'B T'] | None,
-        keys: dict[str, Array],
+        tokens: Tokens,
     ) -> Float[Array, 'B T N H']:
         """One call of the kernel, or one for each bucket of dynamic YaRN that has queries."""
         tables = rope.tables(self.model.rope, self.model.head_dim, k.shape[1])
-        attend = partial(
-            _attend_sharded,
-            model=self.model,
-            window=self.window,
-            platform=self.platform,
-            residuals=self.residuals,
-        )
+
+        def attend(tokens: Tokens, frequencies: ArrayLike, query_scale: ArrayLike) -> Array:
+            turn = jnp.asarray(frequencies), jnp.asarray(query_scale)
+            setting = Setting(*turn, window=self.window, softcap=self.model.attention_softcap)
+            where = self.model.attention, self.platform or None
+            return _attend_sharded(q, k, v, tokens, setting, self.residuals, *where)
+
         if len(tables.query_scale) == 1:
-            return attend(
-                q, k, v, positions, segment_ids, keys, tables.frequencies[0], tables.query_scale[0]
-            )
-        segments = jnp.ones_like(positions) if segment_ids is None else segment_ids
-        keys = {'key_segment_ids': segments} | keys
+            return attend(tokens, tables.frequencies[0], tables.query_scale[0])
+        ids = tokens.ids_of_queries
+        tokens = tokens._replace(key_segment_ids=tokens.ids_of_keys)
         num_buckets = len(tables.query_scale)
         # Counted in integers: a float logarithm may miss the powers of two.
         starts = self.model.rope.trained_length * 2 ** jnp.arange(num_buckets - 1)
-        buckets = jnp.searchsorted(starts, positions, side='right')
+        buckets = jnp.searchsorted(starts, tokens.positions, side='right')
 
         def add_bucket(total: Array, table: tuple[Array, ...]) -> tuple[Array, None]:
             bucket, frequencies, query_scale = table
             # Queries of other buckets are padding to this call: they come out as zeros.
-            ids = jnp.where(buckets == bucket, segments, 0)
+            own = tokens._replace(segment_ids=jnp.where(buckets == bucket, ids, 0))
             out = jax.lax.cond(
-                jnp.any(ids > 0),
-                lambda: attend(q, k, v, positions, ids, keys, frequencies, query_scale),
+                jnp.any(own.segment_ids > 0),
+                lambda: attend(own, frequencies, query_scale),
                 lambda: jnp.zeros_like(q),
             )
             return total + out, None
@@ -142,53 +127,37 @@ def _attend_sharded(
     q: Array,
     k: Array,
     v: Array,
-    positions: Array,
-    segment_ids: Array | None,
-    keys: dict[str, Array],
-    frequencies: Any,
-    query_scale: Any,
-    *,
-    model: config.Model,
-    window: int,
-    platform: str,
+    tokens: Tokens,
+    setting: Setting,
     residuals: str,
+    implementation: str,
+    platform: str | None,
 ) -> Array:
     """The kernel on each device's rows and heads.
 
     Over the context axis keys go round a ring, but those of a cache, which every device holds.
     """
-    arrays = {'positions': positions, **keys}
-    if segment_ids is not None:
-        arrays['segment_ids'] = segment_ids
     mesh = jax.sharding.get_abstract_mesh()
-    ring = not mesh.empty and mesh.shape['context'] > 1 and 'key_positions' not in keys
+    ring = not mesh.empty and mesh.shape['context'] > 1 and tokens.own_keys
 
-    def local(q: Array, k: Array, v: Array, arrays: dict, frequencies: Any, scale: Any) -> Array:
-        options: dict[str, Any] = arrays | {
-            'frequencies': frequencies,
-            'query_scale': scale,
-            'window': window,
-            'softcap': model.attention_softcap,
-        }
-        where: dict[str, Any] = {'implementation': model.attention, 'platform': platform or None}
-        if not ring:
-            return attention(q, k, v, **options, **where, residuals=residuals)
-        kernel = blockwise(q, **where)
-        kernel = context.Kernel(kernel.forward, kernel.backward)
-        return context.ring_attention(kernel, q, k, v, **options, scale=1 / math.sqrt(q.shape[-1]))
+    def local(q: Array, k: Array, v: Array, tokens: Tokens, setting: Setting) -> Array:
+        if ring:
+            kernel = blockwise(q, implementation, platform)
+            return context.ring_attention(kernel, q, k, v, tokens, setting)
+        return attention(
+            q, k, v, tokens, setting,
+            residuals=residuals, implementation=implementation, platform=platform,
+        )  # fmt: skip
 
-    frequencies, query_scale = jnp.asarray(frequencies), jnp.asarray(query_scale)
     if mesh.empty:
-        return local(q, k, v, arrays, frequencies, query_scale)
-    rows = spec(('batch',))[0]
-    length = spec(('length',))[0]
-    key_length = length if ring else None
-    kv = PartitionSpec(rows, key_length, *spec(('kv_heads', 'head_dim')))
-    token = {n: PartitionSpec(rows, key_length if 'key' in n else length) for n in arrays}
+        return local(q, k, v, tokens, setting)
+    key_length = 'length' if ring else 'whole'
     heads = spec(('batch', 'length', 'heads', 'head_dim'))
+    kv = spec(('batch', key_length, 'kv_heads', 'head_dim'))
+    queries, keys = spec(('batch', 'length')), spec(('batch', key_length))
     return jax.shard_map(
         local,
-        in_specs=(heads, kv, kv, token, PartitionSpec(), PartitionSpec()),
+        in_specs=(heads, kv, kv, Tokens(queries, queries, keys, keys), PartitionSpec()),
         out_specs=heads,
         check_vma=False,
-    )(q, k, v, arrays, frequencies, query_scale)
+    )(q, k, v, tokens, setting)

@@ -24,6 +24,8 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float
 
 from helios_jax import config
+from helios_jax.arch.weights import Rows, Weight
+from helios_jax.arch.weights import gmu as gmu_rows
 from helios_jax.memory.parts import Cut, Parts, in_parts
 from helios_jax.model.layers import (
     Einsum,
@@ -172,7 +174,14 @@ class GatedMemoryUnit(nn.Module):
     ) -> Float[Array, 'B T D']:
         """Mixes the stream x with `update` = F(x̂) of sublayer `index` (from 1, may be traced).
 
-        With a mutable collection `intermediates`, leaves g there as `gate`.
+        With a mutable collection `intermediates`, leaves g there as `gate`: a tuple of one float32
+        array, broadcastable to [B, T, D]. In a whole network it lies below the layer's name, and
+        the gates of scanned layers are stacked, bottom first (R repeats of the period):
+
+            _, seen = model.apply(variables, tokens, positions, mutable=['intermediates'])
+            gates = seen['intermediates']
+            gates['prefix']['layer_0']['attention_gmu']['gate']  # ([B, T, D],)
+            gates['periods']['layer_0']['mlp_gmu']['gate']  # ([R, B, T, D],)
         """
         gmu, eps, name = self.model.gmu, self.model.norm_eps, f'{self.name_prefix}_gate'
         weights = self.weights(x.dtype, index)
@@ -188,43 +197,32 @@ class GatedMemoryUnit(nn.Module):
 
     @nn.nowrap
     def weights(self, dtype: Any, index: Any) -> Weights:
-        gmu, dim = self.model.gmu, self.model.embed_dim
-        scale = RMSNorm(name='output_norm').scale(dim) if gmu.normalizes else None
+        gmu, rows = self.model.gmu, gmu_rows(self.model)
+        scale = RMSNorm(name='output_norm').scale(self.model.embed_dim) if gmu.normalizes else None
         if gmu.kind == 'residual':
             return Weights(scale=scale)
-        if gmu.kind == 'layerscale':
-            init: Any = nn.initializers.constant(gmu.layerscale)
-            return Weights(vector=self.vector('scale', init, dim), scale=scale)
-        if gmu.kind == 'rezero':
-            return Weights(vector=self.vector('scale', nn.initializers.zeros, 1), scale=scale)
+        if not gmu.has_gate:
+            first = gmu.layerscale if gmu.kind == 'layerscale' else 0.0
+            init: Any = nn.initializers.constant(first)
+            return Weights(vector=self.vector(rows['scale'], init), scale=scale)
         if gmu.bias == 'depth':
             init = lambda key, shape, dtype: jnp.full(shape, -jnp.log(index), dtype)  # noqa: E731
         else:
             init = nn.initializers.constant(float(gmu.bias))
-        width, low_rank = self.model.gate_width, gmu.gate == 'low_rank'
-        vector = self.vector('bias', init, dim if low_rank or not width else width)
-        return Weights(*self.matrices(width, dtype), vector, scale)
+        names = ('from_input', 'from_output', 'out')
+        matrices = {name: self.matrix(rows, name, dtype) for name in names}
+        return Weights(**matrices, vector=self.vector(rows['bias'], init), scale=scale)
 
     @nn.nowrap
-    def matrices(self, width: int, dtype: Any) -> tuple[Array | None, Array | None, Array | None]:
-        """Of a gate `width` wide, which W_x x̂ + W_u ū is: W_x, W_u and a low rank's W_b."""
-        gmu, dim = self.model.gmu, self.model.embed_dim
-        if not width:
-            return None, None, None
-        low_rank = gmu.gate == 'low_rank'
+    def matrix(self, rows: Rows, name: str, dtype: Any) -> Array | None:
+        """A matrix of the gate in `dtype`; None where its kind lacks it."""
+        if name not in rows:
+            return None
         # The matrix that comes last starts at zero, so that g starts as b says.
-        read = lambda name: Einsum(  # noqa: E731
-            (dim, width), ('embed', 'gate'), dim, dtype, zeros=not low_rank, name=name
-        ).weight()
-        from_input = read('from_input')
-        from_output = None if gmu.kind == 'highway' else read('from_output')
-        if not low_rank:
-            return from_input, from_output, None
-        out = Einsum((width, dim), ('gate', 'gate_embed'), width, dtype, zeros=True, name='out')
-        return from_input, from_output, out.weight()
+        last = name == 'out' or 'out' not in rows
+        return Einsum(rows[name], dtype, zeros=last, name=name).weight()
 
     @nn.nowrap
-    def vector(self, name: str, init: Any, size: int) -> Float[Array, '1 1 W']:
-        axis = 'gate_embed' if size == self.model.embed_dim else 'gate'
-        value = self.param(name, partitioned(init, (axis,)), (size,), jnp.float32)
-        return value.reshape(1, 1, size)
+    def vector(self, row: Weight, init: Any) -> Float[Array, '1 1 W']:
+        value = self.param(row.name, partitioned(init, row.axes), row.shape, jnp.float32)
+        return value.reshape(1, 1, row.size)

@@ -9,7 +9,8 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
-from helios_jax.parallel.sharding import Axes
+from helios_jax.arch.rules import Axes
+from helios_jax.arch.weights import NORM, Weight
 
 
 def partitioned(init: Any, axes: Axes) -> Any:
@@ -27,23 +28,23 @@ def float32_or_wider(x: Array) -> Array:
 
 
 class Einsum(nn.Module):
-    """A weight and the product with it; parameters are float32, the product takes `dtype`.
+    """A weight (arch/weights.py) and the product with it.
+
+    The parameter is float32, the product takes `dtype`.
 
     The cast happens where the weight is used: its gradient then crosses the network in `dtype`,
     half the bytes of float32 in bfloat16.
     """
 
-    shape: tuple[int, ...]
-    axes: Axes
-    fan_in: int
+    row: Weight
     dtype: DTypeLike
     zeros: bool = False
 
     def setup(self) -> None:
-        init: Any = nn.initializers.normal(self.fan_in**-0.5)
+        init: Any = nn.initializers.normal(self.row.fan_in**-0.5)
         if self.zeros:
             init = nn.initializers.zeros
-        self.w = self.param('w', partitioned(init, self.axes), self.shape, jnp.float32)
+        self.w = self.param('w', partitioned(init, self.row.axes), self.row.shape, jnp.float32)
 
     def __call__(self, equation: str, x: Array) -> Array:
         weight = self.weight()
@@ -71,7 +72,7 @@ class RMSNorm(nn.Module):
 
     @nn.compact
     def scale(self, dim: int) -> Float[Array, 'D']:
-        init = partitioned(nn.initializers.ones, ('norm',))
+        init = partitioned(nn.initializers.ones, NORM)
         return self.param('scale', init, (dim,), jnp.float32)
 
 
@@ -84,16 +85,15 @@ def scaled(x: Float[Array, '*B D'], scale: Float[Array, 'D'], eps: Any) -> Float
 class Embed(nn.Module):
     """Token embeddings, N(0, 1), kept in float32 and read in `dtype`."""
 
-    vocab_size: int
-    embed_dim: int
+    row: Weight
     dtype: DTypeLike
 
     def setup(self) -> None:
-        init = partitioned(nn.initializers.normal(1.0), ('vocab', 'embed'))
-        self.w = self.param('w', init, (self.vocab_size, self.embed_dim), jnp.float32)
+        init = partitioned(nn.initializers.normal(1.0), self.row.axes)
+        self.w = self.param('w', init, self.row.shape, jnp.float32)
 
     def __call__(self, tokens: Int[Array, 'B T']) -> Float[Array, 'B T D']:
-        return lookup(self.vocab_size, self.w.astype(self.dtype), tokens)
+        return lookup(self.row.shape[0], self.w.astype(self.dtype), tokens)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from helios_jax.model.flops import loss_chunks
+from helios_jax.arch.buffers import loss_chunks
 from helios_jax.model.layers import float32_or_wider, precision
 from helios_jax.parallel.sharding import constrain
 

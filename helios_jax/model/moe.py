@@ -16,6 +16,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
 from helios_jax import config
+from helios_jax.arch import weights
 from helios_jax.memory.parts import Cut, Parts, in_parts
 from helios_jax.model.layers import Einsum, float32_or_wider, partitioned, precision
 from helios_jax.parallel.experts import apply_experts
@@ -41,12 +42,10 @@ class SwiGLU(nn.Module):
 
     @nn.compact
     def __call__(self, x: Float[Array, 'B T D']) -> Float[Array, 'B T D']:
-        D, F, dtype = self.embed_dim, self.mlp_dim, x.dtype
-        gate, up = (
-            Einsum((D, F), ('embed', 'mlp'), D, dtype, name=name).weight()
-            for name in ('gate', 'up')
+        gate, up, down = (
+            Einsum(row, x.dtype, name=name).weight()
+            for name, row in weights.swiglu(self.embed_dim, self.mlp_dim).items()
         )
-        down = Einsum((F, D), ('mlp', 'embed'), F, dtype, name='down').weight()
         if self.backward_parts < 2:
             return swiglu(x, gate, up, down)
         columns, rows = Cut(1, 'mlp'), Cut(0, 'mlp')
@@ -125,30 +124,25 @@ class MixtureOfExperts(nn.Module):
     ) -> tuple[Float[Array, 'B T D'], Stats]:
         """The weighted sum of each token's experts, plus the shared ones; padding gives zeros."""
         moe, dtype = self.model.moe, x.dtype
-        D, E, F = self.model.embed_dim, moe.num_experts, self.model.expert_mlp_dim
+        rows, balance = weights.moe(self.model), weights.router_bias(self.model)
         wide = float32_or_wider(x)
-        logits = Einsum((D, E), ('embed', 'experts'), D, wide.dtype, name='router')(
-            'btd,de->bte', wide
-        )
-        zeros = partitioned(jnp.zeros, ('experts',))
-        bias = self.variable('router', 'bias', zeros, (E,), jnp.float32).value
-        choices, weights, scores = route(logits, bias, moe)
+        logits = Einsum(rows['router'], wide.dtype, name='router')('btd,de->bte', wide)
+        zeros = partitioned(jnp.zeros, balance.axes)
+        bias = self.variable('router', 'bias', zeros, balance.shape, jnp.float32).value
+        choices, shares, scores = route(logits, bias, moe)
         if segment_ids is None:
             real = jnp.ones(x.shape[:2], bool)
         else:
             real = segment_ids > 0
-        up_axes, down_axes = ('experts', 'embed', 'mlp'), ('experts', 'mlp', 'embed')
         y, dropped = apply_experts(
             x,
-            jnp.where(real[..., None], choices, E),  # E: no expert
-            weights,
-            Einsum((E, D, F), up_axes, D, dtype, name='gate').weight(),
-            Einsum((E, D, F), up_axes, D, dtype, name='up').weight(),
-            Einsum((E, F, D), down_axes, F, dtype, name='down').weight(),
+            jnp.where(real[..., None], choices, moe.num_experts),  # that many: no expert
+            shares,
+            *(Einsum(rows[n], dtype, name=n).weight() for n in ('gate', 'up', 'down')),
             capacity_factor=moe.capacity_factor,
             sharded=not self.is_initializing(),
         )
         if moe.num_shared_experts:
-            shared = SwiGLU(D, F * moe.num_shared_experts, name='shared')
+            shared = SwiGLU(self.model.embed_dim, weights.shared_mlp_dim(self.model), name='shared')
             y = y + shared(x)
         return y, router_stats(logits, scores, choices, real.astype(jnp.float32), dropped)

@@ -10,6 +10,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
 from helios_jax import config
+from helios_jax.arch import weights
 from helios_jax.memory import policy, store
 from helios_jax.memory.proof import has_host_memory
 from helios_jax.model.attention import Attention
@@ -111,13 +112,12 @@ class Transformer(nn.Module):
     def setup(self) -> None:
         model = self.model
         dtype = jnp.dtype(model.compute_dtype)
-        D, V = model.embed_dim, model.padded_vocab_size
-        self.embed = Embed(V, D, dtype)
+        self.embed = Embed(weights.embedding(model), dtype)
         if model.prefix_kinds:
             self.prefix = Layers(model, model.prefix_kinds, self.platform)
         self.periods = nn.scan(
             Layers,
-            variable_axes={'params': 0, 'router': 0, 'cache': 0},
+            variable_axes={'params': 0, 'router': 0, 'cache': 0, 'intermediates': 0},
             split_rngs={'params': True},
             in_axes=(0, nn.broadcast, nn.broadcast, nn.broadcast),
             length=model.num_periods,
@@ -127,7 +127,7 @@ class Transformer(nn.Module):
         )(model, model.period_kinds, self.platform)
         self.final_norm = RMSNorm()
         if not model.tied_embeddings:
-            self.unembedding = Einsum((D, V), ('stream', 'unembed_vocab'), D, dtype)
+            self.unembedding = Einsum(weights.unembedding(model), dtype)
 
     def __call__(
         self,
@@ -137,6 +137,9 @@ class Transformer(nn.Module):
         cache_length: int = 0,
     ) -> tuple[Float[Array, 'B T D'], dict[str, LayerStats]]:
         """Final hidden states in the compute dtype, and the routers' statistics.
+
+        A mutable collection `intermediates` receives the gates of every layer, as
+        `GatedMemoryUnit` describes; the layers then run as under memory.policy='none'.
 
         Args:
           positions: of each token in its segment, from 0.
@@ -150,7 +153,8 @@ class Transformer(nn.Module):
         first = len(model.prefix_kinds)
         indices = first + len(model.period_kinds) * jnp.arange(model.num_periods)
         eps = input_eps(model, 2 * model.num_layers + 1)
-        if self.memory.policy == 'none' or cache_length or self.is_initializing():
+        looked_at = self.is_mutable_collection('intermediates') or self.is_initializing()
+        if self.memory.policy == 'none' or cache_length or looked_at:
             if first:
                 x, reported['prefix'] = self.prefix(x, 0, *args)
             x, reported['periods'] = self.periods(x, indices, *args)

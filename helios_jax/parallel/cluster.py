@@ -13,8 +13,8 @@ import numpy as np
 from etils import epath
 from jax.experimental import multihost_utils
 
+from helios_jax.chips import host_memory
 from helios_jax.config import UserError
-from helios_jax.parallel.host import host_memory
 
 log = logging.getLogger(__name__)
 
@@ -61,6 +61,8 @@ def start() -> None:
             f'({str(error).splitlines()[0]}); check JAX_COORDINATOR_ADDRESS={address!r} and that '
             'every host started.'
         ) from error
+    if jax.process_index():
+        logging.getLogger('helios_jax').setLevel(logging.WARNING)  # the first one tells the rest
 
 
 def enable_compilation_cache(directory: str) -> None:

@@ -5,10 +5,10 @@ kernel as on one device, and is sent on while that kernel runs. What the blocks 
 their log-sum-exp. In the backward pass the gradients of a block of keys travel with it, and come
 home with the last step.
 
-A causal row cut into C consecutive parts would leave the first device idle. `zigzag` gives device i
-the parts i and 2C−1−i of 2C instead: of a block from a device before it all its queries see the
-first half, of a block from a device after it the second half of its queries sees all. So every
-device has the same work at every step, where the kernel skips what nobody sees. Positions and
+A causal row cut into C consecutive pieces would leave the first device idle. `zigzag` gives device
+i the pieces i and 2C−1−i of 2C instead: all its queries see the first half of the keys that come
+from a device before it, and the second half of its queries sees all keys from a device after it. So
+every device has the same work at every step, where the kernel skips what nobody sees. Positions and
 segment ids say who sees what, and nothing else in a layer asks for the order of tokens: a model
 arranges its rows once, where they enter (`zigzag_rows`).
 """
@@ -21,156 +21,126 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jax.experimental.layout import Layout, with_layout_constraint
-from jaxtyping import Array, Float, Int, Num, PyTree, Shaped
+from jaxtyping import Array, Float, PyTree, Shaped
 
+from helios_jax.kernels.attention import Blockwise, Setting, Tokens
 from helios_jax.parallel.sharding import constrain
 
 
-class Kernel(NamedTuple):
-    """Attention on one device: the two functions of `kernels.attention.reference`."""
-
-    forward: Callable[..., tuple[Array, Array]]
-    backward: Callable[..., tuple[Array, Array, Array]]
-
-
-class Block(NamedTuple):
-    """What travels: few arrays, for XLA has at most five on their way at once."""
+class Keys(NamedTuple):
+    """One device's keys, as they travel: few arrays, as XLA sends at most five at once."""
 
     k: Float[Array, 'B S K H']
     v: Float[Array, 'B S K H']
-    tokens: Int[Array, '2 B S']  # the bits of the positions, and the segment ids
+    tokens: Any  # int32 [2 B S]: the bits of the positions, and the segment ids; no gradient: None
 
 
 def ring_attention(
-    kernel: Kernel,
+    kernel: Blockwise,
     q: Float[Array, 'B T N H'],
     k: Float[Array, 'B S K H'],
     v: Float[Array, 'B S K H'],
+    tokens: Tokens,
+    setting: Setting,
     *,
-    positions: Num[Array, 'B T'],
-    segment_ids: Int[Array, 'B T'] | None = None,
-    key_positions: Num[Array, 'B S'] | None = None,
-    key_segment_ids: Int[Array, 'B S'] | None = None,
-    frequencies: Float[Array, 'R'],
-    query_scale: float | Float[Array, ''] = 1.0,
-    scale: float,
-    window: int = 0,
-    softcap: float = 0.0,
     axis: str = 'context',
 ) -> Float[Array, 'B T N H']:
     """Attention of this device's queries to the keys of all devices along a mesh axis.
 
-    To be called inside `shard_map`, on this device's part of every row: T and S are its lengths.
+    To be called inside `shard_map`, on this device's share of every row: T and S are its lengths.
     Arguments and result are those of `kernels.attention.attention`, but that positions alone say
     what comes before what: a row may be cut and arranged anyhow.
 
     Args:
       kernel: attends to one device's keys.
-      key_positions: None: the keys are the queries' own tokens.
-      key_segment_ids: None: `segment_ids`.
       axis: the mesh axis that rows are split over.
     """
-    if segment_ids is None:
-        segment_ids = jnp.ones(positions.shape, jnp.int32)
-    if key_positions is None:
-        key_positions = positions
-    if key_segment_ids is None:
-        key_segment_ids = segment_ids
-    options = {'scale': scale, 'window': window, 'softcap': softcap}
-    rows = {
-        'positions': positions,
-        'segment_ids': segment_ids,
-        'frequencies': frequencies,
-        'query_scale': jnp.asarray(query_scale, jnp.float32),
-    }
-    bits = jax.lax.bitcast_convert_type(key_positions, jnp.int32)
-    tokens = jnp.stack([bits, key_segment_ids])
-    kernel = Kernel(partial(kernel.forward, **options), partial(kernel.backward, **options))
-    return _ring(kernel, axis, q, k, v, tokens, rows)
+    bits = jax.lax.bitcast_convert_type(tokens.positions_of_keys, jnp.int32)
+    own = Keys(k, v, jnp.stack([bits, tokens.ids_of_keys]))
+    queries = Tokens(tokens.positions, tokens.ids_of_queries)
+    setting = setting._replace(query_scale=jnp.asarray(setting.query_scale, jnp.float32))
+    return _ring(kernel, axis, q, own, queries, setting)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def _ring(
-    kernel: Kernel, axis: str, q: Array, k: Array, v: Array, tokens: Array, rows: dict[str, Array]
+    kernel: Blockwise, axis: str, q: Array, own: Keys, queries: Tokens, setting: Setting
 ) -> Array:
-    return _forward(kernel, axis, q, k, v, tokens, rows)[0]
+    return _forward(kernel, axis, q, own, queries, setting)[0]
 
 
 def _forward(
-    kernel: Kernel, axis: str, q: Array, k: Array, v: Array, tokens: Array, rows: dict[str, Array]
+    kernel: Blockwise, axis: str, q: Array, own: Keys, queries: Tokens, setting: Setting
 ) -> tuple[Array, tuple[Any, ...]]:
-    def attend(block: Block) -> tuple[Array, ...]:
-        out, lse = kernel.forward(q, block.k, block.v, **_arguments(rows, block))
+    def attend(keys: Keys) -> tuple[Array, ...]:
+        out, lse = kernel.forward(q, keys.k, keys.v, *_seen(queries, keys, setting))
         return _heads_first(out), lse
 
-    own = Block(k, v, tokens)
-    block, (out, lse) = _send_while(own, axis, attend, own)
+    keys, (out, lse) = _send_while(own, axis, attend, own)
     for steps_left in reversed(range(jax.lax.axis_size(axis) - 1)):
-        sent = block if steps_left else None
-        arrived, here = _send_while(sent, axis, attend, block)
+        sent = keys if steps_left else None
+        arrived, here = _send_while(sent, axis, attend, keys)
         # Merged before the next step begins: else all steps' results might wait for the end.
-        block, out, lse = jax.lax.optimization_barrier((arrived, *merge(out, lse, *here)))
+        keys, out, lse = jax.lax.optimization_barrier((arrived, *merge(out, lse, *here)))
     out = checkpoint_name(_tokens_first(out).astype(q.dtype), 'attention_output')
     lse = checkpoint_name(lse, 'log_sum_exp')
-    return out, (q, own, rows, out, lse)
+    return out, (q, own, queries, setting, out, lse)
 
 
 def _backward(
-    kernel: Kernel, axis: str, residuals: tuple[Any, ...], cotangent: Array
-) -> tuple[Array, Array, Array, None, None]:
-    q, own, rows, out, lse = residuals
+    kernel: Blockwise, axis: str, residuals: tuple[Any, ...], cotangent: Array
+) -> tuple[Array, Keys, None, None]:
+    q, own, queries, setting, out, lse = residuals
 
-    def differentiate(block: Block) -> tuple[Array, ...]:
-        arguments = _arguments(rows, block)
-        dq, dk, dv = kernel.backward(q, block.k, block.v, out, lse, cotangent, **arguments)
+    def differentiate(keys: Keys) -> tuple[Array, ...]:
+        seen = _seen(queries, keys, setting)
+        dq, dk, dv = kernel.backward(q, keys.k, keys.v, out, lse, cotangent, *seen)
         return _heads_first(dq), dk, dv
 
     def add(x: Array, y: Array) -> Array:
         return x.astype(lse.dtype) + y.astype(lse.dtype)
 
-    block, (dq, *sums) = _send_while(own, axis, differentiate, own)
+    keys, (dq, *sums) = _send_while(own, axis, differentiate, own)
     for steps_left in reversed(range(jax.lax.axis_size(axis) - 1)):
-        sent = block if steps_left else None
-        (arrived, sums), here = _send_while((sent, sums), axis, differentiate, block)
+        sent = keys if steps_left else None
+        (arrived, sums), here = _send_while((sent, sums), axis, differentiate, keys)
         totals = [add(x, y) for x, y in zip((dq, *sums), here, strict=True)]
-        block, dq, *sums = jax.lax.optimization_barrier((arrived, *totals))
+        keys, dq, *sums = jax.lax.optimization_barrier((arrived, *totals))
     dk, dv = _send([x.astype(q.dtype) for x in sums], axis)
-    return _tokens_first(dq).astype(q.dtype), dk, dv, None, None
+    return _tokens_first(dq).astype(q.dtype), Keys(dk, dv, None), None, None
 
 
 _ring.defvjp(_forward, _backward)
 
 
-def _arguments(rows: dict[str, Array], block: Block) -> dict[str, Array]:
-    bits, segment_ids = block.tokens
-    return {
-        **rows,
-        # jax.checkpoint keeps a constant as one of its own, which is no Array.
-        'query_scale': jnp.asarray(rows['query_scale']),
-        'key_positions': jax.lax.bitcast_convert_type(bits, rows['positions'].dtype),
-        'key_segment_ids': segment_ids,
-    }
+def _seen(queries: Tokens, keys: Keys, setting: Setting) -> tuple[Tokens, Setting]:
+    """What a kernel is told of one device's queries and another's keys."""
+    bits, segment_ids = keys.tokens
+    positions = jax.lax.bitcast_convert_type(bits, queries.positions.dtype)
+    tokens = queries._replace(key_positions=positions, key_segment_ids=segment_ids)
+    # jax.checkpoint keeps a constant as one of its own, which is no Array.
+    return tokens, setting._replace(query_scale=jnp.asarray(setting.query_scale))
 
 
 def _send(x: Any, axis: str) -> Any:
-    """Each array of a tree to the next device of the ring; returns what the one before sent."""
+    """Sends a tree of arrays to the next device of the ring; returns what the one before sent."""
     size = jax.lax.axis_size(axis)
     to_next = [(i, (i + 1) % size) for i in range(size)]
     return jax.tree.map(lambda a: jax.lax.ppermute(a, axis, to_next), x)
 
 
 def _send_while(
-    x: Any, axis: str, compute: Callable[[Block], tuple[Array, ...]], block: Block
+    x: Any, axis: str, compute: Callable[[Keys], tuple[Array, ...]], keys: Keys
 ) -> tuple[Any, tuple[Array, ...]]:
-    """`_send(x)` and `compute(block)`, neither to be used before both are there.
+    """`_send(x)` and `compute(keys)`, neither to be used before both are there.
 
     XLA, which does not know how long a kernel takes, would else send during what follows it.
     """
-    return jax.lax.optimization_barrier((_send(x, axis), compute(block)))
+    return jax.lax.optimization_barrier((_send(x, axis), compute(keys)))
 
 
 def _heads_first(x: Float[Array, 'B T N H']) -> Float[Array, 'B N T H']:
-    """As the TPU kernels write it, in memory too: XLA would copy to another layout and back."""
+    """The order the TPU kernels write, in memory too: XLA would copy to another and back."""
     return with_layout_constraint(x.swapaxes(1, 2), Layout((0, 1, 2, 3)))
 
 
@@ -184,12 +154,12 @@ def merge(
     more_out: Float[Array, 'B N T H'],
     more_lse: Float[Array, 'B N T'],
 ) -> tuple[Float[Array, 'B N T H'], Float[Array, 'B N T']]:
-    """Attention to the keys of both parts, and its log-sum-exp, in the dtype of `lse`."""
+    """Attention to the keys of both, and its log-sum-exp, in the dtype of `lse`."""
     total = jnp.logaddexp(lse, more_lse)
 
-    def share(part: Array) -> Array:
-        # A query that saw nothing has −∞ in both parts, and −∞ − −∞ is NaN.
-        return jnp.exp(part - jnp.where(jnp.isfinite(total), total, 0))[..., None]
+    def share(one: Array) -> Array:
+        # A query that saw nothing has −∞ in both, and −∞ − −∞ is NaN.
+        return jnp.exp(one - jnp.where(jnp.isfinite(total), total, 0))[..., None]
 
     return out * share(lse) + more_out * share(more_lse), total
 
@@ -214,7 +184,7 @@ def zigzag_rows(rows: PyTree) -> PyTree:
 
 
 def zigzag(x: Shaped[Array, '...'], num_shards: int, axis: int = 1) -> Shaped[Array, '...']:
-    """Reorders an axis so that shard i of `num_shards` = C holds the parts i and 2C−1−i of 2C.
+    """Reorders an axis so that shard i of `num_shards` = C holds the pieces i and 2C−1−i of 2C.
 
     Raises:
       ValueError: 2C does not divide the axis.
@@ -228,11 +198,3 @@ def zigzag(x: Shaped[Array, '...'], num_shards: int, axis: int = 1) -> Shaped[Ar
     halves = halves.reshape(2, num_shards, -1, *halves.shape[1:])
     pairs = jnp.stack([halves[0], halves[1, ::-1]], axis=1)
     return jnp.moveaxis(pairs.reshape(-1, *pairs.shape[3:]), 0, axis)
-
-
-def unzigzag(x: Shaped[Array, '...'], num_shards: int, axis: int = 1) -> Shaped[Array, '...']:
-    """The inverse of `zigzag`."""
-    pairs = jnp.moveaxis(x, axis, 0)
-    pairs = pairs.reshape(num_shards, 2, -1, *pairs.shape[1:])
-    halves = jnp.stack([pairs[:, 0], pairs[::-1, 1]])
-    return jnp.moveaxis(halves.reshape(-1, *halves.shape[3:]), 0, axis)

@@ -7,7 +7,6 @@ nearly every token visits nearly every device, so that gathering moves about wha
 exactly the chosen tokens would, and its size never depends on the routing: nothing is dropped.
 """
 
-import math
 from functools import partial
 from typing import NamedTuple
 
@@ -17,8 +16,10 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Int
 
+from helios_jax.arch.buffers import expert_capacity
+from helios_jax.arch.rules import BATCH_AXES
 from helios_jax.kernels.grouped_matmul import grouped_matmul
-from helios_jax.parallel.sharding import BATCH_AXES, spec
+from helios_jax.parallel.sharding import spec
 
 
 class Plan(NamedTuple):
@@ -122,7 +123,7 @@ def _local(
     tokens = x.reshape(-1, x.shape[-1])
     experts = choices.reshape(-1) - first_expert
     valid = (experts >= 0) & (experts < ours) & (choices.reshape(-1) < num_experts)
-    capacity = math.ceil(capacity_factor * experts.shape[0] / num_experts)
+    capacity = expert_capacity(experts.shape[0], num_experts, capacity_factor)
     p = plan(jnp.where(valid, experts, ours), ours, capacity)
     rows = dispatch(tokens, p.source, p.slot, num_chosen)
     rows = checkpoint_name(rows, 'expert_input')

@@ -8,8 +8,12 @@ import numpy as np
 from jax.experimental import mesh_utils, topologies
 
 from helios_jax import config
-from helios_jax.parallel import rules
-from helios_jax.parallel.rules import MESH_AXES as AXES
+from helios_jax.arch import rules
+from helios_jax.arch.rules import MESH_AXES
+from helios_jax.errors import UserError
+
+# Linen's constraints fail under explicit axes, the default of jax.make_mesh.
+AXIS_TYPES = (jax.sharding.AxisType.Auto,) * len(MESH_AXES)
 
 
 def make(sizes: config.Mesh, devices: Sequence[jax.Device] | None = None) -> jax.sharding.Mesh:
@@ -28,15 +32,13 @@ def make(sizes: config.Mesh, devices: Sequence[jax.Device] | None = None) -> jax
         grid = mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
     else:
         grid = np.asarray(devices).reshape(shape)
-    return jax.sharding.Mesh(grid, AXES, axis_types=(jax.sharding.AxisType.Auto,) * len(AXES))
+    return jax.sharding.Mesh(grid, MESH_AXES, axis_types=AXIS_TYPES)
 
 
 def abstract(sizes: config.Mesh, num_devices: int) -> jax.sharding.AbstractMesh:
     """The same mesh without devices, to lay out arrays that are never made."""
     shape = rules.sizes(sizes, num_devices)
-    return jax.sharding.AbstractMesh(
-        tuple(shape), AXES, axis_types=(jax.sharding.AxisType.Auto,) * len(AXES)
-    )
+    return jax.sharding.AbstractMesh(tuple(shape), MESH_AXES, axis_types=AXIS_TYPES)
 
 
 def topology_devices(name: str) -> list[jax.Device]:
@@ -56,7 +58,7 @@ def topology_devices(name: str) -> list[jax.Device]:
     try:
         description = topologies.get_topology_desc(platform='tpu', topology_name=name)
     except Exception as error:  # libtpu raises whatever its C API returned
-        raise config.UserError(
+        raise UserError(
             f'topology {name!r} cannot be described ({str(error).splitlines()[0]}); install '
             "libtpu (pip install 'helios_jax[tpu]') and name one such as 'v5p:2x2x4'."
         ) from error

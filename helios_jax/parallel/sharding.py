@@ -1,4 +1,4 @@
-"""Logical axes → mesh axes: one table says where every dimension of every array lives."""
+"""Where every array lives: logical axes (arch/rules.py) as JAX's shardings."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -7,22 +7,8 @@ import flax.linen as nn
 import jax
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
-from helios_jax.parallel.rules import BATCH_AXES, RULES, Axes, check, shards
-
-__all__ = [
-    'BATCH_AXES',
-    'RULES',
-    'Axes',
-    'check',
-    'constrain',
-    'fitting',
-    'logical_axes',
-    'sharding',
-    'shards',
-    'spec',
-    'table',
-    'tree_shardings',
-]
+from helios_jax.arch import rules
+from helios_jax.arch.rules import RULES, Axes
 
 
 def spec(axes: Sequence[str]) -> PartitionSpec:
@@ -32,7 +18,7 @@ def spec(axes: Sequence[str]) -> PartitionSpec:
       ValueError: a name that the table lacks, or two names on one mesh axis.
     """
     used: dict[str, str] = {}
-    parts: list[Axes | str | None] = []
+    placed: list[Axes | str | None] = []
     for name in axes:
         if name not in RULES:
             raise ValueError(f'logical axis {name!r} is not in the sharding table: {sorted(RULES)}')
@@ -44,8 +30,8 @@ def spec(axes: Sequence[str]) -> PartitionSpec:
                 )
             used[mesh_axis] = name
         rule = RULES[name]
-        parts.append(None if not rule else rule[0] if len(rule) == 1 else rule)
-    return PartitionSpec(*parts)
+        placed.append(None if not rule else rule[0] if len(rule) == 1 else rule)
+    return PartitionSpec(*placed)
 
 
 def sharding(mesh: Mesh | AbstractMesh, axes: Sequence[str]) -> NamedSharding:
@@ -66,7 +52,7 @@ def tree_shardings(mesh: Mesh | AbstractMesh, axes: Any, shapes: Any) -> Any:
     """NamedShardings of a tree of arrays whose logical axes are `axes`, after checking sizes."""
 
     def one(path: Any, leaf: Any, names: Axes) -> NamedSharding:
-        check(jax.tree_util.keystr(path, simple=True, separator='/'), leaf.shape, names, mesh)
+        rules.check(jax.tree_util.keystr(path, simple=True, separator='/'), leaf.shape, names, mesh)
         return sharding(mesh, names)
 
     return jax.tree_util.tree_map_with_path(one, shapes, axes)
@@ -81,13 +67,9 @@ def constrain(x: jax.Array, *axes: str) -> jax.Array:
 
 
 def fitting(shape: Sequence[int], axes: Axes) -> Axes:
-    """`axes`, with `length` for a `stored_length` that the mesh which is set does not divide."""
+    """`rules.fitting` on the mesh that is set (`jax.set_mesh`); `axes` where none is."""
     mesh = jax.sharding.get_abstract_mesh()
-    fits = lambda size, name: mesh.empty or size % shards(mesh, name) == 0  # noqa: E731
-    return tuple(
-        'length' if name == 'stored_length' and not fits(size, name) else name
-        for size, name in zip(shape, axes, strict=True)
-    )
+    return axes if mesh.empty else rules.fitting(shape, axes, mesh)
 
 
 def table() -> str:

@@ -6,9 +6,9 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 from helios_jax import config
+from helios_jax.chips import Chip
 from helios_jax.memory import policy
-from helios_jax.plan.closed_form import Plan, plan
-from helios_jax.plan.hardware import Chip
+from helios_jax.plan.planning import Plan, plan
 
 # Presets in the order of the work that they add; each is exact but for those that say fp8.
 PRESETS = ('minimal', 'fp8', 'full', 'offload', 'fp8_offload')
@@ -61,8 +61,8 @@ def _single(cfg: config.Config, num_devices: int) -> Iterator[tuple[str, str, ob
             yield 'memory', 'policy', preset
     if cfg.memory.backward_parts == 1:
         yield 'memory', 'backward_parts', PARTS
-    for parts in (2, 4, 8, 16):
-        yield 'train', 'microbatches', cfg.train.microbatches * parts
+    for times in (2, 4, 8, 16):
+        yield 'train', 'microbatches', cfg.train.microbatches * times
     if cfg.memory.optimizer == 'device':
         yield 'memory', 'optimizer', 'host'
     if cfg.memory.parameters == 'device':
@@ -82,8 +82,8 @@ def _try(
         return None
     try:
         for section, field, value in changes:
-            part = dataclasses.replace(getattr(cfg, section), **{field: value})
-            cfg = dataclasses.replace(cfg, **{section: part})
+            changed_section = dataclasses.replace(getattr(cfg, section), **{field: value})
+            cfg = dataclasses.replace(cfg, **{section: changed_section})
         changed = plan(cfg, chip, num_devices)
     except config.UserError:
         return None

@@ -8,8 +8,8 @@ from typing import Any
 
 from absl import flags
 
-from helios_jax import config, options
-from helios_jax.plan import changes, closed_form, hardware, report, search
+from helios_jax import chips, config, options
+from helios_jax.plan import changes, planning, report, search
 
 BYTE_VOCABULARY = 256  # of data.tokenizer=bytes, without loading the tokenizers' libraries
 CONFIRMED = 3  # configurations of a search that --compile compiles
@@ -33,11 +33,11 @@ def plan_command(argv: Sequence[str]) -> None:
     cfg = options.parse_config(values, argv)
     if values.validate:
         os.environ['JAX_PLATFORMS'] = 'cpu'
-        from helios_jax.plan import validate
+        from helios_jax.plan.compiler import validate
 
         validate.report(values.json)
         return
-    topology = hardware.topology(values.topology)
+    topology = chips.topology(values.topology)
     cfg = prepared(cfg, topology, values.batch)
     found: dict[str, Any] = {}
     if values.search:
@@ -49,7 +49,7 @@ def plan_command(argv: Sequence[str]) -> None:
         print(json.dumps(found))
 
 
-def prepared(cfg: config.Config, topology: hardware.Topology, batch_rows: int = 0) -> config.Config:
+def prepared(cfg: config.Config, topology: chips.Topology, batch_rows: int = 0) -> config.Config:
     """The config with V, L_train, the rows and the policy filled in.
 
     Raises:
@@ -76,7 +76,7 @@ def with_policy(cfg: config.Config) -> config.Config:
     """The config with what memory.policy=auto stands for on this run's devices."""
     if cfg.memory.policy != 'auto':
         return cfg
-    memory = prepared(cfg, hardware.here()).memory
+    memory = prepared(cfg, chips.here()).memory
     parts = f', backward_parts={memory.backward_parts}' if memory.backward_parts > 1 else ''
     print(f'memory.policy=auto: {memory.policy}{parts}')
     return dataclasses.replace(cfg, memory=memory)
@@ -84,13 +84,13 @@ def with_policy(cfg: config.Config) -> config.Config:
 
 def planned(
     cfg: config.Config,
-    topology: hardware.Topology,
+    topology: chips.Topology,
     compile_too: bool,
     as_json: bool,
     explain: bool = False,
 ) -> dict[str, Any]:
     """Prints the plan as text unless it is wanted as JSON; returns it."""
-    made = closed_form.plan(cfg, topology.chip, topology.num_devices)
+    made = planning.plan(cfg, topology.chip, topology.num_devices)
     most = report.limits(made, topology)
     found = report.as_dict(made, topology) | most
     if not as_json:
@@ -106,7 +106,7 @@ def planned(
 
 
 def searched(
-    cfg: config.Config, topology: hardware.Topology, compile_too: bool, as_json: bool
+    cfg: config.Config, topology: chips.Topology, compile_too: bool, as_json: bool
 ) -> dict[str, Any]:
     best = search.search(cfg, topology.chip, topology.num_devices)[:10]
     config.require(
@@ -125,10 +125,10 @@ def searched(
 
 
 def compiled(
-    made: closed_form.Plan, topology: hardware.Topology, as_json: bool, explain: bool = False
+    made: planning.Plan, topology: chips.Topology, as_json: bool, explain: bool = False
 ) -> dict[str, Any]:
     os.environ['JAX_PLATFORMS'] = 'cpu'
-    from helios_jax.plan import compiled as compiling
+    from helios_jax.plan.compiler import compiled as compiling
 
     measured = compiling.measure(made.config, topology.name)
     if not as_json:

@@ -5,15 +5,15 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
-from helios_jax.plan import closed_form
+from helios_jax.chips import GIB, Topology
+from helios_jax.plan import planning
 from helios_jax.plan.changes import Change
-from helios_jax.plan.closed_form import Plan
-from helios_jax.plan.hardware import GIB, Topology
+from helios_jax.plan.planning import Plan
 
 
 def as_dict(made: Plan, topology: Topology) -> dict[str, Any]:
     """Everything that the text says; bytes are one device's."""
-    counted, memory, cfg = made.bytes, made.config.memory, made.config
+    counted, memory, cfg = made.memory, made.config.memory, made.config
     given = counted.arguments
     saved: dict[str, dict[str, Any]] = {}
     for s in counted.saved:
@@ -22,7 +22,7 @@ def as_dict(made: Plan, topology: Topology) -> dict[str, Any]:
     return {
         'topology': topology.name,
         'num_devices': topology.num_devices,
-        'mesh': dict(counted.layout.shape),
+        'mesh': dict(counted.placement.shape),
         'policy': memory.policy,
         'backward_parts': memory.backward_parts,
         'batch_rows': cfg.train.batch_rows,
@@ -58,15 +58,15 @@ def limits(made: Plan, topology: Topology) -> dict[str, int]:
     """How far rows and their length could go with all else as it is."""
     arguments = (made.config, topology.chip, topology.num_devices)
     return {
-        'largest_rows_per_device': closed_form.largest_rows(*arguments),
-        'longest_row': closed_form.longest_row(*arguments),
+        'largest_rows_per_device': planning.largest_rows(*arguments),
+        'longest_row': planning.longest_row(*arguments),
     }
 
 
 def text(made: Plan, topology: Topology, most: dict[str, int]) -> str:
-    memory, counted, seconds = made.config.memory, made.bytes, made.seconds
-    shape = ' '.join(f'{axis}={n}' for axis, n in counted.layout.shape.items() if n > 1)
-    rows = f'{counted.layout.local_rows} rows × {counted.layout.local_length} tokens'
+    memory, counted, seconds = made.config.memory, made.memory, made.seconds
+    shape = ' '.join(f'{axis}={n}' for axis, n in counted.placement.shape.items() if n > 1)
+    rows = f'{counted.placement.local_rows} rows × {counted.placement.local_length} tokens'
     microbatches, parts = made.config.train.microbatches, memory.backward_parts
     lines = [
         f'{topology.name}: {topology.num_devices} devices{", " + shape if shape else ""}; '
@@ -86,7 +86,7 @@ def text(made: Plan, topology: Topology, most: dict[str, int]) -> str:
 
 
 def _memory(made: Plan) -> list[str]:
-    counted, memory = made.bytes, made.config.memory
+    counted, memory = made.memory, made.config.memory
     given, phase = counted.arguments, counted.peak_phase
     line = lambda name, device, host=0: (  # noqa: E731
         f'{name:38} {device / GIB:9.3f}' + (f' {host / GIB:9.3f}' if host else '')
@@ -149,7 +149,7 @@ def changes_text(changes: Sequence[Change]) -> str:
     lines = ['What would fit, fastest first:']
     for change in changes:
         step = 1e3 * change.plan.seconds.step
-        peak = change.plan.bytes.peak / GIB
+        peak = change.plan.memory.peak / GIB
         lines.append(f'  {step:9.1f} ms  {peak:7.2f} GiB  {" ".join(change.overrides)}')
     return '\n'.join(lines)
 
@@ -160,7 +160,7 @@ def ranking_text(found: Sequence[Change]) -> str:
     for change in found:
         s = change.plan.seconds
         lines.append(
-            f'{s.tokens_per_second:12,.0f} {s.mfu:6.3f} {change.plan.bytes.peak / GIB:8.2f} '
+            f'{s.tokens_per_second:12,.0f} {s.mfu:6.3f} {change.plan.memory.peak / GIB:8.2f} '
             f'{s.bound:8} {" ".join(change.overrides) or "(as it is)"}'
         )
     return '\n'.join(lines)
@@ -172,7 +172,7 @@ def changes_as_list(changes: Sequence[Change]) -> list[dict[str, Any]]:
             'overrides': list(change.overrides),
             'step_seconds': change.plan.seconds.step,
             'tokens_per_second': change.plan.seconds.tokens_per_second,
-            'peak_bytes': change.plan.bytes.peak,
+            'peak_bytes': change.plan.memory.peak,
         }
         for change in changes
     ]

@@ -6,16 +6,14 @@ computed from and whether a gradient reads it; the rest is a walk that stops at 
 """
 
 import dataclasses
-import math
 from typing import NamedTuple
 
+from helios_jax.arch import buffers, rules, tensors
+from helios_jax.arch.tensors import NAMES, TENSORS
+from helios_jax.arch.weights import shared_mlp_dim
 from helios_jax.memory import policy
-from helios_jax.parallel import rules
-from helios_jax.plan.layout import DTYPE_BYTES, Layout
-
-# Without a policy, float32 arrays as wide as the stream of a norm in front of a sublayer, of a gate
-# behind it, of the norm in that gate; as wide as an MLP's inside of its SiLU.
-NORM, GATE, STATIC_GATE, OUTPUT_NORM, SILU = 2, 4, 1, 2, 3
+from helios_jax.plan.measured import GATE, NORM, OUTPUT_NORM, SILU, STATIC_GATE
+from helios_jax.plan.placement import DTYPE_BYTES, Placement
 
 
 class Saved(NamedTuple):
@@ -30,7 +28,7 @@ class Saved(NamedTuple):
 
     @property
     def num_bytes(self) -> int:
-        """Of all its layers."""
+        """Bytes of all its layers."""
         return self.layers * self.layer_bytes
 
     @property
@@ -46,52 +44,54 @@ class Graph:
     read: tuple[str, ...]  # by gradients
 
 
-def saved_tensors(layout: Layout) -> list[Saved]:
-    """Of the whole model under the config's policy, bottom first.
+def saved_tensors(placement: Placement) -> list[Saved]:
+    """What the whole model saves under the config's policy, bottom first.
 
     Raises:
       UserError: as `policy.actions`.
     """
-    model = layout.config.model
-    if layout.config.memory.policy == 'none':
-        return [t for kind in set(model.layer_kinds) for t in _everything(layout, kind)]
-    table = policy.actions(layout.config.memory)
+    model = placement.config.model
+    if placement.config.memory.policy == 'none':
+        return [t for kind in set(model.layer_kinds) for t in _everything(placement, kind)]
+    table = policy.actions(placement.config.memory)
     found = [
-        tensor for kind in model.prefix_kinds for tensor in _of_layer(layout, kind, table, layers=1)
+        tensor
+        for kind in model.prefix_kinds
+        for tensor in _of_layer(placement, kind, table, layers=1)
     ]
     for kind in model.period_kinds:
-        found += _of_layer(layout, kind, table, layers=model.num_periods)
-    return [*found, *_stored(layout, 'final_hidden', model.layer_kinds[-1], table, layers=1)]
+        found += _of_layer(placement, kind, table, layers=model.num_periods)
+    return [*found, *_stored(placement, 'final_hidden', model.layer_kinds[-1], table, layers=1)]
 
 
-def read_by_backward(layout: Layout, kind: str, table: dict[str, str]) -> list[str]:
+def read_by_backward(placement: Placement, kind: str, table: dict[str, str]) -> list[str]:
     """The saved values of a layer that its backward pass reads."""
-    return [value for value in _needed(layout, kind, table) if _is_saved(value, table)]
+    return [value for value in _needed(placement, kind, table) if _is_saved(value, table)]
 
 
-def recomputed_by_backward(layout: Layout, kind: str, table: dict[str, str]) -> list[str]:
+def recomputed_by_backward(placement: Placement, kind: str, table: dict[str, str]) -> list[str]:
     """The values of a layer that its backward pass computes again."""
-    return [value for value in _needed(layout, kind, table) if not _is_saved(value, table)]
+    return [value for value in _needed(placement, kind, table) if not _is_saved(value, table)]
 
 
-def table(layout: Layout) -> dict[str, str]:
+def table(placement: Placement) -> dict[str, str]:
     """The config's action for each tensor; without a policy all are kept.
 
     Raises:
       UserError: as `policy.actions`.
     """
-    if layout.config.memory.policy == 'none':
-        return dict.fromkeys(policy.NAMES, 'device')
-    return policy.actions(layout.config.memory)
+    if placement.config.memory.policy == 'none':
+        return dict.fromkeys(NAMES, 'device')
+    return policy.actions(placement.config.memory)
 
 
 def _is_saved(value: str, table: dict[str, str]) -> bool:
     return table.get(value.removeprefix('kernel_'), 'remat') != 'remat'
 
 
-def _needed(layout: Layout, kind: str, table: dict[str, str]) -> list[str]:
+def _needed(placement: Placement, kind: str, table: dict[str, str]) -> list[str]:
     """The values that gradients read, and those that these are recomputed from."""
-    graph = _graph(layout, kind, table)
+    graph = _graph(placement, kind, table)
     seen: set[str] = set()
     waiting = list(graph.read)
     while waiting:
@@ -102,11 +102,11 @@ def _needed(layout: Layout, kind: str, table: dict[str, str]) -> list[str]:
     return [value for value in graph.sources if value in seen]
 
 
-def _graph(layout: Layout, kind: str, table: dict[str, str]) -> Graph:
+def _graph(placement: Placement, kind: str, table: dict[str, str]) -> Graph:
     """The model as model/transformer.py has it; `kernel_q` is what a kernel keeps of q itself."""
-    model = layout.config.model
+    model = placement.config.model
     unit = model.gmu
-    kept = 'kernel_' if layout.keeps_quantised and policy.kernel_form(table) else ''
+    kept = 'kernel_' if placement.keeps_quantised and policy.kernel_form(table) else ''
     qkv = tuple(f'{kept}{name}' for name in 'qkv')
     q, k = ('q_product', 'k_product') if model.qk_norm else ('attention_input',) * 2
     sources: dict[str, tuple[str, ...]] = {
@@ -126,7 +126,7 @@ def _graph(layout: Layout, kind: str, table: dict[str, str]) -> Graph:
     }
     read = ['block_input', 'attention_input', *qkv, 'attention_output']
     read += ['q_product', 'k_product'] if model.qk_norm else []
-    read += ['log_sum_exp'] if layout.attention_kernel or layout.shape['context'] > 1 else []
+    read += ['log_sum_exp'] if placement.attention_kernel or placement.shape['context'] > 1 else []
     logits = unit.has_gate and unit.gate != 'static'
     for name, stream in (('attention', 'block_input'), ('mlp', 'middle')):
         update = f'{name}_update'
@@ -136,7 +136,7 @@ def _graph(layout: Layout, kind: str, table: dict[str, str]) -> Graph:
             gate = ('attention_gate',) if logits else ()
             sources['middle'] = ('block_input', update, *gate)  # the stream between sublayers
             sources['mlp_input'] = ('middle',)
-            sources |= _feed_forward(layout, kind)
+            sources |= _feed_forward(placement, kind)
         read += [*inputs, f'{name}_gate'] if logits else []
         read += [update] if unit.kind != 'residual' or unit.normalizes else []
         # The gate's gradient is d y · (u − x) of a mix, d y · u of a sum.
@@ -146,7 +146,7 @@ def _graph(layout: Layout, kind: str, table: dict[str, str]) -> Graph:
     return Graph(sources, tuple(read))
 
 
-def _feed_forward(layout: Layout, kind: str) -> dict[str, tuple[str, ...]]:
+def _feed_forward(placement: Placement, kind: str) -> dict[str, tuple[str, ...]]:
     if not kind.startswith('moe'):
         return {'gate_up': ('mlp_input',), 'mlp_update': ('gate_up',)}
     return {
@@ -159,98 +159,81 @@ def _feed_forward(layout: Layout, kind: str) -> dict[str, tuple[str, ...]]:
     }
 
 
-def _of_layer(layout: Layout, kind: str, table: dict[str, str], layers: int) -> list[Saved]:
-    values = read_by_backward(layout, kind, table)
-    return [s for value in values for s in _stored(layout, value, kind, table, layers)]
+def _of_layer(placement: Placement, kind: str, table: dict[str, str], layers: int) -> list[Saved]:
+    values = read_by_backward(placement, kind, table)
+    return [s for value in values for s in _stored(placement, value, kind, table, layers)]
 
 
 def _stored(
-    layout: Layout, value: str, kind: str, table: dict[str, str], layers: int
+    placement: Placement, value: str, kind: str, table: dict[str, str], layers: int
 ) -> list[Saved]:
-    name = value.removeprefix('kernel_')
-    action = policy.parse(table[name])
-    place = 'host' if action.host and layout.platform != 'cpu' else 'device'
+    tensor = TENSORS[value.removeprefix('kernel_')]
+    action = policy.parse(table[tensor.name])
+    place = 'host' if action.host and placement.platform != 'cpu' else 'device'
     found = []
-    for shape, axes in shapes(layout, name, kind):
-        elements = layout.elements(shape, _fitting(layout, shape, axes))
-        dtype, rows = _dtype(layout, name), 0
-        if action.form and dtype != 'int32':
+    for shape, axes in shapes(placement, tensor.name, kind):
+        elements = placement.elements(shape, rules.fitting(shape, axes, placement))
+        dtype, rows = tensor.dtype or placement.config.model.compute_dtype, 0
+        if action.form and not tensor.exact:
             dtype = 'uint8' if action.form == 'fp8' else 'int8'
-            rows = elements // layout.elements(shape[-1:], axes[-1:])
-        found.append(Saved(name, dtype, place, layers, elements, rows))
+            rows = elements // placement.elements(shape[-1:], axes[-1:])
+        found.append(Saved(tensor.name, dtype, place, layers, elements, rows))
     return found
 
 
-def _dtype(layout: Layout, name: str) -> str:
-    return {'log_sum_exp': 'float32', 'router_choices': 'int32'}.get(
-        name, layout.config.model.compute_dtype
-    )
-
-
-def _fitting(layout: Layout, shape: tuple[int, ...], axes: rules.Axes) -> rules.Axes:
-    """As parallel/sharding.fitting: a length that the mesh does not divide for storage is whole."""
-    return tuple(
-        'length' if name == 'stored_length' and size % rules.shards(layout, name) else name
-        for size, name in zip(shape, axes, strict=True)
-    )
-
-
-def shapes(layout: Layout, name: str, kind: str) -> list[tuple[tuple[int, ...], rules.Axes]]:
+def shapes(placement: Placement, name: str, kind: str) -> list[tuple[tuple[int, ...], rules.Axes]]:
     """(shape on all devices, logical axes) of every tensor of one layer with this name."""
-    cfg = layout.config
-    model = cfg.model
-    B, T, D = layout.microbatch_rows, cfg.data.row_length, model.embed_dim
-    N, K, H, F = model.num_heads, model.num_kv_heads, model.head_dim, model.mlp_dim
-    moe = kind.startswith('moe')
-    if name == 'gate_up' and moe:
-        pairs, experts = expert_slots(layout), model.expert_mlp_dim
-        shared = experts * model.moe.num_shared_experts
-        routed = ((pairs, experts), ('whole', 'mlp'))
-        return [routed] * 2 + [((B, T, shared), policy.AXES[name])] * (2 if shared else 0)
-    if name in ('dispatched', 'expert_input') and moe:
-        rows = layout.local_tokens * layout.shape['expert']
-        rows = expert_slots(layout) if name == 'expert_input' else rows
-        return [((rows, D), ('whole', 'stream'))]
-    heads = {'q': N, 'k': K, 'v': K, 'attention_output': N}
-    if name in heads:
-        return [((B, T, heads[name], H), policy.AXES[name])]
-    if name == 'gate_up':
-        return [((B, T, F), policy.AXES[name])] * 2
+    model, axes = placement.config.model, TENSORS[name].axes
+    rows, length = placement.microbatch_rows, placement.config.data.row_length
     if name == 'log_sum_exp':
-        return [((max(1, layout.cudnn_sequences) * B, N, T), policy.AXES[name])]
-    width = {
-        'router_choices': model.moe.num_experts_per_token,
-        'attention_gate': model.gate_width,
-        'mlp_gate': model.gate_width,
-    }.get(name, D)
-    return [((B, T, width), policy.AXES[name])]
+        rows *= max(1, placement.cudnn_sequences)
+    if kind.startswith('moe') and name in ('gate_up', 'dispatched', 'expert_input'):
+        return _around_experts(placement, name)
+    number = 2 if name == 'gate_up' else 1
+    return [(tensors.shape(model, name, rows, length), axes)] * number
 
 
-def expert_slots(layout: Layout) -> int:
-    """Rows of the buffer that one device's experts compute, as parallel/experts.plan sizes it."""
-    moe = layout.config.model.moe
-    pairs = layout.local_tokens * layout.shape['expert'] * moe.num_experts_per_token
-    if not moe.capacity_factor:
-        return pairs
-    capacity = math.ceil(moe.capacity_factor * pairs / moe.num_experts)
-    return moe.num_experts // layout.shape['expert'] * capacity
+def _around_experts(placement: Placement, name: str) -> list[tuple[tuple[int, ...], rules.Axes]]:
+    """`shapes` of what a device gathers or sorts for its own experts: every device has as much."""
+    model = placement.config.model
+    if name == 'gate_up':
+        B, T = placement.microbatch_rows, placement.config.data.row_length
+        shared = shared_mlp_dim(model)
+        routed = ((expert_slots(placement), model.expert_mlp_dim), ('whole', 'mlp'))
+        beside = ((B, T, shared), TENSORS[name].axes)
+        return [routed] * 2 + [beside] * (2 if shared else 0)
+    rows = placement.local_tokens * placement.shape['expert']
+    rows = expert_slots(placement) if name == 'expert_input' else rows
+    return [((rows, model.embed_dim), ('whole', 'stream'))]
 
 
-def _everything(layout: Layout, kind: str) -> list[Saved]:
+def expert_slots(placement: Placement) -> int:
+    """Rows of the buffer that one device's experts compute."""
+    moe = placement.config.model.moe
+    pairs = placement.local_tokens * placement.shape['expert'] * moe.num_experts_per_token
+    capacity = buffers.expert_capacity(pairs, moe.num_experts, moe.capacity_factor)
+    return moe.num_experts // placement.shape['expert'] * capacity if capacity else pairs
+
+
+def _everything(placement: Placement, kind: str) -> list[Saved]:
     """Without a policy: what differentiation keeps of a layer, as it is traced.
 
     Every named tensor, the product that the down projection reads, and the float32 forms that
     norms, gates and SiLU are differentiated at. The compiler does without a few of them.
     """
-    model = layout.config.model
+    model = placement.config.model
     layers = model.layer_kinds.count(kind)
-    found = _of_layer(layout, kind, dict.fromkeys(policy.NAMES, 'device'), layers)
-    stream = layout.local_tokens * model.embed_dim
+    found = _of_layer(placement, kind, dict.fromkeys(NAMES, 'device'), layers)
+    stream = placement.local_tokens * model.embed_dim
     inside = sum(s.elements for s in found if s.name == 'gate_up') // 2
     gate = 0
     if model.gmu.has_gate:
-        gate = STATIC_GATE if model.gmu.gate == 'static' else GATE
-    gate += OUTPUT_NORM if model.gmu.normalizes else 0
-    wide = {'norms': 2 * NORM * stream, 'gates': 2 * gate * stream, 'SiLU': SILU * inside}
+        gate = STATIC_GATE.value if model.gmu.gate == 'static' else GATE.value
+    gate += OUTPUT_NORM.value if model.gmu.normalizes else 0
+    wide = {
+        'norms': 2 * NORM.value * stream,
+        'gates': 2 * gate * stream,
+        'SiLU': SILU.value * inside,
+    }
     found += [Saved(f'({n})', 'float32', 'device', layers, size, 0) for n, size in wide.items()]
     return [*found, Saved('(product)', model.compute_dtype, 'device', layers, inside, 0)]

@@ -6,10 +6,10 @@ import math
 from collections.abc import Iterator
 
 from helios_jax import config
-from helios_jax.parallel.rules import BATCH_AXES
+from helios_jax.arch.rules import BATCH_AXES
+from helios_jax.chips import GIB, Chip
 from helios_jax.plan.changes import Change, memories
-from helios_jax.plan.closed_form import Plan, largest_rows, layout_shape, plan
-from helios_jax.plan.hardware import GIB, Chip
+from helios_jax.plan.planning import Plan, largest_rows, mesh_shape, plan
 
 MICROBATCHES = (1, 2, 4)
 NEAR = 0.01  # of tokens/s: what counts as as good
@@ -18,20 +18,20 @@ NEAR = 0.01  # of tokens/s: what counts as as good
 def search(cfg: config.Config, chip: Chip, num_devices: int) -> list[Change]:
     """Those that fit, by predicted tokens/s: policies × rows and microbatches × meshes.
 
-    The batch of a step may grow or shrink: rows of a device are powers of two up to what fits. Of a
-    mesh and a policy the smallest batch that is as good as the fastest is shown.
+    The batch of a step may grow or shrink: rows of a device are powers of two up to what fits. For
+    each mesh and policy the smallest batch that is as good as the fastest is shown.
     """
     best = []
     for mesh, memory in itertools.product(_meshes(cfg, num_devices), memories(cfg.memory)):
         tried = dataclasses.replace(cfg, mesh=mesh, memory=memory)
         found = [
             change
-            for parts in MICROBATCHES
-            for change in _rows(tried, cfg, parts, chip, num_devices)
+            for microbatches in MICROBATCHES
+            for change in _rows(tried, cfg, microbatches, chip, num_devices)
         ]
         speed = max((c.plan.seconds.tokens_per_second for c in found), default=0.0)
         near = [c for c in found if c.plan.seconds.tokens_per_second > (1 - NEAR) * speed]
-        best += sorted(near, key=lambda c: (c.plan.config.train.batch_rows, c.plan.bytes.peak))[:1]
+        best += sorted(near, key=lambda c: (c.plan.config.train.batch_rows, c.plan.memory.peak))[:1]
     return sorted(best, key=lambda c: -c.plan.seconds.tokens_per_second)
 
 
@@ -50,7 +50,7 @@ def resolve_auto(cfg: config.Config, chip: Chip, num_devices: int) -> config.Mem
     if refused and not tried:
         raise refused
     fitting = [made for made in tried if made.fits]
-    least = min(made.bytes.peak for made in tried)
+    least = min(made.memory.peak for made in tried)
     config.require(
         bool(fitting),
         f"memory.policy='auto': no preset fits {num_devices} {chip.name}; the smallest needs "
@@ -65,7 +65,7 @@ def _meshes(cfg: config.Config, num_devices: int) -> Iterator[config.Mesh]:
 
     Slices and context stay: they answer to the machine and the row's length.
     """
-    shape = layout_shape(cfg, num_devices)
+    shape = mesh_shape(cfg, num_devices)
     left = num_devices // shape['slice'] // shape['context']
     experts = cfg.model.moe.num_experts or 1
     for tensor, expert in itertools.product((1, 2, 4, 8), (1, 2, 4, 8, 16)):
@@ -79,19 +79,21 @@ def _meshes(cfg: config.Config, num_devices: int) -> Iterator[config.Mesh]:
 
 
 def _rows(
-    cfg: config.Config, original: config.Config, parts: int, chip: Chip, num_devices: int
+    cfg: config.Config, original: config.Config, microbatches: int, chip: Chip, num_devices: int
 ) -> Iterator[Change]:
     """Rows of a device's microbatch: powers of two up to the most that fit, and the most itself."""
-    shape = layout_shape(cfg, num_devices)
+    shape = mesh_shape(cfg, num_devices)
     sharded = math.prod(shape[axis] for axis in BATCH_AXES)
-    train = dataclasses.replace(cfg.train, microbatches=parts, batch_rows=parts * sharded)
+    train = dataclasses.replace(
+        cfg.train, microbatches=microbatches, batch_rows=microbatches * sharded
+    )
     cfg = dataclasses.replace(cfg, train=train)
     try:
         most = min(largest_rows(cfg, chip, num_devices), 64)
     except config.UserError:
         return
     for rows in {2**i for i in range(7) if 2**i <= most} | ({most} if most else set()):
-        train = dataclasses.replace(cfg.train, batch_rows=rows * parts * sharded)
+        train = dataclasses.replace(cfg.train, batch_rows=rows * microbatches * sharded)
         made = plan(dataclasses.replace(cfg, train=train), chip, num_devices)
         yield Change(_overrides(original, made), made)
 

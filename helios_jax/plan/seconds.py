@@ -2,33 +2,34 @@
 
 A device computes and passes over its memory by turns; the network and the link to the host work
 beside both, and so far a step takes as long as the longest of these three. A state that lies on the
-host is fetched and written back when all of that is done. Fractions of the makers' peaks
-are what one H100 was measured at; `passes` over the stream are counted from its profile of
-helios_1b, as README.md has it. Ranks configurations; a measured step takes longer.
+host is fetched and written back when all of that is done. Fractions of the makers' peaks, and the
+passes over the stream, are those of one H100 (measured.py). This ranks configurations; a measured
+step takes longer.
 """
 
 import dataclasses
 
-from helios_jax.model import flops
-from helios_jax.parallel import rules
-from helios_jax.plan.bytes import Bytes
-from helios_jax.plan.hardware import Chip
-from helios_jax.plan.layout import Layout
-from helios_jax.plan.parameters import parameters
+from helios_jax.arch import flops, rules
+from helios_jax.arch.weights import all_weights
+from helios_jax.chips import Chip
+from helios_jax.plan.arguments import local
+from helios_jax.plan.measured import (
+    ATTENTION_FRACTION,
+    GATE_PASSES,
+    HOST_FRACTION,
+    INSIDE_PASSES,
+    MATMUL_FRACTION,
+    MEMORY_FRACTION,
+    STREAM_PASSES,
+)
+from helios_jax.plan.peak import Memory
+from helios_jax.plan.placement import Placement
 from helios_jax.plan.saved import recomputed_by_backward, shapes, table
-from helios_jax.plan.state import local
-
-MATMUL_FRACTION = 0.8  # of peak FLOP/s: 798 of 989 TFLOP/s, bfloat16, 8192³
-ATTENTION_FRACTION = 0.44  # cuDNN forward and backward, 436 TFLOP/s
-MEMORY_FRACTION = 0.9  # of HBM bandwidth: a copy, 3.0 of 3.35 TB/s
-HOST_FRACTION = 0.75  # of PCIe 5's 64 GB/s: a state fetched and written back, one after the other
-STREAM_PASSES = 120  # times that a layer's elementwise work reads or writes an array like x
-GATE_PASSES = 35  # more for each gated sublayer
 
 
 @dataclasses.dataclass(frozen=True)
 class Seconds:
-    """Of one step; FLOPs and bytes are one device's."""
+    """What one step takes; FLOPs and bytes are one device's."""
 
     flops: float  # recomputation included
     memory_bytes: float
@@ -56,32 +57,32 @@ class Seconds:
         return 'network' if self.network >= self.host else 'host'
 
 
-def step_seconds(layout: Layout, planned: Bytes, chip: Chip) -> Seconds:
-    cfg = layout.config
+def step_seconds(placement: Placement, planned: Memory, chip: Chip) -> Seconds:
+    cfg = placement.config
     tokens = cfg.train.batch_rows * cfg.data.row_length
     length = cfg.data.row_length
-    attention = flops.attention_flops(cfg.model, length) * tokens / layout.num_devices
-    matmul = 6 * flops.parameters(cfg.model).active_matmul * tokens / layout.num_devices
+    attention = flops.attention_flops(cfg.model, length) * tokens / placement.num_devices
+    matmul = 6 * flops.active_matmul(cfg.model) * tokens / placement.num_devices
     counted = matmul + attention
-    again_matmul, again_attention = _recomputed(layout)
-    matmul = (matmul + again_matmul) * _dense_experts(layout)
+    again_matmul, again_attention = _recomputed(placement)
+    matmul = (matmul + again_matmul) * _dense_experts(placement)
     attention += again_attention
-    memory_bytes = _memory_bytes(layout, planned)
-    network_bytes = _network_bytes(layout)
+    memory_bytes = _memory_bytes(placement, planned)
+    network_bytes = _network_bytes(placement)
     saved_bytes = 2.0 * cfg.train.microbatches * planned.saved_host
-    state_bytes = 2 * planned.arguments.on_host(layout)
+    state_bytes = 2 * planned.arguments.on_host(placement)
     if cfg.memory.parameters == 'host':
         state_bytes += planned.arguments.parameters  # the copy that the model reads
-    link = HOST_FRACTION * chip.host_bandwidth
-    compute = matmul / MATMUL_FRACTION + attention / ATTENTION_FRACTION
+    link = HOST_FRACTION.value * chip.host_bytes_per_second
+    compute = matmul / MATMUL_FRACTION.value + attention / ATTENTION_FRACTION.value
     made = Seconds(
         flops=matmul + attention,
         memory_bytes=memory_bytes,
         network_bytes=network_bytes,
         host_bytes=saved_bytes + state_bytes,
         compute=compute / chip.peak_flops,
-        memory=memory_bytes / chip.hbm_bandwidth / MEMORY_FRACTION,
-        network=network_bytes / chip.network_bandwidth,
+        memory=memory_bytes / chip.hbm_bytes_per_second / MEMORY_FRACTION.value,
+        network=network_bytes / chip.network_bytes_per_second,
         host=(saved_bytes + state_bytes) / link,
         update=state_bytes / link,
         tokens_per_second=0.0,
@@ -94,15 +95,15 @@ def step_seconds(layout: Layout, planned: Bytes, chip: Chip) -> Seconds:
     )
 
 
-def _recomputed(layout: Layout) -> tuple[float, float]:
+def _recomputed(placement: Placement) -> tuple[float, float]:
     """FLOPs (of matmuls, of attention) that the backward pass spends on the forward's again."""
-    model, cfg = layout.config.model, layout.config
-    tokens = cfg.train.batch_rows * cfg.data.row_length / layout.num_devices
+    model, cfg = placement.config.model, placement.config
+    tokens = cfg.train.batch_rows * cfg.data.row_length / placement.num_devices
     D, N, K, H = model.embed_dim, model.num_heads, model.num_kv_heads, model.head_dim
     attention = flops.attention_flops(model, cfg.data.row_length) / 3 / len(model.layer_kinds)
     total, total_attention = 0.0, 0.0
     for kind in set(model.layer_kinds):
-        again = set(recomputed_by_backward(layout, kind, table(layout)))
+        again = set(recomputed_by_backward(placement, kind, table(placement)))
         moe = kind.startswith('moe')
         inside = model.expert_mlp_dim * model.moe.num_experts_per_token if moe else model.mlp_dim
         of = {
@@ -124,56 +125,57 @@ def _recomputed(layout: Layout) -> tuple[float, float]:
     return total, total_attention
 
 
-def _dense_experts(layout: Layout) -> float:
+def _dense_experts(placement: Placement) -> float:
     """How many times the matmuls' FLOPs: outside TPUs XLA computes every expert for every row."""
-    moe = layout.config.model.moe
-    kinds = layout.config.model.layer_kinds
-    if layout.platform == 'tpu' or not any(kind.startswith('moe') for kind in kinds):
+    moe = placement.config.model.moe
+    kinds = placement.config.model.layer_kinds
+    if placement.platform == 'tpu' or not any(kind.startswith('moe') for kind in kinds):
         return 1.0
-    return float(moe.num_experts // layout.shape['expert'])
+    return float(moe.num_experts // placement.shape['expert'])
 
 
-def _memory_bytes(layout: Layout, planned: Bytes) -> float:
-    """Over HBM: the update, weights, saved tensors, and elementwise passes over activations."""
-    model, parts = layout.config.model, layout.config.train.microbatches
-    weights = sum(local(layout, weight) for weight in parameters(model))
+def _memory_bytes(placement: Placement, planned: Memory) -> float:
+    """Bytes over HBM: the update, weights, saved tensors, elementwise passes over activations."""
+    model, microbatches = placement.config.model, placement.config.train.microbatches
+    weights = sum(local(placement, weight) for weight in all_weights(model))
     moments = planned.arguments.optimizer
     # Parameters and moments are read and written, gradients written and read; three bfloat16 reads.
     update = 8 * weights + 2 * moments + 8 * weights
-    stream = layout.local_tokens * model.embed_dim * layout.dtype_bytes
-    passes = STREAM_PASSES + (2 * GATE_PASSES if model.gmu.has_gate else 0)
+    stream = placement.local_tokens * model.embed_dim * placement.dtype_bytes
+    passes = STREAM_PASSES.value + (2 * GATE_PASSES.value if model.gmu.has_gate else 0)
     inside = 0
     for kind in model.layer_kinds:
-        shape, axes = shapes(layout, 'gate_up', kind)[0]
-        inside += 9 * layout.elements(shape, axes) * layout.dtype_bytes
-    cut = layout.config.memory.backward_parts
+        shape, axes = shapes(placement, 'gate_up', kind)[0]
+        elements = placement.elements(shape, axes)
+        inside += INSIDE_PASSES.value * elements * placement.dtype_bytes
+    cut = placement.config.memory.backward_parts
     dense = sum(not kind.startswith('moe') for kind in model.layer_kinds)
     # In parts the gradient of an MLP's input, a float32 sum, is read and written in each.
     summed = 4 * stream * cut * dense if cut > 1 else 0
     layers = passes * stream * model.num_layers + inside + summed
     gathered = 3 * planned.gathered * model.num_layers
     kept = 2 * sum(s.num_bytes for s in planned.saved)
-    return float(update + parts * (layers + gathered + kept))
+    return float(update + microbatches * (layers + gathered + kept))
 
 
-def _network_bytes(layout: Layout) -> float:
-    """That a device sends: weights, gradients, tokens to experts, partial sums, keys in rings."""
-    model, shape = layout.config.model, layout.shape
-    width = layout.dtype_bytes
-    of_layers = [w for w in parameters(model) if w.matmul and w.name != 'unembedding.w']
-    owned = width * sum(local(layout, weight) for weight in of_layers)
+def _network_bytes(placement: Placement) -> float:
+    """Bytes that a device sends: weights, gradients, tokens to experts, partial sums, keys."""
+    model, shape = placement.config.model, placement.shape
+    width = placement.dtype_bytes
+    of_layers = [w for w in all_weights(model) if w.matmul and w.name != 'unembedding.w']
+    owned = width * sum(local(placement, weight) for weight in of_layers)
     copies = shape['slice'] * shape['data']
     # Gathered for each pass, and its gradient reduced; then summed over the copies of the model.
     weights = 3 * owned * (shape['fsdp'] - 1)
     summed = 2 * owned * (copies - 1) / copies
-    stream = layout.local_tokens * model.embed_dim * width
+    stream = placement.local_tokens * model.embed_dim * width
     # Sums of both sublayers in each of forward, recomputation and backward; two passes a sum.
     sums = 2 * 3 * 2 * stream * (shape['tensor'] - 1) / shape['tensor'] * model.num_layers
     routed = sum(kind.startswith('moe') for kind in model.layer_kinds)
     exchanged = 5 * stream * (shape['expert'] - 1) * routed
-    keys = 2 * layout.local_tokens * model.num_kv_heads * model.head_dim * width
-    keys //= rules.shards(layout, 'kv_heads')
+    keys = 2 * placement.local_tokens * model.num_kv_heads * model.head_dim * width
+    keys //= rules.shards(placement, 'kv_heads')
     rings = 4 * keys * (shape['context'] - 1) * model.num_layers
     loss = 2 * stream * (shape['fsdp'] - 1)
     each = weights + sums + exchanged + rings + loss
-    return float(layout.config.train.microbatches * (each + summed))
+    return float(placement.config.train.microbatches * (each + summed))

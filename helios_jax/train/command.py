@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 
 from absl import flags
 
-from helios_jax import config, options
+from helios_jax import config, options, paths
 from helios_jax.errors import require
 
 
@@ -27,6 +27,8 @@ def train_command(
         dry_run(cfg, values.num_devices)
         return
     require(bool(values.workdir), '--workdir is missing; name a directory for the run.')
+    paths.check('--workdir', values.workdir)
+    paths.check('train.init_from', cfg.train.init_from)
     from helios_jax.parallel import cluster
 
     cluster.start()

@@ -7,8 +7,8 @@ import jax
 import jax.numpy as jnp
 
 from helios_jax import config
+from helios_jax.arch import flops, weights
 from helios_jax.errors import require
-from helios_jax.model import flops
 from helios_jax.parallel import mesh as meshes
 from helios_jax.parallel import sharding
 from helios_jax.train import optimizer
@@ -30,7 +30,6 @@ def describe(cfg: config.Config, num_devices: int) -> str:
     setup = states.create(cfg, mesh)
     tokens = cfg.train.batch_rows * cfg.data.row_length
     per_token = flops.flops_per_token(cfg.model, cfg.data.row_length)
-    counted = flops.parameters(cfg.model)
     split = ', '.join(f'{axis}={size}' for axis, size in mesh.shape.items())
     sections = [
         '# Config\n' + json.dumps(dataclasses.asdict(cfg), indent=1),
@@ -38,8 +37,8 @@ def describe(cfg: config.Config, num_devices: int) -> str:
         '# Sharding rules\n' + sharding.table(),
         '# Parameters\n' + _parameters(setup),
         '# Sizes\n'
-        f'parameters            {counted.total:,}\n'
-        f'active in matmuls     {counted.active_matmul:,}\n'
+        f'parameters            {weights.count(cfg.model):,}\n'
+        f'active in matmuls     {flops.active_matmul(cfg.model):,}\n'
         f'tokens per step       {tokens:,}\n'
         f'FLOPs per token       {per_token:.4g}\n'
         f'FLOPs per step        {per_token * tokens:.4g}\n' + _state_bytes(setup),

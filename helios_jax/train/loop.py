@@ -1,39 +1,34 @@
 """A training run, from a config to a report.
 
-    prepare data → build → restore or initialise → (batch → step → log, evaluate, save)* → report
+    agree → lock → prepare data → restore or initialise → compile
+    → (batch → step → log, evaluate, save)* → report
 
 A run is resumed by starting it again with the same workdir: the state comes from the newest intact
-checkpoint, the data from the number of samples it had consumed.
+checkpoint, the data from the number of samples it had consumed. A run that is refused before
+`Lock.begin` has changed nothing in the workdir.
 """
 
 import contextlib
-import dataclasses
 import logging
-import math
-from collections.abc import Iterator
 from typing import Any
 
 import jax
 from etils import epath
 
-from helios_jax import checkpoint, config
-from helios_jax.data import baselines, pipeline
+from helios_jax import checkpoint, config, display
+from helios_jax.data import pipeline
 from helios_jax.data import tokenizer as tokenizers
-from helios_jax.evaluate.generate import generate
-from helios_jax.evaluate.perplexity import evaluate
 from helios_jax.memory import proof
-from helios_jax.model import flops
-from helios_jax.model.transformer import Transformer
-from helios_jax.parallel import cluster, sharding
+from helios_jax.parallel import agreement, cluster, sharding
 from helios_jax.parallel import mesh as meshes
-from helios_jax.train import metrics, report
+from helios_jax.train import lock, metrics, resume
 from helios_jax.train import state as states
-from helios_jax.train.run import Run, readable, restore_or_initialize, save, save_config
+from helios_jax.train.finish import score, write_report
+from helios_jax.train.progress import Progress, check_finite, profiled
+from helios_jax.train.run import Run, save, save_inputs, shared_facts
 from helios_jax.train.step import compile_step
 
 log = logging.getLogger(__name__)
-
-SAMPLE_TOKENS = 400
 
 
 def train(cfg: config.Config, workdir: epath.PathLike) -> dict[str, float]:
@@ -47,21 +42,32 @@ def train(cfg: config.Config, workdir: epath.PathLike) -> dict[str, float]:
         that is no longer finite, with every checkpoint left intact.
     """
     cluster.enable_compilation_cache(cfg.train.compilation_cache)
-    mesh = meshes.make(cfg.mesh)
-    tokenizer = tokenizers.load(cfg.data.tokenizer)
-    cfg = cfg.resolve(tokenizer.vocab_size)
-    setup = states.create(cfg, mesh)
     workdir = epath.Path(workdir).expanduser()
-    data = pipeline.prepare(cfg.data, tokenizer)
-    checkpoints = checkpoint.Checkpoints(workdir / 'checkpoints', keep=cfg.train.keep_checkpoints)
-    run = Run(workdir, setup, tokenizer, data, checkpoints)
-    with (
-        contextlib.closing(checkpoints),
-        jax.set_mesh(mesh),
-        cluster.stop_on_signals() as stop,
-    ):
-        state, samples = restore_or_initialize(run)
-        save_config(run)
+    with agreement.together() as facts:
+        tokenizer = tokenizers.load(cfg.data.tokenizer)
+        cfg = cfg.resolve(tokenizer.vocab_size)
+        facts |= shared_facts(cfg, tokenizer)
+    mesh = meshes.make(cfg.mesh)
+    setup = states.create(cfg, mesh)
+    with jax.set_mesh(mesh), contextlib.ExitStack() as stack:
+        own = resume.own_step(workdir, cfg)
+        parent = None if own else resume.parent_step(setup, tokenizer)
+        held = stack.enter_context(lock.hold(workdir))
+        # Again: what was there may have gone on, and is now read in full.
+        own = resume.own_step(workdir, cfg, resume.ITEMS)
+        with agreement.together() as facts:
+            data = pipeline.prepare(cfg.data, tokenizer)
+            facts['training data'] = data.train.fingerprint
+            facts['validation data'] = data.validation.fingerprint
+        if own:
+            resume.require_same_data(workdir, cfg, data, own)
+        checkpoints = checkpoint.Checkpoints(
+            workdir / 'checkpoints', keep=cfg.train.keep_checkpoints
+        )
+        stack.enter_context(contextlib.closing(checkpoints))
+        run = Run(workdir, setup, tokenizer, data, checkpoints, held)
+        stop = stack.enter_context(cluster.stop_on_signals())
+        state, samples = resume.initial_state(setup, own, parent)
         state, held_out = run_steps(run, state, samples, stop)
         if int(state.step) == cfg.train.num_steps:
             # A run that ended before its report was written has only that left to do.
@@ -73,30 +79,42 @@ def train(cfg: config.Config, workdir: epath.PathLike) -> dict[str, float]:
 def run_steps(
     run: Run, state: states.TrainState, samples: int, stop: cluster.StopRequest
 ) -> tuple[states.TrainState, dict[str, float]]:
-    """Steps until the end or until told to stop; the state is saved when this returns."""
+    """Steps until the end or until told to stop; the state is saved when this returns.
+
+    Nothing in the workdir changes before the step is compiled.
+    """
     cfg, held_out = run.config.train, {}
     first = int(state.step)
     batches = pipeline.train_batches(
         run.data, batch_rows=cfg.batch_rows, seed=cfg.seed, first_sample=samples
     )
     rows = sharding.sharding(run.setup.mesh, ('batch', 'length'))
-    train_step: Any = None
+    progress = Progress(run, first)
+
+    def next_batch() -> pipeline.Batch:
+        with progress.timer.measure('data_wait'):
+            return pipeline.to_global(next(batches), rows)
+
+    if first < cfg.num_steps:
+        batch = next_batch()
+        with progress.timer.measure('compile'):
+            train_step = proven_step(run, state, batch)
+    run.lock.begin()
     with metrics.MetricWriter(
         run.workdir, tensorboard=cfg.tensorboard, resume_step=first, num_steps=cfg.num_steps
     ) as writer:
-        progress = Progress(run)
+        save_inputs(run)
         for step in range(first + 1, cfg.num_steps + 1):
-            with progress.timer.measure('data_wait'):
-                batch = pipeline.to_global(next(batches), rows)
-            if step == first + 1:
-                with progress.timer.measure('compile'):
-                    train_step = proven_step(run, state, batch)
+            if step > first + 1:
+                batch = next_batch()
             with profiled(run, step - first) as ends:
                 state, reported = train_step(state, batch)
                 if ends:
                     jax.block_until_ready(state)  # or the profile would miss this step
+            progress.count(reported)
             # What is due at this step is done before stopping: the resumed run starts behind it.
             stopping = stop.agreed()
+            run.lock.check()
             due = lambda every: step == cfg.num_steps or (every and step % every == 0)  # noqa: E731, B023
             if due(cfg.log_every):
                 writer.write(step, progress.figures(step, reported))
@@ -122,126 +140,10 @@ def proven_step(run: Run, state: states.TrainState, batch: pipeline.Batch) -> An
       UserError: an action of memory.actions that did not take effect.
     """
     memory = run.config.memory
-    made = compile_step(run.setup, state, batch)
+    with display.phase('Compiling the training step'):
+        made = compile_step(run.setup, state, batch)
     saved, host = proof.saved(made.traced.jaxpr, run.setup.mesh.size), proof.has_host_memory('')
     proof.check(memory, saved, proof.program(made.compiled), host=host)
     if jax.process_index() == 0 and saved:
         log.info(proof.line(saved, host=host))
     return made.run
-
-
-class Progress:
-    """Turns a step's device metrics and the clock into figures for people."""
-
-    def __init__(self, run: Run) -> None:
-        self.run = run
-        self.timer = metrics.Timer()
-        cfg = run.config
-        self.flops = flops.flops_per_token(cfg.model, cfg.data.row_length)
-        self.peak = flops.peak_flops(jax.devices()[0].device_kind) * jax.device_count()
-
-    def figures(self, step: int, reported: dict[str, jax.Array]) -> dict[str, float]:
-        values = {name: float(value) for name, value in jax.device_get(reported).items()}
-        check_finite(self.run, step, values)
-        timed = self.timer.figures(values['tokens'], self.flops, self.peak)
-        if 'time/mfu' in timed:
-            # Beside the convention, which counts every row as one document: what was computed.
-            seen = flops.segment_flops_per_token(self.run.config.model, values['mean_context'])
-            timed['time/segment_mfu'] = timed['time/mfu'] * seen / self.flops
-        return values | timed
-
-
-def check_finite(run: Run, step: int, reported: dict[str, Any]) -> None:
-    # The loss is of the parameters before this step, the gradient's norm tells of those after it.
-    figures = {name: float(reported[name]) for name in ('loss', 'gradient_norm')}
-    broken = next((name for name, value in figures.items() if not math.isfinite(value)), '')
-    if not broken:
-        return
-    run.checkpoints.wait()
-    raise config.UserError(
-        f'the {broken} is {figures[broken]} at step {step}; nothing was saved since step '
-        f'{max(run.checkpoints.steps(), default=0)}. Lower optimizer.learning_rate (now '
-        f'{run.config.optimizer.learning_rate}) or raise optimizer.warmup_steps, and start again.'
-    )
-
-
-@contextlib.contextmanager
-def profiled(run: Run, nth: int) -> Iterator[bool]:
-    """Profiles `train.profile_steps` steps from the run's tenth on, into workdir/profile.
-
-    Yields whether the profile ends with this step, the run's nth.
-    """
-    count = run.config.train.profile_steps
-    ends = count > 0 and nth == 9 + count
-    if count and nth == 10:
-        jax.profiler.start_trace(str(run.workdir / 'profile'))
-    yield ends
-    if ends:
-        jax.profiler.stop_trace()
-
-
-def score(run: Run, state: states.TrainState) -> dict[str, float]:
-    """Held-out loss and bits per byte."""
-    cfg = run.config
-    rows = sharding.sharding(run.setup.mesh, ('batch', 'length'))
-    batches = pipeline.eval_batches(
-        run.data.validation, batch_rows=cfg.train.batch_rows, num_rows=cfg.train.eval_rows
-    )
-    return evaluate(
-        Transformer(cfg.model),
-        readable(run, state),
-        (pipeline.to_global(batch, rows) for batch in batches),
-        eos_id=run.tokenizer.eos_id,
-        packed=cfg.data.packing == 'best_fit',
-    )
-
-
-def write_report(run: Run, state: states.TrainState, held_out: dict[str, float]) -> None:
-    """report.md in the workdir, with a sample that continues held-out text."""
-    prompt, sample = continuation(run, state)
-    if jax.process_index() != 0:
-        return
-    validation = run.data.validation
-    data = {
-        'corpus': run.config.data.corpus,
-        'fingerprint': run.data.train.fingerprint,
-        'training tokens': run.data.train.num_tokens,
-        'training bytes': run.data.train.num_bytes,
-        'held-out bytes': validation.num_bytes,
-    }
-    yardsticks = baselines.bits_per_byte(validation, run.tokenizer)
-    figures = {**held_out, **yardsticks}
-    path = report.write(
-        run.workdir,
-        config_dict=dataclasses.asdict(run.config),
-        environment=report.environment(),
-        data=data,
-        final=figures,
-        sample=f'{prompt}⟦generated from here⟧{sample}',
-    )
-    log.info('Report: %s', path)
-    lines = [f'{name}: {value:.4g}' for name, value in figures.items()]
-    print('\n'.join([*lines, '', prompt + sample, '', f'Report: {path}']))
-
-
-def continuation(run: Run, state: states.TrainState) -> tuple[str, str]:
-    """The opening of a held-out document, and what the model makes of it."""
-    row = next(
-        iter(
-            pipeline.eval_batches(
-                run.data.validation, batch_rows=1, num_rows=1, num_hosts=1, host=0
-            )
-        )
-    )
-    length = min(64, max(2, run.config.data.row_length // 4))
-    prompt = [int(token) for token in row.tokens[0, :length]]
-    made = generate(
-        Transformer(run.config.model),
-        readable(run, state),
-        [prompt],
-        max_tokens=SAMPLE_TOKENS,
-        eos_id=run.tokenizer.eos_id,
-        temperature=0.8,
-        seed=run.config.train.seed,
-    )
-    return run.tokenizer.decode(prompt), run.tokenizer.decode(made[0])

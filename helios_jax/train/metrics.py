@@ -1,23 +1,24 @@
 """A run's figures: metrics.jsonl always, TensorBoard beside it, and a line or a bar for people.
 
-One JSON object a line, each with its `step`. What depends on the clock is named `time/…`, so that
-two runs can be compared without it. Process 0 writes; the others' writers do nothing.
+One JSON object a line, each with its `step`. What depends on the clock is named `time/…`, and what
+depends on the machine's memory `device/…`, so that two runs can be compared without them. Process 0
+writes; the others' writers do nothing.
 """
 
-import collections
 import contextlib
 import json
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import jax
-import rich.console
-import rich.progress
 from etils import epath
 
-from helios_jax.config import require
+from helios_jax import display
+from helios_jax.errors import require
+from helios_jax.train import figures
 
+FILE = 'metrics.jsonl'
 REMOTE_SECONDS = 30  # object stores cannot append: between two rewrites of the whole file
 
 
@@ -27,7 +28,7 @@ class MetricWriter:
     Args:
       workdir: holds metrics.jsonl and tensorboard/.
       resume_step: lines of later steps are dropped, as the run computes them again.
-      num_steps: where the run ends, for the progress bar.
+      num_steps: where the run ends, to be shown.
     Raises:
       UserError: metrics.jsonl has a line that is no JSON, other than a torn last one.
     """
@@ -35,7 +36,7 @@ class MetricWriter:
     def __init__(
         self, workdir: epath.PathLike, *, tensorboard: bool, resume_step: int, num_steps: int = 0
     ) -> None:
-        self._path = epath.Path(workdir) / 'metrics.jsonl'
+        self._path = epath.Path(workdir) / FILE
         self._num_steps = num_steps
         self._active = jax.process_index() == 0
         self._closing = contextlib.ExitStack()
@@ -57,11 +58,7 @@ class MetricWriter:
                     str(self._path.parent / 'tensorboard'), purge_step=resume_step + 1
                 )
             )
-        self._bar: rich.progress.Progress | None = None
-        console = rich.console.Console()
-        if console.is_terminal:
-            self._bar = self._closing.enter_context(_progress(console))
-            self._task = self._bar.add_task('', total=num_steps or None, completed=resume_step)
+        self._steps = self._closing.enter_context(display.Steps(num_steps, resume_step))
 
     def __enter__(self) -> 'MetricWriter':
         return self
@@ -90,13 +87,11 @@ class MetricWriter:
         self._show(step, scalars)
 
     def _show(self, step: int, scalars: dict[str, float]) -> None:
-        line = format_line(step, self._num_steps, scalars)
-        if not self._bar:
-            print(line, flush=True)
-        elif any(name.startswith('eval/') for name in scalars):
-            self._bar.console.print(line, highlight=False, markup=False)
+        line = figures.format_line(step, self._num_steps, scalars)
+        if any(name.startswith('eval/') for name in scalars):
+            self._steps.keep(line)
         else:
-            self._bar.update(self._task, completed=step, description=line)
+            self._steps.update(step, line)
 
     def _replace(self) -> None:
         temporary = self._path.parent / f'{self._path.name}.tmp'
@@ -114,74 +109,6 @@ def read(path: epath.PathLike) -> list[dict[str, Any]]:
     path = epath.Path(path)
     require(path.exists(), f'{path} does not exist; give the metrics.jsonl of a run.')
     return _existing(path)
-
-
-def format_line(step: int, num_steps: int, values: Mapping[str, float]) -> str:
-    """A line for people, of those figures that are there."""
-    parts = [f'step {step}/{num_steps}' if num_steps else f'step {step}']
-    for name, show in _SHOWN.items():
-        if name in values:
-            parts.append(show(values[name]))
-    return '  '.join(parts)
-
-
-_SHOWN = {
-    'loss': 'loss {:.4f}'.format,
-    'eval/loss': 'held-out loss {:.4f}'.format,
-    'eval/bits_per_byte': '{:.4f} bits/byte'.format,
-    'learning_rate': 'lr {:.2e}'.format,
-    'gradient_norm': 'grad {:.3g}'.format,
-    'time/tokens_per_second': '{:,.0f} tok/s'.format,
-    'time/mfu': 'MFU {:.1%}'.format,
-    'time/data_wait_fraction': 'data wait {:.1%}'.format,
-}
-
-
-class Timer:
-    """Wall clock of a training loop on this host, split by what it was spent on.
-
-    `measure('data_wait')` goes around fetching each step's batch and counts the steps. Steps run
-    asynchronously: call `figures` once the last one's metrics are on the host.
-    """
-
-    def __init__(self) -> None:
-        self._start = time.perf_counter()
-        self._seconds: Any = collections.Counter()  # of floats
-        self._steps = 0
-
-    @contextlib.contextmanager
-    def measure(self, name: str) -> Iterator[None]:
-        start = time.perf_counter()
-        try:
-            yield
-        finally:
-            self._seconds[name] += time.perf_counter() - start
-            self._steps += name == 'data_wait'
-
-    def figures(
-        self, batch_tokens: int | float, flops_per_token: int | float, peak_flops: float
-    ) -> dict[str, float]:
-        """Figures since the last call, and starts anew.
-
-        A step's time is all that was not measured as something else, with its wait for data.
-
-        Args:
-          batch_tokens: of one step, padding left out.
-          peak_flops: of all devices together, FLOP/s; NaN leaves `time/mfu` out.
-        """
-        now = time.perf_counter()
-        total, steps, wait = now - self._start, self._steps, self._seconds['data_wait']
-        stepping = total - self._seconds.total() + wait
-        figures = {f'time/{name}_fraction': s / total for name, s in self._seconds.items()}
-        figures['time/step_fraction'] = (stepping - wait) / total
-        if steps:
-            figures['time/step_seconds'] = stepping / steps
-            rate = figures['time/tokens_per_second'] = batch_tokens * steps / stepping
-            if peak_flops == peak_flops:
-                figures['time/mfu'] = rate * flops_per_token / peak_flops
-        self._start, self._steps = now, 0
-        self._seconds.clear()
-        return figures
 
 
 def _existing(path: epath.Path) -> list[dict[str, Any]]:
@@ -211,12 +138,3 @@ def _dump(line: dict[str, Any]) -> str:
 
 def _number(value: Any) -> int | float:
     return value if isinstance(value, int) else float(value)
-
-
-def _progress(console: rich.console.Console) -> rich.progress.Progress:
-    return rich.progress.Progress(
-        rich.progress.BarColumn(bar_width=20),
-        rich.progress.TextColumn('{task.description}', markup=False),
-        rich.progress.TimeRemainingColumn(),
-        console=console,
-    )

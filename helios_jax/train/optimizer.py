@@ -1,10 +1,8 @@
-"""AdamW and Muon, with every parameter's rule read from its logical axes.
+"""AdamW and Muon, with every parameter's rule read from its logical axes (arch/weights.py).
 
-A matrix is a weight between the stream and a sublayer's inside: one `embed` axis on one side, heads
-or hidden units on the other, or the router's experts. Matrices decay; norms, biases, gates and both
-embeddings do not. Muon takes the matrices but for the router, each layer and each expert on its
-own, with all heads as one side; its updates are scaled to AdamW's size (Moonlight, 2502.16982), so
-that one learning rate serves both.
+Matrices decay; norms, biases, gates and both embeddings do not. Muon takes the matrices but for the
+router, each layer and each expert on its own, with all heads as one side; its updates are scaled to
+AdamW's size (Moonlight, 2502.16982), so that one learning rate serves both.
 """
 
 import dataclasses
@@ -20,8 +18,10 @@ from jaxtyping import Array, Float, PyTree
 # `scale_by_shape` is in no public module of optax 0.2.8.
 from optax.contrib._muon import MuonDimensionNumbers, scale_by_muon, scale_by_shape
 
-from helios_jax.config import Optimizer, UserError
-from helios_jax.parallel.sharding import RULES, Axes
+from helios_jax.arch import weights
+from helios_jax.arch.rules import Axes
+from helios_jax.config import Optimizer
+from helios_jax.errors import UserError
 
 Key = tuple[str, ...]  # a parameter's place in the tree
 MUON_MOMENTUM = 0.95
@@ -41,30 +41,10 @@ class Rule:
     columns: Axes = ()
 
 
-def is_matrix(axes: Axes) -> bool:
-    """Whether a weight with these logical axes decays.
-
-    Raises:
-      ValueError: an axis that the sharding table lacks.
-    """
-    if unknown := set(axes) - set(RULES):
-        raise ValueError(f'logical axes {axes}: unknown {", ".join(sorted(unknown))}.')
-    inside = {'heads', 'kv_heads', 'head_dim', 'mlp'}.intersection(axes)
-    outside = {'vocab', 'unembed_vocab', 'gate', 'gate_embed'}.intersection(axes)
-    return axes.count('embed') == 1 and not outside and (bool(inside) or _is_router(axes))
-
-
 def muon_dimensions(axes: Axes) -> MuonDimensionNumbers | None:
     """Axes of the rows (inputs) and columns (outputs) of a Muon matrix; None if it is none."""
-    if not is_matrix(axes) or _is_router(axes):
-        return None
-    embed = axes.index('embed')
-    rest = [i for i, axis in enumerate(axes) if axis not in ('layers', 'experts', 'embed')]
-    if embed < min(rest):
-        return MuonDimensionNumbers((embed,), tuple(rest))
-    if embed > max(rest):
-        return MuonDimensionNumbers(tuple(rest), (embed,))
-    raise ValueError(f'logical axes {axes}: embed lies between the other axes of the matrix.')
+    sides = weights.muon_sides(axes)
+    return MuonDimensionNumbers(*sides) if sides else None
 
 
 def rules(config: Optimizer, axes: PyTree, params: PyTree) -> list[Rule]:
@@ -87,7 +67,7 @@ def rules(config: Optimizer, axes: PyTree, params: PyTree) -> list[Rule]:
                 axes=leaf_axes,
                 shape=tuple(leaf.shape),
                 optimizer='muon' if muon else 'adamw',
-                decay=is_matrix(leaf_axes),
+                decay=weights.is_matrix(leaf_axes),
                 rows=tuple(leaf_axes[i] for i in muon.reduction_axis) if muon else (),
                 columns=tuple(leaf_axes[i] for i in muon.output_axis) if muon else (),
             )
@@ -96,19 +76,24 @@ def rules(config: Optimizer, axes: PyTree, params: PyTree) -> list[Rule]:
 
 
 def schedule(config: Optimizer, num_steps: int) -> optax.Schedule:
-    """Learning rate by the count of updates made: 0 to the peak, then down to `final_fraction`.
+    """Learning rate of each update, by the count of updates made before it.
 
-    A run that ends within its warmup never leaves it.
+    Rises linearly from peak / warmup_steps at the first update to the peak at update number
+    warmup_steps, then falls; the last update of the run takes final_fraction · peak, however short
+    the run is.
     """
-    peak, final = config.learning_rate, config.learning_rate * config.final_fraction
-    warmup = config.warmup_steps
-    rise = optax.linear_schedule(0.0, peak, max(1, warmup))
+    peak, warmup = config.learning_rate, max(1, config.warmup_steps)
+    num_falling = num_steps - warmup
+    if config.schedule == 'wsd':
+        num_falling = min(num_falling, round(num_steps * config.decay_fraction))
+    num_falling = max(1, num_falling)
+    rise = optax.linear_schedule(peak / warmup, peak, warmup - 1) if warmup > 1 else lambda _: peak
     if config.schedule == 'cosine':
-        fall = optax.cosine_decay_schedule(peak, max(1, num_steps - warmup), config.final_fraction)
-        return optax.join_schedules([rise, fall], [warmup])
-    turn = max(warmup, round(num_steps * (1 - config.decay_fraction)))
-    fall = optax.linear_schedule(peak, final, max(1, num_steps - turn))
-    return optax.join_schedules([rise, optax.constant_schedule(peak), fall], [warmup, turn])
+        fall = optax.cosine_decay_schedule(peak, num_falling, config.final_fraction)
+    else:
+        fall = optax.linear_schedule(peak, peak * config.final_fraction, num_falling)
+    # The first falling update is below the peak already, so that the last one reaches the end.
+    return optax.join_schedules([rise, lambda count: fall(count + 1)], [num_steps - num_falling])
 
 
 def make(config: Optimizer, num_steps: int, axes: PyTree) -> optax.GradientTransformation:
@@ -121,7 +106,7 @@ def make(config: Optimizer, num_steps: int, axes: PyTree) -> optax.GradientTrans
       UserError: moments whose decay bfloat16 would round away.
     """
     _check_moments(config)
-    decays = _map(is_matrix, axes)
+    decays = _map(weights.is_matrix, axes)
     direction = _adam(config)
     if config.name == 'muon':
         direction = _muon_and_adam(config, axes)
@@ -170,10 +155,6 @@ def clip(config: Optimizer, gradients: PyTree, norm: Float[Array, '']) -> PyTree
         return gradients
     small = norm < config.clip_norm
     return jax.tree.map(lambda g: jnp.where(small, g, g / norm * config.clip_norm), gradients)
-
-
-def _is_router(axes: Axes) -> bool:
-    return [axis for axis in axes if axis != 'layers'] == ['embed', 'experts']
 
 
 def _is_axes(leaf: object) -> bool:

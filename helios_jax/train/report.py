@@ -11,13 +11,13 @@ import jax
 from etils import epath
 from matplotlib.figure import Figure
 
-from helios_jax.train import metrics
+from helios_jax.train import figures, metrics
 
 PACKAGES = (
     'helios_jax', 'jax', 'jaxlib', 'flax', 'optax', 'orbax-checkpoint', 'tensorflow-datasets',
     'grain', 'numpy',
 )  # fmt: skip
-LOSS, HELD_OUT = 'loss', 'eval/bits_per_byte'
+LOSS, HELD_OUT, LOST = 'loss', 'eval/bits_per_byte', 'eval/lost_fraction'
 
 
 def environment() -> dict[str, dict[str, str]]:
@@ -48,7 +48,7 @@ def write(
 
     Args:
       config_dict: the resolved config, nested.
-      final: figures to put first.
+      final: figures to put first, by the names of `figures.FINAL`.
       sample: text that the model made; shown as it is.
     Returns:
       The path of report.md.
@@ -56,14 +56,14 @@ def write(
       UserError: there is no metrics.jsonl, or it cannot be read.
     """
     workdir = epath.Path(workdir)
-    lines = metrics.read(workdir / 'metrics.jsonl')
+    lines = metrics.read(workdir / metrics.FILE)
     (workdir / 'curves.png').write_bytes(curves(lines))
     sections = [
         '# Training report',
-        _table(final, 'final metric'),
+        _table({label: f'{n} {unit}'.strip() for label, n, unit in figures.table(final)}, 'result'),
         '## Curves\n\n![Loss and held-out bits per byte against the step](curves.png)',
         f'## Sample\n\n{fenced(sample)}',
-        f'## Data\n\n{_table(data, "data")}',
+        f'## Data\n\n{_table({name: figures.number(n) for name, n in data.items()}, "data")}',
         *(
             f'## {name.capitalize()}\n\n{_table(values, name)}'
             for name, values in environment.items()
@@ -79,7 +79,11 @@ def curves(lines: list[dict[str, Any]]) -> bytes:
     """A PNG of the training loss and, where there are evaluations, of held-out bits per byte."""
     names = [LOSS] + [HELD_OUT] * any(HELD_OUT in line for line in lines)
     figure = Figure(figsize=(5 * len(names), 3.6), layout='constrained')
-    labels = {LOSS: 'training loss (nats per token)', HELD_OUT: 'held-out bits per byte'}
+    lossy = any(LOST in line for line in lines)
+    labels = {
+        LOSS: 'training loss (nats per token)',
+        HELD_OUT: 'held-out bits per byte' + ' that the tokenizer keeps' * lossy,
+    }
     for name, axes in zip(names, figure.subplots(1, len(names), squeeze=False)[0], strict=True):
         points = [(line['step'], line[name]) for line in lines if name in line]
         axes.plot(

@@ -11,8 +11,9 @@ import optax
 from jaxtyping import PyTree
 
 from helios_jax import config
+from helios_jax.arch import rules
 from helios_jax.model.transformer import Transformer, abstract_variables
-from helios_jax.parallel import rules, sharding
+from helios_jax.parallel import sharding
 from helios_jax.train import optimizer
 
 
@@ -48,7 +49,7 @@ def create(
     Raises:
       UserError: the mesh does not divide a weight or the batch.
     """
-    check_batch(cfg, mesh)
+    rules.check_batch(cfg, mesh)
     model = Transformer(cfg.model, cfg.memory, platform)
     boxed = abstract_variables(model)
     variables = nn.unbox(boxed)
@@ -75,19 +76,6 @@ def in_memory(kind: str, shardings: PyTree) -> PyTree:
     if kind == 'device':
         return shardings
     return jax.tree.map(lambda where: where.with_memory_kind('pinned_host'), shardings)
-
-
-def check_batch(cfg: config.Config, mesh: Any) -> None:
-    rows = cfg.train.batch_rows // cfg.train.microbatches
-    label = f'batch of one microbatch (train.batch_rows={cfg.train.batch_rows})'
-    sharding.check(label, (rows, cfg.data.row_length), ('batch', 'length'), mesh)
-    halves = 2 * mesh.shape['context']
-    config.require(
-        mesh.shape['context'] == 1 or cfg.data.row_length % halves == 0,
-        f'data.row_length={cfg.data.row_length} must be a multiple of {halves}, twice '
-        'mesh.context: each device takes two parts of a row.',
-    )
-    rules.check_parts(cfg, mesh)
 
 
 def initialize(setup: Setup) -> TrainState:

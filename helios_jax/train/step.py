@@ -16,20 +16,15 @@ from helios_jax.model.layers import float32_or_wider
 from helios_jax.model.loss import cross_entropy, next_tokens
 from helios_jax.parallel.context import zigzag_rows
 from helios_jax.parallel.sharding import constrain
-from helios_jax.train import optimizer, streaming
+from helios_jax.train import optimizer, streaming, throughput
 from helios_jax.train.state import Setup, TrainState
 
 Metrics = dict[str, Array]
 
 
-def segments(data: config.Data, batch: Batch) -> Array | None:
-    """The segment ids that attention sees: none where a row is one stream (plain causal)."""
-    return batch.segment_ids if data.packing == 'best_fit' else None
-
-
 def num_routed(data: config.Data, batch: Batch) -> Float[Array, '']:
     """Tokens that a router counts: all but padding, where segments tell which that is."""
-    ids = segments(data, batch)
+    ids = batch.attention_segments(data.documents_apart)
     if ids is None:
         return jnp.asarray(batch.tokens.size, jnp.float32)
     return (ids > 0).sum(dtype=jnp.float32)
@@ -159,13 +154,11 @@ def gradient(
             return jax.tree.map(jnp.add, total, of(part)), None
 
         (gradients, (sums, load)), _ = jax.lax.scan(add, zeros, whole)
-    tokens = (batch.segment_ids > 0).sum(dtype=jnp.int32)
-    seen = jnp.where(batch.segment_ids > 0, batch.positions + 1.0, 0)
     metrics = {
         'loss': sums.pop('cross_entropy'),
         'targets': weights.sum(),
-        'tokens': tokens,
-        'mean_context': (seen.sum() / jnp.maximum(tokens, 1)).astype(jnp.float32),
+        'tokens': (batch.segment_ids > 0).sum(dtype=jnp.int32),
+        **throughput.mean_context(setup.config.model, batch),
         **sums,
     }
     if load:
@@ -194,7 +187,7 @@ def loss(
     cfg = setup.config
     variables = {'params': params, 'router': router}
     hidden, reported = setup.model.apply(
-        variables, batch.tokens, batch.positions, segments(cfg.data, batch)
+        variables, batch.tokens, batch.positions, batch.attention_segments(cfg.data.documents_apart)
     )
     head = setup.model.apply(variables, method='unembedding_weight')
     losses = cross_entropy(hidden, head, targets, weights, cfg.model.vocab_size, cfg.train.z_loss)

@@ -23,8 +23,9 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.lax import dynamic_index_in_dim, dynamic_update_index_in_dim
 from jaxtyping import Array, Float, PyTree
 
+from helios_jax.arch.rules import Axes
+from helios_jax.arch.weights import read_in_compute_dtype
 from helios_jax.memory import store
-from helios_jax.parallel.sharding import Axes
 from helios_jax.train import optimizer
 from helios_jax.train.state import Setup, TrainState
 
@@ -54,18 +55,6 @@ def working_copy(setup: Setup, params: PyTree) -> PyTree:
     return jax.tree.map(copy, params, setup.axes)
 
 
-def read_in_compute_dtype(axes: Axes) -> bool:
-    """Whether the model reads a weight with these logical axes in the compute dtype alone.
-
-    Every matmul's is, but for the router's, whose product is float32, and both embeddings': their
-    gradients add up in float32 over chunks of the loss. Norms and the gates' vectors, of one axis,
-    are read in float32.
-    """
-    own = [axis for axis in axes if axis != 'layers']
-    wide = own[-1] == 'experts' or {'vocab', 'unembed_vocab'}.intersection(own)
-    return len(own) > 1 and not wide
-
-
 def update(
     setup: Setup,
     gradients: PyTree,
@@ -87,7 +76,7 @@ def update(
     counts = {path: slots[path] for path in slots if not owners[path]}
     new_params: Arrays = {}
     new_slots: Arrays = {}
-    for keys, stacked in parts(axes):
+    for keys, stacked in groups(axes):
         of = lambda tree: {key: tree[key] for key in keys}  # noqa: B023, E731
         moments = {path: slots[path] for path in slots if owners[path] in keys}
         cut = {key: axes[key][stacked:] for key in keys}
@@ -105,7 +94,7 @@ def update(
     )
 
 
-def parts(axes: Mapping[optimizer.Key, Axes]) -> list[tuple[list[optimizer.Key], bool]]:
+def groups(axes: Mapping[optimizer.Key, Axes]) -> list[tuple[list[optimizer.Key], bool]]:
     """Keys of the parameters that are updated together, and whether they are stacked layers."""
     stacked: dict[optimizer.Key, list[optimizer.Key]] = {}
     for key, names in axes.items():

@@ -1,7 +1,7 @@
 """The bench of memory policies on a model of seconds: its figures mean what they say."""
 
 import dataclasses
-import subprocess
+import json
 
 import jax
 import numpy as np
@@ -9,7 +9,8 @@ import pytest
 import small_run
 
 from helios_jax import config
-from helios_jax.bench import memory
+from helios_jax.bench import memory, process
+from helios_jax.errors import UserError
 
 
 @pytest.fixture(scope='module')
@@ -19,7 +20,7 @@ def rows(tmp_path_factory):
     measured = {}
     for policy in ('minimal', 'fp8', 'full'):
         made = dataclasses.replace(cfg, memory=config.Memory(policy))
-        measured[policy] = memory.measure(made, root / 'gradients')
+        measured[policy] = memory.measure_policy(dataclasses.asdict(made), str(root))
     return measured
 
 
@@ -55,21 +56,48 @@ def test_the_least_cosine_names_its_parameter(tmp_path):
 
 
 def test_a_policy_that_does_not_run_is_a_line_that_says_so():
-    line = memory.text({'policy': 'none', 'temp_gib': 126.4, 'failed': 'out of memory'})
-    assert 'none' in line and '126.40' in line and line.endswith('failed: out of memory')
+    line = memory.describe({'policy': 'none', 'temp_gib': 126.4, 'failed': 'out of memory'})
+    assert line == f'{"none":24} temp 126.40  failed: out of memory'
 
 
-def test_a_policy_may_name_actions_and_parts(monkeypatch, capsys):
-    commands = []
+def test_a_policy_may_name_actions_and_parts():
+    cfg = config.Config(memory=config.Memory('fp8', optimizer='host'))
+    made = memory.with_policy(cfg, 'full:backward_parts=4:block_input=fp8')
+    actions = dataclasses.replace(cfg.memory.actions, block_input='fp8')
+    assert made.memory == config.Memory('full', actions=actions, backward_parts=4, optimizer='host')
+    assert dataclasses.replace(made, memory=cfg.memory) == cfg
 
-    def run(command, **_):
-        commands.append(command)
-        return subprocess.CompletedProcess(command, 1, '', 'out of memory\n')
 
-    monkeypatch.setattr(subprocess, 'run', run)
-    memory.compare(['--config=tiny'], ['full:backward_parts=4:block_input=fp8'], as_json=True)
-    assert commands[0][-4] == '--config.memory.policy=full'
-    assert commands[0][-2:] == [
-        '--config.memory.backward_parts=4', '--config.memory.actions.block_input=fp8',
-    ]  # fmt: skip
-    assert 'out of memory' in capsys.readouterr().out
+@pytest.mark.parametrize(
+    ('policy', 'message'),
+    [
+        ('fulll', "'fulll'"),
+        ('full:block_inputs=fp8', "block_inputs.*Did you mean 'block_input'"),
+        ('full:block_input=fp9', 'fp9'),
+        ('full:backward_parts=four', 'backward_parts=four.*whole number'),
+    ],
+)
+def test_a_policy_that_is_none_is_refused_before_anything_runs(policy, message, monkeypatch):
+    ran = []
+    monkeypatch.setattr(process, 'run', lambda *call, **_: ran.append(call))
+    with pytest.raises(UserError, match=message):
+        memory.compare_policies(config.Config(), ['minimal', policy], as_json=True)
+    assert not ran
+
+
+def test_policies_share_a_directory_and_one_that_fails_does_not_end_the_others(monkeypatch, capsys):
+    directories = set()
+
+    def run(function, values, directory, quiet):
+        directories.add(directory)
+        policy = config.from_dict(values).memory.policy
+        if policy == 'none':
+            raise UserError('measure_policy ended by SIGKILL: ' + 300 * 'x')
+        return {'temp_gib': 31.5}
+
+    monkeypatch.setattr(process, 'run', run)
+    memory.compare_policies(config.Config(), ['minimal', 'none', 'fp8'], as_json=True)
+    minimal, none, fp8 = map(json.loads, capsys.readouterr().out.splitlines())
+    assert minimal == {'policy': 'minimal', 'temp_gib': 31.5}
+    assert none['failed'].startswith('measure_policy ended by SIGKILL') and len(none) == 2
+    assert fp8['policy'] == 'fp8' and len(directories) == 1

@@ -1,18 +1,15 @@
+import os
+
 import pytest
 import tensorflow_datasets as tfds
 from etils import epath
 
-from helios_jax.config import UserError
-from helios_jax.data import corpora, documents, records
+from helios_jax.data import corpora, documents
+from helios_jax.errors import UserError
 
 
 def read_back(split: documents.Documents) -> list[corpora.Document]:
-    source = records.Records(tfds.builder_from_directory(split.directory).info, split.split)
-    return [
-        corpora.Document(example['prompt'].decode(), example['text'].decode())
-        for shard in range(len(source.shard_lengths))
-        for example in source.shard(shard)
-    ]
+    return [document for shard in split.shards() for document in shard]
 
 
 def test_every_document_is_in_one_split(corpus, cache_dir):
@@ -59,6 +56,63 @@ def test_prepared_once_until_a_file_changes(corpus, cache_dir, monkeypatch):
     assert [s.fingerprint for s in first.values()] != [s.fingerprint for s in second.values()]
 
 
+def test_two_corpora_of_one_name_size_and_time_stay_apart(tmp_path, cache_dir, monkeypatch):
+    found = []
+    for directory, text in (('d1', 'one'), ('d2', 'two')):
+        (tmp_path / directory).mkdir()
+        (tmp_path / directory / 'c.txt').write_text(text)
+        os.utime(tmp_path / directory / 'c.txt', ns=(0, 10**18))
+        monkeypatch.chdir(tmp_path / directory)
+        found += read_back(documents.prepare('c.txt', cache_dir, 0.0)['train'])
+    assert [document.text for document in found] == ['one', 'two']
+
+
+def test_an_edit_at_once_of_equal_size_and_time_is_read(tmp_path, cache_dir):
+    path = tmp_path / 'c.txt'
+    for text in ('one', 'two', 'six', 'ten'):
+        path.write_text(text)
+        os.utime(path, ns=(0, 10**18))
+        (document,) = read_back(documents.prepare(str(path), cache_dir, 0.0)['train'])
+        assert document.text == text
+
+
+def test_equal_text_elsewhere_has_an_equal_fingerprint(tmp_path, cache_dir):
+    for name in ('a.txt', 'b.txt'):
+        (tmp_path / name).write_text('the same')
+    one, two = (
+        documents.prepare(str(tmp_path / name), cache_dir, 0.0)['train']
+        for name in ('a.txt', 'b.txt')
+    )
+    assert one.directory != two.directory and one.fingerprint == two.fingerprint
+
+
+def test_a_corpus_that_changes_while_it_is_read_is_refused(corpus, cache_dir, monkeypatch):
+    read = corpora.read
+
+    def changing(name):
+        yield from read(name)
+        next(epath.Path(corpus).parent.iterdir()).write_text('other')
+
+    monkeypatch.setattr(corpora, 'read', changing)
+    with pytest.raises(UserError, match='was changed while it was read'):
+        documents.prepare(corpus, cache_dir, 0.2)
+    assert not list(cache_dir.glob('documents/*/*'))
+
+
+def test_damage_is_named_and_rebuilding_mends_it(corpus, cache_dir):
+    first = documents.prepare(corpus, cache_dir, 0.2)
+    whole = read_back(first['train'])
+    shard = next(first['train'].directory.glob('*train*'))
+    shard.write_bytes(b'')
+    with pytest.raises(UserError, match=rf'{shard} is damaged .*--rebuild'):
+        documents.prepare(corpus, cache_dir, 0.2)
+    with pytest.raises(UserError, match=rf'{shard} is damaged .*--rebuild'):
+        read_back(first['train'])
+    assert documents.prepare(corpus, cache_dir, 0.2, rebuild=True) == first
+    assert read_back(first['train']) == whole
+    assert documents.prepare(corpus, cache_dir, 0.2) == first
+
+
 def test_without_validation(corpus, cache_dir):
     splits = documents.prepare(corpus, cache_dir, 0.0)
     assert list(splits) == ['train']
@@ -73,7 +127,7 @@ def test_corpora_that_cannot_be_split(tmp_path, cache_dir):
     for fraction, split in ((1e-9, 'validation'), (1 - 1e-9, 'train')):
         with pytest.raises(UserError, match=f'none of its 1 documents is in the {split} split'):
             documents.prepare(str(tmp_path / 'a.txt'), cache_dir, fraction)
-    assert not list(cache_dir.glob('documents/*/*/1.0.0*'))
+    assert not list(cache_dir.glob('documents/*/*'))
 
 
 def test_failing_half_way_leaves_nothing_that_looks_prepared(corpus, cache_dir):

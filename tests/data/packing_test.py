@@ -9,12 +9,14 @@ import textwrap
 import numpy as np
 import pytest
 import tensorflow_datasets as tfds
+import tokenizers
 from etils import epath
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from helios_jax.data import documents, packing, records, tokenizer
 from helios_jax.data.corpora import Document
+from helios_jax.errors import UserError
 
 BYTES = tokenizer.load('bytes')
 TEXTS = st.lists(
@@ -90,7 +92,10 @@ def packed(corpus: str, cache_dir: epath.Path, **options) -> epath.Path:
     row_length, kind = options.get('row_length', 64), options.get('packing', 'best_fit')
     splits = documents.prepare(corpus, cache_dir, options.get('validation_fraction', 0.1))
     packer = packing.Packer(options.get('tokenizer', BYTES), row_length, kind)
-    return packing.pack(splits['train'], packer, cache_dir, options.get('num_workers', 1))
+    return packing.pack(
+        splits['train'], packer, cache_dir, options.get('num_workers', 1),
+        options.get('rebuild', False),
+    )  # fmt: skip
 
 
 def stored_rows(directory: epath.Path) -> list[dict]:
@@ -169,6 +174,8 @@ def test_an_interrupted_run_is_taken_up(corpus, cache_dir, monkeypatch):
             packed(corpus, other)
     assert done == [0, 1]
     directory = other / 'rows' / whole.name
+    damaged = directory / f'{records.shard_name(packing.NAME, packing.SPLIT, 1)}.stats.json'
+    damaged.write_text(damaged.read_text().replace('"num_tokens": ', '"num_tokens": 1'))
     assert not (directory / 'dataset_info.json').exists()
     first = directory / records.shard_name(packing.NAME, packing.SPLIT, 0)
     before = os.stat(first).st_mtime_ns
@@ -222,6 +229,61 @@ def test_prompts_are_stored_as_a_mask(tmp_path, cache_dir):
         assert row['num_bytes'] == (text < 0xF8).sum()
         assert b'q' not in text.tobytes()
     assert any((row['loss_mask'] == 0).any() for row in rows)
+
+
+def vowels(tmp_path) -> tokenizer.Tokenizer:
+    """Drops every other character without a word."""
+    made = tokenizers.Tokenizer(tokenizers.models.BPE({c: i for i, c in enumerate('aeiou')}, []))
+    made.add_special_tokens(['<|bos|>', '<|eos|>'])
+    made.decoder = tokenizers.decoders.Fuse()
+    made.save(str(tmp_path / 'vowels.json'))
+    return tokenizer.load(str(tmp_path / 'vowels.json'))
+
+
+def test_lost_bytes_are_counted_and_shown(corpus, cache_dir, tmp_path):
+    directory = packed(corpus, cache_dir, tokenizer=vowels(tmp_path))
+    metadata = tfds.builder_from_directory(directory).info.metadata
+    splits = documents.prepare(corpus, cache_dir, 0.1)
+    assert metadata['num_lost_bytes'] == splits['train'].num_bytes - metadata['num_bytes'] > 0
+    assert metadata['num_bytes'] == sum(row['num_bytes'] for row in stored_rows(directory))
+    texts = ''.join(document.text for shard in splits['train'].shards() for document in shard)
+    assert metadata['num_bytes'] == sum(texts.count(vowel) for vowel in 'aeiou')
+    assert " comes back as '" in metadata['lost_example']
+    whole = tfds.builder_from_directory(packed(corpus, cache_dir)).info.metadata
+    assert (whole['num_lost_bytes'], whole['lost_example']) == (0, '')
+
+
+def test_an_older_versions_rows_are_packed_again_to_the_same_bits(corpus, cache_dir):
+    directory = packed(corpus, cache_dir)
+    before = stored_rows(directory)
+    (directory / 'manifest.json').unlink()  # which they lacked
+    assert packed(corpus, cache_dir) == directory
+    assert (directory / 'manifest.json').exists()
+    for one, two in zip(before, stored_rows(directory), strict=True):
+        assert all(np.array_equal(one[key], two[key]) for key in one)
+
+
+def test_damaged_rows_are_named_and_rebuilding_mends_them(corpus, cache_dir):
+    directory = packed(corpus, cache_dir)
+    before, shard = stored_rows(directory), sorted(directory.glob('*array_record*'))[1]
+    shard.write_bytes(shard.read_bytes()[:-9])
+    with pytest.raises(UserError, match=rf'{shard} is damaged .*--rebuild'):
+        packed(corpus, cache_dir)
+    assert packed(corpus, cache_dir, rebuild=True) == directory
+    assert packed(corpus, cache_dir) == directory
+    for one, two in zip(before, stored_rows(directory), strict=True):
+        assert all(np.array_equal(one[key], two[key]) for key in one)
+
+
+def die(index: int) -> dict:
+    os.kill(os.getpid(), signal.SIGKILL)
+    return {}
+
+
+@pytest.mark.slow
+def test_a_killed_worker_is_told():
+    with pytest.raises(UserError, match=r'of the 2 processes .* was killed.*data\.num_workers'):
+        list(packing._map(die, 4, 2))
 
 
 def test_workers_start_without_jax():

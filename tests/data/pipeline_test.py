@@ -1,4 +1,5 @@
 import collections
+import dataclasses
 import itertools
 import json
 import math
@@ -6,6 +7,7 @@ import math
 import jax
 import numpy as np
 import pytest
+import tokenizers
 from etils import epath
 from hypothesis import given
 from hypothesis import strategies as st
@@ -13,6 +15,8 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from helios_jax import config
 from helios_jax.data import baselines, corpora, documents, pipeline, tokenizer
+from helios_jax.data.rows import Rows, Source, changes
+from helios_jax.errors import UserError
 
 BYTES = tokenizer.load('bytes')
 ROW_LENGTH = 67
@@ -132,7 +136,7 @@ def test_each_epoch_has_every_row_in_another_order(single):
 @given(st.lists(st.integers(1, 50), min_size=1, max_size=4), st.integers(0, 10**12))
 def test_mixture_counts_grow_by_one_corpus_at_a_time(shares, num_samples):
     weights = corpora.parse(','.join(f'c{i}={share}' for i, share in enumerate(shares)))
-    source = pipeline.Source(parts=(), weights=tuple(weight for _, weight in weights))
+    source = Source(parts=(), weights=tuple(weight for _, weight in weights))
     before, after = source.counts(num_samples), source.counts(num_samples + 1)
     assert sum(before) == num_samples
     steps = [b - a for a, b in zip(before, after, strict=True)]
@@ -158,16 +162,16 @@ def test_mixture_gives_each_corpus_its_share(mixed):
 def test_neighbouring_batches_are_not_alike():
     """index_shuffle with too few rounds leaves a trend between batches of a large data set."""
 
-    class Many(pipeline.Rows):
+    class Many(Rows):
         def __init__(self):
             self.fingerprint = 'many'
 
         def __len__(self):
             return 10**6
 
-    source = pipeline.Source((Many(),), (corpora.parse('x')[0][1],))
-    rows = np.array([source.locate(sample, 0)[1] for sample in range(64 * 512)])
-    means = rows.reshape(512, 64).mean(1)
+    source = Source((Many(),), (corpora.parse('x')[0][1],))
+    located = np.array([source.locate(sample, 0)[1] for sample in range(64 * 512)])
+    means = located.reshape(512, 64).mean(1)
     assert abs(np.corrcoef(means[1:], means[:-1])[0, 1]) < 5 / math.sqrt(512)
     assert abs(means.mean() / 10**6 - 0.5) < 5 / math.sqrt(12 * 64 * 512)
 
@@ -219,6 +223,136 @@ def test_another_tokenizer_counts_the_same_bytes(directory, globs, single):
     assert all(abs(ours[key] - theirs[key]) < 0.1 * ours[key] for key in ours)
 
 
+def lossy_tokenizer(directory: epath.Path) -> tokenizer.Tokenizer:
+    """Knows the letters of 'alpha' and the space, and drops the rest."""
+    made = tokenizers.Tokenizer(tokenizers.models.BPE({c: i for i, c in enumerate('alph ')}, []))
+    made.add_special_tokens(['<|bos|>', '<|eos|>'])
+    made.decoder = tokenizers.decoders.Fuse()
+    made.save(str(directory / 'lossy.json'))
+    return tokenizer.load(str(directory / 'lossy.json'))
+
+
+def test_a_tokenizer_that_loses_text_is_refused_with_its_share(directory, globs):
+    message = (
+        r"data\.tokenizer='lossy\.json' loses \d+\.\d+% of the validation split of .*"
+        r'\([\d,]+ of [\d,]+ bytes; .* comes back as .*\), .*data\.allow_lossy_tokenizer=True'
+    )
+    with pytest.raises(UserError, match=message) as refused:
+        pipeline.prepare(settings(directory, globs[1]), lossy_tokenizer(directory))
+    assert '\n' not in str(refused.value)
+
+
+def test_a_tokenizer_that_loses_text_counts_only_what_it_keeps(directory, globs, caplog):
+    tok = lossy_tokenizer(directory)
+    data = settings(directory, globs[1], allow_lossy_tokenizer=True)
+    prepared = pipeline.prepare(data, tok)
+    assert 'bits per byte count only what is kept' in caplog.text
+    texts = ''.join(corpora.texts(globs[1]))
+    kept = sum(texts.count(character) for character in 'alph ')
+    sources = (prepared.train, prepared.validation)
+    assert sum(source.num_bytes for source in sources) == kept
+    lost = len(texts.encode()) - kept
+    assert sum(line['lost_bytes'] for line in pipeline.summary(prepared)) == lost
+    source = pipeline.from_text(globs[1], data, tok)
+    assert source.lost_fraction == lost / len(texts.encode())
+    batches = list(pipeline.eval_batches(source, batch_rows=3))
+    assert joined(batches).num_bytes.sum() == kept
+    # The yardsticks see those bytes and no others.
+    shares = np.array([texts.count(character) / kept for character in 'alph '])
+    found = baselines.bits_per_byte(source, tok)
+    assert found['order0_bits_per_byte'] == pytest.approx(-(shares * np.log2(shares)).sum())
+    assert found['gzip_bits_per_byte'] < found['order0_bits_per_byte']
+
+
+def test_nothing_is_lost_by_a_tokenizer_that_keeps_every_byte(single, caplog):
+    assert single.train.lost_fraction == single.validation.lost_fraction == 0
+    assert not caplog.text
+
+
+@pytest.mark.parametrize('empty', ['train', 'validation'])
+def test_a_split_without_text_to_score_is_refused(directory, empty):
+    """Prompts whose completions are empty have nothing to score."""
+    path = directory / f'empty_{empty}.jsonl'
+    data = settings(directory, str(path))
+    lines = []
+    for number in range(60):
+        document = corpora.Document(f'question {number}', '')
+        in_validation = documents._unit_hash(document) < data.validation_fraction
+        if in_validation == (empty == 'validation'):
+            lines.append({'prompt': document.prompt, 'completion': ''})
+    for number in range(60):
+        document = corpora.Document('', f'answer {number}')
+        in_validation = documents._unit_hash(document) < data.validation_fraction
+        if in_validation != (empty == 'validation'):
+            lines.append({'text': document.text})
+    path.write_text('\n'.join(map(json.dumps, lines)))
+    with pytest.raises(
+        UserError, match=f'the {empty} split of data.corpus=.* has no text to score'
+    ):
+        pipeline.prepare(data, BYTES)
+
+
+@pytest.mark.parametrize('kind', ['emptied', 'cut short', 'missing', 'flipped'])
+def test_rows_that_are_damaged_are_named_while_training(directory, globs, kind):
+    data = settings(directory / kind, globs[1], row_length=71)
+    prepared = pipeline.prepare(data, BYTES)
+    (rows,) = prepared.train.parts
+    (shard,) = rows.directory.glob('*array_record*')
+    content = bytearray(shard.read_bytes())
+    place = content.index(b'alpha')
+    if kind == 'missing':
+        shard.unlink()
+    else:
+        content[place] ^= 1
+        shard.write_bytes({'emptied': b'', 'cut short': content[:place]}.get(kind, content))
+    with pytest.raises(UserError, match=rf'{shard} is damaged .*--rebuild') as named:
+        take(pipeline.train_batches(prepared, batch_rows=4, seed=0), 50)
+    assert '\n' not in str(named.value)
+    if kind != 'flipped':  # found when read
+        with pytest.raises(UserError, match=rf'{shard} is damaged .*--rebuild'):
+            pipeline.prepare(data, BYTES)
+    mended = pipeline.prepare(data, BYTES, rebuild=True)
+    assert mended.train.fingerprint == prepared.train.fingerprint
+    assert len(take(pipeline.train_batches(mended, batch_rows=4, seed=0), 50)) == 50
+
+
+def test_a_cache_that_cannot_be_written_is_named(directory, globs):
+    (directory / 'file').touch()
+    with pytest.raises(UserError, match=r'file.* could not be written: .*data\.cache_dir'):
+        pipeline.prepare(settings(directory / 'file', globs[1]), BYTES)
+    with pytest.raises(UserError, match=r"data\.cache_dir='s3://b.*is not supported"):
+        pipeline.prepare(config.Data(corpus=globs[1], cache_dir='s3://b'), BYTES)
+
+
+def test_changes_of_the_text_are_told(directory, write_corpus):
+    glob = write_corpus(directory / 'changing', 29, 3)
+    data = settings(directory, glob, row_length=79)
+    first = pipeline.prepare(data, BYTES).contents
+    assert json.loads(json.dumps(first)) == first
+    for split in ('train', 'validation'):
+        assert changes(first[split], first[split]) == ''
+    other_rows = dataclasses.replace(data, row_length=83)
+    longer = pipeline.prepare(other_rows, BYTES).contents
+    assert longer['validation']['rows'] != first['validation']['rows']
+    assert changes(first['validation'], longer['validation']) == ''
+    removed = sorted(epath.Path(glob).parent.iterdir())[:3]
+    lost = sum(path.stat().length for path in removed)
+    for path in removed:
+        path.unlink()
+    fewer = pipeline.prepare(data, BYTES).contents
+    told = [changes(first[split], fewer[split]) for split in ('train', 'validation')]
+    counts = [first[split]['documents'] - fewer[split]['documents'] for split in first]
+    assert sum(counts) == 3
+    for split, count, line in zip(first, counts, told, strict=True):
+        sizes = (fewer[split]['bytes'], first[split]['bytes'])
+        expected = f'{count} documents fewer, {sizes[0]:,} bytes instead of {sizes[1]:,}'
+        assert line == (expected if count else '')
+    assert sum(first[s]['bytes'] - fewer[s]['bytes'] for s in first) == lost
+    assert 'documents more' in changes(fewer['train'], first['train'])
+    same = first['train'] | {'text': 'other'}
+    assert 'documents as before, not all of them the same' in changes(first['train'], same)
+
+
 @pytest.mark.parametrize('spec', [PartitionSpec('rows'), PartitionSpec('rows', 'length')])
 def test_to_global_shards_rows(directory, globs, spec):
     prepared = pipeline.prepare(settings(directory, globs[0], row_length=66), BYTES)
@@ -231,9 +365,9 @@ def test_to_global_shards_rows(directory, globs, spec):
 
 
 def test_hosts_must_divide_the_batch(single):
-    with pytest.raises(config.UserError, match=r'batch_rows=10 .* 4 hosts'):
+    with pytest.raises(UserError, match=r'batch_rows=10 .* 4 hosts'):
         pipeline.train_batches(single, batch_rows=10, seed=0, host=0, num_hosts=4)
-    with pytest.raises(config.UserError, match=r'batch_rows=10 .* 4 hosts'):
+    with pytest.raises(UserError, match=r'batch_rows=10 .* 4 hosts'):
         next(pipeline.eval_batches(single.train, batch_rows=10, host=0, num_hosts=4))
 
 
@@ -252,7 +386,7 @@ def test_summary_and_fingerprints(directory, globs, single, mixed):
 def test_train_tokenizer_writes_a_loadable_file(directory, globs):
     pipeline.train_tokenizer(globs[1], 283, str(directory / 'deep' / 'trained.json'))
     assert tokenizer.load(str(directory / 'deep' / 'trained.json')).vocab_size == 283
-    with pytest.raises(config.UserError, match=r'must end in \.json'):
+    with pytest.raises(UserError, match=r'must end in \.json'):
         pipeline.train_tokenizer(globs[1], 283, str(directory / 'trained'))
 
 

@@ -11,7 +11,6 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
 from helios_jax import config
-from helios_jax.api import Restored, mesh_of
 from helios_jax.data.tokenizer import ByteTokenizer
 from helios_jax.errors import UserError
 from helios_jax.evaluate import generate as generating
@@ -19,6 +18,7 @@ from helios_jax.evaluate.generate import complete, extend, generate, prefill, sa
 from helios_jax.model.transformer import Transformer, abstract_variables
 from helios_jax.parallel import mesh as meshes
 from helios_jax.parallel import sharding
+from helios_jax.restoring import Restored, mesh_of
 
 TRAINED, LENGTH = 16, 56  # tokens; more than 3 × the trained length
 SMALL_CACHE = 16  # slots: one that is doubled twice for LENGTH tokens

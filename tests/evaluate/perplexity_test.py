@@ -56,26 +56,26 @@ def on_device(batch: Batch) -> Batch:
     return jax.tree.map(jnp.asarray, batch)
 
 
-def score(*batches: Batch, packed: bool = True) -> dict[str, float]:
+def score(*batches: Batch, apart: bool = True) -> dict[str, float]:
     model, variables = model_and_variables()
-    return evaluate(model, variables, map(on_device, batches), eos_id=EOS, packed=packed)
+    return evaluate(model, variables, map(on_device, batches), eos_id=EOS, documents_apart=apart)
 
 
 @functools.cache
-def apply(packed: bool):
+def apply(apart: bool):
     model, _ = model_and_variables()
 
     @jax.jit
     def logits(variables, batch):
-        segments = batch.segment_ids if packed else None
+        segments = batch.attention_segments(apart)
         return model.apply(variables, batch.tokens, batch.positions, segments, method='logits')
 
     return logits
 
 
-def direct(made: Batch, packed: bool = True) -> dict[str, float]:
+def direct(made: Batch, apart: bool = True) -> dict[str, float]:
     """The same figures, token by token in float64 from the model's logits."""
-    logits = apply(packed)(model_and_variables()[1], on_device(made))
+    logits = apply(apart)(model_and_variables()[1], on_device(made))
     logits = np.asarray(logits, np.float64)[..., :V]
     log_p = logits - np.log(np.exp(logits).sum(axis=-1, keepdims=True))
     nats = text_nats = targets = 0.0
@@ -102,13 +102,13 @@ def close(actual, expected, rtol=1e-5):
         np.testing.assert_allclose(actual[name], value, rtol=rtol, err_msg=name)
 
 
-@pytest.mark.parametrize('packed', [True, False])
-def test_figures_are_those_of_a_direct_computation(packed):
-    close(score(batch(), packed=packed), direct(batch(), packed=packed))
+@pytest.mark.parametrize('apart', [True, False])
+def test_figures_are_those_of_a_direct_computation(apart):
+    close(score(batch(), apart=apart), direct(batch(), apart=apart))
 
 
-def test_attention_keeps_to_segments_only_where_rows_are_packed():
-    assert abs(score(batch())['loss'] - score(batch(), packed=False)['loss']) > 1e-3
+def test_attention_keeps_to_segments_only_where_documents_are_apart():
+    assert abs(score(batch())['loss'] - score(batch(), apart=False)['loss']) > 1e-3
 
 
 def test_eos_is_a_target_but_no_text():
@@ -162,5 +162,5 @@ def test_a_padded_vocabulary_has_no_share_of_the_probability():
     assert head.shape[1] > V
     moved = jax.tree.map(lambda x: x, variables)
     moved['params'] = variables['params'] | {'unembedding': {'w': head.at[:, V:].add(5.0)}}
-    figures = evaluate(model, moved, [on_device(batch())], eos_id=EOS, packed=True)
+    figures = evaluate(model, moved, [on_device(batch())], eos_id=EOS, documents_apart=True)
     assert figures == score(batch())

@@ -1,8 +1,8 @@
 """Every implementation of attention against one float64 oracle, forward and gradients."""
 
-import functools
 import inspect
 import logging
+import math
 import types
 
 import jax
@@ -11,10 +11,11 @@ import numpy as np
 import pytest
 from jax._src.cudnn import fused_attention_stablehlo as private
 
-from helios_jax.bench.attention_oracle import oracle
+from helios_jax import config
 from helios_jax.kernels import attention as door
-from helios_jax.kernels.attention import attention, gpu, reference, splash, tpu
+from helios_jax.kernels.attention import IMPLEMENTATIONS, Setting, Tokens, attention, gpu, reference
 from helios_jax.kernels.attention.rotation import rotate
+from helios_jax.verify.oracle import oracle
 
 B, K = 2, 2
 H = 8 if jax.default_backend() == 'cpu' else 64  # accelerators' kernels want some width
@@ -31,6 +32,10 @@ def frequencies():
     return (100.0 ** (-np.arange(H // 2) / (H // 2))).astype(np.float32)
 
 
+def setting(**options):
+    return Setting(frequencies(), **options)
+
+
 def packed(T, lengths=((97, 41, 23), (2, 131))):
     """Rows of documents, then padding; positions restart with each document."""
     ids, positions = np.zeros((B, T), np.int32), np.zeros((B, T), np.int32)
@@ -41,57 +46,48 @@ def packed(T, lengths=((97, 41, 23), (2, 131))):
             ids[row, start : start + length] = index
             positions[row, start : start + length] = np.arange(length)
             start += length
-    return {'segment_ids': ids, 'positions': positions}
+    return Tokens(positions, ids)
 
 
 def plain(T):
-    return np.tile(np.arange(T, dtype=np.int32), (B, 1))
+    return Tokens(np.tile(np.arange(T, dtype=np.int32), (B, 1)))
+
+
+def floats(T):
+    return Tokens(plain(T).positions.astype(np.float32) + 5)
 
 
 def bucket(T):
     """Self-attention in which only some queries are asked for, none of them late in the row."""
-    rows = packed(T)
-    ids = rows['segment_ids']
-    asked = np.where((rows['positions'] % 3 == 1) & (np.arange(T) < 150), ids, 0)
-    return rows | {'segment_ids': asked, 'key_segment_ids': ids}
+    positions, ids, *_ = packed(T)
+    asked = np.where((positions % 3 == 1) & (np.arange(T) < 150), ids, 0)
+    return Tokens(positions, asked, key_segment_ids=ids)
 
 
 def cache(T, S):
     """T new tokens against a cache of S slots in no order, some never written."""
     order = np.random.default_rng(1).permutation(S).astype(np.int32)
-    key_positions = np.tile(order, (B, 1))
-    return {
-        'positions': plain(T) + np.array([[40], [9]], np.int32),
-        'segment_ids': np.ones((B, T), np.int32),
-        'key_positions': key_positions,
-        'key_segment_ids': (key_positions % 7 != 3).astype(np.int32),
-    }
+    slots = np.tile(order, (B, 1))
+    positions = plain(T).positions + np.array([[40], [9]], np.int32)
+    return Tokens(positions, np.ones((B, T), np.int32), slots, (slots % 7 != 3).astype(np.int32))
 
 
 CASES = {
-    'plain': lambda T: {'positions': plain(T)},
-    'float_positions': lambda T: {'positions': plain(T).astype(np.float32) + 5},
-    'window': lambda T: {'positions': plain(T), 'window': 45},
-    'softcap': lambda T: {'positions': plain(T), 'softcap': 0.7},
-    'scales': lambda T: {'positions': plain(T), 'query_scale': 1.44, 'scale': 0.21},
-    'packed': packed,
-    'packed_window': lambda T: packed(T) | {'window': 19},
-    'many_documents': lambda T: packed(T, ([3] * 80, [5] * 7)),
-    'bucket': bucket,
-    'everything': lambda T: packed(T) | {'window': 33, 'softcap': 1.3, 'query_scale': 1.2},
-    'cache': lambda T: cache(T, T + 90),
-    'short_cache': lambda T: cache(11, 83),
-}
-DEFAULTS = {
-    'segment_ids': None,
-    'key_positions': None,
-    'key_segment_ids': None,
-    'frequencies': frequencies(),
-    'query_scale': 1.0,
-    'scale': H**-0.5,
-    'window': 0,
-    'softcap': 0.0,
-}
+    'plain': lambda T: (plain(T), setting()),
+    'float_positions': lambda T: (floats(T), setting()),
+    'window': lambda T: (plain(T), setting(window=45)),
+    'softcap': lambda T: (plain(T), setting(softcap=0.7)),
+    'scales': lambda T: (plain(T), setting(query_scale=1.44, scale=0.21)),
+    'packed': lambda T: (packed(T), setting()),
+    'packed_window': lambda T: (packed(T), setting(window=19)),
+    'many_documents': lambda T: (packed(T, ([3] * 80, [5] * 7)), setting()),
+    'bucket': lambda T: (bucket(T), setting()),
+    'everything': lambda T: (packed(T), setting(window=33, softcap=1.3, query_scale=1.2)),
+    'cache': lambda T: (cache(T, T + 90), setting()),
+    'unsegmented_cache': lambda T: (cache(T, 83)._replace(segment_ids=None, key_segment_ids=None),
+                                    setting()),
+    'short_cache': lambda T: (cache(11, 83), setting()),
+}  # fmt: skip
 
 
 def emulate(q, k, v, *, q_seqlen, kv_seqlen, q_offsets, kv_offsets, scale, mask_type,
@@ -111,7 +107,8 @@ def emulate(q, k, v, *, q_seqlen, kv_seqlen, q_offsets, kv_offsets, scale, mask_
     def dense(q, k, v, mask):
         grouped = q.reshape(*q.shape[:2], -1, N // k.shape[2], q.shape[3])
         grouped, k, v = (jnp.moveaxis(x.astype(jnp.float32), 1, -2) for x in (grouped, k, v))
-        out = reference.attend_block(grouped * scale, k, v, mask, 0.0)
+        logits = reference.score_block(grouped * scale, k, mask, 0.0)
+        out, _ = reference.softmax_block(logits, v)
         return jnp.moveaxis(out, -2, 1).reshape(q.shape).astype(q.dtype)
 
     @jax.custom_vjp
@@ -132,98 +129,89 @@ EMULATED = types.SimpleNamespace(
     MaskType=private.MaskType,
     check_cudnn_version=lambda: gpu.PACKED_CUDNN,
 )
-INDEXED = {'cache', 'short_cache'}
+INDEXED = {'cache', 'short_cache', 'unsegmented_cache'}
 CAPPED = {'softcap', 'everything'}
-# name: (function, platform it needs, T, dtype, tolerance, cases, those of them it refuses)
-IMPLEMENTATIONS = {
-    'reference': (reference.attention, '', 293, 'float32', 3e-5, CASES, set()),
-    'tpu': (tpu.attention, 'tpu', 293, 'bfloat16', 4e-2, CASES, set()),
-    'splash': (splash.attention, 'tpu', 384, 'bfloat16', 4e-2, CASES, INDEXED),
-    'splash_interpreted': (
-        functools.partial(splash.attention, interpret=True), '', 384, 'float32', 3e-5,
-        ('packed', 'everything', 'bucket', 'cache'), INDEXED,
-    ),
-    'cudnn': (gpu.attention, 'gpu', 293, 'bfloat16', 4e-2, CASES, INDEXED | CAPPED),
-    'cudnn_emulated': (
-        gpu.attention, '', 293, 'bfloat16', 4e-2,
-        ('packed', 'packed_window', 'many_documents', 'bucket', 'everything', 'cache'),
-        INDEXED | CAPPED,
-    ),
-}  # fmt: skip
+# name: (row of the table, platform that it is tested on, T, dtype, tolerance, cases it refuses)
+IMPLEMENTED = {
+    'reference': ('reference', '', 293, 'float32', 3e-5, set()),
+    'tpu': ('tpu', 'tpu', 293, 'bfloat16', 4e-2, set()),
+    'cudnn': ('cudnn', 'gpu', 293, 'bfloat16', 4e-2, INDEXED | CAPPED),
+    'cudnn_emulated': ('cudnn', '', 293, 'bfloat16', 4e-2, INDEXED | CAPPED),
+}
+EMULATES = ('packed', 'packed_window', 'many_documents', 'bucket', 'everything', 'cache')
 ALL_CASES = [
     pytest.param(name, case, G, id=f'{name}-{case}-{G}')
-    for name, (*_, cases, _) in IMPLEMENTATIONS.items()
-    for case in cases
+    for name in IMPLEMENTED
+    for case in (EMULATES if name == 'cudnn_emulated' else CASES)
     for G in ([1, 3] if case == 'packed' else [3])
 ]
 
 
-def evaluate(run, dtype, arrays, arguments):
+def test_every_implementation_is_tested_and_can_be_asked_for():
+    assert tuple(IMPLEMENTATIONS) == config.model.ATTENTION
+    assert {row for row, *_ in IMPLEMENTED.values()} == set(IMPLEMENTATIONS)
+
+
+def evaluate(run, dtype, arrays, tokens, setting):
     """(output, (dq, dk, dv)) of `run` in float64."""
-    arguments = {
-        name: jnp.asarray(x) if isinstance(x, np.ndarray) else x
-        for name, x in (DEFAULTS | arguments).items()
-    }
+    tokens, turns = jax.tree.map(jnp.asarray, (tokens, setting.frequencies))
+    setting = setting._replace(frequencies=turns)
 
     @jax.jit
     def value_and_gradients(q, k, v, cotangent):
-        out, vjp = jax.vjp(functools.partial(run, **arguments), q, k, v)
+        out, vjp = jax.vjp(lambda q, k, v: run(q, k, v, tokens, setting), q, k, v)
         return out, vjp(cotangent)
 
-    with jax.numpy_rank_promotion('allow'):  # splash attention promotes
-        results = value_and_gradients(*(jnp.asarray(x, dtype) for x in arrays))
+    results = value_and_gradients(*(jnp.asarray(x, dtype) for x in arrays))
     return jax.tree.map(lambda x: np.asarray(x, np.float64), results)
 
 
 @pytest.mark.parametrize(('name', 'case', 'G'), ALL_CASES)
 def test_matches_the_float64_oracle(name, case, G, monkeypatch):
-    run, platform, T, dtype, tolerance, _, refuses = IMPLEMENTATIONS[name]
+    row, platform, T, dtype, tolerance, refuses = IMPLEMENTED[name]
+    run = IMPLEMENTATIONS[row].attention
+    assert IMPLEMENTATIONS[row].differentiable, 'a row without gradients needs a test of its own'
     if platform and platform != jax.default_backend():
         pytest.skip(f'needs a {platform}')
     if name == 'cudnn_emulated':
         monkeypatch.setattr(gpu, 'cudnn', EMULATED)
-    arguments = CASES[case](T)
-    T, S = (
-        arguments.get(n, arguments['positions']).shape[1] for n in ('positions', 'key_positions')
-    )
+    tokens, setting = CASES[case](T)
+    T, S = tokens.positions.shape[1], tokens.positions_of_keys.shape[1]
     arrays = [np.asarray(jnp.asarray(x, dtype), np.float64) for x in inputs(T, S, G)]
     if case in refuses:
         with pytest.raises(NotImplementedError):
-            evaluate(run, dtype, arrays, arguments)
+            evaluate(run, dtype, arrays, tokens, setting)
         return
-    expected = oracle(*arrays, frequencies=frequencies(), **arguments)[:4]
-    actual = evaluate(run, dtype, arrays, arguments)
+    expected = oracle(*arrays, tokens, setting)[:4]
+    actual = evaluate(run, dtype, arrays, tokens, setting)
     for got, want in zip(jax.tree.leaves(actual), expected, strict=True):
         # Of the largest value, as the narrow dtypes round.
         np.testing.assert_allclose(got, want, rtol=0, atol=tolerance * np.abs(want).max())
-    padding = arguments.get('segment_ids', np.ones(1)) == 0
-    if padding.any():
-        assert (actual[0][padding] == 0).all()
-        assert (actual[1][0][padding] == 0).all()
-    dead = arguments.get('key_segment_ids', arguments.get('segment_ids', np.ones(1))) == 0
-    if dead.any():
-        assert all((gradient[dead] == 0).all() for gradient in actual[1][1:])
+    padding = np.asarray(tokens.ids_of_queries) == 0
+    assert (actual[0][padding] == 0).all()
+    assert (actual[1][0][padding] == 0).all()
+    dead = np.asarray(tokens.ids_of_keys) == 0
+    assert all((gradient[dead] == 0).all() for gradient in actual[1][1:])
 
 
 def test_reference_in_float64_is_exact():
-    arguments = CASES['everything'](293)
+    tokens, setting = CASES['everything'](293)
     arrays = [x.astype(np.float64) for x in inputs(293, 293, 3)]
-    expected = oracle(*arrays, frequencies=frequencies(), **arguments)[:4]
+    expected = oracle(*arrays, tokens, setting)[:4]
     with jax.enable_x64(True):
-        actual = evaluate(reference.attention, 'float64', arrays, arguments)
+        actual = evaluate(reference.attention, 'float64', arrays, tokens, setting)
     for got, want in zip(jax.tree.leaves(actual), expected, strict=True):
         np.testing.assert_allclose(got, want, rtol=1e-9, atol=1e-11)
 
 
-@pytest.mark.parametrize('name', ['reference', 'splash_interpreted'])
-def test_no_query_sees_the_future_or_another_document(name):
-    run, _, T, dtype, *_ = IMPLEMENTATIONS[name]
+def test_no_query_of_the_reference_sees_the_future_or_another_document():
+    T = 293
     rows = packed(T)
     for at in (130, 3):  # in row 0 the second document, in row 1 the second; then the first, …
         arrays = inputs(T, T, 3)
         arrays[3][:, np.arange(T) != at] = 0
-        _, (dq, dk, dv) = evaluate(run, dtype, arrays, rows)
-        ids, index = rows['segment_ids'], np.arange(T)
+        _, (dq, dk, dv) = evaluate(reference.attention, 'float32', arrays, rows, setting())
+        ids, index = rows.segment_ids, np.arange(T)
         seen = (ids == ids[:, [at]]) & (index <= at)
         assert (np.abs(dv[seen]).min(-1) > 0).all()
         assert (np.abs(dk[seen & (seen.sum(1) > 1)[:, None]]).max(-1) > 0).all()
@@ -235,9 +223,8 @@ def test_no_query_sees_the_future_or_another_document(name):
 def test_reference_memory_is_linear_in_length():
     def temporary_bytes(T):
         def loss(q, k, v, positions):
-            arguments = DEFAULTS | {'positions': positions, 'segment_ids': positions}
-            arguments['frequencies'] = jnp.asarray(frequencies())
-            return jnp.sum(reference.attention(q, k, v, **arguments))
+            own = Setting(jnp.asarray(frequencies()))
+            return jnp.sum(reference.attention(q, k, v, Tokens(positions, positions), own))
 
         shapes = [(B, T, 3 * K, H), (B, T, K, H), (B, T, K, H)]
         specs = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes]
@@ -270,33 +257,67 @@ def test_rotation_of_integers_beyond_bfloat16():
     np.testing.assert_allclose(turned[0, :, 0, 0], np.cos(angle) - np.sin(angle), atol=1e-4)
 
 
+def test_what_tokens_leave_out_has_one_meaning():
+    positions, ids = jnp.asarray([[0, 1, 0]]), jnp.asarray([[1, 1, 2]])
+    slots, owners = jnp.asarray([[4, 0]]), jnp.asarray([[2, 0]])
+
+    def facts(tokens):
+        return tokens.own_keys, tokens.plain, tokens.queries_masked
+
+    def complete(tokens):
+        arrays = tokens.positions_of_keys, tokens.ids_of_queries, tokens.ids_of_keys
+        return [x.tolist() for x in arrays]
+
+    assert facts(Tokens(positions)) == (True, True, False)
+    assert complete(Tokens(positions)) == [[[0, 1, 0]], [[1, 1, 1]], [[1, 1, 1]]]
+    assert facts(Tokens(positions, ids)) == (True, False, False)
+    assert complete(Tokens(positions, ids)) == [[[0, 1, 0]], [[1, 1, 2]], [[1, 1, 2]]]
+    masked = Tokens(positions, ids * 0, key_segment_ids=ids)
+    assert facts(masked) == (True, False, True)
+    assert complete(masked) == [[[0, 1, 0]], [[0, 0, 0]], [[1, 1, 2]]]
+    assert facts(Tokens(positions, key_positions=slots)) == (False, False, False)
+    assert complete(Tokens(positions, key_positions=slots)) == [[[4, 0]], [[1, 1, 1]], [[1, 1]]]
+    assert complete(Tokens(positions, ids, slots, owners)) == [[[4, 0]], [[1, 1, 2]], [[2, 0]]]
+
+
+def test_a_setting_is_two_arrays_and_what_is_static():
+    given = Setting(jnp.ones(3), 1.5, window=4, softcap=2.0)
+    assert len(jax.tree.leaves(given)) == 2
+    assert given.logit_scale == 1 / math.sqrt(6)
+    assert given._replace(scale=0.3).logit_scale == 0.3
+    seen = []
+    jax.jit(lambda setting: seen.append(setting))(given)
+    assert seen[0][2:] == given[2:]
+    assert isinstance(seen[0].query_scale, jax.core.Tracer)
+
+
 def door_arguments(T=19):
     q, k, v, _ = (jnp.asarray(x) for x in inputs(T, T, 3))
-    return (q, k, v), {
-        'positions': jnp.asarray(plain(T)),
-        'frequencies': jnp.asarray(frequencies()),
-    }
+    tokens, setting = jax.tree.map(jnp.asarray, (plain(T), Setting(frequencies())))
+    return (q, k, v), tokens, setting
 
 
 @pytest.fixture
 def log(caplog):
-    door.report.cache_clear()
+    door.log_choice.cache_clear()
     caplog.set_level(logging.INFO)
     return caplog
 
 
 def test_auto_takes_the_reference_on_cpu_quietly(log):
-    arrays, arguments = door_arguments()
-    out = attention(*arrays, **arguments, platform='cpu')
-    expected = oracle(*inputs(19, 19, 3), **jax.tree.map(np.asarray, arguments)).out
+    arrays, tokens, setting = door_arguments()
+    out = attention(*arrays, tokens, setting, platform='cpu')
+    expected = oracle(*inputs(19, 19, 3), *jax.tree.map(np.asarray, (tokens, setting))).out
     np.testing.assert_allclose(out, expected, atol=3e-5)
     assert [r.levelno for r in log.records] == [logging.INFO]
 
 
-@pytest.mark.parametrize(('platform', 'reason'), [('tpu', 'H=8'), ('gpu', 'float32')])
+@pytest.mark.parametrize(
+    ('platform', 'reason'), [('tpu', 'tpu cannot take H=8'), ('gpu', 'cudnn cannot take float32')]
+)
 def test_auto_warns_once_where_an_accelerator_gets_the_reference(platform, reason, log):
-    arrays, arguments = door_arguments()
-    first, second = (attention(*arrays, **arguments, platform=platform) for _ in range(2))
+    arrays, tokens, setting = door_arguments()
+    first, second = (attention(*arrays, tokens, setting, platform=platform) for _ in range(2))
     np.testing.assert_array_equal(first, second)
     [record] = log.records
     assert record.levelno == logging.WARNING
@@ -304,40 +325,103 @@ def test_auto_warns_once_where_an_accelerator_gets_the_reference(platform, reaso
 
 
 @pytest.mark.parametrize(
-    ('name', 'platform'), [('splash', 'tpu'), ('cudnn', 'gpu'), ('splash', 'cpu')]
+    ('name', 'platform', 'reason'),
+    [
+        ('tpu', 'tpu', 'tpu cannot take H=8: it must be a multiple of 32'),
+        ('cudnn', 'gpu', 'cudnn cannot take float32: only bfloat16, float16'),
+        ('tpu', 'cpu', "tpu needs platform 'tpu', not 'cpu'"),
+    ],
 )
-def test_a_named_implementation_never_falls_back(name, platform):
-    arrays, arguments = door_arguments()
-    with pytest.raises(NotImplementedError):
-        attention(*arrays, **arguments, implementation=name, platform=platform)
+def test_a_named_implementation_never_falls_back_and_says_why(name, platform, reason):
+    arrays, tokens, setting = door_arguments()
+    with pytest.raises(NotImplementedError, match=reason):
+        attention(*arrays, tokens, setting, implementation=name, platform=platform)
 
 
 @pytest.mark.parametrize(
-    ('name', 'change'),
+    ('implementation', 'platform', 'found', 'level'),
     [
-        ('k', lambda q, k, v, a: (q, k[:, :, :, :6], v, a)),
-        ('v', lambda q, k, v, a: (q, k, v[:, :18], a)),
-        ('k has K=2', lambda q, k, v, a: (q[:, :, :5], k, v, a)),
-        ('q, k, v', lambda q, k, v, a: (q, k, v.astype(jnp.bfloat16), a)),
-        ('q, k, v', lambda q, k, v, a: (*(x.astype(jnp.int32) for x in (q, k, v)), a)),
-        ('positions', lambda q, k, v, a: (q, k, v, a | {'positions': a['positions'][:, :18]})),
-        ('positions', lambda q, k, v, a: (q, k, v, a | {'positions': q[:, :, 0, 0].astype('f2')})),
-        ('segment_ids', lambda q, k, v, a: (q, k, v, a | {'segment_ids': a['positions'][0]})),
-        ('frequencies', lambda q, k, v, a: (q, k, v, a | {'frequencies': jnp.ones(H)})),
-        ('key_positions', lambda q, k, v, a: (q, k[:, :18], v[:, :18], a)),
-        ('key_segment_ids', lambda q, k, v, a: (
-            q, k, v, a | {'key_positions': a['positions'], 'segment_ids': a['positions']})),
-        ('window', lambda q, k, v, a: (q, k, v, a | {'window': -1})),
-        ('softcap', lambda q, k, v, a: (q, k, v, a | {'softcap': -1.0})),
-        ('implementation', lambda q, k, v, a: (q, k, v, a | {'implementation': 'flash'})),
+        ('auto', 'cpu', 'reference', logging.INFO),
+        ('auto', 'tpu', 'tpu', logging.INFO),
+        ('auto', 'gpu', 'reference', logging.WARNING),
+        ('reference', 'tpu', 'reference', None),
     ],
-)  # fmt: skip
-def test_bad_arguments_are_named(name, change):
-    arrays, arguments = door_arguments()
-    *arrays, arguments = change(*arrays, arguments)
+)
+def test_blockwise_takes_what_can_attend_to_some_of_the_keys(
+    implementation, platform, found, level, log
+):
+    q = jnp.zeros((1, 2, 3, 32), jnp.bfloat16)
+    assert door.blockwise(q, implementation, platform) == IMPLEMENTATIONS[found].blockwise
+    assert [r.levelno for r in log.records] == ([] if level is None else [level])
+
+
+def test_a_machine_that_a_kernel_does_not_know_gets_the_reference(monkeypatch, log):
+    def unknown():
+        raise NotImplementedError('does not know TPU v99.')
+
+    row = IMPLEMENTATIONS['tpu']._replace(ready=unknown)
+    monkeypatch.setitem(IMPLEMENTATIONS, 'tpu', row)
+    q = jnp.zeros((1, 2, 3, 32), jnp.bfloat16)
+    found = door.blockwise(q, 'auto', 'tpu')
+    assert found == IMPLEMENTATIONS['reference'].blockwise
+    [record] = log.records
+    assert 'tpu does not know TPU v99' in record.getMessage()
+
+
+def test_blockwise_refuses_what_cannot():
+    with pytest.raises(NotImplementedError, match='cudnn cannot attend to some of the keys'):
+        door.blockwise(jnp.zeros((1, 2, 3, 32), jnp.bfloat16), 'cudnn', 'gpu')
+
+
+def change(**fields):
+    """The door's arguments with other tokens or another setting."""
+
+    def apply(arrays, tokens, setting):
+        made = {name: f(tokens) for name, f in fields.items()}
+        own = {name: x for name, x in made.items() if name in Tokens._fields}
+        rest = {name: x for name, x in made.items() if name not in own}
+        return arrays, tokens._replace(**own), setting._replace(**rest)
+
+    return apply
+
+
+def arrays(f):
+    return lambda arrays, tokens, setting: (f(*arrays), tokens, setting)
+
+
+BAD = [
+    ('k', arrays(lambda q, k, v: (q, k[:, :, :, :6], v))),
+    ('v', arrays(lambda q, k, v: (q, k, v[:, :18]))),
+    ('k has K=2', arrays(lambda q, k, v: (q[:, :, :5], k, v))),
+    ('q, k, v', arrays(lambda q, k, v: (q, k, v.astype(jnp.bfloat16)))),
+    ('q, k, v', arrays(lambda *x: [a.astype(jnp.int32) for a in x])),
+    ('key_positions', arrays(lambda q, k, v: (q, k[:, :18], v[:, :18]))),
+    ('positions', change(positions=lambda t: t.positions[:, :18])),
+    ('positions', change(positions=lambda t: t.positions.astype(jnp.float16))),
+    ('segment_ids', change(segment_ids=lambda t: t.positions[0])),
+    ('key_segment_ids', change(key_positions=lambda t: t.positions,
+                               segment_ids=lambda t: t.positions)),
+    ('segment_ids', change(key_segment_ids=lambda t: t.positions)),
+    ('frequencies', change(frequencies=lambda _: jnp.ones(H))),
+    ('query_scale', change(query_scale=lambda _: jnp.ones(3))),
+    ('window', change(window=lambda _: -1)),
+    ('softcap', change(softcap=lambda _: -1.0)),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(('name', 'spoil'), BAD)
+def test_bad_arguments_are_named(name, spoil):
+    arrays, tokens, setting = spoil(*door_arguments())
     # Unwrapped: under test the annotations are checked first, in the program they are not.
     with pytest.raises(ValueError, match=f'^{name}'):
-        inspect.unwrap(attention)(*arrays, **arguments)
+        inspect.unwrap(attention)(*arrays, tokens, setting)
+
+
+@pytest.mark.parametrize('name', ['implementation', 'residuals'])
+def test_bad_names_are_refused(name):
+    arrays, tokens, setting = door_arguments()
+    with pytest.raises(ValueError, match=f"^{name}='flash'"):
+        attention(*arrays, tokens, setting, **{name: 'flash'})
 
 
 def test_jax_still_has_the_private_function():
@@ -358,21 +442,18 @@ def test_cudnn_traces_without_a_gpu(case, G, monkeypatch):
     monkeypatch.setattr(private, 'check_cudnn_version', lambda: gpu.PACKED_CUDNN)
     monkeypatch.setattr(private, 'check_compute_capability', lambda _: True)
     T = 70
-    arguments = {
-        name: jnp.asarray(x) if isinstance(x, np.ndarray) else x
-        for name, x in (DEFAULTS | CASES[case](T)).items()
-    }
+    tokens, setting = jax.tree.map(jnp.asarray, CASES[case](T))
     arrays = [jnp.asarray(x, jnp.bfloat16) for x in inputs(T, T, G)[:3]]
 
     def loss(q, k, v):
-        return jnp.sum(gpu.attention(q, k, v, **arguments).astype(jnp.float32))
+        return jnp.sum(gpu.attention(q, k, v, tokens, setting).astype(jnp.float32))
 
     traced = jax.jit(jax.grad(loss, (0, 1, 2))).trace(*arrays)
     assert [x.shape for x in traced.out_info] == [x.shape for x in arrays]
     text = str(traced.jaxpr)
     assert 'dot_product_attention_fwd_wrapper' in text
     assert 'dot_product_attention_bwd_wrapper' in text
-    window = arguments['window'] or None
+    window = setting.window or None
     assert f'sliding_window_length={window}' in text
 
 
@@ -386,4 +467,4 @@ def test_cudnn_refuses_what_its_version_cannot(installed, case, monkeypatch):
     monkeypatch.setattr(private, 'check_cudnn_version', version)
     arrays = inputs(19, 19, 3)
     with pytest.raises(NotImplementedError, match='cuDNN'):
-        evaluate(gpu.attention, 'bfloat16', arrays, CASES[case](19))
+        evaluate(gpu.attention, 'bfloat16', arrays, *CASES[case](19))

@@ -9,23 +9,24 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from helios_jax.kernels.attention import attention
+from helios_jax import chips
+from helios_jax.kernels.attention import Setting, Tokens, attention
 from helios_jax.kernels.attention.tpu import blocks
 from helios_jax.parallel import mesh as meshes
 
 pytest.importorskip('libtpu', reason="needs libtpu: pip install 'helios_jax[tpu]'")
 
-TOPOLOGIES = {'v5e': 'v5e:2x2', 'v5p': 'v5p:2x2x1', 'v6e': 'v6e:2x2', 'tpu7x': 'tpu7x:2x2x1'}
+TOPOLOGIES = {name: chip.topology for name, chip in chips.CHIPS.items() if chip.topology}
 GIB = 2**30
 
 
-def layer(weights, x, positions, ids, **options):
+def layer(weights, x, positions, ids, residuals='', **options):
     H = weights['q'].shape[-1]
     q, k, v = (jnp.einsum('btd,dnh->btnh', x, weights[name]) for name in 'qkv')
     frequencies = jnp.asarray(1e4 ** (-np.arange(H // 2) / (H // 2)), jnp.float32)
     out = attention(
-        q, k, v, positions=positions, segment_ids=ids, frequencies=frequencies,
-        implementation='tpu', platform='tpu', **options,
+        q, k, v, Tokens(positions, ids), Setting(frequencies, **options), residuals=residuals,
+        implementation='tpu', platform='tpu',
     )  # fmt: skip
     return jnp.einsum('btnh,nhd->btd', out, weights['out'])
 
@@ -106,7 +107,7 @@ def test_every_head_size_compiles(generation, H):
 
 def test_the_table_is_of_blocks_that_the_kernels_take():
     for generation, passes in blocks.tuned().items():
-        assert generation in blocks.VMEM
+        assert generation in chips.CHIPS
         for name, sizes in passes.items():
             for H, lengths in sizes.items():
                 for length in map(int, lengths):
@@ -120,8 +121,8 @@ def test_the_table_is_of_blocks_that_the_kernels_take():
 
 
 def check(found, S):
-    assert found.k % found.part == 0
-    assert found.k // found.part < 64
-    assert found.run * found.part <= found.k < S + 2 * found.part
+    assert found.k % found.strip == 0
+    assert found.k // found.strip < 64
+    assert found.run * found.strip <= found.k < S + 2 * found.strip
     assert found.run.bit_count() == 1
     assert found.q % 128 == 0

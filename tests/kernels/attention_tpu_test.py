@@ -12,16 +12,17 @@ from hypothesis import strategies as st
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from helios_jax.bench import attention_verify as bench
-from helios_jax.bench.attention_oracle import oracle, visible
-from helios_jax.kernels.attention import tpu
+from helios_jax.kernels.attention import Setting, Tokens, tpu
 from helios_jax.kernels.attention.tpu import work
 from helios_jax.kernels.quantize import restore, store
+from helios_jax.verify import attention as verify
+from helios_jax.verify import cases
+from helios_jax.verify.oracle import oracle, visible
 
 INTERPRET = pltpu.InterpretParams(detect_races=True)
 RACE = 'RACE DETECTED'  # printed by jax 0.10, raised since
 attention = functools.partial(tpu.attention, interpret=INTERPRET)
-PAIRS, TRIPLES = bench.covering(), bench.covering(3)
+PAIRS, TRIPLES = cases.covering(), cases.covering(3)
 
 
 @pytest.fixture(autouse=True)
@@ -56,14 +57,14 @@ def test_a_race_is_noticed(capsys):
 @pytest.mark.slow
 @pytest.mark.parametrize('case', PAIRS, ids=lambda case: case.name)
 def test_errors_stay_near_those_of_a_plain_computation(case):
-    [check] = bench.verify(bench.kernels(case), [case])
+    [check] = verify.check(verify.kernels(case), [case])
     assert not check.faults
 
 
 @pytest.mark.long
 @pytest.mark.parametrize('case', [c for c in TRIPLES if c not in PAIRS], ids=lambda case: case.name)
 def test_errors_stay_near_those_of_a_plain_computation_for_triples(case):
-    [check] = bench.verify(bench.kernels(case), [case])
+    [check] = verify.check(verify.kernels(case), [case])
     assert not check.faults
 
 
@@ -73,19 +74,19 @@ def problem(**levels):
         'dtype': 'float32', 'H': 64, 'G': 3, 'T': 300, 'keys': 'own', 'mask': 'segments',
         'softcap': 0.0, 'yarn': 'static',
     } | levels  # fmt: skip
-    return bench.problem(bench.Case(**levels))
+    return cases.example(cases.Case(**levels))
 
 
 def forward(q, k, v, call):
-    out, lse = bench.jitted(tpu.forward, (q, k, v), call | {'interpret': INTERPRET})
+    out, lse = verify.jitted(functools.partial(tpu.forward, interpret=INTERPRET), q, k, v, *call)
     assert out.dtype == q.dtype
     assert lse.dtype == np.float32
     return out, lse
 
 
 def backward(q, k, v, out, lse, cotangent, call):
-    arrays = (q, k, v, out, lse, cotangent)
-    gradients = bench.jitted(tpu.backward, arrays, call | {'interpret': INTERPRET})
+    run = functools.partial(tpu.backward, interpret=INTERPRET)
+    gradients = verify.jitted(run, q, k, v, out, lse, cotangent, *call)
     assert [x.dtype for x in gradients] == [q.dtype] * 3
     return gradients
 
@@ -106,8 +107,8 @@ def test_log_sum_exp_and_what_backward_makes_of_it(name):
     rows = problem(**levels)
     call = rows.calls[-1]
     out, lse = forward(*rows[:3], call)
-    exact = oracle(*rows[:4], **call).lse
-    plain = oracle(*rows[:4], **call, operand=dtype).lse
+    exact = oracle(*rows[:4], *call).lse
+    plain = oracle(*rows[:4], *call, operand=dtype).lse
     seen = np.isfinite(exact)
     assert seen.all() == (name == 'decode')
     assert (lse[~seen] == -np.inf).all()
@@ -115,20 +116,20 @@ def test_log_sum_exp_and_what_backward_makes_of_it(name):
     allowed = 2 * np.abs(plain - exact).max() + 1e-5 * np.abs(exact).max()
     np.testing.assert_allclose(lse_, exact, rtol=0, atol=allowed)
     gradients = backward(*rows[:3], out, lse, rows.cotangent, call)
-    faults, _ = bench.compare(rows._replace(calls=[call]), dtype, [out, *gradients])
+    faults, _ = verify.judge(rows._replace(calls=[call]), dtype, [out, *gradients])
     assert not faults
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize('at', [(3, 95), (130, 100), (280, 280)])
 def test_no_query_sees_the_future_or_another_document(at):
-    """By the gradient of one query a row."""
+    """The gradient of one query a row tells."""
     rows = problem()
     [call] = rows.calls
     others = np.arange(300)[None] != np.array(at)[:, None]
     rows.cotangent[others] = 0
-    _, dq, dk, dv = bench.run(attention, rows)
-    positions, ids = call['positions'], call['segment_ids']
+    _, dq, dk, dv = verify.run(attention, rows)
+    positions, ids = call.tokens.positions, call.tokens.segment_ids
     seen = visible(positions, positions, ids, None, 0)[~others]
     assert seen.any() == (at != (280, 280))  # both rows end in padding
     assert (np.abs(dv[seen]) > 0).all()
@@ -153,29 +154,26 @@ def test_the_order_of_rows_does_not_matter(mask, kind):
     rows = problem(T=600, mask=mask)
     [call] = rows.calls
     queries, keys = order(kind, 600, seed=1), order(kind, 600, seed=2)
-    moved = call | {
-        'positions': call['positions'][:, queries],
-        'key_positions': call['positions'][:, keys],
-    }
+    positions, ids, *_ = call.tokens
+    moved = Tokens(positions[:, queries], key_positions=positions[:, keys])
     if 'segments' in mask:
-        moved['segment_ids'] = call['segment_ids'][:, queries]
-        moved['key_segment_ids'] = call['segment_ids'][:, keys]
+        moved = moved._replace(segment_ids=ids[:, queries], key_segment_ids=ids[:, keys])
     arrays = zip(rows[:4], (queries, keys, keys, queries), strict=True)
-    permuted = bench.Problem(*(x[:, at] for x, at in arrays), [moved])
-    expected, actual = bench.run(attention, rows), bench.run(attention, permuted)
+    permuted = cases.Example(*(x[:, at] for x, at in arrays), [call._replace(tokens=moved)])
+    expected, actual = verify.run(attention, rows), verify.run(attention, permuted)
     for got, want, at in zip(actual, expected, (queries, queries, keys, keys), strict=True):
         np.testing.assert_allclose(got, want[:, at], rtol=0, atol=1e-5 * np.abs(want).max())
 
 
 @pytest.mark.slow
 def test_blocks_of_keys_merge_by_their_log_sum_exp():
-    """As in ring attention, which sees one block at a time."""
+    """Ring attention sees one block at a time."""
     rows = problem(keys='ring', mask='causal', softcap=20.0)
     [call] = rows.calls
     pieces = []
-    for part in (slice(0, 177), slice(177, None)):
-        keys = {'key_positions': call['key_positions'][:, part]}
-        pieces.append((rows.k[:, part], rows.v[:, part], call | keys))
+    for some in (slice(0, 177), slice(177, None)):
+        tokens = call.tokens._replace(key_positions=call.tokens.key_positions[:, some])
+        pieces.append((rows.k[:, some], rows.v[:, some], call._replace(tokens=tokens)))
     outs, sums = zip(*(forward(rows.q, *piece) for piece in pieces), strict=True)
     lse = np.logaddexp(*sums)
     some, none = np.isfinite(lse), np.isneginf(lse)
@@ -190,7 +188,7 @@ def test_blocks_of_keys_merge_by_their_log_sum_exp():
         backward(rows.q, k, v, out, lse, rows.cotangent, piece) for k, v, piece in pieces
     )
     dk, dv = (np.concatenate([first[i], second[i]], axis=1) for i in (1, 2))
-    faults, _ = bench.compare(rows, 'float32', [out, first[0] + second[0], dk, dv])
+    faults, _ = verify.judge(rows, 'float32', [out, first[0] + second[0], dk, dv])
     assert not faults
 
 
@@ -203,14 +201,16 @@ def test_what_is_not_seen_may_be_huge():
     huge = rows._replace(k=rows.k.copy(), v=rows.v.copy())
     huge.k[:, cut:] *= 1e4
     huge.v[:, cut:] *= 1e4
-    expected, actual = bench.run(attention, rows), bench.run(attention, huge)
+    expected, actual = verify.run(attention, rows), verify.run(attention, huge)
     for got, want in zip(actual, expected, strict=True):
         assert np.isfinite(got.astype(np.float32)).all()
         np.testing.assert_array_equal(got[:, :cut], want[:, :cut])
     assert not any(gradient[:, cut:].any() for gradient in actual[1:])
     ids = np.where(np.arange(600) < cut, 1, 0)[None].astype(np.int32)
-    call = rows.calls[0] | {'segment_ids': np.repeat(ids, len(rows.q), axis=0)}
-    padded = bench.run(attention, huge._replace(calls=[call]))
+    [call] = rows.calls
+    tokens = call.tokens._replace(segment_ids=np.repeat(ids, len(rows.q), axis=0))
+    call = call._replace(tokens=tokens)
+    padded = verify.run(attention, huge._replace(calls=[call]))
     for got, want in zip(padded, expected, strict=True):
         np.testing.assert_array_equal(got[:, :cut], want[:, :cut])
         assert not got[:, cut:].any()
@@ -222,16 +222,15 @@ def test_backward_reads_what_the_forward_kernel_stored(form, keys):
     """Bit for bit the gradients at the restored arrays, and the output as without storage."""
     rows = problem(dtype='bfloat16', keys=keys, H=96, softcap=20.0)
     [call] = rows.calls
-    options = {'interpret': INTERPRET, 'blocks': (bench.SMALL, bench.SMALL)}
+    options = {'interpret': INTERPRET, 'blocks': (verify.SMALL, verify.SMALL)}
     stored = functools.partial(tpu.attention, residuals=form, **options)
-    out, *gradients = bench.run(stored, rows)
-    expected, lse = bench.jitted(tpu.forward, rows[:3], call | options)
+    out, *gradients = verify.run(stored, rows)
+    expected, lse = verify.jitted(functools.partial(tpu.forward, **options), *rows[:3], *call)
     np.testing.assert_array_equal(out, expected)
     q, k, v = (np.asarray(restore(store(jnp.asarray(x), form), str(x.dtype))) for x in rows[:3])
-    arrays = q, k, v, out, lse, rows.cotangent
-    for got, want in zip(
-        gradients, bench.jitted(tpu.backward, arrays, call | options), strict=True
-    ):
+    backward = functools.partial(tpu.backward, **options)
+    expected = verify.jitted(backward, q, k, v, out, lse, rows.cotangent, *call)
+    for got, want in zip(gradients, expected, strict=True):
         np.testing.assert_array_equal(got, want)
     assert any((x != y).any() for x, y in zip(rows[:3], (q, k, v), strict=True))
 
@@ -240,10 +239,10 @@ def test_backward_reads_what_the_forward_kernel_stored(form, keys):
 @pytest.mark.parametrize('residuals', ['', 'int8'])
 def test_keys_beyond_the_memory_come_in_chunks(residuals, monkeypatch):
     rows = problem(T=1500, mask='segments', G=2)
-    own = functools.partial(attention, residuals=residuals, blocks=(bench.SMALL, bench.SMALL))
-    expected = bench.run(own, rows)
+    own = functools.partial(attention, residuals=residuals, blocks=(verify.SMALL, verify.SMALL))
+    expected = verify.run(own, rows)
     monkeypatch.setattr(tpu.backward_kernel, 'keys_in_memory', lambda *_, **__: 768)
-    actual = bench.run(own, rows)
+    actual = verify.run(own, rows)
     for got, want in zip(actual, expected, strict=True):
         np.testing.assert_allclose(got, want, rtol=0, atol=1e-6 * np.abs(want).max())
 
@@ -251,8 +250,8 @@ def test_keys_beyond_the_memory_come_in_chunks(residuals, monkeypatch):
 @pytest.mark.parametrize('window', [0, 150])
 @pytest.mark.parametrize('kind', ['plain', 'packed', 'shuffled'])
 def test_what_is_listed_is_what_is_seen(kind, window):
-    """Each visible pair is in a listed part, once; what is not masked is seen by all."""
-    blocks, T = work.Blocks(q=128, k=384, part=128, run=2, width=128), 1536
+    """Each visible pair is in a listed strip, once; what is not masked is seen by all."""
+    blocks, T = work.Blocks(q=128, k=384, strip=128, run=2, width=128), 1536
     rng = np.random.default_rng(window)
     cuts = np.sort(rng.integers(0, T, 0 if kind == 'plain' else 5))
     ids = 1 + np.searchsorted(cuts, np.arange(T), side='right')
@@ -268,27 +267,28 @@ def test_what_is_listed_is_what_is_seen(kind, window):
         lambda q, k: work.make(q, k, blocks, window, ordered=kind != 'shuffled')
     )(q, k)  # fmt: skip
     assert int(traced.count) == listed.count
-    for made, constant in zip(traced[:-1], listed[:-1], strict=True):
+    for made, constant in zip(traced.items, listed.items, strict=True):
         np.testing.assert_array_equal(made[: listed.count], constant)
 
     seen = visible(positions[None], positions[None], ids[None], None, window)[0]
-    computed = np.zeros((T // blocks.q, T // blocks.part), int)
-    at = work.spans(np.asarray(listed.parts))
-    queries, keys = np.asarray(listed.queries) & 0xFFFF, np.asarray(listed.keys) >> 16
+    computed = np.zeros((T // blocks.q, T // blocks.strip), int)
+    words = work.Items(*map(np.asarray, listed.items))
+    at = work.spans(words.strips)
+    queries, keys = words.queries & 0xFFFF, words.keys >> 16
     for item in range(listed.count):
-        parts = keys[item] * (blocks.k // blocks.part) + np.arange(blocks.k // blocks.part)
-        span = [parts[a[item] : b[item]] for a, b in ((at.first, at.end), (at.full, at.mixed))]
+        strips = keys[item] * (blocks.k // blocks.strip) + np.arange(blocks.k // blocks.strip)
+        span = [strips[a[item] : b[item]] for a, b in ((at.first, at.end), (at.full, at.mixed))]
         computed[queries[item], span[0]] += 1
-        for part in span[1]:
+        for strip in span[1]:
             rows = slice(queries[item] * blocks.q, (queries[item] + 1) * blocks.q)
-            assert seen[rows, part * blocks.part : (part + 1) * blocks.part].all()
-    tiles = seen.reshape(T // blocks.q, blocks.q, T // blocks.part, blocks.part)
+            assert seen[rows, strip * blocks.strip : (strip + 1) * blocks.strip].all()
+    tiles = seen.reshape(T // blocks.q, blocks.q, T // blocks.strip, blocks.strip)
     assert (computed <= 1).all()
     assert (computed >= tiles.any((1, 3))).all()
     if kind != 'shuffled':
         np.testing.assert_array_equal(computed, tiles.any((1, 3)))
         assert sum(at.mixed - at.full) == tiles.all((1, 3)).sum()
-    flags = np.asarray(listed.parts)
+    flags = words.strips
     for first, last, block in (
         (work.FIRST_Q, work.LAST_Q, queries),
         (work.FIRST_K, work.LAST_K, keys),
@@ -311,9 +311,9 @@ def test_two_cores_share_the_key_heads():
         detect_races=True, num_cores_or_threads=2, grid_point_recorder=record
     )
     rows = problem(G=1, T=200)
-    results = bench.run(functools.partial(tpu.attention, interpret=two), rows)
+    results = verify.run(functools.partial(tpu.attention, interpret=two), rows)
     assert sorted(head for head, _ in visits) == sorted(core for _, core in visits) == [0, 1]
-    faults, _ = bench.compare(rows, 'float32', results)
+    faults, _ = verify.judge(rows, 'float32', results)
     assert not faults
 
 
@@ -348,21 +348,21 @@ def test_any_rows(sizes, keys, float_positions, dtype, window, softcap, query_sc
     rng = np.random.default_rng(seed)
     B, K, G, H, T, S = (sizes[name] for name in 'BKGHTS')
     S = T if keys.startswith('own') else S
-    call = any_tokens(rng, sizes | {'S': S}, keys)
+    tokens = any_tokens(rng, sizes | {'S': S}, keys)
     if float_positions:
-        floats = [name for name in call if 'positions' in name and call[name] is not None]
-        call |= {name: call[name].astype(np.float32) for name in floats}
-    call |= {
-        'frequencies': (1e4 ** (-np.arange(H // 2) / (H // 2))).astype(np.float32),
-        'query_scale': np.asarray(query_scale, np.float32),
-        'scale': 0.9 / math.sqrt(H),
-        'window': window,
-        'softcap': softcap,
-    }
+        at = (None if x is None else x.astype(np.float32) for x in tokens[::2])
+        tokens = tokens._replace(**dict(zip(('positions', 'key_positions'), at, strict=True)))
+    setting = Setting(
+        (1e4 ** (-np.arange(H // 2) / (H // 2))).astype(np.float32),
+        np.asarray(query_scale, np.float32),
+        0.9 / math.sqrt(H),
+        window,
+        softcap,
+    )
     shapes = (B, T, K * G, H), (B, S, K, H), (B, S, K, H), (B, T, K * G, H)
     arrays = [rng.standard_normal(shape, np.float32).astype(jnp.dtype(dtype)) for shape in shapes]
-    rows = bench.Problem(*arrays, [call])
-    faults, _ = bench.compare(rows, dtype, bench.run(attention, rows))
+    rows = cases.Example(*arrays, [cases.Call(tokens, setting)])
+    faults, _ = verify.judge(rows, dtype, verify.run(attention, rows))
     assert not faults
 
 
@@ -375,15 +375,12 @@ def any_tokens(rng, sizes, keys):
         document = np.searchsorted(ends, np.arange(M), side='right')
         ids[b] = rng.permutation(len(ends) + 1)[document]
         positions[b] = np.arange(M) - np.array([0, *ends])[document] + rng.integers(3000)
-    call = {'positions': positions, 'segment_ids': ids}
-    call |= {'key_positions': None, 'key_segment_ids': None}
     if keys == 'own, some queries masked':
         some = rng.integers(2, size=ids.shape, dtype=np.int32)
-        call |= {'segment_ids': ids * some, 'key_segment_ids': ids}
+        return Tokens(positions, ids * some, key_segment_ids=ids)
     if keys in ('sorted', 'shuffled'):
         q_at, k_at = rng.permutation(M)[:T], rng.permutation(M)[:S]
         if keys == 'sorted':
             q_at, k_at = np.sort(q_at), np.sort(k_at)
-        call |= {'positions': positions[:, q_at], 'segment_ids': ids[:, q_at]}
-        call |= {'key_positions': positions[:, k_at], 'key_segment_ids': ids[:, k_at]}
-    return call
+        return Tokens(positions[:, q_at], ids[:, q_at], positions[:, k_at], ids[:, k_at])
+    return Tokens(positions, ids)

@@ -1,5 +1,12 @@
 """Storage in a byte a value, against the definition of its formats."""
 
+import hashlib
+import inspect
+import os
+import subprocess
+import sys
+import textwrap
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -69,3 +76,33 @@ def test_a_policy_that_saves_the_names_does_not_round_them():
 def test_an_unknown_format_is_named():
     with pytest.raises(ValueError, match="form='fp4'"):
         store(rows(), 'fp4')
+
+
+def bits(form: str, dtype: str) -> str:
+    """What is stored of some rows, which each dtype that holds float32 holds alike."""
+    x = np.random.default_rng(0).standard_normal((5, 96)).astype('float32')
+    stored = store(jnp.asarray(x).astype(dtype), form)
+    assert restore(stored, dtype).dtype == dtype
+    return hashlib.sha256(stored.payload.tobytes() + stored.exponents.tobytes()).hexdigest()
+
+
+def test_wide_types_switched_on_change_no_bit():
+    source = textwrap.dedent(inspect.getsource(bits))
+    code = f"""
+import hashlib
+import jax.numpy as jnp, numpy as np
+from helios_jax.kernels.quantize import restore, store
+{source}
+for form in ('fp8', 'int8'):
+    print(*(bits(form, dtype) for dtype in ('bfloat16', 'float32', 'float64')))
+"""
+    done = subprocess.run(
+        [sys.executable, '-c', code],
+        env=os.environ | {'JAX_ENABLE_X64': '1', 'JAX_PLATFORMS': 'cpu'},
+        capture_output=True, text=True, timeout=120,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    for form, line in zip(('fp8', 'int8'), done.stdout.splitlines(), strict=True):
+        narrow, plain, wide = line.split()
+        assert narrow == bits(form, 'bfloat16') != plain
+        assert plain == wide == bits(form, 'float32')

@@ -11,13 +11,13 @@ import numpy as np
 import pytest
 
 from helios_jax import config
+from helios_jax.arch import rules
 from helios_jax.memory import policy
 from helios_jax.memory.linearized import inner_jaxprs
 from helios_jax.memory.parts import Cut, Parts, in_parts
 from helios_jax.model.moe import swiglu
 from helios_jax.model.transformer import Transformer
 from helios_jax.parallel import mesh as meshes
-from helios_jax.parallel import rules
 
 B, T, D, F = 2, 24, 6, 16
 TOKENS = Cut(1, 'length')

@@ -1,19 +1,10 @@
 """The table of actions: presets, the user's choices over them, and what is refused."""
 
-import dataclasses
-
 import pytest
 
 from helios_jax import config
 from helios_jax.config.run import ACTIONS, POLICIES
 from helios_jax.memory import policy
-from helios_jax.parallel import sharding
-
-
-def test_every_setting_has_its_axes_and_every_axis_is_known():
-    assert tuple(field.name for field in dataclasses.fields(config.Actions)) == policy.NAMES
-    for axes in policy.AXES.values():
-        sharding.spec(axes)
 
 
 def test_presets_name_tensors_and_actions_that_exist():

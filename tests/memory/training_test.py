@@ -11,9 +11,8 @@ import numpy as np
 import pytest
 
 from helios_jax import config
-from helios_jax.config.run import EXACT_ONLY
+from helios_jax.arch.tensors import TENSORS
 from helios_jax.data import pipeline, tokenizer
-from helios_jax.memory import policy
 from helios_jax.parallel import mesh as meshes
 from helios_jax.parallel import sharding
 from helios_jax.train import state as states
@@ -69,7 +68,7 @@ def gradients(setup: states.Setup, state: states.TrainState, batch: Any, memory:
 @pytest.mark.parametrize('steps', [0, pytest.param(100, marks=pytest.mark.long)])
 def test_fp8_of_everything_turns_no_gradient(steps):
     """On text, against `none`; before training, and while the loss falls fast."""
-    formed = [name for name in policy.NAMES if name not in EXACT_ONLY]
+    formed = [tensor.name for tensor in TENSORS.values() if not tensor.exact]
     fp8 = config.Memory('fp8', actions=config.Actions(**dict.fromkeys(formed, 'fp8')))
     with started(tiny()) as (setup, state, batches):
         step = jax.jit(make_train_step(setup))

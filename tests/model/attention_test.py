@@ -133,7 +133,7 @@ def test_a_query_depends_on_what_it_sees_and_on_nothing_else(case, random_variab
     @jax.jit
     @functools.partial(jax.vmap, in_axes=(None, 0))
     def gradient(x, t):
-        """Of what the queries at index t of every row give."""
+        """The slope of what the queries at index t of every row give."""
         weight = (jnp.arange(T) == t)[None, :, None]
         return jax.grad(lambda x: jnp.sum(jnp.where(weight, run(x) ** 2, 0)))(x)
 
@@ -149,7 +149,7 @@ def test_a_query_depends_on_what_it_sees_and_on_nothing_else(case, random_variab
 @pytest.mark.parametrize('chunks', [(T,), (1, 7, 16), (5, 1, 1, 1, 11, 5)], ids=str)
 @pytest.mark.parametrize('case', ['norms', 'dynamic_yarn'])
 def test_the_cache_changes_nothing(case, chunks, random_variables):
-    """In any chunks, across the boundaries of dynamic YaRN, into a cache longer than the row."""
+    """Chunks of any size cross the boundaries of dynamic YaRN; the cache is longer than the row."""
     module, variables = build(case, random_variables)
     positions, ids = rows(packed=False)
     x, cache, written = stream(), {}, []

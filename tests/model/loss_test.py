@@ -8,7 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from helios_jax import config
-from helios_jax.model import flops, loss
+from helios_jax.arch import buffers
+from helios_jax.model import loss
 from helios_jax.parallel import mesh as meshes
 
 B, T, D, V, PADDED = 8, 6, 10, 37, 48
@@ -57,7 +58,7 @@ def arrays():
 
 @pytest.fixture(params=[1, 2, 3, 6])
 def chunks(request, monkeypatch):
-    monkeypatch.setattr(flops, 'CHUNK_LOGITS_BYTES', LOGITS_BYTES / request.param)
+    monkeypatch.setattr(buffers, 'CHUNK_LOGITS_BYTES', LOGITS_BYTES / request.param)
     hidden, head, *_ = arrays()
     assert loss._num_chunks(hidden, head) == request.param
     return request.param
@@ -148,7 +149,7 @@ MESHES = [{'fsdp': 8}, {'tensor': 4, 'fsdp': 2}, {'context': 2, 'expert': 2, 'da
 @pytest.mark.parametrize('sizes', MESHES, ids=str)
 def test_split_over_a_mesh_equals_one_device(sizes, num_chunks, monkeypatch):
     # The bound is on each device's share.
-    monkeypatch.setattr(flops, 'CHUNK_LOGITS_BYTES', LOGITS_BYTES / num_chunks / 8)
+    monkeypatch.setattr(buffers, 'CHUNK_LOGITS_BYTES', LOGITS_BYTES / num_chunks / 8)
     with jax.set_mesh(meshes.make(config.Mesh(**({'fsdp': 1} | sizes)))):
         assert loss._num_chunks(*arrays()[:2]) == num_chunks
         actual = jax.jit(lambda *a: evaluate(*a, 0.1))(*arrays())

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from helios_jax import config
-from helios_jax.model import flops
+from helios_jax.arch import flops, weights
 from helios_jax.model.gmu import input_eps
 from helios_jax.model.layers import RMSNorm
 from helios_jax.model.loss import cross_entropy
@@ -131,6 +131,19 @@ def test_padding_is_inert(mixed):
     assert (first[~real] != second[~real]).any(-1).all()
 
 
+def of_layer(model: config.Model, collections, index: int):
+    """What the collections of a whole network hold of one layer."""
+    first = len(model.prefix_kinds)
+    repeat, place = divmod(index - first, len(model.period_kinds))
+    scanned = index >= first
+    group, name = ('periods', f'layer_{place}') if scanned else ('prefix', f'layer_{index}')
+    return {
+        collection: jax.tree.map(lambda x: x[repeat] if scanned else x, tree[group][name])
+        for collection, tree in collections.items()
+        if name in tree.get(group, {})
+    }
+
+
 def test_the_scan_stands_for_its_layers_one_by_one(random_variables):
     config_ = dataclasses.replace(
         MIXED, num_layers=6, prefix='moe,dense_window', period='dense,moe_window'
@@ -142,20 +155,8 @@ def test_the_scan_stands_for_its_layers_one_by_one(random_variables):
 
     def unrolled(variables):
         x = variables['params']['embed']['w'][tokens]
-        first, period = len(config_.prefix_kinds), len(config_.period_kinds)
         for index, kind in enumerate(config_.layer_kinds):
-            repeat, place = divmod(index - first, period)
-            group, name = (
-                ('prefix', f'layer_{index}') if index < first else ('periods', f'layer_{place}')
-            )
-            layer = {
-                collection: jax.tree.map(
-                    lambda w, i=repeat, scanned=group == 'periods': w[i] if scanned else w,
-                    tree[group][name],
-                )
-                for collection, tree in variables.items()
-                if name in tree.get(group, {})
-            }
+            layer = of_layer(config_, variables, index)
             x, _ = Block(config_, kind).apply(layer, x, index, positions, ids)
         norm = {'params': variables['params']['final_norm']}
         return RMSNorm().apply(norm, x, input_eps(config_, 2 * config_.num_layers + 1))
@@ -168,6 +169,42 @@ def test_the_scan_stands_for_its_layers_one_by_one(random_variables):
         for stats in group.values():
             # Padding is routed nowhere.
             np.testing.assert_array_equal(stats.load.sum(-1), 2 * (ids > 0).sum())
+
+
+@pytest.mark.parametrize(
+    ('pattern', 'policy'), [('mixed', 'none'), ('dense', 'full'), ('mixed', 'fp8_offload')]
+)
+def test_the_gates_of_every_layer_can_be_looked_at_under_every_policy(
+    random_variables, pattern, policy
+):
+    config_ = dataclasses.replace(MIXED, **PATTERNS[pattern])
+    model = Transformer(config_, config.Memory(policy))
+    variables = random_variables(model, TOKENS, TOKENS)
+    tokens, positions, ids = (jnp.asarray(a) for a in packed())
+    looking = jax.jit(functools.partial(model.apply, mutable=['intermediates']))
+    (hidden, _), seen = looking(variables, tokens, positions, ids)
+    usual, _ = jax.jit(model.apply)(variables, tokens, positions, ids)
+    np.testing.assert_allclose(hidden, usual, rtol=0, atol=2e-6)
+
+    @jax.jit
+    def one_by_one(variables):
+        x, gates = variables['params']['embed']['w'][tokens], []
+        for index, kind in enumerate(config_.layer_kinds):
+            layer = of_layer(config_, variables, index)
+            (x, _), own = Block(config_, kind).apply(
+                layer, x, index, positions, ids, mutable=['intermediates']
+            )
+            gates.append(own['intermediates'])
+        return gates
+
+    expected = one_by_one(variables)
+    assert len(expected) == 5
+    for index, gates in enumerate(expected):
+        found = of_layer(config_, seen, index)
+        for sublayer in ('attention_gmu', 'mlp_gmu'):
+            (wanted,), (gate,) = gates[sublayer]['gate'], found['intermediates'][sublayer]['gate']
+            assert gate.shape == (2, T, D) and np.ptp(gate) > 0.1
+            np.testing.assert_allclose(gate, wanted, rtol=0, atol=2e-5)
 
 
 def covering():
@@ -184,18 +221,16 @@ def test_parameters_are_counted_and_their_axes_known(model):
     boxed = abstract_variables(Transformer(model))
     shapes, axes = nn.unbox(boxed), sharding.logical_axes(boxed)
     size = lambda tree: sum(leaf.size for leaf in jax.tree.leaves(tree))  # noqa: E731
-    counted = flops.parameters(model)
-    assert counted.total == size(shapes['params'])
+    assert weights.count(model) == size(shapes['params'])
     matrices = jax.tree_util.tree_map_with_path(
         lambda path, leaf: leaf.size if path[-1].key == 'w' else 0, shapes['params']
     )
     matmul = sum(jax.tree.leaves(matrices))
     if not model.tied_embeddings:
         matmul -= D * model.padded_vocab_size
-    assert counted.matmul == matmul
     num_moe = sum(kind.startswith('moe') for kind in model.layer_kinds)
     idle = model.moe.num_experts - model.moe.num_experts_per_token
-    assert counted.active_matmul == matmul - num_moe * idle * 3 * D * model.expert_mlp_dim
+    assert flops.active_matmul(model) == matmul - num_moe * idle * 3 * D * model.expert_mlp_dim
     # Every parameter finds its place on a mesh, and a matrix is cut by every axis that can.
     mesh = meshes.abstract(config.Mesh(tensor=2, fsdp=4), 8)
     places = sharding.tree_shardings(mesh, axes, shapes)
@@ -306,7 +341,7 @@ def test_attention_flops_count_the_visible_keys(length, window):
     expected = 12 * N * H * (3 * full + 2 * local)
     np.testing.assert_allclose(flops.attention_flops(model, length), expected, rtol=5e-3)
     total = flops.flops_per_token(model, length)
-    assert total == 6 * flops.parameters(model).active_matmul + flops.attention_flops(model, length)
+    assert total == 6 * flops.active_matmul(model) + flops.attention_flops(model, length)
 
 
 def test_flops_of_a_plain_network_are_the_textbooks():
@@ -315,3 +350,36 @@ def test_flops_of_a_plain_network_are_the_textbooks():
     wanted = 6 * (5 * layer + D * 256) + 6 * 5 * 1000 * N * H
     assert flops.flops_per_token(model, 1000) == wanted
     assert flops.segment_flops_per_token(model, 500.0) == wanted
+
+
+@pytest.mark.parametrize('window', [3, 20])
+def test_segment_flops_count_what_each_kind_of_layer_sees(window):
+    model = dataclasses.replace(MIXED, window=window)  # two of five layers have a window
+    seen = np.concatenate([np.arange(1, length + 1) for length in (64, 1, 7, 30)])
+    contexts = seen.mean(), np.minimum(seen, window).mean()
+    attention = 12 * N * H * (3 * seen + 2 * np.minimum(seen, window)).mean()
+    expected = 6 * flops.active_matmul(model) + attention
+    assert flops.segment_flops_per_token(model, *contexts) == pytest.approx(expected, rel=1e-12)
+
+
+@pytest.mark.parametrize(('pattern', 'num_experts_per_token'), [('mixed', 2), ('experts', 3)])
+def test_dropped_flops_are_those_of_the_visits_that_were_left_out(pattern, num_experts_per_token):
+    model = dataclasses.replace(MIXED, **PATTERNS[pattern])
+
+    def active(num_experts_per_token):
+        moe = dataclasses.replace(model.moe, num_experts_per_token=num_experts_per_token)
+        return flops.active_matmul(dataclasses.replace(model, moe=moe))
+
+    a_visit = 6 * (active(2) - active(1))  # of one expert in each MoE layer
+    moe = dataclasses.replace(model.moe, num_experts_per_token=num_experts_per_token)
+    model = dataclasses.replace(model, moe=moe)
+    assert flops.dropped_flops(model, 0.0) == 0
+    for share in (0.25, 1.0):
+        expected = share * num_experts_per_token * a_visit
+        assert flops.dropped_flops(model, share) == pytest.approx(expected)
+    assert a_visit > 0
+
+
+def test_a_dense_network_drops_nothing():
+    model = dataclasses.replace(MIXED, **PATTERNS['dense'])
+    assert flops.dropped_flops(model, 0.5) == 0

@@ -13,13 +13,13 @@ from jax.experimental import pallas as pl
 from jax.sharding import NamedSharding, PartitionSpec
 
 from helios_jax import config
-from helios_jax.kernels.attention import reference
+from helios_jax.kernels.attention import Blockwise, Setting, Tokens, reference
 from helios_jax.parallel import context
 from helios_jax.parallel import mesh as meshes
 
 B, T, N, K, H = 4, 72, 6, 2, 14
-KERNEL = context.Kernel(reference.forward, reference.backward)
-TOKENS = PartitionSpec('data', 'context')
+KERNEL = Blockwise(reference.forward, reference.backward)
+ROWS = PartitionSpec('data', 'context')
 # Documents that span devices and short ones, then padding.
 LENGTHS = [[50, 3, 10], [72], [1, 1, 2, 30, 31], [20, 25]]
 
@@ -39,75 +39,64 @@ def packed():
             ids[row, start : start + length] = document
             positions[row, start : start + length] = np.arange(length)
             start += length
-    return {'segment_ids': ids, 'positions': positions}
+    return Tokens(positions, ids)
 
 
 def plain(length=T):
-    return {'positions': np.tile(np.arange(length, dtype=np.int32), (B, 1))}
+    return Tokens(np.tile(np.arange(length, dtype=np.int32), (B, 1)))
 
 
 def bucket():
     """Only some of the queries are asked for, all keys are there."""
-    rows = packed()
-    asked = np.where(rows['positions'] % 3 == 1, rows['segment_ids'], 0)
-    return rows | {'segment_ids': asked, 'key_segment_ids': rows['segment_ids']}
+    positions, ids, *_ = packed()
+    return Tokens(positions, np.where(positions % 3 == 1, ids, 0), key_segment_ids=ids)
+
+
+def setting(**options):
+    frequencies = jnp.asarray(100.0 ** (-np.arange(H // 2) / (H // 2)), jnp.float32)
+    return Setting(frequencies, **options)
 
 
 CASES = {
-    'plain': plain(),
-    'float_positions': {'positions': plain()['positions'].astype(np.float32) + 0.5},
-    'packed_window': packed() | {'window': 11},
-    'bucket': bucket(),
-    'everything': packed() | {'window': 29, 'softcap': 1.3, 'query_scale': 1.44},
+    'plain': (plain(), {}),
+    'float_positions': (Tokens(plain().positions.astype(np.float32) + 0.5), {}),
+    'packed_window': (packed(), {'window': 11}),
+    'bucket': (bucket(), {}),
+    'everything': (packed(), {'window': 29, 'softcap': 1.3, 'query_scale': 1.44}),
 }
-DEFAULTS = {'query_scale': 1.0, 'scale': H**-0.5, 'window': 0, 'softcap': 0.0}
 
 
-def arguments(case):
-    """A case's arrays, and what is no array."""
-    options = DEFAULTS | {name: x for name, x in case.items() if not isinstance(x, np.ndarray)}
-    arrays = {name: jnp.asarray(x) for name, x in case.items() if isinstance(x, np.ndarray)}
-    return arrays, options
-
-
-def frequencies():
-    return jnp.asarray(100.0 ** (-np.arange(H // 2) / (H // 2)), jnp.float32)
-
-
-def on_one_device(q, k, v, arrays, **options):
-    missing = dict.fromkeys(['segment_ids', 'key_positions', 'key_segment_ids'])
-    return reference.attention(q, k, v, **(missing | arrays), frequencies=frequencies(), **options)
-
-
-def in_a_ring(q, k, v, arrays, *, kernel=KERNEL, **options):
-    """On the mesh that is set."""
-
-    def local(q, k, v, arrays, table):
-        return context.ring_attention(kernel, q, k, v, **arrays, frequencies=table, **options)
-
+def in_a_ring(q, k, v, tokens, setting, *, kernel=KERNEL):
+    """Ring attention on the mesh that is set."""
     return jax.shard_map(
-        local,
-        in_specs=(TOKENS, TOKENS, TOKENS, TOKENS, PartitionSpec()),
-        out_specs=TOKENS,
+        functools.partial(context.ring_attention, kernel),
+        in_specs=(ROWS, ROWS, ROWS, ROWS, PartitionSpec()),
+        out_specs=ROWS,
         check_vma=False,
-    )(q, k, v, arrays, frequencies())
+    )(q, k, v, tokens, setting)
 
 
-def balanced_ring(num_shards, q, k, v, arrays, **options):
+def unzigzag(x, num_shards, axis=1):
+    """The inverse of `zigzag`."""
+    order = context.zigzag(jnp.arange(x.shape[axis]), num_shards, axis=0)
+    return jnp.take(x, jnp.argsort(order), axis)
+
+
+def balanced_ring(num_shards, q, k, v, tokens, setting):
     """`in_a_ring` of rows in zigzag order, its result in the order of the arguments."""
-    q, k, v, arrays = jax.tree.map(lambda x: context.zigzag(x, num_shards), (q, k, v, arrays))
-    return context.unzigzag(in_a_ring(q, k, v, arrays, **options), num_shards)
+    q, k, v, tokens = jax.tree.map(lambda x: context.zigzag(x, num_shards), (q, k, v, tokens))
+    return unzigzag(in_a_ring(q, k, v, tokens, setting), num_shards)
 
 
 def value_and_gradients(run, case, dtype='float32'):
-    arrays, options = arguments(case)
+    tokens, options = jax.tree.map(jnp.asarray, case[0]), setting(**case[1])
 
     @jax.jit
     def evaluate(q, k, v, cotangent):
-        out, vjp = jax.vjp(lambda q, k, v: run(q, k, v, arrays, **options), q, k, v)
+        out, vjp = jax.vjp(lambda q, k, v: run(q, k, v, tokens, options), q, k, v)
         return out, vjp(cotangent)
 
-    return jax.device_get(evaluate(*inputs(case['positions'].shape[1], dtype)))
+    return jax.device_get(evaluate(*inputs(tokens.positions.shape[1], dtype)))
 
 
 def make_mesh(num_shards):
@@ -128,11 +117,10 @@ def test_the_ring_gives_what_one_device_gives(case, num_shards):
     with jax.set_mesh(make_mesh(num_shards)):
         run = functools.partial(balanced_ring, num_shards)
         actual = value_and_gradients(run, CASES[case])
-    assert_same(actual, value_and_gradients(on_one_device, CASES[case]))
-    padding = CASES[case].get('segment_ids', np.ones(1)) == 0
-    if padding.any():
-        assert not actual[0][padding].any()
-        assert not actual[1][0][padding].any()
+    assert_same(actual, value_and_gradients(reference.attention, CASES[case]))
+    padding = np.asarray(CASES[case][0].ids_of_queries) == 0
+    assert not actual[0][padding].any()
+    assert not actual[1][0][padding].any()
 
 
 @pytest.mark.slow
@@ -140,13 +128,13 @@ def test_the_ring_gives_what_one_device_gives(case, num_shards):
 def test_any_arrangement_of_rows_will_do(num_shards):
     with jax.set_mesh(make_mesh(num_shards)):
         actual = value_and_gradients(in_a_ring, CASES['packed_window'])
-    assert_same(actual, value_and_gradients(on_one_device, CASES['packed_window']))
+    assert_same(actual, value_and_gradients(reference.attention, CASES['packed_window']))
 
 
 @pytest.mark.slow
 def test_in_bfloat16_the_ring_at_most_doubles_the_error_of_rounding():
-    expected = value_and_gradients(on_one_device, CASES['bucket'])
-    rounded = value_and_gradients(on_one_device, CASES['bucket'], 'bfloat16')
+    expected = value_and_gradients(reference.attention, CASES['bucket'])
+    rounded = value_and_gradients(reference.attention, CASES['bucket'], 'bfloat16')
     with jax.set_mesh(make_mesh(4)):
         run = functools.partial(balanced_ring, 4)
         actual = value_and_gradients(run, CASES['bucket'], 'bfloat16')
@@ -156,43 +144,43 @@ def test_in_bfloat16_the_ring_at_most_doubles_the_error_of_rounding():
         assert errors[0] < 2 * errors[1]
 
 
-def test_parts_of_the_keys_add_up():
+def test_blocks_of_the_keys_add_up():
     """The kernel's contract, over more queries than one block of the reference."""
     length, cut = 300, 130
     q, k, v, cotangent = inputs(length)
     rng = np.random.default_rng(1)
     ids = jnp.asarray(np.sort(rng.integers(0, 4, (B, length)), axis=1), jnp.int32)
-    rows = {'positions': jnp.asarray(plain(length)['positions']), 'segment_ids': ids}
-    options = DEFAULTS | {'softcap': 1.1, 'window': 200, 'frequencies': frequencies()}
+    positions = jnp.asarray(plain(length).positions)
+    options = setting(softcap=1.1, window=200)
 
-    def part(a, b):
-        keys = {'key_positions': rows['positions'][:, a:b], 'key_segment_ids': ids[:, a:b]}
-        return (q, k[:, a:b], v[:, a:b]), rows | keys | options
+    def block(a, b):
+        tokens = Tokens(positions, ids, positions[:, a:b], ids[:, a:b])
+        return (q, k[:, a:b], v[:, a:b]), (tokens, options)
 
     @functools.partial(jax.jit, static_argnums=0)
     def merged(cuts):
-        parts = [part(a, b) for a, b in itertools.pairwise(cuts)]
-        results = [reference.forward(*arrays, **given) for arrays, given in parts]
+        blocks = [block(a, b) for a, b in itertools.pairwise(cuts)]
+        results = [reference.forward(*arrays, *given) for arrays, given in blocks]
         results = [(out.swapaxes(1, 2), lse) for out, lse in results]
         out, lse = functools.reduce(lambda x, y: context.merge(*x, *y), results)
         out = out.swapaxes(1, 2)
         gradients = [
-            reference.backward(*arrays, out, lse, cotangent, **given) for arrays, given in parts
+            reference.backward(*arrays, out, lse, cotangent, *given) for arrays, given in blocks
         ]
         dq, dk, dv = zip(*gradients, strict=True)
         return out, sum(dq), jnp.concatenate(dk, axis=1), jnp.concatenate(dv, axis=1), lse
 
     @jax.jit
     def whole():
-        arrays, given = part(0, length)
-        out, vjp = jax.vjp(functools.partial(reference.attention, **given), *arrays)
+        arrays, given = block(0, length)
+        out, vjp = jax.vjp(lambda *arrays: reference.attention(*arrays, *given), *arrays)
         return out, *vjp(cotangent)
 
     expected = whole()
-    *one_part, lse = merged((0, length))
-    *two_parts, merged_lse = merged((0, cut, length))
-    assert_same(one_part, expected)
-    assert_same(two_parts, expected)
+    *one_block, lse = merged((0, length))
+    *two_blocks, merged_lse = merged((0, cut, length))
+    assert_same(one_block, expected)
+    assert_same(two_blocks, expected)
     np.testing.assert_allclose(merged_lse, lse, rtol=0, atol=1e-5)
     np.testing.assert_array_equal(np.isneginf(lse), np.repeat(ids[:, None] == 0, N, axis=1))
 
@@ -201,11 +189,11 @@ def test_parts_of_the_keys_add_up():
 def test_saving_the_residuals_spares_the_second_forward_turn(saved, turns):
     """Counted in keys sent, of which each turn of the ring sends C − 1 blocks."""
     num_shards = 4
-    arrays, options = arguments(CASES['plain'])
+    tokens = jax.tree.map(jnp.asarray, plain())
     policy = jax.checkpoint_policies.save_only_these_names(*saved)
 
     def loss(q, k, v):
-        run = jax.checkpoint(functools.partial(in_a_ring, arrays=arrays, **options), policy=policy)
+        run = jax.checkpoint(lambda *x: in_a_ring(*x, tokens, setting()), policy=policy)
         return jnp.sum(run(2 * q, 2 * k, 2 * v) ** 2)
 
     with jax.set_mesh(make_mesh(num_shards)):
@@ -215,14 +203,14 @@ def test_saving_the_residuals_spares_the_second_forward_turn(saved, turns):
 
 
 @pytest.mark.parametrize(('num_shards', 'shape', 'axis'), [(3, (2, 30, 5), 1), (4, (5, 3, 8), -1)])
-def test_zigzag_gives_each_shard_a_part_from_either_end(num_shards, shape, axis):
+def test_zigzag_gives_each_shard_a_piece_from_either_end(num_shards, shape, axis):
     x = jnp.arange(math.prod(shape)).reshape(shape)
     arranged = context.zigzag(x, num_shards, axis)
-    parts = jnp.split(x, 2 * num_shards, axis)
+    pieces = jnp.split(x, 2 * num_shards, axis)
     for i, shard in enumerate(jnp.split(arranged, num_shards, axis)):
-        pair = jnp.concatenate([parts[i], parts[2 * num_shards - 1 - i]], axis)
+        pair = jnp.concatenate([pieces[i], pieces[2 * num_shards - 1 - i]], axis)
         np.testing.assert_array_equal(shard, pair)
-    np.testing.assert_array_equal(context.unzigzag(arranged, num_shards, axis), x)
+    np.testing.assert_array_equal(unzigzag(arranged, num_shards, axis), x)
     with pytest.raises(ValueError, match=f'multiple of {2 * num_shards}'):
         context.zigzag(x[:, :-1, :-1], num_shards, axis)
 
@@ -270,33 +258,35 @@ def heads_first(x):
     return jax.ShapeDtypeStruct((x.shape[0], x.shape[2], x.shape[1], x.shape[3]), x.dtype)
 
 
-def opaque_forward(q, k, v, *, key_positions, key_segment_ids, **_):
+def opaque_forward(q, k, v, tokens, _):
     lse = jax.ShapeDtypeStruct((q.shape[0], q.shape[2], q.shape[1]), jnp.float32)
-    arrays = (q, k, v, key_positions, key_segment_ids)
+    arrays = (q, k, v, tokens.key_positions, tokens.key_segment_ids)
     out, lse = opaque('attend', arrays, (heads_first(q), lse))
     return out.swapaxes(1, 2), lse
 
 
-def opaque_backward(*arrays, key_positions, key_segment_ids, **_):
+def opaque_backward(*arguments):
+    *arrays, tokens, _ = arguments
     shapes = tuple(heads_first(x) for x in arrays[:3])
-    gradients = opaque('differentiate', (*arrays, key_positions, key_segment_ids), shapes)
+    arrays = (*arrays, tokens.key_positions, tokens.key_segment_ids)
+    gradients = opaque('differentiate', arrays, shapes)
     return tuple(x.swapaxes(1, 2) for x in gradients)
 
 
 @pytest.mark.slow
 def test_keys_are_on_their_way_while_the_kernel_runs():
-    """In the schedule that is compiled for four TPUs; none is needed."""
+    """The schedule is compiled for four TPUs; none is needed."""
     pytest.importorskip('libtpu', reason="needs libtpu: pip install 'helios_jax[tpu]'")
     mesh = meshes.make(config.Mesh(fsdp=1, context=4), meshes.topology_devices('v5p:2x2x1'))
-    where = NamedSharding(mesh, TOKENS)
+    where = NamedSharding(mesh, ROWS)
     shapes = [(1, 1024, heads, 128) for heads in (8, 2, 2)]
     arrays = [jax.ShapeDtypeStruct(shape, jnp.bfloat16, sharding=where) for shape in shapes]
-    tokens = {'positions': jax.ShapeDtypeStruct((1, 1024), jnp.int32, sharding=where)}
-    kernel = context.Kernel(opaque_forward, opaque_backward)
+    tokens = Tokens(jax.ShapeDtypeStruct((1, 1024), jnp.int32, sharding=where))
+    kernel = Blockwise(opaque_forward, opaque_backward)
 
-    def gradients(q, k, v, arrays):
-        run = functools.partial(in_a_ring, kernel=kernel, **DEFAULTS)
-        return jax.vjp(lambda *x: run(*x, arrays), q, k, v)[1](q)
+    def gradients(q, k, v, tokens):
+        run = functools.partial(in_a_ring, kernel=kernel)
+        return jax.vjp(lambda *x: run(*x, tokens, setting()), q, k, v)[1](q)
 
     with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
         compiled = jax.jit(gradients).lower(*arrays, tokens).compile()

@@ -4,6 +4,7 @@ import jax
 import pytest
 
 from helios_jax import config
+from helios_jax.arch import rules
 from helios_jax.parallel import mesh as meshes
 
 
@@ -18,7 +19,7 @@ from helios_jax.parallel import mesh as meshes
 )
 def test_axes_have_their_sizes_and_the_open_one_takes_what_is_left(sizes, expected):
     mesh = meshes.make(config.Mesh(**sizes))
-    assert mesh.axis_names == meshes.AXES
+    assert mesh.axis_names == rules.MESH_AXES
     assert tuple(mesh.shape.values()) == expected
     assert meshes.abstract(config.Mesh(**sizes), 8).shape == mesh.shape
     # Linen's constraints fail under explicit axes, the default of jax.make_mesh.

@@ -6,6 +6,7 @@ import pytest
 from jax.sharding import PartitionSpec
 
 from helios_jax import config
+from helios_jax.arch import rules
 from helios_jax.model.transformer import Transformer, abstract_variables
 from helios_jax.parallel import mesh as meshes
 from helios_jax.parallel import sharding
@@ -18,8 +19,8 @@ EVERYTHING = config.Model(
 
 
 def test_every_rule_names_axes_of_the_mesh():
-    for name, rule in sharding.RULES.items():
-        assert set(rule) <= set(meshes.AXES), name
+    for name, rule in rules.RULES.items():
+        assert set(rule) <= set(rules.MESH_AXES), name
         assert len(rule) == len(set(rule)), name
 
 
@@ -53,11 +54,11 @@ def test_two_names_on_one_mesh_axis_are_refused(axes, clash):
 
 def test_a_size_that_the_mesh_does_not_divide_names_the_weight_and_the_axes():
     mesh = meshes.abstract(config.Mesh(fsdp=4, tensor=2), 8)
-    sharding.check('blocks/q', (12, 6, 5), ('embed', 'heads', 'head_dim'), mesh)
+    rules.check('blocks/q', (12, 6, 5), ('embed', 'heads', 'head_dim'), mesh)
     with pytest.raises(
-        config.UserError, match=r'blocks/q \(12, 7, 5\): .*heads=7 .*2 parts .*tensor'
+        config.UserError, match=r'blocks/q \(12, 7, 5\): .*heads=7 .*2 pieces .*tensor'
     ):
-        sharding.check('blocks/q', (12, 7, 5), ('embed', 'heads', 'head_dim'), mesh)
+        rules.check('blocks/q', (12, 7, 5), ('embed', 'heads', 'head_dim'), mesh)
     tree, axes = {'a': {'w': jnp.zeros((10, 3))}}, {'a': {'w': ('embed', 'gate')}}
     with pytest.raises(config.UserError, match=r'a/w.*embed=10'):
         sharding.tree_shardings(mesh, axes, tree)
@@ -79,7 +80,7 @@ def test_weights_are_cut_into_as_many_parts_as_the_table_says(sizes):
     for (path, leaf), names, where in leaves:
         assert len(names) == leaf.ndim, path
         expected = [
-            size // np.prod([mesh.shape[axis] for axis in sharding.RULES[name]], dtype=int)
+            size // np.prod([mesh.shape[axis] for axis in rules.RULES[name]], dtype=int)
             for size, name in zip(leaf.shape, names, strict=True)
         ]
         assert where.shard_shape(leaf.shape) == tuple(expected), path
@@ -113,4 +114,4 @@ def test_constrain_moves_nothing_without_a_mesh_and_shards_with_one():
 
 def test_the_table_prints_every_rule():
     lines = sharding.table().splitlines()
-    assert [line.split()[0] for line in lines] == list(sharding.RULES)
+    assert [line.split()[0] for line in lines] == list(rules.RULES)

@@ -16,7 +16,7 @@ from helios_jax.memory import policy, proof
 from helios_jax.model.transformer import Transformer, abstract_variables
 from helios_jax.parallel import mesh as meshes
 from helios_jax.plan import saved
-from helios_jax.plan.layout import layout
+from helios_jax.plan.placement import place
 
 Bytes = dict[tuple[str, str], int]  # (tensor, device or host) → of one device
 
@@ -42,7 +42,7 @@ def make(model: config.Model, memory: config.Memory, mesh: config.Mesh = MESH) -
 
 
 def stored_bytes(cfg: config.Config, num_devices: int, platform: str) -> Bytes:
-    """Of each tensor that is marked as saved in the traced gradient."""
+    """Bytes of each tensor that is marked as saved in the traced gradient."""
     model = Transformer(cfg.model, cfg.memory, platform)
     variables = nn.unbox(abstract_variables(model))
     tokens = jax.ShapeDtypeStruct((cfg.train.batch_rows, cfg.data.row_length), jnp.int32)
@@ -66,7 +66,7 @@ def stored_bytes(cfg: config.Config, num_devices: int, platform: str) -> Bytes:
 
 def planned_bytes(cfg: config.Config, num_devices: int, platform: str) -> Bytes:
     found: Bytes = collections.Counter()
-    for tensor in saved.saved_tensors(layout(cfg, num_devices, platform)):
+    for tensor in saved.saved_tensors(place(cfg, num_devices, platform)):
         found[tensor.name, tensor.place] += tensor.num_bytes
     return found
 
@@ -127,7 +127,7 @@ def test_rows_split_over_devices_are_counted():
 def test_a_tensor_that_backward_never_reads_costs_nothing():
     model = dataclasses.replace(MODEL, gmu=RESIDUAL)
     names = lambda preset: {  # noqa: E731
-        t.name for t in saved.saved_tensors(layout(make(model, config.Memory(preset)), 8, 'tpu'))
+        t.name for t in saved.saved_tensors(place(make(model, config.Memory(preset)), 8, 'tpu'))
     }
     assert 'mlp_update' not in names('minimal')
     assert 'dispatched' not in names('minimal')

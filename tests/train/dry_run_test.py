@@ -7,8 +7,8 @@ import jax
 import pytest
 
 from helios_jax import config
+from helios_jax.arch import flops, weights
 from helios_jax.errors import UserError
-from helios_jax.model import flops
 from helios_jax.parallel import mesh as meshes
 from helios_jax.parallel import sharding
 from helios_jax.train import dry_run
@@ -78,7 +78,7 @@ def test_bytes_per_device_are_those_of_its_shards():
     text = dry_run.describe(cfg, 8)
     totals = re.search(r'params GiB +(\S+) in all, (\S+) per device', text)
     everywhere, one = map(float, totals.groups())
-    exact = 4 * flops.parameters(cfg.model).total / 2**30
+    exact = 4 * weights.count(cfg.model) / 2**30
     assert everywhere == pytest.approx(exact, abs=1e-3)
     # Norms and biases alone are whole on each device.
     assert everywhere / 8 <= one <= 1.01 * everywhere / 8 + 1e-3

@@ -4,6 +4,8 @@ import dataclasses
 import json
 import os
 import re
+import shutil
+import signal as signals
 import socket
 import subprocess
 import sys
@@ -13,12 +15,14 @@ import jax
 import numpy as np
 import pytest
 import small_run
+from etils import epath
 
-from helios_jax import checkpoint, config
+from helios_jax import checkpoint, cli, config
+from helios_jax.checkpoint import manifest
 from helios_jax.data import pipeline
 from helios_jax.data import tokenizer as tokenizers
 from helios_jax.parallel import mesh as meshes
-from helios_jax.train import loop
+from helios_jax.train import lock, loop, resume
 from helios_jax.train import state as states
 from helios_jax.train import step as steps
 
@@ -26,9 +30,9 @@ PROGRAM_SECONDS = 150
 TAKES_SIGNALS = """
 import os, signal, sys
 from helios_jax import cli
-from helios_jax.train import loop, metrics
+from helios_jax.train import finish, metrics
 
-loop.SAMPLE_TOKENS = 3
+finish.SAMPLE_TOKENS = 3
 write, number, at_step = metrics.MetricWriter.write, int(sys.argv.pop(1)), int(sys.argv.pop(1))
 
 def write_and_signal(self, step, values):
@@ -50,7 +54,7 @@ def quick_compilation():
 
 @pytest.fixture(autouse=True)
 def short_sample(monkeypatch):
-    monkeypatch.setattr(loop, 'SAMPLE_TOKENS', 3)
+    monkeypatch.setattr('helios_jax.train.finish.SAMPLE_TOKENS', 3)
 
 
 @pytest.fixture(scope='module')
@@ -80,8 +84,17 @@ def saved(cfg: config.Config, workdir: Path, step: int) -> dict:
     items = {'params': setup.state.params, 'optimizer': setup.state.optimizer}
     directory = workdir / 'checkpoints'
     return {
-        name: jax.device_get(checkpoint.restore(directory, step, name, tree))
+        name: jax.device_get(checkpoint.open_step(directory, step).restore(name, tree))
         for name, tree in items.items()
+    }
+
+
+def entries(*directories: Path) -> dict[str, tuple]:
+    """Everything in the directories, and they themselves, with contents and times of change."""
+    return {
+        str(path): (path.stat().st_mtime_ns, path.read_bytes() if path.is_file() else b'')
+        for directory in directories
+        for path in (directory, *sorted(directory.rglob('*')))
     }
 
 
@@ -95,7 +108,7 @@ def finished(small, tmp_path_factory) -> tuple[config.Config, Path, dict]:
     workdir = tmp_path_factory.mktemp('run')
     cfg = having(small, train__num_steps=10, train__tensorboard=True, train__log_every=2)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(loop, 'SAMPLE_TOKENS', 3)
+        patch.setattr('helios_jax.train.finish.SAMPLE_TOKENS', 3)
         return cfg, workdir, loop.train(cfg, workdir)
 
 
@@ -118,14 +131,15 @@ def test_a_run_leaves_metrics_checkpoints_config_and_a_report(finished):
     assert list(steps) == [5, 7, 10]  # every 5, and with each evaluation
     assert not any(row['damage'] for row in steps.values())
     assert steps[10]['metrics'] == held_out and steps[5]['metrics'] == {}
-    metadata = checkpoint.read_metadata(workdir / 'checkpoints', 10)
+    metadata = checkpoint.open_step(workdir / 'checkpoints', 10).metadata
     assert metadata['samples'] == 80
     assert metadata['config'] == dataclasses.asdict(cfg.resolve(256))
     assert metadata.keys() >= {'fingerprint', 'tokenizer', 'format_version'}
     assert set(metadata['arrays']) == {'params', 'optimizer'}
 
     report = (workdir / 'report.md').read_text()
-    assert f'{held_out["bits_per_byte"]:.6g}' in report
+    assert f'| held-out text | {held_out["bits_per_byte"]:.4f} bits/byte |' in report
+    assert re.search(r'\| speed \| [\d,]+ tokens/s \|', report)
     assert '⟦generated from here⟧' in report and 'gzip' in report
     assert (workdir / 'curves.png').read_bytes().startswith(b'\x89PNG')
     assert list((workdir / 'tensorboard').iterdir())
@@ -153,17 +167,129 @@ def test_starting_a_finished_run_again_changes_nothing_but_the_report_it_may_lac
     ],
     ids=str,
 )
-def test_resuming_with_another_setting_is_refused_and_writes_nothing(finished, settings, named):
+def test_resuming_with_another_setting_is_refused_before_data_is_prepared_and_writes_nothing(
+    finished, settings, named, monkeypatch
+):
     cfg, workdir, _ = finished
-    before = files(workdir)
+    before = entries(workdir)
+    monkeypatch.setattr(pipeline, 'prepare', lambda *_: pytest.fail('data is prepared'))
     with pytest.raises(config.UserError, match=named):
         loop.train(having(having(cfg, train__num_steps=20), **settings), workdir)
-    assert files(workdir) == before
+    assert entries(workdir) == before
+
+
+def test_second_run_in_a_workdir_is_refused_before_data_is_prepared_and_writes_nothing(
+    finished, monkeypatch
+):
+    cfg, workdir, _ = finished
+    monkeypatch.setattr(pipeline, 'prepare', lambda *_: pytest.fail('data is prepared'))
+    with lock.hold(epath.Path(workdir)):
+        before = entries(workdir)
+        with pytest.raises(config.UserError, match=f'by process {os.getpid()} on host .*, since'):
+            loop.train(having(cfg, train__num_steps=20), workdir)
+        assert entries(workdir) == before
+
+
+@pytest.fixture
+def copied(finished, tmp_path) -> tuple[config.Config, Path]:
+    """A copy of the finished run, to be broken."""
+    cfg, workdir, _ = finished
+    shutil.copytree(workdir, tmp_path / 'run')
+    return cfg, tmp_path / 'run'
+
+
+@pytest.mark.parametrize('which', [(5, 7, 10), (10,)], ids=str)
+def test_steps_copied_without_manifests_are_named_and_nothing_is_written_over(
+    copied, which, monkeypatch
+):
+    cfg, workdir = copied
+    for step in which:
+        (workdir / f'checkpoints/{step}/manifest.json').unlink()
+    before = entries(workdir)
+    monkeypatch.setattr(pipeline, 'prepare', lambda *_: pytest.fail('data is prepared'))
+    begin = 0 if 7 in which else 7
+    message = rf'{which[0]} is in the way .*no manifest.json.* would begin at step {begin}\.'
+    with pytest.raises(config.UserError, match=message):
+        loop.train(cfg, workdir)
+    assert entries(workdir) == before
+
+
+def test_renamed_step_is_not_gone_on_from(copied, monkeypatch, caplog):
+    cfg, workdir = copied
+    (workdir / 'checkpoints/10').rename(workdir / 'checkpoints/9')
+    state = resume.own_step(epath.Path(workdir), cfg.resolve(256), resume.ITEMS)
+    assert state.step == 7
+    assert '9 IS DAMAGED: it is step 10 by its metadata' in caplog.text
+
+
+def test_samples_that_are_not_the_steps_are_refused(copied):
+    cfg, workdir = copied
+    path = workdir / 'checkpoints/10/metadata/metadata'
+    path.write_text(json.dumps(json.loads(path.read_text()) | {'samples': 72}))
+    manifest.write(epath.Path(workdir / 'checkpoints/10'))
+    with pytest.raises(config.UserError, match=r'consumed 72 samples.* 10 steps of 8 rows make 80'):
+        loop.train(cfg, workdir)
+
+
+def test_run_falls_back_where_only_the_optimizer_is_damaged(copied, caplog):
+    cfg, workdir = copied
+    files = (workdir / 'checkpoints/10/optimizer/d').iterdir()
+    path = max(files, key=lambda p: p.stat().st_size)
+    path.write_bytes(path.read_bytes()[:-1] + b'!')
+    loop.train(having(cfg, train__num_steps=10), workdir)
+    assert '10 IS DAMAGED: optimizer' in caplog.text
+    names = {p.name for p in (workdir / 'checkpoints').iterdir()}
+    assert names >= {'7', '10', '10.damaged'}
+    assert not any(row['damage'] for row in checkpoint.list_steps(workdir / 'checkpoints'))
+
+
+def test_setting_that_a_checkpoint_is_too_old_to_have_counts_as_its_default(copied):
+    cfg, workdir = copied
+    path = workdir / 'checkpoints/10/metadata/metadata'
+    metadata = json.loads(path.read_text())
+    del metadata['config']['model']['rope'], metadata['config']['train']['seed']
+    path.write_text(json.dumps(metadata))
+    manifest.write(epath.Path(workdir / 'checkpoints/10'))
+    own = resume.own_step(epath.Path(workdir), having(cfg, model__vocab_size=256))
+    assert own.step == 10
+
+
+@pytest.mark.parametrize('broken', ['metrics', 'memory'])
+def test_what_is_refused_after_preparing_data_writes_nothing_either(copied, broken, monkeypatch):
+    cfg, workdir = copied
+    if broken == 'metrics':
+        (workdir / 'metrics.jsonl').write_text('no json\n{}\n')
+    else:
+
+        def refuse(*_):
+            raise config.UserError('no json: memory.actions did not take effect')
+
+        monkeypatch.setattr(loop, 'proven_step', refuse)
+    before = entries(workdir)
+    with pytest.raises(config.UserError, match='no json'):
+        loop.train(having(cfg, train__num_steps=20), workdir)
+    assert entries(workdir) == before
+
+
+def test_refused_first_run_leaves_no_workdir(small, tmp_path):
+    (tmp_path / 'text').mkdir()
+    (tmp_path / 'text/a.txt').write_text('one document cannot be split')
+    cfg = having(small, data__corpus=str(tmp_path / 'text/*.txt'))
+    with pytest.raises(config.UserError, match='split'):
+        loop.train(cfg, tmp_path / 'runs/new')
+    assert [path.name for path in tmp_path.iterdir()] == ['text']
+
+
+def test_notebook_may_train_twice_in_one_workdir(small, tmp_path):
+    loop.train(having(small, train__num_steps=1), tmp_path)
+    assert loop.train(having(small, train__num_steps=2), tmp_path)
+    assert [line['step'] for line in recorded(tmp_path) if 'loss' in line] == [1, 2]
+    assert (tmp_path / lock.NAME).read_text() == ''
 
 
 def test_resuming_with_changed_data_is_refused_and_writes_nothing(finished):
     cfg, workdir, _ = finished
-    before = files(workdir)
+    before = entries(workdir)
     changed = Path(cfg.data.corpus).parent / '00.txt'
     text = changed.read_text()
     try:
@@ -172,7 +298,7 @@ def test_resuming_with_changed_data_is_refused_and_writes_nothing(finished):
             loop.train(having(cfg, train__num_steps=20), workdir)
     finally:
         changed.write_text(text)
-    assert files(workdir) == before
+    assert entries(workdir) == before
 
 
 # A gradient that breaks at the step to be saved leaves that step's loss as it was.
@@ -248,7 +374,14 @@ class Programs:
         small_run.write_config(cfg, root / 'small.py')
         pipeline.prepare(cfg.data, tokenizers.load('bytes'))
 
-    def start(self, workdir: str, signal: int = 0, at_step: int = -1, **environment: str):
+    def start(
+        self,
+        workdir: str,
+        signal: int = 0,
+        at_step: int = -1,
+        flags: tuple[str, ...] = (),
+        **environment: str,
+    ):
         command = [sys.executable, '-c', TAKES_SIGNALS, str(signal), str(at_step), 'train']
         environment = {
             'JAX_PLATFORMS': 'cpu',
@@ -257,7 +390,12 @@ class Programs:
             'JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS': '0',
         } | environment
         return subprocess.Popen(
-            [*command, f'--config={self.root}/small.py', f'--workdir={self.root / workdir}'],
+            [
+                *command,
+                f'--config={self.root}/small.py',
+                f'--workdir={self.root / workdir}',
+                *flags,
+            ],
             env=os.environ | environment,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
@@ -308,15 +446,97 @@ def test_a_run_that_was_interrupted_ends_bit_identical(small, programs, straight
     jax.tree.map(
         np.testing.assert_array_equal, saved(small, workdir, 30), saved(small, straight, 30)
     )
-    of_clock = re.compile(r'.*(seconds|fraction|interrupted|straight).*\n')
+    of_clock = re.compile(r'.*(seconds|fraction|tokens/s|interrupted|straight).*\n')
     reports = [of_clock.sub('', (d / 'report.md').read_text()) for d in (workdir, straight)]
     assert reports[0] == reports[1]
+
+
+def refused(capsys, *arguments: str) -> str:
+    """The one line that a command is refused with."""
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as caught:
+        cli.main(arguments)
+    lines = capsys.readouterr().err.splitlines()
+    assert caught.value.code == 2
+    assert [line for line in lines if line.startswith('helios: ')] == lines[-1:]
+    return lines[-1]
+
+
+@pytest.mark.slow
+def test_live_run_is_untouched_by_second_commands_and_can_be_read(
+    small, programs, straight, capsys
+):
+    workdir = programs.root / 'live'
+    process = programs.start('live', signals.SIGSTOP, at_step=12)
+    try:
+        os.waitid(os.P_PID, process.pid, os.WSTOPPED)
+        before = entries(workdir)
+        train = 'train', f'--config={programs.root}/small.py', f'--workdir={workdir}'
+        for _ in range(3):
+            assert 'train.seed=7, but' in refused(capsys, *train, '--config.train.seed=7')
+        line = refused(capsys, *train)
+        assert f'{workdir} is being written by process {process.pid} on host ' in line
+        # Readers need no lock.
+        assert entries(workdir) == before
+        cli.main(['ckpt', 'ls', str(workdir), '--json'])
+        assert json.loads(capsys.readouterr().out.splitlines()[-1])['step'] in (7, 10)
+        cli.main(['eval', f'--checkpoint={workdir}', '--rows=2', '--json'])
+        assert json.loads(capsys.readouterr().out)['bits_per_byte'] > 0
+        assert entries(workdir) == before
+    finally:
+        process.send_signal(signals.SIGCONT)
+        code, output = finish(process)
+    assert code == 0, output
+    assert recorded(workdir) == recorded(straight)
+    jax.tree.map(
+        np.testing.assert_array_equal, saved(small, workdir, 30), saved(small, straight, 30)
+    )
 
 
 def free_port() -> int:
     with socket.socket() as listener:
         listener.bind(('127.0.0.1', 0))
         return listener.getsockname()[1]
+
+
+def run_two(programs: Programs, *flags: tuple[str, ...], workdir: str) -> list[tuple[int, str]]:
+    """Two processes as one run, each with flags of its own."""
+    address = f'127.0.0.1:{free_port()}'
+    processes = [
+        programs.start(
+            workdir, flags=own, JAX_COORDINATOR_ADDRESS=address, JAX_NUM_PROCESSES='2',
+            JAX_PROCESS_ID=str(number),
+        )
+        for number, own in enumerate(flags)
+    ]  # fmt: skip
+    return [finish(process) for process in processes]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ('flag', 'named'),
+    [
+        ('--config.train.seed=7', r'train\.seed is 7 and not 0'),
+        ('--config.optimizer.learning_rate=0.5', r'optimizer\.learning_rate is 0\.5 and not 0\.01'),
+        ('--config.model.mlp_dim=32', r'model\.mlp_dim is 32 and not 24'),
+        ('--config.data.corpus={root}/other/*.txt', r'training data is \'\w+\' and not \'\w+\''),
+        ('--config.data.corpus={root}/none/*.txt', r'none/\*\.txt.*no file'),
+    ],
+)
+def test_processes_that_differ_all_end_with_code_2_and_one_line(
+    small, programs, tmp_path, flag, named
+):
+    other = programs.root / 'other'
+    if not other.exists():
+        shutil.copytree(Path(small.data.corpus).parent, other)
+        (other / '03.txt').write_text('another text than that of process 0')
+    flags = flag.format(root=programs.root)
+    for code, output in run_two(programs, (), (flags,), workdir='differing'):
+        assert code == 2, output
+        (line,) = [line for line in output.splitlines() if line.startswith('helios: ')]
+        assert re.search(named, line), line
+        assert 'Traceback' not in output
+    assert not (programs.root / 'differing').exists()
 
 
 @pytest.mark.slow

@@ -1,10 +1,10 @@
 import json
 import math
-import time
+import sys
 
 import jax.numpy as jnp
 import pytest
-import rich.console
+import screen
 from etils import epath
 from tensorboardX.proto import event_pb2
 
@@ -108,14 +108,6 @@ def test_store_that_cannot_append_gets_the_whole_file(tmp_path, monkeypatch):
     assert [line.get('loss') for line in metrics.read(path)] == [5.0, 7.0, 6.0]
 
 
-def test_line_shows_what_is_there():
-    values = {'loss': 2.34567, 'learning_rate': 1e-3, 'time/tokens_per_second': 12345.6}
-    line = metrics.format_line(20, 50, values | {'time/mfu': 0.4123, 'unshown': 1.0})
-    assert line == 'step 20/50  loss 2.3457  lr 1.00e-03  12,346 tok/s  MFU 41.2%'
-    line = metrics.format_line(20, 0, {'eval/bits_per_byte': 2.1, 'eval/loss': 1.5})
-    assert line == 'step 20  held-out loss 1.5000  2.1000 bits/byte'
-
-
 def test_plain_lines_where_there_is_no_terminal(tmp_path, capsys):
     write(tmp_path, [1, 2])
     assert capsys.readouterr().out.splitlines() == [
@@ -124,51 +116,14 @@ def test_plain_lines_where_there_is_no_terminal(tmp_path, capsys):
     ]
 
 
-def test_bar_on_a_terminal(tmp_path, monkeypatch, capsys):
-    terminal = rich.console.Console
-    monkeypatch.setattr(
-        metrics.rich.console, 'Console', lambda: terminal(force_terminal=True, width=90)
-    )
+def test_bar_on_a_terminal(tmp_path, monkeypatch):
+    terminal = screen.attach(monkeypatch)
     with metrics.MetricWriter(tmp_path, tensorboard=False, resume_step=10, num_steps=50) as writer:
-        assert writer._bar.tasks[0].completed == 10
+        assert terminal.lines[-1].endswith('step 10/50')
         writer.write(25, {'loss': 1.5})
-        assert (writer._bar.tasks[0].completed, writer._bar.tasks[0].total) == (25, 50)
         writer.write(25, {'eval/bits_per_byte': 2.25})
-    out = capsys.readouterr().out
-    assert 'step 25/50  2.2500 bits/byte\n' in out.replace('\x1b[2K', '')
-    assert 'loss 1.5000' in out
-
-
-def test_timer_splits_the_clock(monkeypatch):
-    now = 100.0
-    monkeypatch.setattr(time, 'perf_counter', lambda: now)
-    timer = metrics.Timer()
-    for wait, step in [(0.5, 1.5), (0.25, 3.75)]:
-        with timer.measure('data_wait'):
-            now += wait
-        now += step
-    with timer.measure('evaluation'):
-        now += 4.0
-    figures = timer.figures(batch_tokens=300, flops_per_token=7.0, peak_flops=1000.0)
-    assert figures == pytest.approx(
-        {
-            'time/data_wait_fraction': 0.075,
-            'time/evaluation_fraction': 0.4,
-            'time/step_fraction': 0.525,
-            'time/step_seconds': 3.0,
-            'time/tokens_per_second': 100.0,
-            'time/mfu': 0.7,
-        }
-    )
-    with timer.measure('data_wait'):  # the next figures start anew
-        now += 1.0
-    now += 1.0
-    figures = timer.figures(batch_tokens=50, flops_per_token=7.0, peak_flops=math.nan)
-    assert figures == pytest.approx(
-        {
-            'time/data_wait_fraction': 0.5,
-            'time/step_fraction': 0.5,
-            'time/step_seconds': 2.0,
-            'time/tokens_per_second': 25.0,
-        }
-    )
+        print('a warning', file=sys.stderr)
+        writer.write(30, {'loss': 1.25})
+    *kept, bar = terminal.lines
+    assert kept == ['step 25/50  2.2500 bits/byte', 'a warning']
+    assert bar.startswith('━') and bar.endswith('step 30/50  loss 1.2500')

@@ -23,7 +23,7 @@ def write(workdir, sample='def f():\n    return 1') -> str:
         config_dict={'model': {'num_layers': 4, 'rope': {'base': 1e4}}, 'data': {'corpus': 'a|b'}},
         environment=report.environment(),
         data={'corpus': 'two\nlines', 'training tokens': 1234567},
-        final={'bits_per_byte': 2.123456789},
+        final={'bytes': 65177.0, 'bits_per_byte': 2.123456789, 'time/mfu': 0.4123},
         sample=sample,
     )
     assert str(path) == str(workdir / 'report.md')
@@ -37,9 +37,11 @@ def pixels(png: bytes) -> np.ndarray:
 def test_report_holds_every_figure_and_setting(tmp_path):
     text = write(tmp_path)
     rows = [
-        '| bits_per_byte | 2.12346 |',
+        '| held-out text | 2.1235 bits/byte |',
+        '| held-out bytes | 65,177 |',
+        '| MFU | 41.2% |',
         '| corpus | two lines |',
-        '| training tokens | 1234567 |',
+        '| training tokens | 1,234,567 |',
         '| model.num_layers | 4 |',
         '| model.rope.base | 10000 |',
         r'| data.corpus | a\|b |',

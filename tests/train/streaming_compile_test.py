@@ -6,7 +6,7 @@ from helios_jax import config
 
 
 def compiled(num_layers: int, **memory):
-    from helios_jax.plan import compiled as compiling
+    from helios_jax.plan.compiler import compiled as compiling
 
     cfg = config.Config(
         model=config.Model(

@@ -226,7 +226,10 @@ def test_a_run_on_the_host_is_saved_scored_and_resumed_bit_identically(tmp_path,
         assert [json.loads(line)['step'] for line in lines][-1] == 4
         items = {'params': setup.state.params, 'optimizer': setup.state.optimizer}
         ends.append(
-            {n: checkpoint.restore(workdir / 'checkpoints', 4, n, t) for n, t in items.items()}
+            {
+                n: checkpoint.open_step(workdir / 'checkpoints', 4).restore(n, t)
+                for n, t in items.items()
+            }
         )
         assert_placed(ends[-1], items)
     assert_same(*ends)

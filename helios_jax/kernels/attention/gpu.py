@@ -15,13 +15,14 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 from jax._src.cudnn import fused_attention_stablehlo as cudnn
-from jaxtyping import Bool, Float, Int, Num
+from jaxtyping import Bool, Float, Int
 
+from helios_jax.arch.buffers import CUDNN_SEGMENTS
+from helios_jax.kernels.attention.arguments import Setting, Tokens
 from helios_jax.kernels.attention.rotation import rotate
 
 Call = Callable[..., Array]  # call_cudnn with its scale and window
 
-MAX_SEGMENTS = 8  # of a row, M, in one call; above 1, or jax takes the rows for unpacked
 PACKED_CUDNN = 90600  # 9.6
 # Before this version the private function strides over keys with the queries' head count.
 GROUPED_PACKING = (0, 11, 2)
@@ -31,65 +32,50 @@ def attention(
     q: Float[Array, 'B T N H'],
     k: Float[Array, 'B S K H'],
     v: Float[Array, 'B S K H'],
-    *,
-    positions: Num[Array, 'B T'],
-    segment_ids: Int[Array, 'B T'] | None,
-    key_positions: Num[Array, 'B S'] | None,
-    key_segment_ids: Int[Array, 'B S'] | None,
-    frequencies: Float[Array, 'R'],
-    query_scale: float | Float[Array, ''],
-    scale: float,
-    window: int,
-    softcap: float,
+    tokens: Tokens,
+    setting: Setting,
 ) -> Float[Array, 'B T N H']:
-    """As `kernels.attention.attention`, on one device's arrays.
+    """`kernels.attention.attention` on one device's arrays.
 
     Raises:
-      NotImplementedError: `key_positions`, a soft cap, a dtype other than bfloat16 and float16, a
-        head size that cuDNN refuses, no cuDNN; packed rows on a GPU older than Hopper.
+      NotImplementedError: keys other than the queries' own tokens, a soft cap, a head size that
+        cuDNN refuses, no cuDNN; packed rows on a GPU older than Hopper.
     """
     B, T, N, H = q.shape
-    if key_positions is not None:
+    window = setting.window
+    if not tokens.own_keys:
         raise NotImplementedError('cannot take key_positions: it masks by index.')
-    if softcap:
+    if setting.softcap:
         raise NotImplementedError('has no soft cap.')
-    if q.dtype not in (jnp.bfloat16, jnp.float16):
-        raise NotImplementedError(f'cannot take {q.dtype}: only bfloat16 and float16.')
     if B * T * N * H >= 2**31:
         raise NotImplementedError(f'counts elements in int32: q {q.shape} has too many.')
-    plain = segment_ids is None and key_segment_ids is None
     if T % 2:
         # cuDNN has no backward for odd lengths. No query sees the key that is added: it comes after
         # them all, and is padding where there are segments.
         pad: Any = lambda x: jnp.pad(x, [(0, 0), (0, 1)] + [(0, 0)] * (x.ndim - 2))  # noqa: E731
-        q, k, v, positions = pad(q), pad(k), pad(v), pad(positions)
-        segment_ids = segment_ids if segment_ids is None else pad(segment_ids)
-        key_segment_ids = key_segment_ids if key_segment_ids is None else pad(key_segment_ids)
+        q, k, v, tokens = jax.tree.map(pad, (q, k, v, tokens))
     try:
         version = cudnn.check_cudnn_version()
     except RuntimeError as error:
         raise NotImplementedError(f'needs cuDNN: {error}') from error
-    if version < PACKED_CUDNN and not plain:
+    if version < PACKED_CUDNN and not tokens.plain:
         raise NotImplementedError(f'needs cuDNN {PACKED_CUDNN} for packed rows, not {version}.')
 
-    q = rotate(q, positions, frequencies, query_scale).astype(q.dtype)
-    k = rotate(k, positions, frequencies).astype(k.dtype)
-    if plain:
+    q = rotate(q, tokens.positions, setting.frequencies, setting.query_scale).astype(q.dtype)
+    k = rotate(k, tokens.positions, setting.frequencies).astype(k.dtype)
+    if tokens.plain:
         out = jax.nn.dot_product_attention(
             q,
             k,
             v,
-            scale=scale,
+            scale=setting.logit_scale,
             is_causal=True,
             local_window_size=(window - 1, 0) if window else None,
             implementation='cudnn',
         )
         return out[:, :T]
-    segments = segment_ids if key_segment_ids is None else key_segment_ids
-    assert segments is not None
-    out = packed(q, k, v, segments, scale, window)
-    if segment_ids is not None:
-        out = jnp.where((segment_ids != 0)[:, :, None, None], out, 0)
+    out = packed(q, k, v, tokens.ids_of_keys, setting.logit_scale, window)
+    out = jnp.where((tokens.ids_of_queries != 0)[:, :, None, None], out, 0)
     return out[:, :T]
 
 
@@ -103,41 +89,41 @@ def packed(
 ) -> Float[Array, 'B T N H']:
     """Causal attention within runs of equal segment id, zeros where the id is 0.
 
-    A row of at most MAX_SEGMENTS runs takes one call; where a row has more, all take as many calls
-    as the longest list needs.
+    A row of at most CUDNN_SEGMENTS runs takes one call; where a row has more, all take as many
+    calls as the longest list needs.
     """
     T, N, K = q.shape[1], q.shape[2], k.shape[2]
     if N != K and jax.__version_info__ < GROUPED_PACKING:
         k, v = (jnp.repeat(x, N // K, axis=2) for x in (k, v))
     runs = run_index(segment_ids)
     call = functools.partial(call_cudnn, scale=scale, window=window)
-    if T <= MAX_SEGMENTS:
+    if T <= CUDNN_SEGMENTS:
         return some(call, q, k, v, runs)
     # Masking padding out here, not in the branch, lets it fuse with the rotation.
     live = (runs >= 0)[:, :, None, None]
     q, k, v = (jnp.where(live, x, 0) for x in (q, k, v))
     several = functools.partial(in_turns, call)
-    out = jax.lax.cond(jnp.max(runs) < MAX_SEGMENTS, call, several, q, k, v, runs)
+    out = jax.lax.cond(jnp.max(runs) < CUDNN_SEGMENTS, call, several, q, k, v, runs)
     return jnp.where(live, out, 0)
 
 
 def some(call: Call, q: Array, k: Array, v: Array, runs: Array) -> Array:
-    """Attention within runs 0 … MAX_SEGMENTS−1, zeros elsewhere."""
+    """Attention within runs 0 … CUDNN_SEGMENTS−1, zeros elsewhere."""
     # Masked on the way in too: what the kernel leaves unwritten in dq, dk and dv becomes zero.
-    live = ((runs >= 0) & (runs < MAX_SEGMENTS))[:, :, None, None]
+    live = ((runs >= 0) & (runs < CUDNN_SEGMENTS))[:, :, None, None]
     q, k, v = (jnp.where(live, x, 0) for x in (q, k, v))
     return jnp.where(live, call(q, k, v, runs), 0)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def in_turns(call: Call, q: Array, k: Array, v: Array, runs: Array) -> Array:
-    """Attention within all runs, MAX_SEGMENTS of each row at a time.
+    """Attention within all runs, CUDNN_SEGMENTS of each row at a time.
 
     Nothing is saved for backward but the arguments: a result of every call would be an array as
-    large as the whole result for every MAX_SEGMENTS tokens.
+    large as the whole result for every CUDNN_SEGMENTS tokens.
     """
     # A token is in one call alone, so that the sums are exact.
-    add = lambda i, total: total + some(call, q, k, v, runs - i * MAX_SEGMENTS)  # noqa: E731
+    add = lambda i, total: total + some(call, q, k, v, runs - i * CUDNN_SEGMENTS)  # noqa: E731
     return jax.lax.fori_loop(0, num_turns(runs), add, jnp.zeros_like(q))
 
 
@@ -149,7 +135,7 @@ def _in_turns_backward(call: Call, saved: tuple[Array, ...], d_out: Array) -> tu
     *arguments, runs = saved
 
     def add(i: Array, totals: list[Array]) -> list[Array]:
-        own = runs - i * MAX_SEGMENTS
+        own = runs - i * CUDNN_SEGMENTS
         _, vjp = jax.vjp(lambda q, k, v: some(call, q, k, v, own), *arguments)
         return [total + part for total, part in zip(totals, vjp(d_out), strict=True)]
 
@@ -162,7 +148,7 @@ in_turns.defvjp(_in_turns_forward, _in_turns_backward)
 
 def num_turns(runs: Int[Array, 'B T']) -> Int[Array, '']:
     """How many calls the row with the most runs takes."""
-    return jnp.max(runs) // MAX_SEGMENTS + 1
+    return jnp.max(runs) // CUDNN_SEGMENTS + 1
 
 
 def run_index(segment_ids: Int[Array, 'B T']) -> Int[Array, 'B T']:
@@ -181,8 +167,8 @@ def call_cudnn(
     scale: float,
     window: int,
 ) -> Float[Array, 'B T N H']:
-    """Attention within runs 0 … MAX_SEGMENTS−1; other rows of the result may hold anything."""
-    starts, lengths = extents(runs, MAX_SEGMENTS)
+    """Attention within runs 0 … CUDNN_SEGMENTS−1; other rows of the result may hold anything."""
+    starts, lengths = extents(runs, CUDNN_SEGMENTS)
     offsets = jnp.pad(starts, ((0, 0), (0, 1)), constant_values=-1)
     return cudnn.dot_product_attention(
         q,

@@ -15,36 +15,35 @@ from jax import Array
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Bool, Float, Int, Num, Shaped
 
+from helios_jax.kernels.attention.arguments import Setting, Tokens
 from helios_jax.kernels.attention.rotation import rotate
 
 QUERY_BLOCK = 256  # tokens; the logits of one block are [B N QUERY_BLOCK S]
-
-
-def check(q: Array) -> None:
-    """Raises NotImplementedError for what this cannot take: nothing."""
 
 
 def attention(
     q: Float[Array, 'B T N H'],
     k: Float[Array, 'B S K H'],
     v: Float[Array, 'B S K H'],
-    **arguments: Any,
+    tokens: Tokens,
+    setting: Setting,
 ) -> Float[Array, 'B T N H']:
-    """As `kernels.attention.attention`; computes in float64 where q is float64."""
-    return checkpoint_name(forward(q, k, v, **arguments)[0], 'attention_output')
+    """`kernels.attention.attention`; computes in float64 where q is float64."""
+    return checkpoint_name(forward(q, k, v, tokens, setting)[0], 'attention_output')
 
 
 def forward(
     q: Float[Array, 'B T N H'],
     k: Float[Array, 'B S K H'],
     v: Float[Array, 'B S K H'],
-    **arguments: Any,
+    tokens: Tokens,
+    setting: Setting,
 ) -> tuple[Float[Array, 'B T N H'], Float[Array, 'B N T']]:
     """Attention, and the float32 log-sum-exp of each query's logits: −∞ where it sees nothing.
 
     The first result is differentiable, the second a constant.
     """
-    out, lse = over_blocks(q, k, v, None, **arguments)
+    out, lse = over_blocks(q, k, v, None, tokens, setting)
     return out.astype(q.dtype), lse
 
 
@@ -55,7 +54,8 @@ def backward(
     out: Float[Array, 'B T N H'],
     lse: Float[Array, 'B N T'],
     cotangent: Float[Array, 'B T N H'],
-    **arguments: Any,
+    tokens: Tokens,
+    setting: Setting,
 ) -> tuple[Float[Array, 'B T N H'], Float[Array, 'B S K H'], Float[Array, 'B S K H']]:
     """Gradients of q, k and v.
 
@@ -65,7 +65,7 @@ def backward(
     cotangent = cotangent.astype(lse.dtype)
     delta = jnp.sum(out * cotangent, axis=-1).swapaxes(1, 2)
     # With weights w = exp(l − lse), Σ w v · cotangent − Σ w · delta has the softmax's gradient.
-    _, gradients = jax.vjp(lambda *x: over_blocks(*x, lse, **arguments), q, k, v)
+    _, gradients = jax.vjp(lambda q, k, v: over_blocks(q, k, v, lse, tokens, setting), q, k, v)
     return gradients((cotangent, -delta))
 
 
@@ -74,52 +74,42 @@ def over_blocks(
     k: Float[Array, 'B S K H'],
     v: Float[Array, 'B S K H'],
     lse: Float[Array, 'B N T'] | None,
-    *,
-    positions: Num[Array, 'B T'],
-    segment_ids: Int[Array, 'B T'] | None,
-    key_positions: Num[Array, 'B S'] | None,
-    key_segment_ids: Int[Array, 'B S'] | None,
-    frequencies: Float[Array, 'R'],
-    query_scale: float | Float[Array, ''],
-    scale: float,
-    window: int,
-    softcap: float,
+    tokens: Tokens,
+    setting: Setting,
 ) -> tuple[Float[Array, 'B T N H'], Float[Array, 'B N T']]:
     """`softmax_block`, or `weigh_block` by a given lse, for one block of queries at a time."""
     B, T, N, H = q.shape
     S, K = k.shape[1:3]
     grouped = (B, K, N // K, -1)
-    key_positions = positions if key_positions is None else key_positions
-    # Only a caller that gives the keys ids of their own masks queries out by the block.
-    skip_dead_blocks = key_segment_ids is not None
-    if segment_ids is not None or key_segment_ids is not None:
-        segment_ids = jnp.ones((B, T), jnp.int32) if segment_ids is None else segment_ids
-        key_segment_ids = segment_ids if key_segment_ids is None else key_segment_ids
+    positions, key_positions = tokens.positions, tokens.positions_of_keys
+    segment_ids, key_segment_ids = None, None
+    if not tokens.plain:
+        segment_ids, key_segment_ids = tokens.ids_of_queries, tokens.ids_of_keys
 
-    queries = rotate(q, positions, frequencies, query_scale * scale)
+    queries = rotate(q, positions, setting.frequencies, setting.query_scale * setting.logit_scale)
     queries = queries.swapaxes(1, 2).reshape(*grouped, H)
-    keys = rotate(k, key_positions, frequencies).transpose(0, 2, 1, 3)
+    keys = rotate(k, key_positions, setting.frequencies).transpose(0, 2, 1, 3)
     values = v.astype(keys.dtype).transpose(0, 2, 1, 3)
     tops = None if lse is None else lse.reshape(grouped)
 
     def attend(num_keys: int, queries: Array, tops: Any, at: Array, ids: Any) -> Any:
-        mask = visible(at, key_positions, ids, key_segment_ids, window)[:, :, :num_keys]
-        logits = score_block(queries, keys[:, :, :num_keys], mask, softcap)
+        mask = visible(at, key_positions, ids, key_segment_ids, setting.window)[:, :, :num_keys]
+        logits = score_block(queries, keys[:, :, :num_keys], mask, setting.softcap)
         if tops is None:
             return softmax_block(logits, values[:, :, :num_keys])
         return weigh_block(logits, values[:, :, :num_keys], tops)
 
     def attend_if_live(queries: Array, tops: Any, at: Array, ids: Any) -> Any:
         some, none = (functools.partial(attend, num_keys) for num_keys in (S, 0))
-        if not skip_dead_blocks:
+        if not tokens.queries_masked:
             return some(queries, tops, at, ids)
         return jax.lax.cond(jnp.any(ids != 0), some, none, queries, tops, at, ids)
 
     if T <= QUERY_BLOCK:
         out, sums = attend_if_live(queries, tops, positions, segment_ids)
     else:
-        parts = ((queries, 3), (tops, 3), (positions, 1), (segment_ids, 1))
-        blocks = [None if x is None else blocks_of(x, axis) for x, axis in parts]
+        arrays = ((queries, 3), (tops, 3), (positions, 1), (segment_ids, 1))
+        blocks = [None if x is None else blocks_of(x, axis) for x, axis in arrays]
         body = jax.checkpoint(attend_if_live, prevent_cse=False)
         results = jax.lax.map(lambda block: body(*block), blocks)
         join = lambda x: jnp.moveaxis(x, 0, 3).reshape(*grouped, *x.shape[5:])[:, :, :, :T]  # noqa: E731
@@ -152,17 +142,6 @@ def visible(
         mask &= segment_ids[:, :, None] == key_segment_ids[:, None, :]
         mask &= (segment_ids != 0)[:, :, None]
     return mask
-
-
-def attend_block(
-    queries: Float[Array, 'B K G T H'],
-    keys: Float[Array, 'B K S H'],
-    values: Float[Array, 'B K S H'],
-    mask: Bool[Array, 'B T S'],
-    softcap: float,
-) -> Float[Array, 'B K G T H']:
-    """Attention of scaled, rotated queries; one that sees nothing gets zeros, no gradient."""
-    return softmax_block(score_block(queries, keys, mask, softcap), values)[0]
 
 
 def score_block(

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 from jax.typing import DTypeLike
 from jaxtyping import Float
@@ -16,7 +17,8 @@ FORMATS = ('fp8', 'int8')
 LARGEST = {'fp8': 448, 'int8': 127}  # of a payload
 DTYPES = {'fp8': jnp.float8_e4m3fn, 'int8': jnp.int8}
 LOST = -128  # the exponent of a row with a NaN or an infinity: it comes back as NaN
-BIAS = 127  # of float32's exponent, which lies above 23 bits of mantissa
+BIAS = 127  # of float32's exponent, which lies above the bits of the mantissa
+MANTISSA_BITS = np.int32(23)  # of int32 even where JAX takes integers for int64
 MANTISSA = (1 << 23) - 1
 
 
@@ -47,7 +49,7 @@ def store(x: Float[Array, '... H'], form: str) -> Stored:
 
 
 def pack(values: Array, exponents: Array) -> Stored:
-    """Of values in the format's own dtype."""
+    """Stores values that are in the format's own dtype."""
     if values.dtype == DTYPES['fp8']:
         values = jax.lax.bitcast_convert_type(values, jnp.uint8)
     return Stored(values, exponents)
@@ -61,7 +63,7 @@ def scale_bits(largest: Array, form: str) -> Array:
 
 def exponents_for(largest: Array, form: str) -> Array:
     """int8 exponents of rows whose largest magnitudes these are, in float32."""
-    exponents = jax.lax.shift_right_logical(scale_bits(largest, form), 23) - BIAS
+    exponents = jax.lax.shift_right_logical(scale_bits(largest, form), MANTISSA_BITS) - BIAS
     return jnp.where(largest < jnp.inf, exponents, LOST).astype(jnp.int8)  # NaN is no less
 
 
@@ -86,5 +88,5 @@ def restore(stored: Stored, dtype: DTypeLike) -> Float[Array, '... H']:
 def power_of_two(exponents: Array) -> Array:
     """2^int32 in float32, NaN for `LOST`; exact, and nothing but bits, for use within kernels."""
     nan = jnp.int32(0x7FC00000)
-    bits = jnp.where(exponents == LOST, nan, jax.lax.shift_left(exponents + BIAS, 23))
+    bits = jnp.where(exponents == LOST, nan, jax.lax.shift_left(exponents + BIAS, MANTISSA_BITS))
     return jax.lax.bitcast_convert_type(bits, jnp.float32)

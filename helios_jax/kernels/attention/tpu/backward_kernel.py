@@ -2,7 +2,8 @@
 
 Logits are [keys, queries]: what the forward kernel kept of a query is a row here.
 
-The order is the forward kernel's: blocks of keys within blocks of queries. dq of a block of queries
+work.py tells the life of a work item. The order is the forward kernel's: blocks of keys within
+blocks of queries. dq of a block of queries
 lies in VMEM until its keys are through; dk and dv of all keys of a head, for a group of query heads
 together, until the last queries that see them. Only finished gradients are written, unrotated.
 """
@@ -23,6 +24,8 @@ from helios_jax.kernels.attention.tpu.tiles import (
     LOG2E,
     MARKS,
     MASKED,
+    Ref,
+    Static,
     capped,
     column,
     dot,
@@ -33,12 +36,12 @@ from helios_jax.kernels.attention.tpu.tiles import (
     visible,
     walk,
 )
-from helios_jax.kernels.attention.tpu.work import Blocks, Work
+from helios_jax.kernels.attention.tpu.work import Blocks, Items, Work
 from helios_jax.kernels.quantize import Stored, power_of_two
 
 
 def keys_in_memory(out: Any, blocks: Blocks, vmem: int, in_chunks: bool = False) -> int:
-    """How many keys of a head, a multiple of the block, have all that is kept of them in VMEM.
+    """The most keys of a head, a multiple of the block, whose copies and gradients fit VMEM.
 
     Args:
       out: [B K G T H], in the dtype of q, k and v.
@@ -70,74 +73,98 @@ class Inputs(NamedTuple):
     earlier: Any
 
 
+class Outputs(NamedTuple):
+    """Shapes, or block specs, or references to blocks, or arrays."""
+
+    dq: Any  # [B K G T H]
+    dk: Any  # [B K S H]
+    dv: Any
+
+
+class Scratch(NamedTuple):
+    """What lies in VMEM from one item to the next. A row is a query of one of the G heads."""
+
+    q_turned: Ref  # [H G·q], rotated and scaled
+    cotangent: Ref  # [H G·q]
+    k_turned: Ref  # [blocks of keys, H, k], rotated
+    k_upright: Ref  # [S H], rotated
+    v_upright: Ref  # [S H]
+    q_marks: Ref  # float32 [MARKS G·q]: segment and position of each row
+    lse: Ref  # float32 [1 G·q], in base 2
+    delta: Ref  # float32 [1 G·q]: Σ out · cotangent
+    dq: Ref  # float32 [H G·q]
+    dk: Ref  # float32 [S H]
+    dv: Ref  # float32 [S H]
+
+
 def backward(
-    inputs: Inputs,
-    *,
+    x: Inputs,
     scale: Array,
     listed: Work,
-    blocks: Blocks,
-    window: int,
-    softcap: float,
-    segmented: bool,
+    static: Static,
     vmem: int,
     interpret: Any,
 ) -> tuple[Array, Array, Array]:
-    """(dq [B K G T H], dk and dv [B K S H]) of unrotated q and k. Arguments as `forward`'s."""
-    B, K, G, T, H = inputs.out.shape
-    S = inputs.k_table.shape[-1]
-    width, dtype = G * blocks.q, inputs.out.dtype
-    q, k, v = (x._replace(payload=x.values) if isinstance(x, Stored) else x for x in inputs[:3])
-    inputs = inputs._replace(q=q, k=k, v=v)
-    at = specs(inputs.out, blocks, cached=True)
+    """(dq [B K G T H], dk and dv [B K S H]) of unrotated q and k. Arguments are `forward`'s."""
+    B, K, G, T, H = x.out.shape
+    S, blocks = x.k_table.shape[-1], static.blocks
+    width, dtype = G * blocks.q, x.out.dtype
+    q, k, v = (a._replace(payload=a.values) if isinstance(a, Stored) else a for a in x[:3])
+    x = x._replace(q=q, k=k, v=v)
+    at = specs(x.out, static)
     tile = functools.partial(pltpu.VMEM, dtype=dtype)
     total = functools.partial(pltpu.VMEM, dtype=jnp.float32)
     in_specs = Inputs(
-        block(inputs.q, at.queries, at.rows),
-        block(inputs.k, at.begun_keys, at.begun_rows),
-        block(inputs.v, at.begun_keys, at.begun_rows),
+        block(x.q, at.queries, at.rows),
+        block(x.k, at.begun_keys, at.begun_rows),
+        block(x.v, at.begun_keys, at.begun_rows),
         at.queries,
         at.rows,
         at.queries,
         at.query_table,
         at.key_table,
-        () if isinstance(inputs.earlier, tuple) else at.queries,
+        () if isinstance(x.earlier, tuple) else at.queries,
     )
     adds = in_specs.earlier is at.queries
-    return pl.pallas_call(
-        functools.partial(
-            kernel, blocks=blocks, window=window, softcap=softcap, segmented=segmented
-        ),
+    keys = jax.ShapeDtypeStruct((B, K, S, H), dtype)
+    # A pytree alone would be taken apart: the kernel gets each in one piece, out of a tuple of one.
+    (y,) = pl.pallas_call(
+        functools.partial(kernel, static),
         grid_spec=pltpu.PrefetchScalarGridSpec(
-            num_scalar_prefetch=5,
+            num_scalar_prefetch=2,
             grid=(K, listed.count),
-            in_specs=[in_specs],
-            out_specs=[at.queries, at.finished_keys, at.finished_keys],
-            scratch_shapes=[
-                tile((H, width)),
-                tile((H, width)),
-                tile((S // blocks.k, H, blocks.k)),
-                tile((S, H)),
-                tile((S, H)),
-                total((MARKS, width)),
-                total((1, width)),
-                total((1, width)),
-                total((H, width)),
-                total((S, H)),
-                total((S, H)),
-            ],
+            in_specs=(in_specs,),
+            out_specs=(Outputs(at.queries, at.finished_keys, at.finished_keys),),
+            scratch_shapes=(
+                Scratch(
+                    q_turned=tile((H, width)),
+                    cotangent=tile((H, width)),
+                    k_turned=tile((S // blocks.k, H, blocks.k)),
+                    k_upright=tile((S, H)),
+                    v_upright=tile((S, H)),
+                    q_marks=total((MARKS, width)),
+                    lse=total((1, width)),
+                    delta=total((1, width)),
+                    dq=total((H, width)),
+                    dk=total((S, H)),
+                    dv=total((S, H)),
+                ),
+            ),
         ),
-        out_shape=[
-            jax.ShapeDtypeStruct((B, K, G, T, H), jnp.float32 if adds else dtype),
-            jax.ShapeDtypeStruct((B, K, S, H), dtype),
-            jax.ShapeDtypeStruct((B, K, S, H), dtype),
-        ],
-        input_output_aliases={4 + len(jax.tree.leaves(inputs)): 0} if adds else {},
+        out_shape=(
+            Outputs(
+                jax.ShapeDtypeStruct((B, K, G, T, H), jnp.float32 if adds else dtype), keys, keys
+            ),
+        ),
+        # Counted in arrays: the words, the scale, and `earlier`, the last of the inputs.
+        input_output_aliases=({len(listed.items) + len(jax.tree.leaves(x)): 0} if adds else {}),
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=('parallel', 'arbitrary'), vmem_limit_bytes=vmem
         ),
         interpret=interpret,
         name='helios_attention_backward',
-    )(*listed[:-1], scale, inputs)
+    )(listed.items, scale, x)
+    return y
 
 
 def block(x: Any, payload: Any, exponents: Any) -> Any:
@@ -156,17 +183,14 @@ def turned(x: Any, head: int | None = None) -> Array:
 
 
 def kernel(
-    queries: Any, keys: Any, writes: Any, parts: Any, scale: Any,
-    x: Inputs, dq_ref: Any, dk_ref: Any, dv_ref: Any,
-    q_turned: Any, cotangent: Any, k_turned: Any, k_upright: Any, v_upright: Any,
-    marks: Any, lse: Any, delta: Any, dq: Any, dk: Any, dv: Any,
-    *, blocks: Blocks, window: int, softcap: float, segmented: bool,
-) -> None:  # fmt: skip
-    del queries, writes  # the index maps read them
-    G, bq, H = dq_ref.shape
+    static: Static, items: Items, scale: Ref, x: Inputs, y: Outputs, scratch: Scratch
+) -> None:
+    """One work item of one key head."""
+    (G, bq, H), blocks, softcap = y.dq.shape, static.blocks, static.softcap
+    q_turned, cotangent, k_turned, k_upright, v_upright, q_marks, lse, delta, dq, dk, dv = scratch
     item = pl.program_id(1)
-    flags = parts[item]
-    j = high(keys[item])
+    flags = items.strips[item]
+    j = high(items.keys[item])
     first_key = pl.multiple_of(j * blocks.k, blocks.k)
     block = pl.ds(first_key, blocks.k)
 
@@ -177,7 +201,7 @@ def kernel(
             q = rotate(turned(x.q, g), x.q_table) * scale[0]
             q_turned[:, at] = q.astype(q_turned.dtype)
             cotangent[:, at] = x.cotangent[g].T
-            marks[:, at] = x.q_table[H:]
+            q_marks[:, at] = x.q_table[H:]
             product = cotangent[:, at].astype(jnp.float32) * x.out[g].T.astype(jnp.float32)
             delta[:, at] = jnp.sum(product, axis=0, keepdims=True)
             # A query that saw nothing has −∞ here; from +10³⁰ its weights come out as zero.
@@ -197,7 +221,7 @@ def kernel(
 
     def attend(start: Any, size: int, masked: bool) -> None:
         """Adds the gradients through the keys [start, start + size) of this block."""
-        part = pl.ds(start, size)
+        here = pl.ds(start, size)
         at = pl.ds(pl.multiple_of(first_key + start, size), size)
         for lane in range(0, G * bq, blocks.width):
             on = slice(lane, min(lane + blocks.width, G * bq))
@@ -205,12 +229,12 @@ def kernel(
             logits = capped(dot(k_upright[at], q, (1, 0)), softcap)
             slope = 1 - jnp.square(logits / (softcap * LOG2E)) if softcap else None
             if masked:
-                rows = x.k_table[H : H + 2, part]
+                rows = x.k_table[H : H + 2, here]
                 segment, position = (
                     spread(column(rows[i : i + 1]), logits.shape[1]) for i in (0, 1)
                 )
-                q_marks = marks[:1, on], marks[1:2, on]
-                seen = visible(q_marks, (segment, position), window, segmented)
+                on_rows = q_marks[:1, on], q_marks[1:2, on]
+                seen = visible(on_rows, (segment, position), static)
                 logits = jnp.where(seen, logits, MASKED)
             weights = jnp.exp2(logits - lse[:, on])
             change = weights * (dot(v_upright[at], do, (1, 0)) - delta[:, on])
@@ -219,7 +243,7 @@ def kernel(
             change = change.astype(q.dtype)
             dv[at] += dot(weights.astype(q.dtype), do, (1, 1))
             dk[at] += dot(change, q, (1, 1))
-            dq[:, on] += dot(k_turned[j, :, part], change, (1, 0))
+            dq[:, on] += dot(k_turned[j, :, here], change, (1, 0))
 
     walk(flags, blocks, attend)
 
@@ -229,9 +253,9 @@ def kernel(
             # q came in scaled by `scale`, which has log₂e in it; the logits' gradient is natural.
             gradient = rotate(dq[:, g * bq : (g + 1) * bq], x.q_table, -1) * (scale[0] / LOG2E)
             before = 0 if isinstance(x.earlier, tuple) else x.earlier[g]
-            dq_ref[g] = (gradient.T + before).astype(dq_ref.dtype)
+            y.dq[g] = (gradient.T + before).astype(y.dq.dtype)
 
     @pl.when(flags & work.LAST_K != 0)
     def _() -> None:
-        dk_ref[...] = rotate(dk[block].T / LOG2E, x.k_table, -1).T.astype(dk_ref.dtype)
-        dv_ref[...] = dv[block].astype(dv_ref.dtype)
+        y.dk[...] = rotate(dk[block].T / LOG2E, x.k_table, -1).T.astype(y.dk.dtype)
+        y.dv[...] = dv[block].astype(y.dv.dtype)

@@ -10,19 +10,10 @@ from typing import Any, NamedTuple
 
 import jax
 
+from helios_jax import chips
 from helios_jax.kernels.attention.tpu.work import Blocks
 
-MIB = 2**20
-# VMEM of a core that a kernel may take, of 128 MiB or (v5p, tpu7x) 64.
-VMEM = {'v5e': 100 * MIB, 'v5p': 56 * MIB, 'v6e': 100 * MIB, 'tpu7x': 56 * MIB}
-KINDS = {
-    'TPU v5 lite': 'v5e',
-    'TPU v5': 'v5p',
-    'TPU v5p': 'v5p',
-    'TPU v6 lite': 'v6e',
-    'TPU7x': 'tpu7x',
-}
-DEFAULT = 'v5p'  # the smaller VMEM
+INTERPRETED = 'v5p'  # what a kernel is laid out for where there is no TPU: the smaller VMEM
 TABLE = Path(__file__).with_name('blocks.json')
 
 
@@ -31,16 +22,26 @@ class Shape(NamedTuple):
 
     rows: int  # queries × heads of a group
     k: int
-    part: int
+    strip: int
     run: int
     width: int
 
 
 def generation() -> str:
-    """Of the mesh that we trace for, or of this machine's devices; `DEFAULT` off TPU."""
-    device = jax.sharding.get_abstract_mesh().abstract_device
-    kind = device.device_kind if device else jax.devices()[0].device_kind
-    return KINDS.get(kind, DEFAULT)
+    """The chip of the mesh that we trace for, or of this machine; `INTERPRETED` off TPU.
+
+    Raises:
+      NotImplementedError: a TPU whose VMEM chips.py does not know.
+    """
+    device = jax.sharding.get_abstract_mesh().abstract_device or jax.devices()[0]
+    if device.platform != 'tpu':
+        return INTERPRETED
+    chip = chips.find(device.device_kind)
+    if chip is None or not chip.kernel_vmem_bytes:
+        raise NotImplementedError(
+            f'does not know the VMEM of {device.device_kind!r}: add its row to helios_jax/chips.py.'
+        )
+    return chip.name
 
 
 def choose(generation: str, G: int, H: int, T: int, S: int, wide: bool, backward: bool) -> Blocks:
@@ -71,22 +72,22 @@ def default(H: int, wide: bool, backward: bool) -> Shape:
 
 def fit(shape: Shape, G: int, T: int, S: int) -> Blocks:
     """The nearest blocks for a problem, none much larger than it."""
-    q = part = 128
+    q = strip = 128
     while q * 2 * G <= shape.rows and q < T:
         q *= 2
-    while part < min(shape.part, S):
-        part *= 2
-    k = -(-S // -(-S // shape.k) // part) * part
+    while strip < min(shape.strip, S):
+        strip *= 2
+    k = -(-S // -(-S // shape.k) // strip) * strip
     run = shape.run
-    while run * part > k:
+    while run * strip > k:
         run //= 2
-    return Blocks(q, k, part, run, shape.width)
+    return Blocks(q, k, strip, run, shape.width)
 
 
 def working_set(
     blocks: Blocks, G: int, H: int, itemsize: int, backward: bool, in_chunks: bool = False
 ) -> int:
-    """Bytes of VMEM that a kernel takes, but for what it keeps of all keys; rather too many.
+    """Upper bound on a kernel's VMEM in bytes, without the cache of all keys.
 
     in_chunks: dq comes in, and goes out, in float32 for every chunk of the keys.
     """
@@ -96,5 +97,5 @@ def working_set(
     # In chunks the compiler takes 5 MiB more for 2,048 rows of 128: 20 bytes a value.
     state = rows * lanes * (2 * itemsize + (32 if in_chunks else 12))
     chunk = min(blocks.width, rows) if backward else rows
-    keys = blocks.run * blocks.part if backward else min(blocks.width, blocks.run * blocks.part)
+    keys = blocks.run * blocks.strip if backward else min(blocks.width, blocks.run * blocks.strip)
     return copies + tables + state + 4 * chunk * keys

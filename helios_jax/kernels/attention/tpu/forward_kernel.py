@@ -1,11 +1,12 @@
 """The forward kernel: online softmax over the listed blocks, G query heads stacked in one.
 
-What softmax keeps of a row lies in all lanes of its sublane; its sum is kept a lane apart until the
-end. Keys are taken in chunks, so that one chunk's softmax shares the bundles of the next's matmul.
+work.py tells the life of a work item. What softmax keeps of a row lies in all lanes of its sublane;
+its sum is kept a lane apart until the end. Keys are taken in chunks, so that one chunk's softmax
+shares the bundles of the next's matmul.
 """
 
 import functools
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -20,6 +21,8 @@ from helios_jax.kernels.attention.tpu.tiles import (
     LOG2E,
     MARKS,
     MASKED,
+    Ref,
+    Static,
     capped,
     column,
     compact,
@@ -33,133 +36,148 @@ from helios_jax.kernels.attention.tpu.tiles import (
     visible,
     walk,
 )
-from helios_jax.kernels.attention.tpu.work import Blocks, Work
+from helios_jax.kernels.attention.tpu.work import Items, Work
 from helios_jax.kernels.quantize import DTYPES, encode, exponents_for, pack
 
 
+class Inputs(NamedTuple):
+    """Arrays, or their block specs, or references to blocks. q and k are unrotated."""
+
+    q: Any  # [B K G T H]
+    k: Any  # [B K S H]
+    v: Any
+    q_table: Any  # float32 [B T H], cosines beside sines
+    q_marks: Any  # float32 [B MARKS T]: segment ids, positions
+    k_table: Any  # float32 [B H+MARKS S]: cosines, sines, segment ids, positions
+
+
+class Outputs(NamedTuple):
+    """Shapes, or block specs, or references to blocks, or arrays."""
+
+    out: Any  # [B K G T H]
+    lse: Any  # float32 [B K G T]
+    # (payload, exponents) of q, k and v, or (): [B K G T H] and [B K G T], [B K S H] and [B K 1 S].
+    kept: Any
+
+
+class Scratch(NamedTuple):
+    """What lies in VMEM from one item to the next. A row is a query of one of the G heads."""
+
+    q_rotated: Ref  # [G·q H], scaled too
+    k_turned: Ref  # [blocks of keys, H, k], rotated; one block where not all keys are cached
+    values: Ref  # [keys H]
+    k_marks: Ref  # float32 [blocks of keys, MARKS, k]
+    q_marks: Ref  # float32 [2 q LANES]: segment and position of each query, in all lanes
+    greatest: Ref  # float32 [G·q LANES]: the greatest logit of a row so far, in all lanes
+    total: Ref  # float32 [G·q LANES]: its sum of weights, still to be added over the lanes
+    out: Ref  # float32 [G·q H]: its weighted sum of values
+
+
 def forward(
-    q: Array,
-    k: Array,
-    v: Array,
-    q_table: Array,
-    q_marks: Array,
-    k_table: Array,
+    x: Inputs,
     scale: Array,
     listed: Work,
-    *,
-    blocks: Blocks,
-    window: int,
-    softcap: float,
-    segmented: bool,
-    residuals: str,
+    static: Static,
     vmem: int,
     interpret: Any,
 ) -> tuple[Array, Array, Any]:
-    """(out [B K G T H], log-sum-exp float32 [B K G T], q, k and v as `residuals` or ()).
+    """(out [B K G T H], log-sum-exp float32 [B K G T], q, k and v as `static.residuals` or ()).
 
     These are `Stored` [B K G T H], [B K S H], [B K S H], with exponents [B K G T], [B K 1 S].
 
     Args:
-      q: [B K G T H]; k, v: [B K S H], unrotated, T and S multiples of their blocks.
-      q_table: float32 [B T H], cosines beside sines; q_marks: float32 [B MARKS T], segment ids,
-        positions.
-      k_table: float32 [B H+MARKS S]: cosines, sines, segment ids, positions.
+      x: T and S are multiples of their blocks.
       scale: float32 [1], of the logits in base 2.
-      segmented: there is more than one segment, or padding between tokens.
-      residuals: '' | fp8 | int8.
       vmem: bytes that the kernel may take.
     """
-    B, K, G, T, H = q.shape
-    S = k.shape[2]
+    B, K, G, T, H = x.q.shape
+    S, dtype, blocks = x.k.shape[2], x.q.dtype, static.blocks
     width = G * blocks.q
-    kept_bytes = S * (2 * max(H, LANES) * q.dtype.itemsize + 4 * MARKS)
-    cached = kept_bytes + working_set(blocks, G, H, q.dtype.itemsize, backward=False) <= vmem
-    at = specs(q, blocks, cached)
-    row = pltpu.VMEM((width, LANES), jnp.float32)
-    rows, keys = (B, K, G, T), (B, K, S)
+    kept_bytes = S * (2 * max(H, LANES) * dtype.itemsize + 4 * MARKS)
+    cached = kept_bytes + working_set(blocks, G, H, dtype.itemsize, backward=False) <= vmem
+    static = static._replace(cached=cached)
+    at = specs(x.q, static)
     shape = jax.ShapeDtypeStruct
-    kept_specs: Any = ()
-    kept_shapes: Any = ()
-    if residuals:
-        dtype = DTYPES[residuals]
-        key_shape = shape((*keys, H), dtype), shape((B, K, 1, S), jnp.int8)
-        kept_specs = (at.queries, at.rows), *[(at.begun_keys, at.begun_rows)] * 2
-        kept_shapes = (shape(q.shape, dtype), shape(rows, jnp.int8)), key_shape, key_shape
-    out, lse, kept = pl.pallas_call(
-        functools.partial(
-            kernel,
-            blocks=blocks,
-            window=window,
-            softcap=softcap,
-            segmented=segmented,
-            cached=cached,
-            residuals=residuals,
-        ),
+    shapes = Outputs(shape(x.q.shape, dtype), shape((B, K, G, T), jnp.float32), ())
+    places = Outputs(at.queries, at.rows, ())
+    if static.residuals:
+        form = DTYPES[static.residuals]
+        kept_q = shape(x.q.shape, form), shape((B, K, G, T), jnp.int8)
+        kept_k = shape((B, K, S, H), form), shape((B, K, 1, S), jnp.int8)
+        shapes = shapes._replace(kept=(kept_q, kept_k, kept_k))
+        kept_keys = at.begun_keys, at.begun_rows
+        places = places._replace(kept=((at.queries, at.rows), kept_keys, kept_keys))
+    num_blocks = S // blocks.k if cached else 1
+    tile = functools.partial(pltpu.VMEM, dtype=dtype)
+    total = functools.partial(pltpu.VMEM, dtype=jnp.float32)
+    # A pytree alone would be taken apart: the kernel gets each in one piece, out of a tuple of one.
+    (y,) = pl.pallas_call(
+        functools.partial(kernel, static),
         grid_spec=pltpu.PrefetchScalarGridSpec(
-            num_scalar_prefetch=5,
+            num_scalar_prefetch=2,
             grid=(K, listed.count),
-            in_specs=[
-                at.queries,
-                at.begun_keys,
-                at.begun_keys,
-                at.upright_table,
-                at.query_marks,
-                at.begun_table,
-            ],
-            out_specs=(at.queries, at.rows, kept_specs),
-            scratch_shapes=[
-                pltpu.VMEM((width, H), q.dtype),
-                pltpu.VMEM((S // blocks.k if cached else 1, H, blocks.k), q.dtype),
-                pltpu.VMEM((S if cached else blocks.k, H), q.dtype),
-                pltpu.VMEM((S // blocks.k if cached else 1, MARKS, blocks.k), jnp.float32),
-                pltpu.VMEM((2, blocks.q, LANES), jnp.float32),
-                row,
-                row,
-                pltpu.VMEM((width, H), jnp.float32),
-            ],
+            in_specs=(
+                Inputs(
+                    at.queries,
+                    at.begun_keys,
+                    at.begun_keys,
+                    at.upright_table,
+                    at.query_marks,
+                    at.begun_table,
+                ),
+            ),
+            out_specs=(places,),
+            scratch_shapes=(
+                Scratch(
+                    q_rotated=tile((width, H)),
+                    k_turned=tile((num_blocks, H, blocks.k)),
+                    values=tile((num_blocks * blocks.k, H)),
+                    k_marks=total((num_blocks, MARKS, blocks.k)),
+                    q_marks=total((2, blocks.q, LANES)),
+                    greatest=total((width, LANES)),
+                    total=total((width, LANES)),
+                    out=total((width, H)),
+                ),
+            ),
         ),
-        out_shape=(shape(q.shape, q.dtype), shape(rows, jnp.float32), kept_shapes),
+        out_shape=(shapes,),
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=('parallel', 'arbitrary'), vmem_limit_bytes=vmem
         ),
         interpret=interpret,
         name='helios_attention_forward',
-    )(*listed[:-1], scale, q, k, v, q_table, q_marks, k_table)
-    return out, lse, tuple(pack(*x) for x in kept)
+    )(listed.items, scale, x)
+    return y.out, y.lse, tuple(pack(*kept) for kept in y.kept)
 
 
 def kernel(
-    queries: Any, keys: Any, writes: Any, parts: Any, scale: Any,
-    q_ref: Any, k_ref: Any, v_ref: Any, q_table: Any, q_marks: Any, k_table: Any,
-    out_ref: Any, lse_ref: Any, kept: Any,
-    q_rotated: Any, k_turned: Any, values: Any, k_marks: Any,
-    marks: Any, greatest: Any, total: Any, out: Any,
-    *, blocks: Blocks, window: int, softcap: float, segmented: bool, cached: bool, residuals: str,
-) -> None:  # fmt: skip
-    del queries, writes  # the index maps read them
-    G, bq, H = q_ref.shape
+    static: Static, items: Items, scale: Ref, x: Inputs, y: Outputs, scratch: Scratch
+) -> None:
+    """One work item of one key head."""
+    (G, bq, H), blocks, residuals = x.q.shape, static.blocks, static.residuals
+    q_rotated, k_turned, values, k_marks, q_marks, greatest, total, out = scratch
     item = pl.program_id(1)
-    flags = parts[item]
-    slot: Any = high(keys[item]) if cached else 0
+    flags = items.strips[item]
+    slot: Any = high(items.keys[item]) if static.cached else 0
     first_key = slot * blocks.k
 
     @pl.when(flags & work.FIRST_Q != 0)
     def _() -> None:
-        turn = q_table[...] * scale[0]  # cosines beside sines
+        turn = x.q_table[...] * scale[0]  # cosines beside sines
         turned = swapped(turn)
         left = jax.lax.broadcasted_iota(jnp.int32, turn.shape, 1) < H // 2
         cos, sin = jnp.where(left, turn, turned), jnp.where(left, -turned, turn)
         for g in range(G):
-            q, other = (x.astype(jnp.float32) for x in (q_ref[g], swapped(q_ref[g])))
+            q, other = (a.astype(jnp.float32) for a in (x.q[g], swapped(x.q[g])))
             q_rotated[g * bq : (g + 1) * bq] = (q * cos + other * sin).astype(q_rotated.dtype)
-        if segmented:
+        if static.segmented:
             for i in (0, 1):
-                marks[i] = column(q_marks[i : i + 1])
+                q_marks[i] = column(x.q_marks[i : i + 1])
         else:  # the position is the index
             index = jax.lax.broadcasted_iota(jnp.int32, (bq, LANES), 0)
-            marks[1] = q_marks[1:2, :1] + index.astype(jnp.float32)
+            q_marks[1] = x.q_marks[1:2, :1] + index.astype(jnp.float32)
         if residuals:
-            keep(kept[0], q_ref, residuals)
+            keep(y.kept[0], x.q, residuals)
         # The first keys shrink to nothing what the last queries left in the sums.
         greatest[...] = jnp.full_like(greatest, MASKED)
 
@@ -169,15 +187,15 @@ def kernel(
         out[...] = jnp.zeros_like(out)
 
     # Rotated keys and values stay in VMEM for the queries to come, if a head's all fit.
-    @pl.when(flags & work.FIRST_K != 0 if cached else item >= 0)
+    @pl.when(flags & work.FIRST_K != 0 if static.cached else item >= 0)
     def _() -> None:
-        k = rotate(k_ref[...].T.astype(jnp.float32), k_table)
+        k = rotate(x.k[...].T.astype(jnp.float32), x.k_table)
         k_turned[slot] = k.astype(k_turned.dtype)
-        k_marks[slot] = k_table[H:]
-        values[pl.ds(pl.multiple_of(first_key, blocks.k), blocks.k)] = v_ref[...]
+        k_marks[slot] = x.k_table[H:]
+        values[pl.ds(pl.multiple_of(first_key, blocks.k), blocks.k)] = x.v[...]
         if residuals:
-            keep(kept[1], k_ref, residuals)
-            keep(kept[2], v_ref, residuals)
+            keep(y.kept[1], x.k, residuals)
+            keep(y.kept[2], x.v, residuals)
 
     def attend(start: Any, size: int, masked: bool) -> None:
         """Adds the keys [start, start + size) of this block to what its queries have seen."""
@@ -186,11 +204,11 @@ def kernel(
 
     def add(start: Any, size: int, masked: bool) -> None:
         at = pl.ds(start, size)
-        logits = capped(dot(q_rotated[...], k_turned[slot, :, at], (1, 0)), softcap)
+        logits = capped(dot(q_rotated[...], k_turned[slot, :, at], (1, 0)), static.softcap)
         if masked:
-            segments, positions = (jnp.tile(spread(marks[i], size), (G, 1)) for i in (0, 1))
+            segments, positions = (jnp.tile(spread(q_marks[i], size), (G, 1)) for i in (0, 1))
             rows = k_marks[slot, :1, at], k_marks[slot, 1:2, at]
-            seen = visible((segments, positions), rows, window, segmented)
+            seen = visible((segments, positions), rows, static)
             logits = jnp.where(seen, logits, MASKED)
         before = greatest[...]
         now = jnp.maximum(before, jnp.max(logits, axis=1, keepdims=True))
@@ -209,23 +227,24 @@ def kernel(
         sums = jnp.broadcast_to(jnp.sum(total[...], axis=1, keepdims=True), total.shape)
         most = compact(greatest[...])
         lse = jnp.where(most > MASKED / 2, (most + jnp.log2(compact(sums))) / LOG2E, -jnp.inf)
-        share = inverse(sums, steps=1 if out_ref.dtype == jnp.bfloat16 else 2)
-        if segmented:  # otherwise each query sees itself
+        share = inverse(sums, steps=1 if y.out.dtype == jnp.bfloat16 else 2)
+        if static.segmented:  # otherwise each query sees itself
             share = jnp.where(greatest[...] > MASKED / 2, share, 0)
         result = out[...] * spread(share, H)
         for g in range(G):
             at = slice(g * bq, (g + 1) * bq)
-            out_ref[g] = result[at].astype(out_ref.dtype)
-            lse_ref[g : g + 1] = lse[:, at]
+            y.out[g] = result[at].astype(y.out.dtype)
+            y.lse[g : g + 1] = lse[:, at]
 
 
-def keep(kept: Any, x_ref: Any, form: str) -> None:
+def keep(kept: tuple[Ref, Ref], x: Ref, form: str) -> None:
     """Writes a block [heads n H], or [n H], in a byte a value, and the exponents of its rows."""
     payload, exponents = kept
     rows = []
-    for head in range(x_ref.shape[0]) if x_ref.ndim == 3 else (...,):
-        x = x_ref[head].astype(jnp.float32)
-        largest = jnp.max(jnp.abs(x), axis=1, keepdims=True)
-        payload[head] = encode(x, largest, form)
-        rows.append(exponents_for(compact(jnp.broadcast_to(largest, (len(x), LANES))), form))
+    for head in range(x.shape[0]) if x.ndim == 3 else (...,):
+        values = x[head].astype(jnp.float32)
+        largest = jnp.max(jnp.abs(values), axis=1, keepdims=True)
+        payload[head] = encode(values, largest, form)
+        spread_out = jnp.broadcast_to(largest, (len(values), LANES))
+        rows.append(exponents_for(compact(spread_out), form))
     exponents[...] = jnp.concatenate(rows)

@@ -1,4 +1,4 @@
-"""The kernels' layout, heads first and tokens in whole blocks, from the model's and back."""
+"""Turns arrays into the kernels' layout, heads first and tokens in whole blocks, and back."""
 
 from typing import Any
 
@@ -9,7 +9,7 @@ from helios_jax.kernels.quantize import Stored
 
 
 def in_chunks(x: Array | Stored, size: int, axis: int = -1) -> Any:
-    """An axis cut into chunks, which come first; the last is padded with zeros: no segment."""
+    """Cuts an axis into chunks, which come first; the last is padded with zeros: no segment."""
     if isinstance(x, Stored):
         return Stored(in_chunks(x.payload, size, -2), in_chunks(x.exponents, size))
     x = pad(x, size, axis=axis)
@@ -19,7 +19,7 @@ def in_chunks(x: Array | Stored, size: int, axis: int = -1) -> Any:
 
 
 def pad(x: Array, multiple: int, value: float = 0.0, axis: int = -1) -> Array:
-    """With `value`, an axis to a multiple."""
+    """Pads an axis to a multiple with `value`."""
     missing = -x.shape[axis] % multiple
     widths = [(0, 0)] * x.ndim
     widths[axis] = (0, missing)
@@ -27,7 +27,7 @@ def pad(x: Array, multiple: int, value: float = 0.0, axis: int = -1) -> Array:
 
 
 def padded(x: Any, multiple: int) -> Any:
-    """The tokens of q, k or v to a multiple."""
+    """Pads the tokens of q, k or v to a multiple."""
     if not isinstance(x, Stored):
         return pad(x, multiple, axis=-2)
     return Stored(pad(x.payload, multiple, axis=-2), pad(x.exponents, multiple))

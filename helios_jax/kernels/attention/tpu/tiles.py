@@ -1,8 +1,8 @@
 """What both kernels do to a tile, and where the tiles of a work item lie.
 
-Arrays are [B heads T H], tokens along the sublanes, as projections make them, and blocks are turned
-in registers where that is wanted: to rotate, so that the halves that mix are whole registers, and
-as the matmul units like their operands.
+Arrays are [B heads T H], tokens along the sublanes, as projections make them. Kernels transpose
+blocks in registers where that helps: to rotate, so that the halves that mix are whole registers,
+and to give the matmul units their operands as they like them.
 """
 
 import math
@@ -15,12 +15,25 @@ from jax import Array
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from helios_jax.kernels.attention.tpu.work import Blocks, spans
+from helios_jax.kernels.attention.tpu.work import Blocks, Items, spans
+
+Ref = Any  # a reference to a block in VMEM or SMEM, which pallas has no public type for
 
 LOG2E = math.log2(math.e)
 MASKED = -1e30  # finite, so that a row that has seen nothing yet has no infinity to subtract
 LANES = 128
 MARKS = 8  # rows of the tables below the rotation's: segment, position, and padding to a tile
+
+
+class Static(NamedTuple):
+    """What one kernel is compiled for."""
+
+    blocks: Blocks
+    window: int
+    softcap: float
+    segmented: bool  # there is more than one segment, or padding between tokens
+    residuals: str = ''  # what the forward kernel keeps q, k and v as: '' | fp8 | int8
+    cached: bool = True  # all rotated keys of a head stay in VMEM, and are fetched only once
 
 
 def dot(a: Array, b: Array, contract: tuple[int, int]) -> Array:
@@ -84,20 +97,20 @@ def compact(x: Array) -> Array:
 
 
 def walk(word: Any, blocks: Blocks, attend: Callable[[Any, int, bool], None]) -> None:
-    """Calls `attend(first key of the block, number of keys, masked)` over an item's parts."""
+    """Calls `attend(first key of the block, number of keys, masked)` over an item's strips."""
     at = spans(word)
     log2 = blocks.run.bit_length() - 1
     runs = jax.lax.shift_right_logical(at.mixed - at.full, log2)
 
-    def keys(part: Array) -> Array:
-        return pl.multiple_of(part * blocks.part, blocks.part)
+    def keys(strip: Array) -> Array:
+        return pl.multiple_of(strip * blocks.strip, blocks.strip)
 
     def run(i: Array, _: None) -> None:
-        attend(keys(at.full + i * blocks.run), blocks.run * blocks.part, False)
+        attend(keys(at.full + i * blocks.run), blocks.run * blocks.strip, False)
 
     def masked(i: Array, _: None) -> None:
-        part = jnp.where(at.first + i < at.full, at.first + i, at.mixed + i - (at.full - at.first))
-        attend(keys(part), blocks.part, True)
+        strip = jnp.where(at.first + i < at.full, at.first + i, at.mixed + i - (at.full - at.first))
+        attend(keys(strip), blocks.strip, True)
 
     jax.lax.fori_loop(0, runs, run, None)
     for size in (1 << i for i in reversed(range(log2))):  # what is left of a run, by halves
@@ -105,21 +118,21 @@ def walk(word: Any, blocks: Blocks, attend: Callable[[Any, int, bool], None]) ->
         @pl.when((at.mixed - at.full) & size != 0)
         def _(size: int = size) -> None:
             left = (at.mixed - at.full) & (2 * size - 1)
-            attend(keys(at.mixed - left), size * blocks.part, False)
+            attend(keys(at.mixed - left), size * blocks.strip, False)
 
     jax.lax.fori_loop(0, (at.full - at.first) + (at.end - at.mixed), masked, None)
 
 
-def visible(q: tuple[Array, Array], k: tuple[Array, Array], window: int, segmented: bool) -> Array:
-    """Which logits count, of (segments, positions) that broadcast to the logits' shape.
+def visible(q: tuple[Array, Array], k: tuple[Array, Array], static: Static) -> Array:
+    """Which logits count, given (segments, positions) that broadcast to the logits' shape.
 
     Padding needs no test of its own: its keys lie beyond every position, and the segments of its
     queries are those of no key.
     """
     seen = k[1] <= q[1]
-    if segmented:
+    if static.segmented:
         seen &= k[0] == q[0]
-    return seen & (k[1] > q[1] - window) if window else seen
+    return seen & (k[1] > q[1] - static.window) if static.window else seen
 
 
 def capped(logits: Array, softcap: float) -> Array:
@@ -129,19 +142,18 @@ def capped(logits: Array, softcap: float) -> Array:
 
 
 class Specs(NamedTuple):
-    """Blocks of queries [B K G T H] and [B K G T], keys [B K S H] and [B K 1 S], tables."""
+    """Where each array's block of a work item lies."""
 
-    queries: pl.BlockSpec
-    rows: pl.BlockSpec
-    keys: pl.BlockSpec
-    begun_keys: pl.BlockSpec
-    begun_rows: pl.BlockSpec
-    finished_keys: pl.BlockSpec
-    query_table: pl.BlockSpec
-    upright_table: pl.BlockSpec
-    query_marks: pl.BlockSpec
-    key_table: pl.BlockSpec
-    begun_table: pl.BlockSpec
+    queries: pl.BlockSpec  # [B K G T H]
+    rows: pl.BlockSpec  # [B K G T]
+    begun_keys: pl.BlockSpec  # [B K S H], of the block of keys that was begun last
+    begun_rows: pl.BlockSpec  # [B K 1 S], of the same
+    finished_keys: pl.BlockSpec  # [B K S H], of the block that ends next
+    query_table: pl.BlockSpec  # [B H+MARKS T]
+    upright_table: pl.BlockSpec  # [B T H]
+    query_marks: pl.BlockSpec  # [B MARKS T]
+    key_table: pl.BlockSpec  # [B H+MARKS S], of the item's own block of keys
+    begun_table: pl.BlockSpec  # the same, of the block that was begun last
 
 
 def high(word: Any) -> Any:
@@ -152,48 +164,44 @@ def low(word: Any) -> Any:
     return word & 0xFFFF
 
 
-def specs(q: Array, blocks: Blocks, cached: bool) -> Specs:
-    """Index maps take (key head, item, *prefetched), the first three of these the work's arrays.
+def specs(q: Array, static: Static) -> Specs:
+    """Index maps take (key head, index of the item, the items' words, what else is prefetched)."""
+    (G, _, H), blocks, cached = q.shape[2:], static.blocks, static.cached
 
-    `cached`: the kernel keeps what it makes of a block of keys, so that it is fetched only once.
-    """
-    G, _, H = q.shape[2:]
+    def queries(head: Any, i: Any, items: Items, _: Any) -> tuple[Any, ...]:
+        return high(items.queries[i]), head, 0, low(items.queries[i]), 0
 
-    def queries(head: Any, item: Any, queries: Any, *_: Any) -> tuple[Any, ...]:
-        return high(queries[item]), head, 0, low(queries[item]), 0
+    def statistics(head: Any, i: Any, items: Items, _: Any) -> tuple[Any, ...]:
+        return high(items.queries[i]), head, 0, low(items.queries[i])
 
-    def statistics(head: Any, item: Any, queries: Any, *_: Any) -> tuple[Any, ...]:
-        return high(queries[item]), head, 0, low(queries[item])
+    def query_table(head: Any, i: Any, items: Items, _: Any) -> tuple[Any, ...]:
+        return high(items.queries[i]), 0, low(items.queries[i])
 
-    def query_table(head: Any, item: Any, queries: Any, *_: Any) -> tuple[Any, ...]:
-        return high(queries[item]), 0, low(queries[item])
+    def upright_table(head: Any, i: Any, items: Items, _: Any) -> tuple[Any, ...]:
+        return high(items.queries[i]), low(items.queries[i]), 0
 
-    def upright_table(head: Any, item: Any, queries: Any, *_: Any) -> tuple[Any, ...]:
-        return high(queries[item]), low(queries[item]), 0
+    def keys(head: Any, i: Any, items: Items, _: Any) -> tuple[Any, ...]:
+        return high(items.queries[i]), head, high(items.keys[i]), 0
 
-    def keys(head: Any, item: Any, queries: Any, keys: Any, *_: Any) -> tuple[Any, ...]:
-        return high(queries[item]), head, high(keys[item]), 0
+    def begun(head: Any, i: Any, items: Items, _: Any) -> tuple[Any, ...]:
+        return high(items.queries[i]), head, low(items.keys[i]), 0
 
-    def begun(head: Any, item: Any, queries: Any, keys: Any, *_: Any) -> tuple[Any, ...]:
-        return high(queries[item]), head, low(keys[item]), 0
+    def begun_rows(head: Any, i: Any, items: Items, _: Any) -> tuple[Any, ...]:
+        return high(items.queries[i]), head, 0, low(items.keys[i])
 
-    def begun_rows(head: Any, item: Any, queries: Any, keys: Any, *_: Any) -> tuple[Any, ...]:
-        return high(queries[item]), head, 0, low(keys[item])
+    def finished(head: Any, i: Any, items: Items, _: Any) -> tuple[Any, ...]:
+        return high(items.queries[i]), head, items.writes[i], 0
 
-    def finished(head: Any, item: Any, queries: Any, keys: Any, writes: Any, *_: Any) -> Any:
-        return high(queries[item]), head, writes[item], 0
+    def key_table(head: Any, i: Any, items: Items, _: Any) -> tuple[Any, ...]:
+        return high(items.queries[i]), 0, high(items.keys[i])
 
-    def key_table(head: Any, item: Any, queries: Any, keys: Any, *_: Any) -> tuple[Any, ...]:
-        return high(queries[item]), 0, high(keys[item])
-
-    def begun_table(head: Any, item: Any, queries: Any, keys: Any, *_: Any) -> tuple[Any, ...]:
-        return high(queries[item]), 0, low(keys[item])
+    def begun_table(head: Any, i: Any, items: Items, _: Any) -> tuple[Any, ...]:
+        return high(items.queries[i]), 0, low(items.keys[i])
 
     key_block = (None, None, blocks.k, H)
     return Specs(
         pl.BlockSpec((None, None, G, blocks.q, H), queries),
         pl.BlockSpec((None, None, G, blocks.q), statistics),
-        pl.BlockSpec(key_block, keys),
         pl.BlockSpec(key_block, begun if cached else keys),
         pl.BlockSpec((None, None, 1, blocks.k), begun_rows),
         pl.BlockSpec(key_block, finished),

@@ -4,6 +4,43 @@ Visibility depends on segments and positions alone, so a block is summarised by 
 (segment, position) that it holds, in lexicographic order. Two blocks whose ranges cannot meet are
 not listed: they are neither fetched nor stepped over. The test is exact for rows that are sorted,
 as packed rows and contiguous pieces of them are, and only ever too generous for others.
+
+The life of a work item
+-----------------------
+Both kernels have the grid (K, count): for each key head they walk the same list, by row of the
+batch, then block of queries, then block of keys. An item is four words of int32. They lie in SMEM,
+1 MiB of it, so several numbers share a word. The index maps (tiles.py) read them before a step, to
+say which blocks it needs; the kernel reads them during the step, to know what to do.
+
+    bit        31                16 15                 0
+    queries    [ row of the batch  |  block of queries  ]
+    keys       [   block of keys   | the one last begun ]
+    writes     [    block of keys that ends next        ]
+
+    bit        31 28   27     26     25     24   23  18 17  12 11   6 5    0
+    strips     [  0 |LAST_K|FIRST_K|LAST_Q|FIRST_Q| end  |mixed | full |first ]
+
+A block of keys is cut into strips of `Blocks.strip` keys, and `strips` says what becomes of each:
+
+    0          first          full              mixed          end         k / strip
+    |  skipped   |   masked     |  without a mask  |   masked    |  skipped   |
+
+A step goes:
+
+ 1. Pallas fetches the blocks of q and of k, v that the index maps name, where they are not those of
+    the step before. Rotated keys stay in VMEM for later queries, so that a block of keys is needed
+    only where it begins: its map follows the low half of `keys`. (Only if a head's keys do not all
+    fit, the forward kernel follows the high half and fetches them for each block of queries.)
+ 2. FIRST_Q, the first item of a block of queries: q is rotated and scaled, its sums are cleared.
+    FIRST_K, the first item of a block of keys in this row: k is rotated and kept; in the backward
+    kernel dk and dv are cleared.
+ 3. `tiles.walk` computes the strips of [full, mixed) up to `Blocks.run` at once, and the others of
+    [first, end) one by one, with a mask.
+ 4. LAST_Q: the forward kernel divides by the sum and gives out and log-sum-exp; the backward kernel
+    turns dq back. LAST_K: the backward kernel turns dk back, and gives dk and dv.
+ 5. Pallas writes an output block to HBM when the next item names another. Those of dk and dv follow
+    `writes`, so that they stay until their last item has filled them; what the forward kernel keeps
+    of k and v follows the low half of `keys`, as it is made where a block begins.
 """
 
 import functools
@@ -12,14 +49,13 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import Array
 
 SEGMENT, POSITION = 0, 1  # rows of `marks`, float32 [B 2 T]: integers, exact up to 2^24
 FAR = 1e9  # beyond every segment and position: padding keys
 NOBODY = -1.0  # the segment of queries that are padding; that of keys is 0
 
-# Flags of an item, above the four numbers of parts.
-PART_BITS = 6
+# Flags of an item, above its four numbers of strips.
+STRIP_BITS = 6
 FIRST_Q, LAST_Q, FIRST_K, LAST_K = (1 << bit for bit in range(24, 28))
 
 
@@ -27,27 +63,30 @@ class Blocks(NamedTuple):
     """How a kernel cuts its work, in tokens."""
 
     q: int  # of each head
-    k: int  # fetched at once: a multiple of `part`, fewer than 64 of them
-    part: int  # what sees nothing is left out, and what needs a mask is masked, by parts
-    run: int  # parts computed at once where nothing needs a mask
+    k: int  # fetched at once: a multiple of `strip`, fewer than 64 of them
+    strip: int  # granularity at which keys are skipped or masked
+    run: int  # strips computed at once where nothing needs a mask
     width: int  # of one product: keys in the forward kernel, rows of all heads in the backward
 
 
+class Items(NamedTuple):
+    """The words of the items, int32 [count or more] each; the module's docstring draws them."""
+
+    queries: Any  # row of the batch << 16 | block of queries
+    keys: Any  # block of keys << 16 | the one that was begun last
+    writes: Any  # the block of keys that ends next
+    strips: Any  # `Spans`, STRIP_BITS each | flags
+
+
 class Work(NamedTuple):
-    """`count` items, ordered by row, query block, key block. Arrays are int32 [count or more].
+    """The first `count` items are work, ordered by row, block of queries, block of keys."""
 
-    They lie in SMEM, 1 MiB of it, so that numbers of blocks share words.
-    """
-
-    queries: Array  # row of the batch << 16 | block of queries
-    keys: Array  # block of keys << 16 | the one that was begun last
-    writes: Array  # the block of keys that is finished next
-    parts: Array  # `Spans` of parts of the block of keys, `PART_BITS` each | flags
+    items: Items
     count: Any  # int, or int32 scalar
 
 
 class Spans(NamedTuple):
-    """Parts that some query of the block sees: [first, end), and every query: [full, mixed)."""
+    """Strips that some query of the block sees: [first, end), and every query: [full, mixed)."""
 
     first: Any
     full: Any
@@ -56,12 +95,12 @@ class Spans(NamedTuple):
 
 
 def spans(word: Any) -> Spans:
-    """Of an element of `Work.parts`."""
-    return Spans(*(word >> PART_BITS * i & (1 << PART_BITS) - 1 for i in range(4)))
+    """Unpacks a word of `Items.strips`."""
+    return Spans(*(word >> STRIP_BITS * i & (1 << STRIP_BITS) - 1 for i in range(4)))
 
 
 class Ranges(NamedTuple):
-    """Of the tokens of each block that are not padding. Arrays [B blocks]."""
+    """What the tokens of each block span, padding left out. Arrays [B blocks]."""
 
     low: tuple[Any, Any]  # least (segment, position)
     high: tuple[Any, Any]
@@ -105,30 +144,33 @@ def meet(q: Ranges, k: Ranges, window: int) -> tuple[Any, Any]:
 
 
 def make(q_marks: Any, k_marks: Any, blocks: Blocks, window: int, ordered: bool) -> Work:
-    """Lists the pairs of blocks that meet. Marks in NumPy give a list known at compile time.
+    """Lists the pairs of blocks that meet.
 
-    `ordered`: queries and keys are the same tokens, and none sees a later one.
-
-    Each block of queries and of keys is listed once at least, with no parts to compute if it meets
+    Each block of queries and of keys is listed once at least, with no strips to compute if it meets
     nothing, so that the kernels write all of their outputs.
+
+    Args:
+      q_marks, k_marks: segments and positions of the queries and the keys, float32 [B 2 T or S].
+        In NumPy they give a list that is known when the kernel is compiled.
+      ordered: queries and keys are the same tokens, and none sees a later one.
     """
     xp = np if isinstance(q_marks, np.ndarray) else jnp
-    some, every = meet(ranges(q_marks, blocks.q), ranges(k_marks, blocks.part), window)
-    (B, nq, _), num_parts = some.shape, blocks.k // blocks.part
-    some, every = (x.reshape(B, nq, -1, num_parts) for x in (some, every))
+    some, every = meet(ranges(q_marks, blocks.q), ranges(k_marks, blocks.strip), window)
+    (B, nq, _), num_strips = some.shape, blocks.k // blocks.strip
+    some, every = (x.reshape(B, nq, -1, num_strips) for x in (some, every))
     active, nk = some.any(-1), some.shape[2]
     i, j = np.arange(nq)[None, :, None], np.arange(nk)[None, None]
     visit = active | (~active.any(2, keepdims=True) & (j == 0))
     visit = visit | (~visit.any(1, keepdims=True) & (i == nq - 1))
 
     first = xp.argmax(some, axis=-1)
-    end = xp.where(active, num_parts - xp.argmax(some[..., ::-1], axis=-1), first)
-    # Every query sees a contiguous span of parts of sorted rows; the first one of others is taken.
+    end = xp.where(active, num_strips - xp.argmax(some[..., ::-1], axis=-1), first)
+    # Every query sees a contiguous span of strips of sorted rows; the first one of others is taken.
     full = xp.where(every.any(-1), xp.argmax(every, axis=-1), end)
-    after = ~every & (np.arange(num_parts)[None, None, None] >= full[..., None])
-    mixed = xp.where(after.any(-1), xp.argmax(after, axis=-1), num_parts)
+    after = ~every & (np.arange(num_strips)[None, None, None] >= full[..., None])
+    mixed = xp.where(after.any(-1), xp.argmax(after, axis=-1), num_strips)
     mixed = xp.where(full < end, mixed, end)
-    parts = first | full << PART_BITS | mixed << 2 * PART_BITS | end << 3 * PART_BITS
+    strips = first | full << STRIP_BITS | mixed << 2 * STRIP_BITS | end << 3 * STRIP_BITS
     flags = (
         (FIRST_Q, visit & (xp.cumsum(visit, 2) == 1)),
         (LAST_Q, visit & (xp.cumsum(visit[:, :, ::-1], 2)[:, :, ::-1] == 1)),
@@ -136,7 +178,7 @@ def make(q_marks: Any, k_marks: Any, blocks: Blocks, window: int, ordered: bool)
         (LAST_K, visit & (xp.cumsum(visit[:, ::-1], 1)[:, ::-1] == 1)),
     )
     for flag, where in flags:
-        parts = parts | xp.where(where, flag, 0)
+        strips = strips | xp.where(where, flag, 0)
 
     possible = B * nq * nk
     if ordered:
@@ -146,21 +188,21 @@ def make(q_marks: Any, k_marks: Any, blocks: Blocks, window: int, ordered: bool)
     (items,) = xp.nonzero(visit.reshape(-1), **size)
     count = len(items) if xp is np else visit.sum(dtype=jnp.int32)
     queries, keys = items // nk, items % nk
-    parts = parts.reshape(-1)[items]
+    strips = strips.reshape(-1)[items]
     index = xp.arange(len(items))
     # A row of the batch begins all its blocks of keys in its own items, and finishes them there.
-    begun = xp.where(parts & FIRST_K, index, 0)
-    finished = xp.where((parts & LAST_K != 0) & (index < count), index, count - 1)
+    begun = xp.where(strips & FIRST_K, index, 0)
+    finished = xp.where((strips & LAST_K != 0) & (index < count), index, count - 1)
     if xp is np:
         begun = np.maximum.accumulate(begun)
         finished = np.minimum.accumulate(finished[::-1])[::-1]
     else:
         begun, finished = jax.lax.cummax(begun), jax.lax.cummin(finished, reverse=True)
     word = functools.partial(jnp.asarray, dtype=jnp.int32)
-    return Work(
+    words = Items(
         queries=word(queries // nq << 16 | queries % nq),
         keys=word(keys << 16 | keys[begun]),
         writes=word(keys[finished]),
-        parts=word(parts),
-        count=count,
+        strips=word(strips),
     )
+    return Work(words, count)

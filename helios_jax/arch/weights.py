@@ -1,0 +1,212 @@
+"""Every weight once: its shape, its logical axes, and what follows from the axes.
+
+The model makes its parameters from these rows, the planner counts them, and the optimizer takes a
+weight's rule from its axes.
+"""
+
+import functools
+import math
+from collections.abc import Iterable
+from typing import NamedTuple
+
+from helios_jax.arch.rules import RULES, Axes
+from helios_jax.config import Model
+
+NORM: Axes = ('norm',)  # of every RMSNorm's scale
+
+
+class Weight(NamedTuple):
+    """One array of float32 parameters."""
+
+    name: str  # path of the parameter, joined by dots
+    shape: tuple[int, ...]
+    axes: Axes
+    fan_in: int = 0  # of the matmul that reads it, in the compute dtype; 0: no matmul does
+
+    @property
+    def size(self) -> int:
+        return math.prod(self.shape)
+
+    @property
+    def matmul(self) -> bool:
+        return self.fan_in > 0
+
+    @property
+    def expert(self) -> bool:
+        """Whether each expert has its own, so that a token visits some of it."""
+        return {'experts', 'mlp'} <= set(self.axes)
+
+
+Rows = dict[str, Weight]  # name of a module's own weight → its row, whose path starts there
+
+
+@functools.cache
+def all_weights(model: Model) -> tuple[Weight, ...]:
+    """Every weight of the model; a period's layers have its repetitions as their first axis."""
+    found = [embedding(model), norm('final_norm', model.embed_dim)]
+    for i, kind in enumerate(model.prefix_kinds):
+        found += _below(f'prefix.layer_{i}', layer(model, kind))
+    for i, kind in enumerate(model.period_kinds):
+        for row in _below(f'periods.layer_{i}', layer(model, kind)):
+            shape, axes = (model.num_periods, *row.shape), ('layers', *row.axes)
+            found.append(row._replace(shape=shape, axes=axes))
+    return (*found, *(() if model.tied_embeddings else (unembedding(model),)))
+
+
+def count(model: Model) -> int:
+    """Parameters, as stored: the vocabulary padded."""
+    return sum(weight.size for weight in all_weights(model))
+
+
+def layer(model: Model, kind: str) -> list[Weight]:
+    """The weights of one layer."""
+    D = model.embed_dim
+    found = [norm('attention_norm', D), norm('mlp_norm', D)]
+    found += _below('attention', attention(model).values())
+    for sublayer in ('attention_gmu', 'mlp_gmu'):
+        found += _below(sublayer, gmu(model).values())
+    if not kind.startswith('moe'):
+        return found + _below('mlp', swiglu(D, model.mlp_dim).values())
+    found += _below('moe', moe(model).values())
+    if model.moe.num_shared_experts:
+        found += _below('moe.shared', swiglu(D, shared_mlp_dim(model)).values())
+    return found
+
+
+def embedding(model: Model) -> Weight:
+    return Weight('embed.w', (model.padded_vocab_size, model.embed_dim), ('vocab', 'embed'))
+
+
+def unembedding(model: Model) -> Weight:
+    D, V = model.embed_dim, model.padded_vocab_size
+    return Weight('unembedding.w', (D, V), ('stream', 'unembed_vocab'), D)
+
+
+def norm(name: str, dim: int) -> Weight:
+    return Weight(f'{name}.scale', (dim,), NORM)
+
+
+def attention(model: Model) -> Rows:
+    D, N, K, H = model.embed_dim, model.num_heads, model.num_kv_heads, model.head_dim
+    rows = {
+        'q': Weight('q.w', (D, N, H), ('embed', 'heads', 'head_dim'), D),
+        'k': Weight('k.w', (D, K, H), ('embed', 'kv_heads', 'head_dim'), D),
+        'v': Weight('v.w', (D, K, H), ('embed', 'kv_heads', 'head_dim'), D),
+        'out': Weight('out.w', (N, H, D), ('heads', 'head_dim', 'embed'), N * H),
+    }
+    if model.qk_norm:
+        rows |= {'q_norm': norm('q_norm', H), 'k_norm': norm('k_norm', H)}
+    return rows
+
+
+def swiglu(D: int, F: int) -> Rows:
+    return {
+        'gate': Weight('gate.w', (D, F), ('embed', 'mlp'), D),
+        'up': Weight('up.w', (D, F), ('embed', 'mlp'), D),
+        'down': Weight('down.w', (F, D), ('mlp', 'embed'), F),
+    }
+
+
+def moe(model: Model) -> Rows:
+    """A router and its experts; shared experts are a `swiglu` beside them."""
+    D, E, F = model.embed_dim, model.moe.num_experts, model.expert_mlp_dim
+    return {
+        'router': Weight('router.w', (D, E), ('embed', 'experts'), D),
+        'gate': Weight('gate.w', (E, D, F), ('experts', 'embed', 'mlp'), D),
+        'up': Weight('up.w', (E, D, F), ('experts', 'embed', 'mlp'), D),
+        'down': Weight('down.w', (E, F, D), ('experts', 'mlp', 'embed'), F),
+    }
+
+
+def shared_mlp_dim(model: Model) -> int:
+    """Hidden channels of all shared experts, which are one MLP."""
+    return model.expert_mlp_dim * model.moe.num_shared_experts
+
+
+def router_bias(model: Model) -> Weight:
+    """A router's balance bias: state, but not trained by gradient."""
+    return Weight('bias', (model.moe.num_experts,), ('experts',))
+
+
+def router_biases(model: Model) -> list[Weight]:
+    """The balance bias of every MoE layer, stacked as `all_weights` are."""
+    bias, found = router_bias(model), []
+    for kind in model.prefix_kinds:
+        found += [bias] if kind.startswith('moe') else []
+    stacked = bias._replace(shape=(model.num_periods, *bias.shape), axes=('layers', *bias.axes))
+    return found + [stacked for kind in model.period_kinds if kind.startswith('moe')]
+
+
+def gmu(model: Model) -> Rows:
+    """A Gated Memory Unit's own; a kind that lacks a weight lacks its row."""
+    D, unit, width = model.embed_dim, model.gmu, model.gate_width
+    rows = {'output_norm': norm('output_norm', D)} if unit.normalizes else {}
+    if not unit.has_gate:
+        sizes = {'layerscale': D, 'rezero': 1}
+        if unit.kind in sizes:
+            rows['scale'] = _vector('scale', sizes[unit.kind], D)
+        return rows
+    if unit.gate == 'static':
+        return rows | {'bias': _vector('bias', D, D)}
+    rows['from_input'] = Weight('from_input.w', (D, width), ('embed', 'gate'), D)
+    if unit.kind != 'highway':
+        rows['from_output'] = Weight('from_output.w', (D, width), ('embed', 'gate'), D)
+    if unit.gate == 'low_rank':
+        rows['out'] = Weight('out.w', (width, D), ('gate', 'gate_embed'), width)
+    return rows | {'bias': _vector('bias', D if unit.gate == 'low_rank' else width, D)}
+
+
+def _vector(name: str, size: int, embed_dim: int) -> Weight:
+    return Weight(name, (size,), ('gate_embed' if size == embed_dim else 'gate',))
+
+
+def _below(module: str, rows: Iterable[Weight]) -> list[Weight]:
+    return [row._replace(name=f'{module}.{row.name}') for row in rows]
+
+
+def is_matrix(axes: Axes) -> bool:
+    """Whether a weight lies between the stream and a sublayer's inside, and so decays.
+
+    It has one `embed` axis on one side; heads, hidden units or the router's experts on the other.
+
+    Raises:
+      ValueError: an axis that the sharding table lacks.
+    """
+    if unknown := set(axes) - set(RULES):
+        raise ValueError(f'logical axes {axes}: unknown {", ".join(sorted(unknown))}.')
+    inside = {'heads', 'kv_heads', 'head_dim', 'mlp'}.intersection(axes)
+    outside = {'vocab', 'unembed_vocab', 'gate', 'gate_embed'}.intersection(axes)
+    return axes.count('embed') == 1 and not outside and (bool(inside) or is_router(axes))
+
+
+def is_router(axes: Axes) -> bool:
+    return [axis for axis in axes if axis != 'layers'] == ['embed', 'experts']
+
+
+def muon_sides(axes: Axes) -> tuple[tuple[int, ...], tuple[int, ...]] | None:
+    """Places in `axes` of the rows (inputs) and columns (outputs) of Muon's matrix.
+
+    None for a weight that Muon leaves to AdamW. Each layer and each expert has its own matrix; all
+    heads are one side.
+    """
+    if not is_matrix(axes) or is_router(axes):
+        return None
+    embed = axes.index('embed')
+    rest = tuple(i for i, axis in enumerate(axes) if axis not in ('layers', 'experts', 'embed'))
+    if embed < min(rest):
+        return (embed,), rest
+    if embed > max(rest):
+        return rest, (embed,)
+    raise ValueError(f'logical axes {axes}: embed lies between the other axes of the matrix.')
+
+
+def read_in_compute_dtype(axes: Axes) -> bool:
+    """Whether the model reads a weight with these logical axes in the compute dtype alone.
+
+    Every matmul's is, but for the router's, whose product is float32, and both embeddings': their
+    gradients add up in float32 over chunks of the loss. Norms and the gates' vectors, of one axis,
+    are read in float32.
+    """
+    own = [axis for axis in axes if axis != 'layers']
+    wide = own[-1] == 'experts' or {'vocab', 'unembed_vocab'}.intersection(own)
+    return len(own) > 1 and not wide

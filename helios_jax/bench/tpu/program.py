@@ -1,0 +1,205 @@
+"""Compiles a function for a TPU, and adds up what the program does around its Pallas kernels.
+
+XLA's own operations are read as the kernels are, from their schedules (schedule.py): the cycles
+of one turn of an operation's loop times the turns that its `iteration_bounds` announce, or what its
+bytes in HBM take if that is longer. The `estimated_cycles` that XLA writes beside them steer its
+choices and are no times: twice the schedule for a plain matmul on v6e, ten times for elementwise
+work. Copies between HBM and VMEM that run beside other work count as bytes, not as time.
+"""
+
+import math
+import os
+import re
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+from jax.experimental.layout import Format, Layout
+
+from helios_jax.bench.tpu import schedule
+from helios_jax.bench.tpu.schedule import Schedule
+from helios_jax.chips import Chip
+from helios_jax.parallel import mesh as meshes
+
+INSTRUCTION = re.compile(r'  (?:ROOT )?%([\w.\-]+) = (.*?) ([a-z][\w\-]*)\((.*)', re.DOTALL)
+COMPUTATION = re.compile(r'^(ENTRY )?%([\w.\-]+) \(.*\{$')
+SHAPE = re.compile(r'(\w+?)(\d+)?\[([\d,]*)\](?:\{([\d,]*)(:[^}]*)?\})?')
+FREE = ('parameter', 'constant', 'bitcast', 'tuple', 'get-tuple-element', 'while')
+
+
+class Operation(NamedTuple):
+    """An instruction of the optimised program that takes time."""
+
+    name: str
+    opcode: str
+    kernel: bool  # Pallas made it
+    times: float  # how often it runs in one run of the program
+    seconds: float  # what one run takes; 0 for a kernel, whose time is not known here
+    hbm_bytes: float  # operands and results that are not in VMEM
+    vmem_bytes: int  # that it allocates while it runs
+
+
+class Program(NamedTuple):
+    """A compiled program: what it runs, and the schedule of each operation by name."""
+
+    operations: list[Operation]
+    schedules: dict[str, Schedule]
+    temp_bytes: int
+
+    @property
+    def kernels(self) -> list[Operation]:
+        return [operation for operation in self.operations if operation.kernel]
+
+    @property
+    def seconds(self) -> float:
+        """Adds up the time of everything but the Pallas kernels."""
+        return sum(o.times * o.seconds for o in self.operations if not o.kernel)
+
+    @property
+    def hbm_bytes(self) -> float:
+        """Adds up what everything but the Pallas kernels reads and writes."""
+        return sum(o.times * o.hbm_bytes for o in self.operations if not o.kernel)
+
+
+def compile_here(
+    function: Callable[..., Any],
+    arguments: tuple,
+    chip: Chip,
+    *,
+    scoped_vmem_mib: int = 0,
+) -> Program:
+    """Compiles for one device; layouts of arguments and results are the compiler's choice.
+
+    Must be called once in a process, before anything else loads libtpu, which then reads its flags.
+
+    Args:
+      arguments: arrays or their shapes and dtypes.
+      scoped_vmem_mib: what one operation may allocate, where it does not say; 0: the default.
+    Raises:
+      UserError: libtpu is missing.
+    """
+    with tempfile.TemporaryDirectory(prefix='helios_schedules_') as directory:
+        others = os.environ.get('LIBTPU_INIT_ARGS', '')
+        os.environ['LIBTPU_INIT_ARGS'] = f'{others} {schedule.flags(Path(directory))}'
+        mesh = jax.sharding.Mesh(meshes.topology_devices(chip.topology)[:1], 'x')
+        whole = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+        anyhow: Any = Format(Layout.AUTO, whole)
+        shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), arguments)
+        jitted = jax.jit(function, in_shardings=anyhow, out_shardings=anyhow)
+        limit: Any = {'xla_tpu_scoped_vmem_limit_kib': f'{scoped_vmem_mib * 1024}'}
+        # The mesh tells what is traced which TPU it is for.
+        with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+            lowered = jitted.lower(*shapes)
+        compiled = lowered.compile(limit if scoped_vmem_mib else None)
+        schedules = schedule.read(Path(directory), chip.delay_slots)
+    memory: Any = compiled.memory_analysis()
+    operations = read(compiled.as_text() or '', schedules, chip)
+    return Program(operations, schedules, memory.temp_size_in_bytes)
+
+
+def read(hlo: str, schedules: dict[str, Schedule], chip: Chip) -> list[Operation]:
+    """Lists the operations that an optimised module runs, those of its loops included."""
+    entry, computations = split(hlo)
+    # libtpu schedules one of several operations that are alike.
+    twins = {
+        likeness(text): schedules[match[1]]
+        for texts in computations.values()
+        for text in texts
+        if (match := INSTRUCTION.match(text)) and match[1] in schedules
+    }
+
+    def visit(computation: str, times: float) -> list[Operation]:
+        found = []
+        matches = [m for text in computations[computation] if (m := INSTRUCTION.match(text))]
+        shapes = {match[1]: match[2] for match in matches}
+        for match in matches:
+            name, shape, opcode, rest = match.groups()
+            if opcode == 'while':
+                body, turns = loop(rest, computations)
+                found += visit(body, times * turns)
+            if opcode in FREE or opcode.endswith('-done'):
+                continue
+            operands = re.findall(r'%([\w.\-]+)', rest[: rest.index(')')])
+            moved = hbm_bytes(shape) + sum(hbm_bytes(shapes.get(o, '')) for o in operands)
+            kernel = 'custom_call_target="tpu_custom_call"' in rest
+            seconds = 0.0
+            if not kernel and not opcode.endswith('-start'):
+                code = schedules.get(name) or twins.get(likeness(match[0]))
+                cores = chip.num_cores if 'megacore_split_dim' in rest else 1
+                cycles = turned(code, rest) / cores if code else 0.0
+                seconds = max(cycles / chip.clock, moved / chip.hbm_bytes_per_second)
+            scoped = re.search(r'"used_scoped_memory_configs":\[([^\]]*)\]', rest)
+            sizes = re.findall(r'"size":"(\d+)"', scoped[1]) if scoped else []
+            vmem = sum(map(int, sizes))
+            found.append(Operation(name, opcode, kernel, times, seconds, moved, vmem))
+        return found
+
+    return visit(entry, 1.0)
+
+
+def split(hlo: str) -> tuple[str, dict[str, list[str]]]:
+    """Finds the name of the entry computation, and each computation's instructions."""
+    entry, current = '', ''
+    computations: dict[str, list[str]] = {}
+    for line in hlo.splitlines():
+        if match := COMPUTATION.match(line):
+            current = match[2]
+            entry = current if match[1] else entry
+            computations[current] = []
+        elif INSTRUCTION.match(line):
+            computations[current].append(line)
+        elif current and line != '}' and computations[current]:
+            computations[current][-1] += line  # a kernel's metadata spans lines
+    return entry, computations
+
+
+def likeness(text: str) -> tuple[str, ...]:
+    """Returns what an instruction shares with those that are compiled to the same code."""
+    match = INSTRUCTION.match(text)
+    assert match
+    bounds = re.search(r'"iteration_bounds":\[[^\]]*\]', text)
+    estimate = re.search(r'"estimated_cycles":"\d+"', text)
+    shape = match[2].replace('S(1)', '')
+    return match[3], shape, bounds[0] if bounds else '', estimate[0] if estimate else ''
+
+
+def turned(operation: Schedule, text: str) -> int:
+    """Counts the cycles of an operation whose outermost loop turns as often as its text says."""
+    bounds = re.search(r'"iteration_bounds":\[([^\]]*)\]', text)
+    turns = math.prod(map(int, re.findall(r'\d+', bounds[1]))) if bounds else 1
+    grid = operation.grid
+    if grid is operation.code:
+        return grid.total
+    return operation.code.total + (turns - 1) * grid.total
+
+
+def loop(text: str, computations: dict[str, list[str]]) -> tuple[str, int]:
+    """Finds the body of a while instruction, and how often it turns."""
+    body, condition = (
+        re.search(rf'{part}=%([\w.\-]+)', text)[1]  # type: ignore[index]
+        for part in ('body', 'condition')
+    )
+    known = re.search(r'"known_trip_count":\{"n":"(\d+)"', text)
+    if known:
+        return body, int(known[1])
+    bounds = re.findall(r' constant\((\d+)\)', '\n'.join(computations[condition]))
+    return body, max(map(int, bounds), default=1)
+
+
+def hbm_bytes(shape: str) -> float:
+    """Adds up the bytes of a shape's arrays, or a tuple's, that are in HBM; tiles are padded."""
+    total = 0.0
+    for kind, bits, dims, layout, rest in SHAPE.findall(shape):
+        if 'S(' in rest:
+            continue
+        sizes = [int(dim) for dim in dims.split(',') if dim]
+        tile = re.search(r':T\((\d+),(\d+)\)', rest)
+        if tile and len(sizes) > 1:
+            minor, second = (int(index) for index in layout.split(',')[:2])
+            sizes[minor] = -(-sizes[minor] // int(tile[2])) * int(tile[2])
+            sizes[second] = -(-sizes[second] // int(tile[1])) * int(tile[1])
+        width = 8 if kind == 'pred' else int(bits)
+        total += math.prod(sizes) * width / 8
+    return total

@@ -1,0 +1,121 @@
+"""What decoding gives back of a text, and which token gives back which bytes.
+
+Bits per byte compare between tokenizers only where nothing is lost: whoever drops a character is
+not charged for predicting it. So what decoding does not give back (a character outside the
+vocabulary, a capital that a normaliser lowers, a space that it removes) is counted, and no token is
+credited with its bytes.
+"""
+
+import difflib
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
+from jaxtyping import UInt32
+
+if TYPE_CHECKING:
+    from helios_jax.data.tokenizer import Tokenizer
+
+# Of text that comes back otherwise, characters that are compared: the time is quadratic.
+LONGEST_COMPARED = 4096
+
+
+class Encoded(NamedTuple):
+    """A text as tokens."""
+
+    ids: UInt32[np.ndarray, 'tokens']
+    num_bytes: UInt32[np.ndarray, 'tokens']  # of `kept`, in UTF-8
+    kept: str  # the characters that decoding gives back: the text itself where nothing is lost
+
+
+def keeps_all(tokenizer: 'Tokenizer', text: str, ids: list[int], returned: str) -> bool:
+    """Whether nothing of `text` is lost in its tokens `ids`, which decode to `returned`.
+
+    A space that decoding adds at an end takes nothing away. One that it strips from the start is
+    not lost where the tokens tell of it: where the text without it has other tokens.
+    """
+    if returned in (text, f' {text}', f'{text} '):
+        return True
+    return f' {returned}' in (text, f'{text} ') and tokenizer.encode(text[1:]) != ids
+
+
+def partly(
+    tokenizer: 'Tokenizer', text: str, ids: list[int], spans: Sequence[tuple[int, int]]
+) -> Encoded:
+    """The tokens of a text that does not come back whole.
+
+    Args:
+      spans: the first character of each token, and the one behind its last. Those of a BPE that
+        drops characters are wrong, but then its tokens are found in the text.
+    """
+    found = list(_found(tokenizer, text, ids))
+    return max((_compared(tokenizer, text, ids, s) for s in (spans, found)), key=_total)
+
+
+def _total(encoded: Encoded) -> int:
+    return int(encoded.num_bytes.sum(dtype=np.int64))
+
+
+def _found(tokenizer: 'Tokenizer', text: str, ids: list[int]) -> Iterator[tuple[int, int]]:
+    """Where each token's own text comes next; an empty span where it does not."""
+    position = 0
+    for index in ids:
+        own = tokenizer.decode([index]).strip(' ')
+        start = text.find(own, position, position + LONGEST_COMPARED) if own else -1
+        if start < 0:
+            yield position, position
+        else:
+            position = start + len(own)
+            yield start, position
+
+
+def _compared(
+    tokenizer: 'Tokenizer', text: str, ids: list[int], spans: Sequence[tuple[int, int]]
+) -> Encoded:
+    """Compares tokens in groups that stand for whole characters.
+
+    Each is compared with the characters since the group before, as it decodes behind that group.
+    """
+    kept, num_bytes = [], np.zeros(len(ids), np.uint32)
+    start, before = 0, ids[:0]
+    for first, last, end in _groups(spans, len(text)):
+        group = ids[first:last]
+        common = ''
+        if tokenizer.unk_id not in group:
+            common = _common(text[start:end], _decode_behind(tokenizer, before, group))
+        kept.append(common)
+        num_bytes[last - 1] = len(common.encode())
+        start, before = end, group
+    return Encoded(np.asarray(ids, np.uint32), num_bytes, ''.join(kept))
+
+
+def _groups(spans: Sequence[tuple[int, int]], length: int) -> Iterator[tuple[int, int, int]]:
+    """Runs of tokens that stand for whole characters: first, one behind the last, and their end.
+
+    Tokens whose spans overlap belong together (the bytes of a character), and one with an empty
+    span to what follows it. The last run reaches to the end of the text.
+    """
+    first, start, reached = 0, 0, 0
+    for last, (_, end) in enumerate(spans, 1):
+        reached = max(reached, end)
+        if last == len(spans):
+            yield first, last, length
+        elif reached > start and spans[last][0] >= reached:
+            yield first, last, reached
+            first, start = last, reached
+
+
+def _decode_behind(tokenizer: 'Tokenizer', before: list[int], group: list[int]) -> str:
+    """What `group` adds to the text of `before`: decoders treat the start of a text apart."""
+    alone, both = tokenizer.decode(before), tokenizer.decode([*before, *group])
+    return both[len(alone) :] if both.startswith(alone) else tokenizer.decode(group)
+
+
+def _common(source: str, returned: str) -> str:
+    """The characters of `source` that `returned` has too, in their order."""
+    if source == returned:
+        return source
+    if min(len(source), len(returned)) > LONGEST_COMPARED:
+        return ''
+    matcher = difflib.SequenceMatcher(None, source, returned, autojunk=False)
+    return ''.join(source[m.a : m.a + m.size] for m in matcher.get_matching_blocks())

@@ -1,0 +1,134 @@
+"""The closed form against the compiler: 30 train steps, compiled for TPUs on any machine.
+
+    helios plan --validate
+
+Models are small enough to compile in about a minute each, and large enough that activations,
+gradients and weights all weigh. Compare `live temp`: what the compiler keeps beside the arguments
+at the peak. A plan that is optimistic about the peak would let a run start that cannot fit.
+"""
+
+import importlib.metadata
+import json
+import sys
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+from helios_jax import config
+from helios_jax.chips import topology
+from helios_jax.plan import changes, measured, planning
+from helios_jax.plan.compiler import compiled
+
+TOPOLOGIES = ('v5e:2x2', 'v5p:2x2x1', 'v6e:2x2')
+POLICIES = ('full', 'fp8', 'offload', 'fp8_offload')
+ARGUMENTS_ERROR = 0.05  # largest relative error of argument bytes
+TEMPORARY_ERROR = 0.15  # of live temporaries
+OPTIMISM = 0.05  # how far the peak may lie above the prediction
+
+
+class Case(NamedTuple):
+    layers: str  # dense | moe
+    policy: str
+    topology: str
+    backward_parts: int = 1
+
+    @property
+    def config(self) -> config.Config:
+        return config.Config(
+            model=config.Model(
+                vocab_size=32_768,
+                num_layers=8,
+                embed_dim=2048,
+                num_heads=16,
+                num_kv_heads=4,
+                head_dim=128,
+                mlp_dim=8192,
+                period=self.layers,
+                moe=config.MoE(num_experts=8, num_experts_per_token=2, mlp_dim=2048),
+            ),
+            data=config.Data(row_length=2048),
+            train=config.Train(batch_rows=8),
+            memory=config.Memory(self.policy, backward_parts=self.backward_parts),
+        ).resolve(32_768)
+
+
+CASES = [
+    Case(layers, policy, name)
+    for name in TOPOLOGIES
+    for layers in ('dense', 'moe')
+    for policy in POLICIES
+] + [
+    Case('dense', policy, name, changes.PARTS)
+    for name in TOPOLOGIES
+    for policy in ('full', 'fp8_offload')
+]
+
+
+def errors(case: Case) -> dict[str, Any]:
+    """Predicted and compiled GiB of one case, and the relative errors of the prediction."""
+    where = topology(case.topology)
+    made = planning.plan(case.config, where.chip, where.num_devices)
+    predicted, found = compiled.predicted(made), compiled.measure(case.config, case.topology)
+    row = {**case._asdict(), 'compile_seconds': found['compile_seconds']}
+    for name in ('arguments', 'live_temp', 'peak', 'host_temp'):
+        guess, true = predicted[f'{name}_gib'], found[f'{name}_gib']
+        row |= {f'{name}_predicted': guess, f'{name}_compiled': true}
+        row[f'{name}_error'] = guess / true - 1 if true > 1e-3 else 0.0
+    row['within'] = (
+        abs(row['arguments_error']) <= ARGUMENTS_ERROR
+        and abs(row['live_temp_error']) <= TEMPORARY_ERROR
+        and row['peak_error'] >= -OPTIMISM
+    )
+    return row
+
+
+def report(as_json: bool) -> None:
+    """Compiles every case and prints a line for each, as it is done.
+
+    Exits with code 1 if a case is beyond its limits.
+    """
+    if not as_json:
+        print('\n'.join(ages()), HEAD, sep='\n\n')
+    rows = []
+    for row in map(errors, CASES):
+        rows.append(row)
+        print(json.dumps(row) if as_json else line(row), flush=True)
+    if not as_json:
+        print('\n'.join(summary(rows)))
+    if not all(row['within'] for row in rows):
+        sys.exit(1)
+
+
+HEAD = (
+    f'{"case":34} {"arguments, GiB":>22} {"live temporary, GiB":>22} {"peak, GiB":>22} '
+    f'{"host, GiB":>13}'
+)
+
+
+def ages() -> Iterator[str]:
+    """When each figure that the predictions rest on was last true, and what is compared now."""
+    now = ', '.join(f'{name} {importlib.metadata.version(name)}' for name in ('jax', 'libtpu'))
+    yield f'Figures that were read off, and the day on which each was last true; now {now}:'
+    yield from measured.ages()
+
+
+def line(row: dict[str, Any]) -> str:
+    """Predicted, compiled and error of each figure."""
+    cells = [
+        f'{row[f"{n}_predicted"]:6.3f} {row[f"{n}_compiled"]:6.3f} {100 * row[f"{n}_error"]:+6.1f}%'
+        for n in ('arguments', 'live_temp', 'peak')
+    ]
+    host = f'{row["host_temp_predicted"]:6.3f} {row["host_temp_compiled"]:6.3f}'
+    parts = f' {row["backward_parts"]} parts' if row['backward_parts'] > 1 else ''
+    name = f'{row["layers"]} {row["policy"]} {row["topology"]}{parts}'
+    return f'{name:34} ' + ' '.join(f'{c:>22}' for c in cells) + f' {host:>13}'
+
+
+def summary(rows: list[dict[str, Any]]) -> Iterator[str]:
+    worst = lambda name: max(abs(row[f'{name}_error']) for row in rows)  # noqa: E731
+    yield (
+        f'largest errors: arguments {100 * worst("arguments"):.1f}%, live temporary '
+        f'{100 * worst("live_temp"):.1f}%, peak {100 * worst("peak"):.1f}%'
+    )
+    optimism = max(-row['peak_error'] for row in rows)
+    yield f'most optimistic peak: {100 * max(optimism, 0):.1f}% below the compiler'
+    yield f'{sum(row["within"] for row in rows)} of {len(rows)} cases within their limits'

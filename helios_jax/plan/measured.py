@@ -1,0 +1,94 @@
+"""Every figure of the planner that was read off a schedule, a profile or a clock, with its day.
+
+Such figures age with compilers and kernels: `helios plan --validate` compares predictions with the
+compiler at hand and prints when each figure was last true. Those of chips are in chips.py.
+"""
+
+import dataclasses
+from collections.abc import Iterator
+from typing import Any, Generic, TypeVar
+
+from helios_jax import chips
+
+Number = TypeVar('Number', int, float)
+
+
+@dataclasses.dataclass(frozen=True)
+class Measured(Generic[Number]):
+    value: Number
+    meaning: str
+    seen: str  # the day on which it was last true
+    source: str
+
+
+# `seen` is the day of the last --validate with all cases within their limits.
+_SCHEDULES = ('2026-11-23', "read from libtpu 0.0.50's schedules for v5e; validated by jax 0.10.2")
+_TRACED = ('2026-11-23', 'the traced gradient: jax 0.12.0')
+_H100 = ('2026-11-22', 'one H100 80GB HBM3')
+_PROFILE = ('2026-11-22', 'profile of helios_1b on one H100: jax 0.12.0')
+
+# One layer's backward pass, in arrays [B T D] or, inside an MLP, [B T F].
+STREAMS = Measured(
+    6,
+    "[B T D] in one sublayer's backward pass: x, x̂, the update, and the gradients of the stream, "
+    'of the update and of what it was computed from',
+    *_SCHEDULES,
+)
+RECOMPUTED_STREAMS = Measured(
+    3,
+    '[B T D] more where a layer runs again from its input: both x̂ and the stream between',
+    *_SCHEDULES,
+)
+RECOMPUTED_OF_A_GATE = Measured(
+    2,
+    "[B T D] more for each gate of such a layer: what its weights' gradients, which XLA computes "
+    'last, are to be made of',
+    *_SCHEDULES,
+)
+REPLAYED_STREAMS = Measured(
+    7,
+    "[B T D] while an MLP in parts runs again, whole: both sublayers' x̂, the stream between them "
+    "and its norm's, q, attention's output and update",
+    *_SCHEDULES,
+)
+REPLAYED_INSIDE = Measured(3, '[B T F] of the same: gate, up and their product', *_SCHEDULES)
+INSIDE = Measured(
+    3, '[B T F] of an MLP: the gradients of gate and up, and one of gate, up, product', *_SCHEDULES
+)
+INSIDE_QUANTISED = Measured(
+    2, 'the same from a byte a value, restored in the operations that read it', *_SCHEDULES
+)
+IN_A_PART = Measured(
+    6, "[B T F/parts] of one part's inside: gate, up, product, and their gradients", *_SCHEDULES
+)
+# What autodiff keeps under memory.policy=none, in float32.
+NORM = Measured(2, '[B T D] of a norm in front of a sublayer', *_TRACED)
+GATE = Measured(4, '[B T D] of a gate', *_TRACED)
+STATIC_GATE = Measured(1, '[B T D] of a static gate', *_TRACED)
+OUTPUT_NORM = Measured(2, '[B T D] of the norm of an output', *_TRACED)
+SILU = Measured(3, '[B T F] of a SiLU', *_TRACED)
+# Seconds.
+MATMUL_FRACTION = Measured(0.8, 'of peak FLOP/s: 798 of 989 TFLOP/s, bfloat16, 8192³', *_H100)
+ATTENTION_FRACTION = Measured(0.44, 'of peak: cuDNN forward and backward, 436 TFLOP/s', *_H100)
+MEMORY_FRACTION = Measured(0.9, 'of HBM bandwidth: a copy, 3.0 of 3.35 TB/s', *_H100)
+HOST_FRACTION = Measured(
+    0.75, "of PCIe 5's 64 GB/s: a state fetched and written back, one after the other", *_H100
+)
+STREAM_PASSES = Measured(
+    120, "times that a layer's elementwise work reads or writes an array [B T D]", *_PROFILE
+)
+GATE_PASSES = Measured(35, 'more of them for each gated sublayer', *_PROFILE)
+INSIDE_PASSES = Measured(9, 'times that an MLP reads or writes an array [B T F]', *_PROFILE)
+
+
+def figures() -> dict[str, Measured[Any]]:
+    """Every figure of this module by its name."""
+    return {name: value for name, value in globals().items() if isinstance(value, Measured)}
+
+
+def ages() -> Iterator[str]:
+    """A line for each figure: its name and value, the day it was last true, and by what."""
+    for name, row in figures().items():
+        yield f'{name:28} {row.value:<8g} {row.seen}  {row.source}'
+    for (platform, field), source in chips.SOURCES.items():
+        yield f'{f"chips, {platform}: {field}":37} {source.checked}  {source.text}'

@@ -1,0 +1,145 @@
+"""From a checkpoint directory to a model that is ready to use."""
+
+import logging
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+from etils import epath
+from jaxtyping import PyTree
+
+from helios_jax import checkpoint, config
+from helios_jax.data import tokenizer as tokenizers
+from helios_jax.errors import UserError, require
+from helios_jax.model.transformer import Transformer, abstract_variables
+from helios_jax.parallel import mesh as meshes
+from helios_jax.parallel import sharding
+
+log = logging.getLogger(__name__)
+
+VARIABLES = ('params', 'router')  # the items that a model reads
+
+
+class Restored(NamedTuple):
+    model: Transformer
+    variables: PyTree  # for model.apply: 'params', and 'router' of a mixture of experts
+    tokenizer: tokenizers.Tokenizer
+    config: config.Config
+
+
+def checkpoint_directory(directory: epath.PathLike) -> epath.Path:
+    """The checkpoints below a run's workdir, or `directory` where it is theirs already."""
+    path = epath.Path(directory).expanduser()
+    return path / 'checkpoints' if (path / 'checkpoints').exists() else path
+
+
+def restore(
+    directory: epath.PathLike,
+    step: int | str = 'latest',
+    *,
+    mesh: jax.sharding.Mesh | None = None,
+    rope: dict[str, Any] | None = None,
+) -> Restored:
+    """Reads a checkpoint onto this machine's devices, whatever mesh wrote it.
+
+    Of its files only those of the variables, the metadata and the tokenizer are read, each hashed.
+
+    Args:
+      directory: a run's workdir, or its `checkpoints`; local or gs://.
+      step: latest, best, or a number.
+      mesh: where the parameters go; all devices by default (`default_mesh`). Call the model under
+        `jax.set_mesh` of it if it has several.
+      rope: settings to replace, such as {'scaling': 'dynamic'} to read past the trained length.
+    Raises:
+      UserError: no checkpoint there, no such step, damaged files, a config that this version
+        refuses, or a tokenizer that is not the checkpoint's.
+    """
+    opened = checkpoint.open_step(checkpoint_directory(directory), step, VARIABLES)
+    cfg = saved_config(opened)
+    if rope:
+        cfg = config.replace(cfg, {f'model.rope.{name}': value for name, value in rope.items()})
+    tokenizer = load_tokenizer(opened)
+    model = Transformer(cfg.model)
+    return Restored(model, restore_variables(model, opened, mesh), tokenizer, cfg)
+
+
+def read_metadata(directory: epath.PathLike, step: int | str = 'latest') -> dict[str, Any]:
+    """Reads what was saved beside the arrays of a step: config, data, samples, metrics."""
+    return checkpoint.open_step(checkpoint_directory(directory), step).metadata
+
+
+def saved_config(opened: checkpoint.Opened) -> config.Config:
+    """The resolved config that a checkpoint was trained with.
+
+    Raises:
+      UserError: it has none, or one that this version refuses.
+    """
+    try:
+        return config.from_dict(opened.metadata.get('config'))
+    except UserError as error:
+        raise UserError(
+            f'the config in checkpoint {opened.folder} cannot be used: {error}'
+        ) from error
+
+
+def load_tokenizer(opened: checkpoint.Opened) -> tokenizers.Tokenizer:
+    """The tokenizer that travels with the checkpoints.
+
+    Raises:
+      UserError: its file is absent or is not the one that the checkpoint was saved with.
+    """
+    folder = checkpoint.tokenizer_directory(opened.directory)
+    spec, hashes = opened.metadata.get('tokenizer'), opened.metadata.get('tokenizer_files', {})
+    if not isinstance(spec, str) or epath.Path(spec).name != spec or not isinstance(hashes, dict):
+        raise UserError(
+            f'checkpoint {opened.folder} names no tokenizer in its metadata, but {spec!r:.80}; '
+            'restore another step (see `helios ckpt ls`).'
+        )
+    for name, digest in hashes.items():
+        path = folder / str(name)
+        require(
+            path.name == name and path.is_file() and checkpoint.sha256(path) == digest,
+            f'tokenizer file {path} is not the one that checkpoint {opened.folder} was saved with; '
+            'put that one back.',
+        )
+    tokenizer = tokenizers.load(spec, folder)
+    expected = saved_config(opened).model.vocab_size
+    require(
+        tokenizer.vocab_size == expected,
+        f'tokenizer {spec} has {tokenizer.vocab_size} tokens, but the checkpoint in '
+        f'{opened.directory} was trained with {expected}; put back the tokenizer that was saved '
+        'with it.',
+    )
+    return tokenizer
+
+
+def restore_variables(
+    model: Transformer,
+    opened: checkpoint.Opened,
+    mesh: jax.sharding.Mesh | jax.sharding.AbstractMesh | None = None,
+) -> PyTree:
+    """The model's variables from one step, sharded over `mesh`."""
+    boxed = abstract_variables(model)
+    shapes, axes = nn.unbox(boxed), sharding.logical_axes(boxed)
+    mesh = default_mesh(axes, shapes) if mesh is None else mesh
+    shardings = sharding.tree_shardings(mesh, axes, shapes)
+    abstract = jax.tree.map(
+        lambda x, where: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where), shapes, shardings
+    )
+    return {collection: opened.restore(collection, tree) for collection, tree in abstract.items()}
+
+
+def default_mesh(axes: PyTree, shapes: PyTree) -> jax.sharding.Mesh:
+    """All devices, the weights split over them where the sizes allow, else a copy on each."""
+    split = meshes.make(config.Mesh())
+    try:
+        sharding.tree_shardings(split, axes, shapes)
+    except UserError as error:
+        log.info('Every device holds a copy of the weights: %s', error)
+        return meshes.make(config.Mesh(data=-1, fsdp=1))
+    return split
+
+
+def mesh_of(variables: PyTree) -> jax.sharding.Mesh:
+    """The mesh that restored variables live on."""
+    return jax.tree.leaves(variables)[0].sharding.mesh

@@ -1,0 +1,111 @@
+"""What a run ends with: its held-out score, a report, a sample, and a table for people."""
+
+import dataclasses
+import sys
+
+import jax
+import rich.console
+import rich.text
+from etils import epath
+
+from helios_jax import display
+from helios_jax.data import baselines, pipeline
+from helios_jax.evaluate.generate import generate
+from helios_jax.evaluate.perplexity import evaluate
+from helios_jax.model.transformer import Transformer
+from helios_jax.parallel import sharding
+from helios_jax.train import figures, metrics, report
+from helios_jax.train import state as states
+from helios_jax.train.run import Run, readable
+
+SAMPLE_TOKENS = 400
+
+
+def score(run: Run, state: states.TrainState) -> dict[str, float]:
+    """Held-out loss and bits per byte."""
+    cfg = run.config
+    rows = sharding.sharding(run.setup.mesh, ('batch', 'length'))
+    batches = pipeline.eval_batches(
+        run.data.validation, batch_rows=cfg.train.batch_rows, num_rows=cfg.train.eval_rows
+    )
+    return evaluate(
+        Transformer(cfg.model),
+        readable(run, state),
+        (pipeline.to_global(batch, rows) for batch in batches),
+        eos_id=run.tokenizer.eos_id,
+        documents_apart=cfg.data.documents_apart,
+        lost_fraction=run.data.validation.lost_fraction,
+    )
+
+
+def write_report(run: Run, state: states.TrainState, held_out: dict[str, float]) -> None:
+    """Writes report.md into the workdir, with a sample that continues held-out text; prints both.
+
+    Every process calls this: the sample is computed by all of them.
+    """
+    with display.phase('Writing a sample'):
+        prompt, sample = continuation(run, state)
+    if jax.process_index() != 0:
+        return
+    validation = run.data.validation
+    data = {
+        'corpus': run.config.data.corpus,
+        'fingerprint': run.data.train.fingerprint,
+        'training tokens': run.data.train.num_tokens,
+        'training bytes': run.data.train.num_bytes,
+        'held-out bytes': validation.num_bytes,
+    }
+    yardsticks = baselines.bits_per_byte(validation, run.tokenizer)
+    final = {**held_out, **yardsticks, **figures.speed(metrics.read(run.workdir / metrics.FILE))}
+    path = report.write(
+        run.workdir,
+        config_dict=dataclasses.asdict(run.config),
+        environment=report.environment(),
+        data=data,
+        final=final,
+        sample=f'{prompt}⟦generated from here⟧{sample}',
+    )
+    show(final, prompt, sample, path)
+
+
+def show(final: dict[str, float], prompt: str, sample: str, path: epath.Path) -> None:
+    """Prints a table of the figures, the sample and where the report lies."""
+    console = rich.console.Console(file=sys.stdout, highlight=False, markup=False, emoji=False)
+    console.print()
+    rows = figures.table(final)
+    widths = [max(len(row[column]) for row in rows) for column in (0, 1)]
+    for label, number, unit in rows:
+        line = rich.text.Text(label.ljust(widths[0]) + '  ')
+        line.append(number.rjust(widths[1]), style='bold')
+        console.print(line.append(f'  {unit}'.rstrip()), soft_wrap=True)
+    text = rich.text.Text(printable(prompt), style='dim')
+    console.print('', text.append(printable(sample), style='not dim'), '', sep='\n', soft_wrap=True)
+    console.print(f'Report: {path}', soft_wrap=True)
+
+
+def printable(text: str) -> str:
+    """The text with a mark for each character that would steer a terminal."""
+    return ''.join(c if c.isprintable() or c in '\n\t' else '�' for c in text)
+
+
+def continuation(run: Run, state: states.TrainState) -> tuple[str, str]:
+    """The opening of a held-out document, and what the model makes of it."""
+    row = next(
+        iter(
+            pipeline.eval_batches(
+                run.data.validation, batch_rows=1, num_rows=1, num_hosts=1, host=0
+            )
+        )
+    )
+    length = min(64, max(2, run.config.data.row_length // 4))
+    prompt = [int(token) for token in row.tokens[0, :length]]
+    made = generate(
+        Transformer(run.config.model),
+        readable(run, state),
+        [prompt],
+        max_tokens=SAMPLE_TOKENS,
+        eos_id=run.tokenizer.eos_id,
+        temperature=0.8,
+        seed=run.config.train.seed,
+    )
+    return run.tokenizer.decode(prompt), run.tokenizer.decode(made[0])

@@ -1,0 +1,1 @@
+"""What is right: float64 oracles, the cases they judge, and bounds that an error must keep."""

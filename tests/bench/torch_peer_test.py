@@ -1,0 +1,106 @@
+"""PyTorch's side of the comparison, without PyTorch: its batches, its FLOPs, its flags."""
+
+import itertools
+import json
+import re
+
+import numpy as np
+import pytest
+
+from helios_jax import cli
+from helios_jax.arch import flops, weights
+from helios_jax.bench import torch_peer
+from helios_jax.bench.torch_peer import Peer
+from helios_jax.config import GMU, Model
+from helios_jax.errors import UserError
+
+SMALL = Peer(batch=2, length=5, vocab=37, steps=4)
+
+
+def test_its_flops_a_token_are_those_of_helios_without_gates():
+    """Both sides' MFU count alike, but for the norms' scales, which are parameters of Llama."""
+    peer = Peer()
+    model = Model(
+        vocab_size=peer.vocab, num_layers=peer.layers, embed_dim=peer.embed, num_heads=peer.heads,
+        num_kv_heads=peer.kv_heads, head_dim=peer.head, mlp_dim=peer.mlp, gmu=GMU(kind='residual'),
+    )  # fmt: skip
+    ours = flops.flops_per_token(model, peer.length)
+    assert peer.flops_per_token(weights.count(model)) == pytest.approx(ours, rel=1e-4)
+
+
+def test_speed_counts_the_timed_steps_alone():
+    parameters = 1_000_000
+    found = torch_peer.speed(SMALL, parameters, seconds=0.5, hardware='NVIDIA H100 80GB HBM3')
+    assert found['tokens_per_second'] == 4 * 2 * 5 / 0.5
+    assert found['step_seconds'] == 0.125
+    assert found['tflops_per_second'] == 80 * SMALL.flops_per_token(parameters) / 1e12
+    assert found['mfu'] == pytest.approx(found['tflops_per_second'] / 989)
+
+
+def test_hardware_of_unknown_peak_has_no_mfu():
+    found = torch_peer.speed(SMALL, 10_000, seconds=3.0, hardware='cpu')
+    assert found['mfu'] is None
+    assert 'NaN' not in json.dumps(found)
+
+
+def test_random_batches_hold_ids_of_the_vocabulary():
+    first, second = itertools.islice(torch_peer.batches(SMALL), 2)
+    assert first.shape == (2, 5)
+    assert (first != second).any()
+    assert first.min() >= 0 and first.max() < 37
+
+
+def test_batches_of_a_file_start_again_and_leave_out_what_fills_none(tmp_path):
+    tokens = np.arange(23, dtype=np.uint16)
+    np.save(tmp_path / 'tokens.npy', tokens)
+    peer = Peer(batch=2, length=5, vocab=37, tokens=str(tmp_path / 'tokens.npy'))
+    first, second, third = itertools.islice(torch_peer.batches(peer), 3)
+    assert first.dtype == np.int64
+    np.testing.assert_array_equal(np.concatenate([first, second]).ravel(), tokens[:20])
+    np.testing.assert_array_equal(third, first)
+
+
+@pytest.mark.parametrize(
+    ('tokens', 'message'),
+    [
+        (np.arange(9), 'holds 9 values.*at least 10'),
+        (np.full(10, 37), '--vocab=37'),
+        (np.full(10, -1), 'from 0'),
+        (np.ones(10), 'float64'),
+        (None, 'cannot be read as a .npy file'),
+    ],
+)
+def test_a_file_that_holds_no_such_tokens_is_refused(tokens, message, tmp_path):
+    path = tmp_path / 'tokens.npy'
+    path.write_bytes(b'no array') if tokens is None else np.save(path, tokens)
+    with pytest.raises(UserError, match=message):
+        next(torch_peer.batches(Peer(batch=2, length=5, vocab=37, tokens=str(path))))
+
+
+def test_flags_are_the_fields(monkeypatch, capsys):
+    given = []
+
+    def measured(values):
+        given.append(values)
+        return {'tokens_per_second': 1234567.8, 'mfu': None, 'steps': 3}
+
+    monkeypatch.setattr(torch_peer, 'measure_peer', measured)
+    arguments = ['bench', 'torch_peer', '--batch=3', '--tokens=t.npy', '--eager', '--kv_heads=2']
+    cli.main([*arguments, '--json'])
+    printed = json.loads(capsys.readouterr().out)
+    assert Peer(**given[0]) == Peer(batch=3, tokens='t.npy', eager=True, kv_heads=2)
+    assert printed == {'tokens_per_second': 1234567.8, 'mfu': None, 'steps': 3}
+    cli.main(arguments)
+    assert capsys.readouterr().out == 'tokens_per_second: 1.23457e+06\nmfu: None\nsteps: 3\n'
+
+
+@pytest.mark.parametrize(
+    ('flag', 'message'),
+    [('--steps=0', 'steps=0.*above 0'), ('--kv_heads=3', 'kv_heads=3.*heads=16')],
+)
+def test_a_shape_that_cannot_be_is_refused(flag, message, capsys):
+    with pytest.raises(SystemExit) as caught:
+        cli.main(['bench', 'torch_peer', flag])
+    assert caught.value.code == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert re.search(message, line), line

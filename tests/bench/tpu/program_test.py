@@ -1,0 +1,28 @@
+"""Reading an optimised module: its operations, loops and twins."""
+
+from pathlib import Path
+
+import pytest
+from tpu_by_hand import CYCLES, by_hand
+
+from helios_jax.bench.tpu import program
+from helios_jax.bench.tpu.timing import CHIPS
+
+
+def test_a_program_is_read_with_its_loops_and_twins():
+    chip = CHIPS['v5e']
+    hlo = (Path(__file__).parent / 'dumps' / 'program.txt').read_text()
+    operations = {o.name: o for o in program.read(hlo, {'fusion.1': by_hand()}, chip)}
+    assert list(operations) == ['fusion.1', 'fusion.2', 'copy-start', 'kernel.2']
+    kernel = operations['kernel.2']
+    assert (kernel.kernel, kernel.times, kernel.vmem_bytes) == (True, 5, 4096)
+    # 20 turns of the loop, but for two bundles outside it; fusion.2 is compiled like fusion.1.
+    cycles = 2 + 20 * (len(CYCLES) - 2)
+    assert operations['fusion.1'].seconds == operations['fusion.2'].seconds == cycles / chip.clock
+    tile = 16 * 128 * 4
+    assert operations['fusion.1'].hbm_bytes == 3 * 8 * 128 * 2  # padded; the result is in VMEM
+    assert operations['fusion.2'].hbm_bytes == 3 * 8 * 128 * 2 + tile
+    assert operations['copy-start'].seconds == 0 and operations['copy-start'].hbm_bytes > tile
+    whole = program.Program(list(operations.values()), {}, 0)
+    assert whole.kernels == [kernel]
+    assert whole.seconds == pytest.approx(2 * cycles / chip.clock)

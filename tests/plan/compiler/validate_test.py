@@ -1,0 +1,64 @@
+"""Six of the cases that `helios plan --validate` compiles: minutes each on two cores."""
+
+import pytest
+
+from helios_jax.plan import measured
+from helios_jax.plan.compiler import validate
+
+SIX = [
+    validate.Case('dense', 'full', 'v6e:2x2'),
+    validate.Case('dense', 'fp8', 'v5p:2x2x1'),
+    validate.Case('dense', 'offload', 'v5e:2x2'),
+    validate.Case('dense', 'fp8_offload', 'v5p:2x2x1', 4),
+    validate.Case('moe', 'full', 'v5p:2x2x1'),
+    validate.Case('moe', 'fp8', 'v5e:2x2'),
+]
+
+
+def test_the_cases_cover_layers_policies_and_topologies():
+    assert len(set(validate.CASES)) == 30
+    assert set(SIX) < set(validate.CASES)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('case', SIX, ids=str)
+def test_the_closed_form_is_near_the_compiler(case):
+    pytest.importorskip('libtpu')
+    row = validate.errors(case)
+    assert row['within'], validate.line(row)
+
+
+def test_a_row_outside_its_limits_is_counted():
+    row = {
+        'layers': 'dense',
+        'policy': 'full',
+        'topology': 'v5e:2x2',
+        'backward_parts': 4,
+        'within': False,
+    }
+    for name in ('arguments', 'live_temp', 'peak', 'host_temp'):
+        row |= {f'{name}_predicted': 1.0, f'{name}_compiled': 1.25, f'{name}_error': -0.2}
+    assert '-20.0%' in validate.line(row)
+    text = '\n'.join(validate.summary([row, row | {'within': True}]))
+    assert 'peak 20.0%' in text
+    assert '20.0% below the compiler' in text
+    assert '1 of 2 cases' in text
+
+
+@pytest.mark.parametrize('within', [True, False])
+def test_a_report_says_when_each_figure_was_last_true_and_fails_beyond_the_limits(
+    within, capsys, monkeypatch
+):
+    row = {'layers': 'dense', 'policy': 'full', 'topology': 'v5e:2x2', 'backward_parts': 1}
+    for name in ('arguments', 'live_temp', 'peak', 'host_temp'):
+        row |= {f'{name}_predicted': 1.0, f'{name}_compiled': 1.25, f'{name}_error': -0.2}
+    monkeypatch.setattr(validate, 'errors', lambda case: row | {'within': within})
+    if within:
+        validate.report(as_json=False)
+    else:
+        with pytest.raises(SystemExit, match='1'):
+            validate.report(as_json=False)
+    out = capsys.readouterr().out
+    assert 'last true; now jax ' in out
+    for name, figure in measured.figures().items():
+        assert f'{name} ' in out and figure.seen in out
