@@ -10,7 +10,7 @@ import os
 import select
 import sys
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
 from helios_jax.errors import UserError, require
 
@@ -34,8 +34,16 @@ FIXES = {
 
 
 def main(argv: Sequence[str] | None = None) -> None:
+    """Runs a command: the program's arguments, or those given.
+
+    Raises:
+      SystemExit: code 2 after an error and its line, 130 after Ctrl-C, 0 after help.
+    """
     try:
-        run(sys.argv[1:] if argv is None else argv)
+        if argv is None:  # a process of its own
+            argv = sys.argv[1:]
+            quiet_failed_saves()
+        run(argv)
         sys.stdout.flush()
     except KeyboardInterrupt:
         fail('interrupted.', code=130)
@@ -59,7 +67,6 @@ def run(argv: Sequence[str]) -> None:
     # Only here, so that Ctrl-C while they are imported ends as any other does.
     from helios_jax import options
 
-    quiet_failed_saves()
     options.dispatch('helios', commands(), argv or ['--help'])
 
 
@@ -68,17 +75,18 @@ def quiet_failed_saves() -> None:
     from absl import logging as absl_logging
 
     absl_logging.get_absl_logger().addFilter(is_news)
-    sys.excepthook = report_unless_late
+    sys.unraisablehook = report_unless_late
 
 
 def is_news(record: logging.LogRecord) -> bool:
     return not (record.exc_info and 'orbax' in record.pathname)
 
 
-def report_unless_late(kind: type[BaseException], error: BaseException, trace: Any) -> None:
-    # What TensorStore writes on after another array failed reports to a loop that is gone.
-    if not (kind is RuntimeError and str(error) == 'Event loop is closed'):
-        sys.__excepthook__(kind, error, trace)
+def report_unless_late(unraisable: 'sys.UnraisableHookArgs') -> None:
+    # Once one array has failed, what TensorStore writes of the others reports to a loop that is
+    # gone.
+    if str(unraisable.exc_value) != 'Event loop is closed':
+        sys.__unraisablehook__(unraisable)
 
 
 def commands() -> 'Group':
