@@ -45,7 +45,7 @@ def check(name: str, path: str) -> None:
 
 
 def identities(files: Sequence[epath.Path]) -> list[list[Any]]:
-    """For each file, values that change whenever its content does, without reading it.
+    """Values of each file that change whenever its content does, found without reading it.
 
     A local file has its absolute path, inode, size, and times of modification and of change in
     nanoseconds. The time of change (ctime) is what is relied on: the kernel sets it at every write,

@@ -1,4 +1,4 @@
-"""From a checkpoint directory to a model that is ready to use."""
+"""Makes a model that is ready to use out of a checkpoint directory."""
 
 import logging
 from typing import Any, NamedTuple

@@ -191,7 +191,7 @@ class Model:
 
     @property
     def gate_width(self) -> int:
-        """Of what a token's gate is computed from: a low rank, or a value a channel, head or token.
+        """Width of a gate's hidden vector: the rank, D, the number of heads, 1, or 0 (static).
 
         A static gate reads nothing of a token.
         """

@@ -1,4 +1,4 @@
-"""From a corpus to batches: a pure function of data, seed and samples consumed.
+"""Batches of a corpus: a pure function of data, seed and samples consumed.
 
 Resuming needs one number, and hosts, which each read their slice of a batch, cannot change it.
 """

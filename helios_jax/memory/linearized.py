@@ -3,8 +3,8 @@
 `jax.vjp` of a `jax.checkpoint`ed function is a pytree whose leaves are the tensors that the policy
 saves and the function's own arguments. The leaves have no names, so the function is traced once and
 each leaf followed back through the jaxpr: to an argument, or to the `checkpoint_name` (or the
-kernel) that made it. A leaf may serve nothing but computations that are dead in the backward pass,
-such as a kernel whose results are all saved: those are removed before anything is stored.
+kernel) that made it. Leaves that only feed computations which the backward pass does not need, such
+as a kernel whose results are all saved, are dropped before anything is stored.
 """
 
 import dataclasses
@@ -107,7 +107,7 @@ def _size(tree: Any) -> int:
 def _leaves(
     jaxpr: Any, used: list[bool], first: int, place_of_x: int, input_name: str
 ) -> Iterator[Leaf]:
-    """Those used of the leaves that `jaxpr` returns from its output number `first` on."""
+    """Describes the used leaves, which `jaxpr` returns from its output number `first` on."""
     arguments = {id(v): i for i, v in enumerate(jaxpr.invars)}
     constants = {id(v): i for i, v in enumerate(jaxpr.constvars)}
     seen: dict[int, int] = {}
@@ -123,7 +123,7 @@ def _leaves(
 
 
 def source(variable: Any, jaxpr: Any) -> Any:
-    """The variable of `jaxpr` that a call hands on unchanged as this one, or this one itself."""
+    """Follows a variable back through calls that return an input unchanged."""
     made_by = {id(v): (e, place) for e in jaxpr.eqns for place, v in enumerate(e.outvars)}
     while id(variable) in made_by:
         equation, place = made_by[id(variable)]

@@ -94,7 +94,7 @@ def _completed(chosen: Mapping[str, str], preset: str) -> dict[str, str]:
 
 
 def chosen_actions(memory: config.Memory) -> dict[str, str]:
-    """Those that the user asked for by name."""
+    """Actions that the user asked for by name."""
     return {n: a for n, a in dataclasses.asdict(memory.actions).items() if a}
 
 

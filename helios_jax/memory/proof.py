@@ -154,7 +154,7 @@ def rows(arrays: list[Saved], *, host: bool) -> list[dict[str, Any]]:
 
 
 def line(arrays: list[Saved], *, host: bool) -> str:
-    """For the log: what is saved for backward on one device."""
+    """A line for the log: what one device saves for its backward pass."""
     table = rows(arrays, host=host)
     total = {place: sum(row[f'{place}_bytes'] for row in table) for place in ('device', 'host')}
     names = ', '.join(f'{row["name"]} {row["action"]}' for row in table)

@@ -236,7 +236,7 @@ def keep(scheme: Scheme, linear: Linearized, leaves: list[Any]) -> Kept:
 
 
 def fetch(far: Any) -> Any:
-    """From the host, still in the form that it was stored in."""
+    """Brings arrays back from the host, still in the form that they were stored in."""
     return jax.device_put(far, jax.memory.Space.Device)
 
 

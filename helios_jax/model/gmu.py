@@ -53,7 +53,7 @@ def input_eps(model: config.Model, index: Any) -> Any:
 
 
 class Weights(NamedTuple):
-    """Of a GMU; None where its kind lacks one. Matrices are in the compute dtype."""
+    """A GMU's weights; None where its kind lacks one. Matrices are in the compute dtype."""
 
     from_input: Float[Array, 'D W'] | None = None
     from_output: Float[Array, 'D W'] | None = None
@@ -100,8 +100,8 @@ def mix(
 
     Args:
       name: of the tensor that the gate is computed from, for the memory system.
-      recomputed: whether the backward pass reads what the mixing starts from; or else XLA keeps
-        what comes of it, in float32.
+      recomputed: True: the backward pass recomputes the mix from its inputs. False: its float32
+        intermediates are saved.
     """
     again = jax.checkpoint if recomputed else lambda function: function
     # The gradient of the update's product with W_u reads the update too, no normalised copy of it.

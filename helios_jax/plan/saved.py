@@ -216,7 +216,7 @@ def expert_slots(placement: Placement) -> int:
 
 
 def _everything(placement: Placement, kind: str) -> list[Saved]:
-    """Without a policy: what differentiation keeps of a layer, as it is traced.
+    """Arrays that differentiation keeps of a layer without a policy, as it is traced.
 
     Every named tensor, the product that the down projection reads, and the float32 forms that
     norms, gates and SiLU are differentiated at. The compiler does without a few of them.

@@ -16,7 +16,7 @@ NEAR = 0.01  # of tokens/s: what counts as as good
 
 
 def search(cfg: config.Config, chip: Chip, num_devices: int) -> list[Change]:
-    """Those that fit, by predicted tokens/s: policies × rows and microbatches × meshes.
+    """Ranks what fits by predicted tokens/s: policies × rows and microbatches × meshes.
 
     The batch of a step may grow or shrink: rows of a device are powers of two up to what fits. For
     each mesh and policy the smallest batch that is as good as the fastest is shown.
