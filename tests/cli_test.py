@@ -4,7 +4,6 @@ import contextlib
 import dataclasses
 import errno
 import importlib
-import inspect
 import json
 import os
 import re
@@ -21,7 +20,7 @@ import tokenizers
 
 from helios_jax import checkpoint, cli, config, options
 from helios_jax.data import pipeline
-from helios_jax.train import loop
+from helios_jax.train import finish
 
 
 @pytest.fixture(autouse=True, scope='module')
@@ -53,7 +52,7 @@ def root(tmp_path_factory) -> Path:
     (root / 'broken.py').write_text('\n\ndef get_config():\n    return CONFIG\n')
     (root / 'with:colon.py').write_text((root / 'small.py').read_text())
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(loop, 'SAMPLE_TOKENS', 3)
+        patch.setattr(finish, 'SAMPLE_TOKENS', 3)
         cli.main(['train', f'--config={root}/small.py', f'--workdir={root}/run'])
     return root
 
@@ -110,6 +109,14 @@ REFUSED = {
         ['train', '--config=helios_8b', '--dry_run', '--config.data.tokenizer={root}/none.json'],
         'none.json',
     ),
+    'flat topology in three dimensions': (
+        ['plan', '--topology=v5e:2x2x2'],
+        "v5e:2x2x2: '2x2x2' must have 2 dimensions",
+    ),
+    'deep topology in two dimensions': (
+        ['plan', '--topology=v5p:2x2'],
+        "v5p:2x2: '2x2' must have 3 dimensions",
+    ),
     'flag file that is none': ([*TRAIN, '--flagfile={root}/none'], '{root}/none.*name a file'),
     'flag file that is none, without a config': (
         ['eval', '--flagfile={root}/none'],
@@ -147,7 +154,7 @@ REFUSED = {
     ),
     'loop of links': (
         ['train', '--config={root}/small.py', '--workdir={root}/loop'],
-        'loop.*: Too many levels of symbolic links; remove one',
+        'loop: File exists; choose another directory',
     ),
     'no such config': (['train', '--config=tniy'], "tniy.*Did you mean 'tiny'"),
     'config file that is none': (
@@ -197,6 +204,9 @@ REFUSED = {
         'text.*not a checkpoint',
     ),
     'listing what is no run': (['ckpt', 'ls', '{root}/text'], 'text.*not a checkpoint'),
+    'unknown scheme': (['eval', '--checkpoint=s3://x/y'], 'checkpoint=.s3://x/y.*not supported'),
+    'step that is no decimal': (['eval', '--checkpoint={root}/run', '--step=²'], 'step=².*latest'),
+    'infinite scale': (['eval', '--checkpoint={root}/run', '--yarn=inf'], 'factor=inf.*finite'),
     'no such step': (['eval', '--checkpoint={root}/run', '--step=4'], 'step=4.*3, 6'),
     'step that is no number': (
         ['eval', '--checkpoint={root}/run', '--step=last'],
@@ -317,7 +327,9 @@ def test_damaged_data_is_one_line_until_it_is_rebuilt(root, capsys, tmp_path):
     with pytest.raises(SystemExit) as caught:
         cli.main(prepare)
     assert caught.value.code == 2
-    (line,) = capsys.readouterr().err.splitlines()
+    said = capsys.readouterr().err.splitlines()
+    (line,) = [line for line in said if line.startswith('helios: ')]
+    assert line == said[-1] and not any('Traceback' in line for line in said)
     assert re.search(r'helios: .*/rows/.* is damaged \(missing.*data prepare --rebuild', line)
     assert run_json(capsys, *prepare, '--rebuild') == before == run_json(capsys, *prepare)
 
@@ -372,67 +384,6 @@ def test_large_configs_describe_themselves_on_the_machine_they_are_for(
     assert f'# Mesh of {devices} devices' in capsys.readouterr().out
 
 
-def leaves(name: str, group: options.Group):
-    """The words and the function of each command."""
-    for word, command in group.commands.items():
-        if isinstance(command, options.Group):
-            yield from leaves(f'{name} {word}'.strip(), command)
-        else:
-            yield f'{name} {word}'.strip(), command
-
-
-LEAVES = dict(leaves('', cli.commands()))
-GROUPS = ['', *(w for w, c in cli.commands().commands.items() if isinstance(c, options.Group))]
-
-
-@pytest.mark.parametrize('words', GROUPS)
-@pytest.mark.parametrize('asked', ['--help', '-h', 'help'])
-def test_help_says_a_sentence_of_each_command(words, asked, capsys):
-    cli.main([*words.split(), asked])
-    printed = capsys.readouterr().out
-    group = cli.commands()
-    for word in words.split():
-        group = group.commands[word]
-    assert group.summary in printed
-    for word in group.commands:
-        (line,) = re.findall(rf'^  {word} +(.*)$', printed, re.M)
-        assert re.fullmatch(r'[A-Z][^\n]{10,80}\.', line), line
-
-
-def test_helios_alone_helps(capsys):
-    cli.main([])
-    assert all(f'  {word} ' in capsys.readouterr().out for word in ['train'])
-
-
-@pytest.mark.parametrize('words', LEAVES)
-@pytest.mark.parametrize('others', [[], ['--config=no_such_config'], ['--nonsense']])
-def test_every_command_helps_whatever_else_is_said(words, others, capsys):
-    with pytest.raises(SystemExit) as caught:
-        cli.main([*words.split(), *others, '--help'])
-    assert not caught.value.code
-    printed = capsys.readouterr().out
-    sentence, _, example = inspect.getdoc(LEAVES[words]).partition('\n')
-    assert f'helios {words}: {sentence}' in printed
-    if words != 'bench torch_peer':
-        assert f'helios {words} ' in example
-    if words not in ('explain', 'bench torch_peer'):
-        assert len(re.findall(r'^  --\w+.*\n      \S', printed, re.M)) > 0
-
-
-def test_help_lists_flags_with_defaults_and_says_how_to_change_a_setting(capsys):
-    with pytest.raises(SystemExit):
-        cli.main(['train', '--help'])
-    printed = capsys.readouterr().out
-    for line in (
-        r'--config=NAME\|FILE.py \(default: tiny\)\n.*helios_8b.*tiny_hydra',
-        r'--config\.SECTION\.FIELD=VALUE\n.*--config\.model\.num_layers=12.*`helios explain`',
-        r'--workdir=STRING\n      \w+',
-        r'--dry_run.*\n      \w+',
-        r'--num_devices=INT \(default: 1\)\n      \w+',
-    ):
-        assert re.search(f'^  {line}', printed, re.M), line
-
-
 @pytest.mark.parametrize(
     ('error', 'line'),
     [
@@ -442,6 +393,8 @@ def test_help_lists_flags_with_defaults_and_says_how_to_change_a_setting(capsys)
         (OSError(errno.EACCES, 'Permission denied', 'w'), 'w: Permission denied; allow'),
         (OSError(errno.ENOTDIR, 'Not a directory', 'w/x'), 'w/x: Not a directory; choose'),
         (OSError(errno.EISDIR, 'Is a directory', 'w'), 'w: Is a directory; name a file'),
+        (OSError(errno.ELOOP, 'Too many levels of symbolic links', 'w'), 'w: Too many.*; remove'),
+        (OSError(errno.ENAMETOOLONG, 'File name too long', 'w'), 'w: File name.*; choose a short'),
         (OSError(errno.EXDEV, 'Invalid cross-device link', 'a', None, 'b'), 'a → b: Invalid'),
         (OSError(errno.EIO, 'Input/output error', 'w'), r'w: Input/output error\.$'),
         (TimeoutError('the bucket\ndid not answer'), r'the bucket did not answer\.$'),

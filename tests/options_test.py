@@ -1,12 +1,13 @@
-"""Config files and flags: what is run, what is overridden, and where an error is said to be."""
+"""Commands' help, config files and flags: what is said, run and overridden, and what refused."""
 
+import inspect
 import re
 from pathlib import Path
 
 import pytest
 from absl import flags
 
-from helios_jax import config, options
+from helios_jax import cli, config, options
 from helios_jax.errors import UserError
 
 HEADER = 'from helios_jax.config import *\n'
@@ -153,3 +154,64 @@ def test_a_flag_file_may_hold_all_of_them(tmp_path):
 def test_flags_that_cannot_be_used_are_refused(argument, message):
     with pytest.raises(UserError, match=message):
         parsed([argument])
+
+
+def leaves(name: str, group: options.Group):
+    """The words and the function of each command."""
+    for word, command in group.commands.items():
+        if isinstance(command, options.Group):
+            yield from leaves(f'{name} {word}'.strip(), command)
+        else:
+            yield f'{name} {word}'.strip(), command
+
+
+LEAVES = dict(leaves('', cli.commands()))
+GROUPS = ['', *(w for w, c in cli.commands().commands.items() if isinstance(c, options.Group))]
+
+
+@pytest.mark.parametrize('words', GROUPS)
+@pytest.mark.parametrize('asked', ['--help', '-h', 'help'])
+def test_help_says_a_sentence_of_each_command(words, asked, capsys):
+    cli.main([*words.split(), asked])
+    printed = capsys.readouterr().out
+    group = cli.commands()
+    for word in words.split():
+        group = group.commands[word]
+    assert group.summary in printed
+    for word in group.commands:
+        (line,) = re.findall(rf'^  {word} +(.*)$', printed, re.M)
+        assert re.fullmatch(r'[A-Z][^\n]{10,80}\.', line), line
+
+
+def test_helios_alone_helps(capsys):
+    cli.main([])
+    assert all(f'  {word} ' in capsys.readouterr().out for word in ['train'])
+
+
+@pytest.mark.parametrize('words', LEAVES)
+@pytest.mark.parametrize('others', [[], ['--config=no_such_config'], ['--nonsense']])
+def test_every_command_helps_whatever_else_is_said(words, others, capsys):
+    with pytest.raises(SystemExit) as caught:
+        cli.main([*words.split(), *others, '--help'])
+    assert not caught.value.code
+    printed = capsys.readouterr().out
+    sentence, _, example = inspect.getdoc(LEAVES[words]).partition('\n')
+    assert f'helios {words}: {sentence}' in printed
+    if words != 'bench torch_peer':
+        assert f'helios {words} ' in example
+    if words not in ('explain', 'bench torch_peer'):
+        assert len(re.findall(r'^  --\w+.*\n      \S', printed, re.M)) > 0
+
+
+def test_help_lists_flags_with_defaults_and_says_how_to_change_a_setting(capsys):
+    with pytest.raises(SystemExit):
+        cli.main(['train', '--help'])
+    printed = capsys.readouterr().out
+    for line in (
+        r'--config=NAME\|FILE.py \(default: tiny\)\n.*helios_8b.*tiny_hydra',
+        r'--config\.SECTION\.FIELD=VALUE\n.*--config\.model\.num_layers=12.*`helios explain`',
+        r'--workdir=STRING\n      \w+',
+        r'--dry_run.*\n      \w+',
+        r'--num_devices=INT \(default: 1\)\n      \w+',
+    ):
+        assert re.search(f'^  {line}', printed, re.M), line

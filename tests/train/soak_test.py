@@ -38,9 +38,9 @@ def helios(output: str, *arguments: str) -> None:
     os.dup2(file, 1)
     os.dup2(file, 2)
     from helios_jax import cli
-    from helios_jax.train import loop, metrics
+    from helios_jax.train import finish, metrics
 
-    loop.SAMPLE_TOKENS = 3
+    finish.SAMPLE_TOKENS = 3
     write = metrics.MetricWriter.write
 
     def write_and_wait(writer, step, values):

@@ -209,7 +209,7 @@ def test_the_copys_gradient_is_that_of_the_weights(memory, parts, monkeypatch):
 
 @pytest.mark.slow
 def test_a_run_on_the_host_is_saved_scored_and_resumed_bit_identically(tmp_path, monkeypatch):
-    monkeypatch.setattr(loop, 'SAMPLE_TOKENS', 3)
+    monkeypatch.setattr('helios_jax.train.finish.SAMPLE_TOKENS', 3)
     cfg = small_run.make_config(tmp_path)
     train = dataclasses.replace(cfg.train, num_steps=4, checkpoint_every=2)
     cfg = dataclasses.replace(cfg, train=train, memory=ON_HOST)
