@@ -62,7 +62,7 @@ def test_help_of_a_measurement_has_no_hidden_flag(name, capsys):
         cli.main(['bench', name, '--help'])
     assert not caught.value.code
     printed = capsys.readouterr().out
-    assert '--[no]json' in printed and '--here' not in printed
+    assert '--json' in printed and '--here' not in printed
 
 
 @pytest.mark.parametrize(

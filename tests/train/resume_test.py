@@ -1,13 +1,13 @@
 import copy
 import dataclasses
 import types
-from unittest import mock
 
 import pytest
+from etils import epath
 
 from helios_jax import config
 from helios_jax.errors import UserError
-from helios_jax.train import run as runs
+from helios_jax.train import resume as resuming
 
 CONTENTS = {
     'train': {'rows': 'a', 'text': 'b', 'documents': 97, 'bytes': 81_234},
@@ -17,12 +17,15 @@ CONTENTS = {
 
 def resume(now: dict, metadata: dict) -> None:
     """Checks a run whose data is `now` against a checkpoint of the same config."""
-    cfg = config.Config()
-    train = types.SimpleNamespace(fingerprint=now['train']['rows'])
-    data = types.SimpleNamespace(contents=now, train=train)
-    run = mock.Mock(spec=runs.Run, config=cfg, data=data, workdir='runs/x')
-    saved = {'step': 3, 'config': dataclasses.asdict(cfg), 'fingerprint': 'a'}
-    runs.check_resumable(run, saved | metadata)
+    cfg, workdir = config.Config(), epath.Path('runs/x')
+    data = types.SimpleNamespace(
+        contents=now, train=types.SimpleNamespace(fingerprint=now['train']['rows'])
+    )
+    samples = 3 * cfg.train.batch_rows
+    saved = {'config': dataclasses.asdict(cfg), 'fingerprint': 'a', 'samples': samples}
+    opened = types.SimpleNamespace(step=3, folder='runs/x/checkpoints/3', metadata=saved | metadata)
+    resuming.require_resumable(workdir, cfg, opened)
+    resuming.require_same_data(workdir, cfg, data, opened)
 
 
 def changed(**splits: dict) -> dict:
