@@ -1,11 +1,13 @@
 import copy
 import dataclasses
 import types
+from unittest import mock
 
 import pytest
 from etils import epath
 
-from helios_jax import config
+from helios_jax import checkpoint, config
+from helios_jax.data import pipeline
 from helios_jax.errors import UserError
 from helios_jax.train import resume as resuming
 
@@ -18,12 +20,13 @@ CONTENTS = {
 def resume(now: dict, metadata: dict) -> None:
     """Checks a run whose data is `now` against a checkpoint of the same config."""
     cfg, workdir = config.Config(), epath.Path('runs/x')
-    data = types.SimpleNamespace(
-        contents=now, train=types.SimpleNamespace(fingerprint=now['train']['rows'])
-    )
+    train = types.SimpleNamespace(fingerprint=now['train']['rows'])
+    data = mock.Mock(spec=pipeline.Prepared, contents=now, train=train)
     samples = 3 * cfg.train.batch_rows
     saved = {'config': dataclasses.asdict(cfg), 'fingerprint': 'a', 'samples': samples}
-    opened = types.SimpleNamespace(step=3, folder='runs/x/checkpoints/3', metadata=saved | metadata)
+    opened = mock.Mock(
+        spec=checkpoint.Opened, step=3, folder='runs/x/checkpoints/3', metadata=saved | metadata
+    )
     resuming.require_resumable(workdir, cfg, opened)
     resuming.require_same_data(workdir, cfg, data, opened)
 
