@@ -11,7 +11,7 @@ import numpy as np
 import optax
 import pytest
 import small_run
-from step_test import LINEAR, MUON, assert_close, mesh_of, random_batch, settings
+from train_steps import LINEAR, MUON, assert_close, mesh_of, random_batch, settings
 
 from helios_jax import checkpoint, config
 from helios_jax.parallel import mesh as meshes
