@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from train_steps import MUON, B, T, V, assert_close, mesh_of, random_batch, settings
+from train_steps import MUON, PATTERNS, B, T, V, assert_close, mesh_of, random_batch, settings
 
 from helios_jax import config
 from helios_jax.train import state as states
