@@ -32,8 +32,8 @@ cli.main(sys.argv[1:])
 """
 SEEN = [
     r'Reading .*\.txt: 40 documents in \d.*s',
-    r'Packing .*\(train\): 1 shard in \d.*s',
     r'Packing .*\(validation\): 1 shard in \d.*s',
+    r'Packing .*\(train\): 1 shard in \d.*s',
     r'Training [\d,]+ parameters on 1 × cpu: steps 1 to 4, each of 8 rows of 32 tokens',
     r'attention: reference on cpu\.',
     r'Compiling the training step: \d.* s',
