@@ -2,8 +2,8 @@
 
 helios train --config=tiny --workdir=runs/tiny
 
-About 4 minutes on two cores, 904k parameters: 1.82 held-out bits per byte (Python 3.11's library),
-where gzip -9 needs 1.87 and byte frequencies 4.50.
+About 5 minutes on two cores, 904k parameters: 1.90 held-out bits per byte (Python 3.12's library),
+where gzip -9 needs 1.93 and byte frequencies 4.65.
 """
 
 import ml_collections
