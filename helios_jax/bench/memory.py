@@ -25,8 +25,8 @@ from helios_jax import config
 from helios_jax.bench import process
 from helios_jax.data import pipeline, tokenizer
 from helios_jax.errors import UserError, require
-from helios_jax.memory import proof, store
-from helios_jax.parallel import cluster, sharding
+from helios_jax.memory import evidence, policy
+from helios_jax.parallel import cluster, platforms, sharding
 from helios_jax.parallel import mesh as meshes
 from helios_jax.train import state as states
 from helios_jax.train.step import gradient
@@ -52,14 +52,14 @@ def measure_policy(values: dict[str, Any], directory: str) -> dict[str, Any]:
         state = start(setup)
         batch = pipeline.to_global(first, sharding.sharding(mesh, ('batch', 'length')))
         traced = jax.jit(lambda state, batch: gradient(setup, state, batch)[:2]).trace(state, batch)
+        options = platforms.compiler_options(transfers=policy.uses_host(cfg.memory))
         begin = time.perf_counter()
-        compiled = traced.lower().compile(store.compiler_options(cfg.memory))
+        compiled = traced.lower().compile(options)
         seconds = time.perf_counter() - begin
-        saved = proof.saved(traced.jaxpr, mesh.size)
-        host = proof.has_host_memory('')
-        proof.check(cfg.memory, saved, proof.program(compiled), host=host)
+        host = platforms.has_host_memory()
+        saved = evidence.verified(cfg.memory, traced, compiled, num_devices=mesh.size, host=host)
         row = {'device': jax.devices()[0].device_kind, 'jax': jax.__version__}
-        row |= bytes_of(compiled, proof.rows(saved, host=host)) | {'compile_seconds': seconds}
+        row |= bytes_of(compiled, evidence.rows(saved, host=host)) | {'compile_seconds': seconds}
         try:
             row |= timed(compiled, state, batch)
         except jax.errors.JaxRuntimeError as error:

@@ -1,0 +1,1 @@
+"""What a saved activation becomes (recomputed, quantised, offloaded), and evidence of it."""

@@ -13,14 +13,8 @@ from typing import Any, NamedTuple
 
 import jax
 from jax.extend import core as jex
-from jax.interpreters.partial_eval import dce_jaxpr
 
-from helios_jax.memory import policy
-
-# What may lie between a name and the leaf: identities that jax itself inserts.
-TRANSPARENT = ('reduce_precision', 'reshape', 'broadcast_in_dim', 'squeeze')
-# What runs an inner jaxpr once, on its own arguments.
-CALLS = ('jit', 'pjit', 'checkpoint', 'remat2')
+from helios_jax.memory import jaxprs
 
 
 class Leaf(NamedTuple):
@@ -74,7 +68,7 @@ def linearize(
       table: tensor name → action.
       input_name: what x is called in the table.
     """
-    saves = policy.checkpoint_policy(table)
+    saves = checkpoint_policy(table)
     checkpointed = jax.checkpoint(function, policy=saves, prevent_cse=False)
 
     def run(params: Any, x: Any, *others: Any) -> Any:
@@ -87,17 +81,27 @@ def linearize(
         return_shape=True,
     )(shapes, out)
     num_leaves = len(shapes)
-    # The cotangents stay, read or not.
-    live, used = dce_jaxpr(
-        back.jaxpr, [True] * len(back.out_avals), [False] * num_leaves + [True] * _size(out)
-    )
+    removable = [True] * num_leaves + [False] * _size(out)  # the cotangents stay, read or not
+    transposed, used = jaxprs.without_dead_code(back, removable)
     return Linearized(
         closed,
         jax.tree.structure(out),
         tuple(_leaves(closed.jaxpr, used[:num_leaves], _size(out), _size(params), input_name)),
-        jex.ClosedJaxpr(live, back.consts),
+        transposed,
         jax.tree.structure(gradients),
     )
+
+
+def checkpoint_policy(table: Mapping[str, str]) -> Callable[..., bool]:
+    """The `jax.checkpoint` policy that saves every tensor whose action is not `remat`."""
+    saved = {name for name, action in table.items() if action != 'remat'}
+
+    def policy(primitive: Any, *_: Any, **params: Any) -> bool:
+        if primitive.name == jaxprs.NAME:
+            return params['name'] in saved
+        return not saved.isdisjoint(jaxprs.KERNELS.get(primitive.name, ()))
+
+    return policy
 
 
 def _size(tree: Any) -> int:
@@ -113,55 +117,10 @@ def _leaves(
     seen: dict[int, int] = {}
     places = [first + i for i, is_used in enumerate(used) if is_used]
     for i, place in enumerate(places):
-        variable = source(jaxpr.outvars[place], jaxpr)
-        name, manual = origin(variable, jaxpr)
+        variable = jaxprs.source(jaxpr.outvars[place], jaxpr)
+        name, manual = jaxprs.origin(variable, jaxpr)
         argument = arguments.get(id(variable), -1)
         if argument == place_of_x:
             argument, name = -1, input_name
         twin = seen.setdefault(id(variable), i)
         yield Leaf(place, twin, argument, constants.get(id(variable), -1), name, manual)
-
-
-def source(variable: Any, jaxpr: Any) -> Any:
-    """Follows a variable back through calls that return an input unchanged."""
-    made_by = {id(v): (e, place) for e in jaxpr.eqns for place, v in enumerate(e.outvars)}
-    while id(variable) in made_by:
-        equation, place = made_by[id(variable)]
-        if equation.primitive.name not in CALLS:
-            break
-        (inner,) = inner_jaxprs(equation)
-        returned = source(inner.outvars[place], inner)
-        handed_on = [i for i, v in enumerate(inner.invars) if v is returned]
-        if not handed_on:
-            break
-        variable = equation.invars[handed_on[0]]
-    return variable
-
-
-def origin(variable: Any, jaxpr: Any) -> tuple[str, bool]:
-    """(the name under which `jaxpr` made the variable or '', whether inside a shard_map)."""
-    for equation in reversed(jaxpr.eqns):
-        place = next((i for i, v in enumerate(equation.outvars) if v is variable), None)
-        if place is None:
-            continue
-        primitive = equation.primitive.name
-        if primitive == 'name':
-            return equation.params['name'], False
-        if primitive in policy.PRIMITIVES:
-            return policy.PRIMITIVES[primitive][place], False
-        if primitive in TRANSPARENT:
-            return origin(equation.invars[0], jaxpr)
-        for inner in inner_jaxprs(equation):
-            if len(inner.outvars) == len(equation.outvars):
-                name, manual = origin(source(inner.outvars[place], inner), inner)
-                if name:
-                    return name, manual or primitive == 'shard_map'
-        break
-    return '', False
-
-
-def inner_jaxprs(equation: Any) -> list[Any]:
-    """The jaxprs among an equation's parameters."""
-    is_jaxpr = lambda x: hasattr(x, 'eqns') or hasattr(x, 'jaxpr')  # noqa: E731
-    leaves = jax.tree.leaves(list(equation.params.values()), is_leaf=is_jaxpr)
-    return [getattr(x, 'jaxpr', x) for x in leaves if is_jaxpr(x)]

@@ -14,16 +14,13 @@ model does not have, or that its backward pass never reads, costs nothing under 
 """
 
 import dataclasses
-from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from collections.abc import Mapping
+from typing import NamedTuple
 
 from helios_jax import config
 from helios_jax.arch.tensors import NAMES
 
-# A kernel that is one primitive names nothing; these are the names of its results.
-PRIMITIVES = {'dot_product_attention_fwd_wrapper': ('attention_output', 'log_sum_exp')}
-
-# Of the functions whose backward pass memory.backward_parts cuts.
+# Tensors of the functions whose backward pass memory.backward_parts cuts.
 IN_PARTS = ('attention_gate', 'gate_up', 'mlp_gate')
 
 # Results of matmuls, dear to recompute. Without its log-sum-exp attention would run again.
@@ -98,16 +95,11 @@ def chosen_actions(memory: config.Memory) -> dict[str, str]:
     return {n: a for n, a in dataclasses.asdict(memory.actions).items() if a}
 
 
-def checkpoint_policy(table: Mapping[str, str]) -> Callable[..., bool]:
-    """The `jax.checkpoint` policy that saves every tensor whose action is not `remat`."""
-    saved = {name for name, action in table.items() if action != 'remat'}
-
-    def policy(primitive: Any, *_: Any, **params: Any) -> bool:
-        if primitive.name == 'name':
-            return params['name'] in saved
-        return not saved.isdisjoint(PRIMITIVES.get(primitive.name, ()))
-
-    return policy
+def uses_host(memory: config.Memory) -> bool:
+    """True if anything moves between host and device in a step: the state or a saved tensor."""
+    if memory.on_host or memory.policy == 'none':
+        return memory.on_host
+    return any(parse(action).host for action in actions(memory).values())
 
 
 def kernel_form(table: Mapping[str, str]) -> str:

@@ -1,10 +1,10 @@
 """Functions whose saved tensors are what a table of actions says; their values do not change.
 
-The forward rule runs a function and its linearization (memory/linearized.py) and puts every saved
-tensor into the form and the place that its action names; the backward rule brings it back. Of the
-arguments only the stream x is a tensor like any other: weights stay where they are. Quantisation
-touches nothing but what the backward pass reads, so that errors do not compound from layer to
-layer.
+Without a table (policy `none`) they are differentiated as they are. With one, the forward rule runs
+a function and its linearization (memory/linearized.py) and puts every saved tensor into the form
+and the place that its action names; the backward rule brings it back. Of the arguments only the
+stream x is a tensor like any other: weights stay where they are. Quantisation touches nothing but
+what the backward pass reads, so that errors do not compound from layer to layer.
 
 Layers are scanned. What lies on the host comes back one step of the backward scan before it is
 used, while the device computes.
@@ -20,20 +20,37 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, PyTree
 
-from helios_jax import config
 from helios_jax.arch.tensors import TENSORS
 from helios_jax.kernels import quantize
 from helios_jax.memory.linearized import Leaf, Linearized, linearize
-from helios_jax.memory.policy import Action, actions, parse
+from helios_jax.memory.policy import Action, parse
 from helios_jax.parallel.sharding import constrain, fitting
 
-# Marks a stored array in the jaxpr, for memory/proof.py: stored/NAME/ACTION/manual or auto.
-MARK = 'stored'
 KEPT = 'device'  # what becomes of a tensor without a name
 
 
+class Mark(NamedTuple):
+    """What the jaxpr says of a stored array, by the name that `checkpoint_name` gives it."""
+
+    tensor: str
+    action: str
+    manual: bool  # its first axis is all devices', one after another
+    scanned: bool  # a scan stacks it over the layers
+
+    def text(self) -> str:
+        return f'stored/{self.tensor}/{self.action}/{self.manual:d}{self.scanned:d}'
+
+    @classmethod
+    def read(cls, text: str) -> 'Mark | None':
+        """The mark with this text; None if the text is another name."""
+        if not text.startswith('stored/'):
+            return None
+        _, tensor, action, (manual, scanned) = text.split('/')
+        return cls(tensor, action, manual == '1', scanned == '1')
+
+
 class Kept(NamedTuple):
-    """What is stored of one function's leaves: index of the leaf → array or `quantize.Stored`."""
+    """Stored leaves of one function: index of the leaf → array or `quantize.Stored`."""
 
     near: dict[int, Any]
     far: dict[int, Any]  # on the host
@@ -41,7 +58,7 @@ class Kept(NamedTuple):
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Scheme:
-    """What `apply` and `scan` are specialised to."""
+    """The static arguments of `apply` and `scan`."""
 
     functions: Sequence[Callable[..., Any]]
     table: Mapping[str, str]
@@ -58,7 +75,7 @@ class Scheme:
 def apply(
     function: Callable[..., Any],
     *,
-    table: Mapping[str, str],
+    table: Mapping[str, str] | None,
     params: PyTree,
     x: Array,
     others: Sequence[Any] = (),
@@ -68,11 +85,13 @@ def apply(
     """function(params, x, *others), whose gradient in params and x reads what the table says.
 
     Args:
-      table: tensor name → action, as of `policy.actions`.
+      table: tensor name → action, as of `policy.actions`; None: the gradient is JAX's own.
       input_name: what x is called in the table.
-      host: whether there is a host memory space; without one, what would be offloaded stays on the
+      host: True if there is a host memory space; without one, what would be offloaded stays on the
         device.
     """
+    if table is None:
+        return function(params, x, *others)
     return _apply(Scheme((function,), table, input_name, host), params, x, tuple(others))
 
 
@@ -84,7 +103,7 @@ def _apply(scheme: Scheme, params: PyTree, x: Array, others: Any) -> Any:
 def _apply_forward(scheme: Scheme, params: PyTree, x: Array, others: Any) -> Any:
     linear = scheme.linearize(0, params, x, *others)
     out, leaves = linear.forward(params, x, *others)
-    return out, (linear, params, others, keep(scheme, linear, leaves))
+    return out, (linear, params, others, keep(scheme, linear, leaves, scanned=False))
 
 
 def _apply_backward(scheme: Scheme, residuals: Any, cotangents: Any) -> Any:
@@ -100,7 +119,7 @@ _apply.defvjp(_apply_forward, _apply_backward)
 def scan(
     functions: Sequence[Callable[..., Any]],
     *,
-    table: Mapping[str, str],
+    table: Mapping[str, str] | None,
     params: Sequence[PyTree],
     x: Array,
     scanned: Sequence[PyTree],
@@ -108,26 +127,36 @@ def scan(
     input_name: str,
     host: bool = True,
 ) -> tuple[Array, list[Any]]:
-    """The functions one after another, over and over: (the last x, what each reports, stacked).
+    """The functions one after another, over and over: (the last x, each one's statistics, stacked).
 
-    Each is function(params_i, x, scanned_i, *others) → (x, report), of the i-th tree of `params`
-    and of `scanned`, whose leading axis is scanned over. Differentiable in params and x; the other
+    Function i is called as function(params[i], x, scanned[i], *others) → (x, statistics), with
+    `params` and `scanned` cut along their leading axis. Differentiable in params and x; the other
     arguments are `apply`'s.
     """
+    if table is None:
+        return in_turn(functions, list(params), x, list(scanned), tuple(others))
     scheme = Scheme(functions, table, input_name, host)
     return _scan(scheme, list(params), x, list(scanned), tuple(others))
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _scan(scheme: Scheme, params: Any, x: Array, scanned: Any, others: Any) -> Any:
-    def step(x: Array, parts: Any) -> Any:
-        reports = []
-        for function, mine, its in zip(scheme.functions, *parts, strict=True):
-            x, report = function(mine, x, its, *others)
-            reports.append(report)
-        return x, reports
+def in_turn(
+    functions: Sequence[Callable[..., Any]], params: Any, x: Array, scanned: Any, others: Any
+) -> Any:
+    """`scan` without a table."""
+
+    def step(x: Array, slices: Any) -> Any:
+        statistics = []
+        for function, mine, its in zip(functions, *slices, strict=True):
+            x, own = function(mine, x, its, *others)
+            statistics.append(own)
+        return x, statistics
 
     return jax.lax.scan(step, x, (params, scanned))
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _scan(scheme: Scheme, params: Any, x: Array, scanned: Any, others: Any) -> Any:
+    return in_turn(scheme.functions, params, x, scanned, others)
 
 
 def _scan_forward(scheme: Scheme, params: Any, x: Array, scanned: Any, others: Any) -> Any:
@@ -137,16 +166,16 @@ def _scan_forward(scheme: Scheme, params: Any, x: Array, scanned: Any, others: A
         for i, (mine, its) in enumerate(zip(*one, strict=True))
     )
 
-    def step(x: Array, parts: Any) -> Any:
-        reports, kept = [], []
-        for linear, mine, its in zip(linears, *parts, strict=True):
-            (x, report), leaves = linear.forward(mine, x, its, *others)
-            reports.append(report)
-            kept.append(keep(scheme, linear, leaves))
-        return x, (reports, kept)
+    def step(x: Array, slices: Any) -> Any:
+        statistics, kept = [], []
+        for linear, mine, its in zip(linears, *slices, strict=True):
+            (x, own), leaves = linear.forward(mine, x, its, *others)
+            statistics.append(own)
+            kept.append(keep(scheme, linear, leaves, scanned=True))
+        return x, (statistics, kept)
 
-    x, (reports, kept) = jax.lax.scan(step, x, (params, scanned))
-    return (x, reports), (linears, params, scanned, others, kept)
+    x, (statistics, kept) = jax.lax.scan(step, x, (params, scanned))
+    return (x, statistics), (linears, params, scanned, others, kept)
 
 
 def _scan_backward(scheme: Scheme, residuals: Any, cotangents: Any) -> Any:
@@ -157,13 +186,13 @@ def _scan_backward(scheme: Scheme, residuals: Any, cotangents: Any) -> Any:
     def step(carry: Any) -> Any:
         i, d_x, arrived, gradients = carry
         index = length - 1 - i
-        mine, its, d_reports, close = _slices((params, scanned, cotangents[1], near), index)
+        mine, its, d_statistics, close = _slices((params, scanned, cotangents[1], near), index)
         # The slice's start is clamped to 0: the last step fetches its own layer once more.
         following = fetch(_slices(far, index - 1))
         for f in reversed(range(len(linears))):
             kept = Kept(close[f], arrived[f])
             leaves = restore(linears[f], kept, mine[f], (its[f], *others))
-            gradient, d_x = linears[f].backward(leaves, (d_x, d_reports[f]))
+            gradient, d_x = linears[f].backward(leaves, (d_x, d_statistics[f]))
             gradients[f] = jax.tree.map(
                 lambda stack, g: jax.lax.dynamic_update_index_in_dim(stack, g, index, 0),
                 gradients[f],
@@ -195,32 +224,15 @@ def _slices(stacks: PyTree, index: Any) -> PyTree:
 _scan.defvjp(_scan_forward, _scan_backward)
 
 
-def compiler_options(memory: config.Memory) -> dict[str, Any]:
-    """What XLA is to be told for transfers to and from the host to run beside the computation.
-
-    On a GPU it records a loop's kernels and copies as one graph, and runs them one by one.
-    """
-    moves = memory.on_host
-    if memory.policy != 'none':
-        moves |= any(parse(action).host for action in actions(memory).values())
-    return {'xla_gpu_enable_command_buffer': ''} if moves and jax.default_backend() == 'gpu' else {}
-
-
-def keep(scheme: Scheme, linear: Linearized, leaves: list[Any]) -> Kept:
+def keep(scheme: Scheme, linear: Linearized, leaves: list[Any], *, scanned: bool) -> Kept:
     """Stores every leaf that is neither an argument nor a constant, once."""
     kept = Kept({}, {})
     for i, (leaf, value) in enumerate(zip(linear.leaves, leaves, strict=True)):
         if leaf.twin != i or leaf.argument >= 0 or leaf.constant >= 0:
             continue
         action = scheme.action(leaf)
-        mark = '/'.join(
-            (
-                MARK,
-                leaf.name,
-                scheme.table.get(leaf.name, KEPT),
-                'manual' if leaf.manual else 'auto',
-            )
-        )
+        action_name = scheme.table.get(leaf.name, KEPT)
+        mark = Mark(leaf.name, action_name, leaf.manual, scanned).text()
         # A kernel may have quantised it already, and integers are no numbers to be rounded.
         stored: Any = value
         if action.form and jnp.issubdtype(value.dtype, jnp.floating):

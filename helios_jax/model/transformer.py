@@ -1,100 +1,24 @@
-"""The decoder: embedding, layers scanned over repeating periods, final norm."""
+"""The decoder: embedding, layers scanned over repeating periods, final norm.
 
-from functools import partial
+The layers are run by model/stack.py, whose backward pass reads what the memory policy says. Linen's
+own scan makes their variables, decodes with a cache, and shows the gates.
+"""
+
 from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
 from helios_jax import config
 from helios_jax.arch import weights
-from helios_jax.memory import policy, store
-from helios_jax.memory.proof import has_host_memory
-from helios_jax.model.attention import Attention
-from helios_jax.model.gmu import GatedMemoryUnit, input_eps
+from helios_jax.model.block import Layers, LayerStats
+from helios_jax.model.gmu import input_eps
 from helios_jax.model.layers import Einsum, Embed, RMSNorm
 from helios_jax.model.loss import project
-from helios_jax.model.moe import MixtureOfExperts, Stats, SwiGLU
+from helios_jax.model.stack import Stack
 from helios_jax.parallel.sharding import constrain
-
-LayerStats = dict[str, Stats]  # name of the layer in its period → what its router reports
-
-
-class Block(nn.Module):
-    """One layer: attention and feed-forward, each behind a norm and joined by a GMU."""
-
-    model: config.Model
-    kind: str
-    platform: str = ''
-    residuals: str = ''  # what attention keeps q, k and v as: '' | fp8 | int8
-    backward_parts: int = 0  # of the MLP and the gates; 0: nothing is recomputed
-
-    @nn.compact
-    def __call__(
-        self,
-        x: Float[Array, 'B T D'],
-        index: Any,
-        positions: Int[Array, 'B T'],
-        segment_ids: Int[Array, 'B T'] | None,
-        cache_length: int = 0,
-    ) -> tuple[Float[Array, 'B T D'], Stats | None]:
-        """Layer `index` (from 0; may be traced) of the stream x."""
-        model = self.model
-        x = constrain(x, 'batch', 'length', 'stream')
-        window = model.window if self.kind.endswith('window') else 0
-
-        sublayer = 2 * index + 1
-        x_hat = RMSNorm(name='attention_norm')(x, input_eps(model, sublayer))
-        x_hat = checkpoint_name(x_hat, 'attention_input')
-        attention = Attention(model, window, self.platform, self.residuals, name='attention')
-        update = attention(x_hat, positions, segment_ids, cache_length)
-        update = checkpoint_name(update, 'attention_update')
-        gated = GatedMemoryUnit(model, 'attention', self.backward_parts, name='attention_gmu')
-        x = gated(x, x_hat, update, sublayer)
-        x = constrain(x, 'batch', 'length', 'stream')
-
-        sublayer = sublayer + 1
-        x_hat = RMSNorm(name='mlp_norm')(x, input_eps(model, sublayer))
-        x_hat = checkpoint_name(x_hat, 'mlp_input')
-        stats = None
-        if self.kind.startswith('moe'):
-            update, stats = MixtureOfExperts(model, name='moe')(x_hat, segment_ids)
-        else:
-            mlp = SwiGLU(model.embed_dim, model.mlp_dim, self.backward_parts, name='mlp')
-            update = mlp(x_hat)
-        update = checkpoint_name(update, 'mlp_update')
-        gated = GatedMemoryUnit(model, 'mlp', self.backward_parts, name='mlp_gmu')
-        x = gated(x, x_hat, update, sublayer)
-        return constrain(x, 'batch', 'length', 'stream'), stats
-
-
-class Layers(nn.Module):
-    """Consecutive layers of the given kinds."""
-
-    model: config.Model
-    kinds: tuple[str, ...]
-    platform: str
-
-    @nn.compact
-    def __call__(
-        self,
-        x: Float[Array, 'B T D'],
-        first_index: Any,
-        positions: Int[Array, 'B T'],
-        segment_ids: Int[Array, 'B T'] | None,
-        cache_length: int = 0,
-    ) -> tuple[Float[Array, 'B T D'], LayerStats]:
-        stats = {}
-        for i, kind in enumerate(self.kinds):
-            name = f'layer_{i}'
-            layer = Block(self.model, kind, self.platform, name=name)
-            x, reported = layer(x, first_index + i, positions, segment_ids, cache_length)
-            if reported is not None:
-                stats[name] = reported
-        return x, stats
 
 
 class Transformer(nn.Module):
@@ -148,65 +72,24 @@ class Transformer(nn.Module):
         """
         model = self.model
         x = constrain(self.embed(tokens), 'batch', 'length', 'stream')
-        args = (positions, segment_ids, cache_length)
-        reported: dict[str, LayerStats] = {}
         first = len(model.prefix_kinds)
         indices = first + len(model.period_kinds) * jnp.arange(model.num_periods)
-        eps = input_eps(model, 2 * model.num_layers + 1)
-        looked_at = self.is_mutable_collection('intermediates') or self.is_initializing()
-        if self.memory.policy == 'none' or cache_length or looked_at:
+        if cache_length or self.is_mutable_collection('intermediates') or self.is_initializing():
+            args = (positions, segment_ids, cache_length)
+            statistics: dict[str, LayerStats] = {}
             if first:
-                x, reported['prefix'] = self.prefix(x, 0, *args)
-            x, reported['periods'] = self.periods(x, indices, *args)
-            x = self.final_norm(x, eps)
+                x, statistics['prefix'] = self.prefix(x, 0, *args)
+            x, statistics['periods'] = self.periods(x, indices, *args)
+            x = self.final_norm(x, input_eps(model, 2 * model.num_layers + 1))
         else:
-            x, reported = self.stored(x, indices, positions, segment_ids, eps)
+            variables = {'periods': self.periods.variables, 'norm': self.final_norm.variables}
+            if first:
+                variables['prefix'] = self.prefix.variables
+            stack = Stack(model, self.memory, self.platform)
+            x, statistics = stack(variables, x, indices, positions, segment_ids)
         if self.is_initializing():
             self.unembedding_weight()
-        return x, {group: stats for group, stats in reported.items() if stats}
-
-    @nn.nowrap
-    def stored(
-        self, x: Array, indices: Array, positions: Array, segment_ids: Array | None, eps: Any
-    ) -> tuple[Array, dict[str, LayerStats]]:
-        """The layers and the last norm, whose gradient reads what `memory` says."""
-        model, table = self.model, policy.actions(self.memory)
-        form, num_parts = policy.kernel_form(table), self.memory.backward_parts
-        where: dict[str, Any] = {'table': table, 'host': has_host_memory(self.platform)}
-        reported: dict[str, LayerStats] = {}
-
-        def layer(kind: str, index: Any, router: Any, params: Any, x: Array, *args: Any) -> Any:
-            block = Block(model, kind, self.platform, form, num_parts, parent=None)
-            return block.apply({'params': params, 'router': router}, x, index, *args)
-
-        def scanned(i: int, kind: str, params: Any, x: Array, period: Any, *args: Any) -> Any:
-            first_index, router = period
-            return layer(kind, first_index + i, router, params, x, *args)
-
-        args = (positions, segment_ids)
-        for i, kind in enumerate(model.prefix_kinds):
-            params, router = parts(self.prefix, i)
-            x, stats = store.apply(
-                lambda params, x, router, *args, i=i, kind=kind: layer(
-                    kind, i, router, params, x, *args
-                ),
-                params=params, x=x, others=(router, *args), input_name='block_input', **where,
-            )  # fmt: skip
-            if stats is not None:
-                reported.setdefault('prefix', {})[f'layer_{i}'] = stats
-        period = range(len(model.period_kinds))
-        params, routers = zip(*(parts(self.periods, i) for i in period), strict=True)
-        x, reports = store.scan(
-            [partial(scanned, i, kind) for i, kind in enumerate(model.period_kinds)],
-            params=params, x=x, scanned=[(indices, router) for router in routers], others=args,
-            input_name='block_input', **where,
-        )  # fmt: skip
-        stats = {f'layer_{i}': report for i, report in enumerate(reports) if report is not None}
-        reported['periods'] = stats
-        norm = lambda params, x: RMSNorm(parent=None).apply({'params': params}, x, eps)  # noqa: E731
-        params = self.final_norm.variables['params']
-        x = store.apply(norm, params=params, x=x, others=(), input_name='final_hidden', **where)
-        return x, reported
+        return x, {group: layers for group, layers in statistics.items() if layers}
 
     def unembedding_weight(self) -> Float[Array, 'D V']:
         """float32; V is padded."""
@@ -226,12 +109,6 @@ class Transformer(nn.Module):
         evaluation go through `loss.cross_entropy`, which never holds them all."""
         hidden, _ = self(tokens, positions, segment_ids, cache_length)
         return project(hidden, self.unembedding_weight(), self.model.vocab_size)
-
-
-def parts(layers: nn.Module, i: int) -> tuple[Any, Any]:
-    """(parameters, router) of layer i of bound layers."""
-    name, variables = f'layer_{i}', layers.variables
-    return variables['params'][name], variables.get('router', {}).get(name, {})
 
 
 def abstract_variables(model: Transformer) -> Any:

@@ -18,8 +18,8 @@ from etils import epath
 from helios_jax import checkpoint, config, display
 from helios_jax.data import pipeline
 from helios_jax.data import tokenizer as tokenizers
-from helios_jax.memory import proof
-from helios_jax.parallel import agreement, cluster, sharding
+from helios_jax.memory import evidence
+from helios_jax.parallel import agreement, cluster, platforms, sharding
 from helios_jax.parallel import mesh as meshes
 from helios_jax.train import lock, metrics, resume
 from helios_jax.train import state as states
@@ -98,7 +98,7 @@ def run_steps(
     if first < cfg.num_steps:
         batch = next_batch()
         with progress.timer.measure('compile'):
-            train_step = proven_step(run, state, batch)
+            train_step = verified_step(run, state, batch)
     run.lock.begin()
     with metrics.MetricWriter(
         run.workdir, tensorboard=cfg.tensorboard, resume_step=first, num_steps=cfg.num_steps
@@ -133,17 +133,18 @@ def run_steps(
     return state, held_out
 
 
-def proven_step(run: Run, state: states.TrainState, batch: pipeline.Batch) -> Any:
-    """The step compiled for these arrays, after proof of what it saves for its backward pass.
+def verified_step(run: Run, state: states.TrainState, batch: pipeline.Batch) -> Any:
+    """The step compiled for these arrays, with evidence of what it saves for its backward pass.
 
     Raises:
       UserError: an action of memory.actions that did not take effect.
     """
-    memory = run.config.memory
+    host, num_devices = platforms.has_host_memory(), run.setup.mesh.size
     with display.phase('Compiling the training step'):
         made = compile_step(run.setup, state, batch)
-    saved, host = proof.saved(made.traced.jaxpr, run.setup.mesh.size), proof.has_host_memory('')
-    proof.check(memory, saved, proof.program(made.compiled), host=host)
+        saved = evidence.verified(
+            run.config.memory, made.traced, made.compiled, num_devices=num_devices, host=host
+        )
     if jax.process_index() == 0 and saved:
-        log.info(proof.line(saved, host=host))
+        log.info(evidence.line(saved, host=host))
     return made.run

@@ -17,7 +17,7 @@ from jaxtyping import PyTree
 from helios_jax import checkpoint, config
 from helios_jax.data import pipeline
 from helios_jax.data import tokenizer as tokenizers
-from helios_jax.train import lock, report, streaming
+from helios_jax.train import lock, report, update
 from helios_jax.train import state as states
 
 log = logging.getLogger(__name__)
@@ -46,7 +46,7 @@ class Run:
 
     @functools.cached_property
     def to_working_copy(self) -> Callable[[PyTree], PyTree]:
-        return jax.jit(functools.partial(streaming.working_copy, self.setup))
+        return jax.jit(functools.partial(update.working_copy, self.setup))
 
     @functools.cached_property
     def tokenizer_files(self) -> tuple[str, dict[str, bytes]]:

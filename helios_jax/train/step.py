@@ -11,12 +11,13 @@ from jaxtyping import Array, Float, PyTree
 
 from helios_jax import config
 from helios_jax.data.pipeline import Batch
-from helios_jax.memory import store
+from helios_jax.memory import policy
 from helios_jax.model.layers import float32_or_wider
 from helios_jax.model.loss import cross_entropy, next_tokens
+from helios_jax.parallel import platforms
 from helios_jax.parallel.context import zigzag_rows
 from helios_jax.parallel.sharding import constrain
-from helios_jax.train import optimizer, streaming, throughput
+from helios_jax.train import optimizer, throughput, update
 from helios_jax.train.state import Setup, TrainState
 
 Metrics = dict[str, Array]
@@ -31,27 +32,26 @@ def num_routed(data: config.Data, batch: Batch) -> Float[Array, '']:
 
 
 class CompiledStep(NamedTuple):
+    """A step that is ready to run, and the program in it that saves tensors for a backward pass."""
+
     run: Callable[[TrainState, Batch], tuple[TrainState, Metrics]]
-    traced: jax.stages.Traced  # of the program that computes the gradient
+    program: str  # 'step', or 'gradient' where the update is programs of its own
+    traced: jax.stages.Traced  # of `program`, as is `compiled`
     compiled: jax.stages.Compiled
 
 
 def compile_step(setup: Setup, state: TrainState, batch: Batch) -> CompiledStep:
-    """The step compiled for these arrays, under the setup's mesh; it takes the state for itself.
-
-    On a GPU a loop does not change an array on the host where it lies: XLA copies all of it for
-    every layer, and a host copies slowly. There the update of a state on the host is a program for
-    each layer, and one for each of the other arrays.
-    """
+    """The step compiled for these arrays, under the setup's mesh; it takes the state for itself."""
     memory = setup.config.memory
-    in_parts = memory.on_host and jax.default_backend() == 'gpu'
-    if in_parts:
+    options = platforms.compiler_options(transfers=policy.uses_host(memory))
+    if memory.on_host and jax.default_backend() == 'gpu':
         traced = jax.jit(partial(begin, setup)).trace(state, batch)
-    else:
-        traced = jax.jit(make_train_step(setup), donate_argnums=0).trace(state, batch)
-    compiled = traced.lower().compile(store.compiler_options(memory))
-    run = in_programs(setup, compiled) if in_parts else compiled
-    return CompiledStep(run, traced, compiled)
+        compiled = traced.lower().compile(options)
+        run = in_programs(compiled, update.Programs(setup))
+        return CompiledStep(run, 'gradient', traced, compiled)
+    traced = jax.jit(make_train_step(setup), donate_argnums=0).trace(state, batch)
+    compiled = traced.lower().compile(options)
+    return CompiledStep(compiled, 'step', traced, compiled)
 
 
 def make_train_step(setup: Setup) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
@@ -61,7 +61,7 @@ def make_train_step(setup: Setup) -> Callable[[TrainState, Batch], tuple[TrainSt
         gradients, metrics, rest = begin(setup, state, batch)
         if setup.config.memory.on_host:
             norm = metrics['gradient_norm']
-            params, moments = streaming.update(setup, gradients, norm, state)
+            params, moments = update.in_one_program(setup, gradients, norm, state)
         else:
             wide = jax.tree.map(lambda g, p: g.astype(p.dtype), gradients, state.params)
             updates, moments = setup.optimizer.update(wide, state.optimizer, state.params)
@@ -72,19 +72,17 @@ def make_train_step(setup: Setup) -> Callable[[TrainState, Batch], tuple[TrainSt
 
 
 def in_programs(
-    setup: Setup, first: Callable[..., Any]
+    first: Callable[..., Any], programs: update.Programs
 ) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
-    """`make_train_step` as a program that ends with the gradient, and those that update a part.
+    """`make_train_step` as a program that ends with the gradient, and those of the update.
 
     Args:
       first: `begin`, compiled.
     """
-    programs: dict[Any, Any] = {}
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         gradients, metrics, rest = first(state, batch)
-        norm = metrics['gradient_norm']
-        params, moments = streaming.update(setup, gradients, norm, state, programs)
+        params, moments = programs(gradients, metrics['gradient_norm'], state)
         # Or the next step's gradients would take memory while this one's still wait to be used.
         jax.block_until_ready(params)
         return TrainState(params=params, optimizer=moments, **rest), metrics
@@ -117,27 +115,27 @@ def gradient(
     depend on how rows fall into microbatches; nor does the routers' z-loss, a mean over tokens.
     Their balance loss, no such mean, is the microbatches' own, averaged by their tokens.
     """
-    data, parts = setup.config.data, setup.config.train.microbatches
+    data, num_microbatches = setup.config.data, setup.config.train.microbatches
     targets, weights = next_tokens(batch.tokens, batch.segment_ids, batch.loss_mask)
     num_targets = jnp.maximum(weights.sum(), 1)
     num_tokens = jnp.maximum(num_routed(data, batch), 1)
-    params = streaming.working_copy(setup, state.params)
+    params = update.working_copy(setup, state.params)
     grad = jax.grad(loss, argnums=2, has_aux=True)
 
-    def of(part: Any) -> Any:
-        rows, targets, weights = part
+    def of(microbatch: Any) -> Any:
+        rows, targets, weights = microbatch
         share = num_routed(data, rows) / num_tokens
         return grad(setup, state.router, params, rows, targets, weights / num_targets, share)
 
-    # In each row's order the targets are its next tokens; from here on its positions tell.
+    # Targets were taken in document order. From here rows may be permuted: positions tell.
     whole = zigzag_rows((batch, targets, weights))
-    if parts == 1:
+    if num_microbatches == 1:
         gradients, (sums, load) = of(whole)
     else:
         # Every device cuts its own rows, so that no row moves.
         whole = jax.tree.map(
             lambda x: constrain(
-                x.reshape(-1, parts, *x.shape[1:]).swapaxes(0, 1),
+                x.reshape(-1, num_microbatches, *x.shape[1:]).swapaxes(0, 1),
                 'whole',
                 'batch',
                 *['length'] * (x.ndim - 1),
@@ -150,8 +148,8 @@ def gradient(
             lambda x: float32_or_wider(jnp.zeros(x.shape, x.dtype)), jax.eval_shape(of, first)
         )
 
-        def add(total: Any, part: Any) -> tuple[Any, None]:
-            return jax.tree.map(jnp.add, total, of(part)), None
+        def add(total: Any, microbatch: Any) -> tuple[Any, None]:
+            return jax.tree.map(jnp.add, total, of(microbatch)), None
 
         (gradients, (sums, load)), _ = jax.lax.scan(add, zeros, whole)
     metrics = {

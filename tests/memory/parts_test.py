@@ -13,7 +13,7 @@ import pytest
 from helios_jax import config
 from helios_jax.arch import rules
 from helios_jax.memory import policy
-from helios_jax.memory.linearized import inner_jaxprs
+from helios_jax.memory.jaxprs import equations
 from helios_jax.memory.parts import Cut, Parts, in_parts
 from helios_jax.model.moe import swiglu
 from helios_jax.model.transformer import Transformer
@@ -54,8 +54,7 @@ def value_and_gradients(function, given):
 
 def largest(jaxpr) -> int:
     """Elements of the largest array that a jaxpr computes, its inner ones included."""
-    sizes = [v.aval.size for e in jaxpr.eqns for v in e.outvars]
-    return max([0, *sizes, *(largest(inner) for e in jaxpr.eqns for inner in inner_jaxprs(e))])
+    return max((v.aval.size for e in equations(jaxpr) for v in e.outvars), default=0)
 
 
 @pytest.mark.parametrize('number', [1, 2, 4])

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from helios_jax import config
 from helios_jax.arch import buffers
+from helios_jax.memory.jaxprs import equations
 from helios_jax.model import loss
 from helios_jax.parallel import mesh as meshes
 
@@ -119,19 +120,12 @@ def test_bfloat16_hidden_states_keep_a_float32_head():
         )
 
 
-def inner_jaxprs(equation):
-    is_jaxpr = lambda x: hasattr(x, 'eqns') or hasattr(x, 'jaxpr')  # noqa: E731
-    leaves = jax.tree.leaves(list(equation.params.values()), is_leaf=is_jaxpr)
-    return [getattr(x, 'jaxpr', x) for x in leaves if is_jaxpr(x)]
-
-
 def largest_array(jaxpr):
     """Elements of the largest array with a vocabulary in it, inner jaxprs included."""
     sizes = [0]
-    for equation in jaxpr.eqns:
+    for equation in equations(jaxpr):
         avals = [v.aval for v in (*equation.invars, *equation.outvars)]
         sizes += [a.size for a in avals if any(n in (V, PADDED) for n in getattr(a, 'shape', ()))]
-        sizes += [largest_array(inner) for inner in inner_jaxprs(equation)]
     return max(sizes)
 
 

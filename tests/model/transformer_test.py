@@ -11,6 +11,7 @@ import pytest
 
 from helios_jax import config
 from helios_jax.arch import flops, weights
+from helios_jax.memory.jaxprs import equations
 from helios_jax.model.gmu import input_eps
 from helios_jax.model.layers import RMSNorm
 from helios_jax.model.loss import cross_entropy
@@ -310,23 +311,12 @@ def test_bfloat16_computes_on_float32_parameters(random_variables):
     assert loss != exact
 
 
-def inner_jaxprs(equation):
-    is_jaxpr = lambda x: hasattr(x, 'eqns') or hasattr(x, 'jaxpr')  # noqa: E731
-    leaves = jax.tree.leaves(list(equation.params.values()), is_leaf=is_jaxpr)
-    return [getattr(x, 'jaxpr', x) for x in leaves if is_jaxpr(x)]
-
-
-def num_equations(jaxpr):
-    inner = [num_equations(j) for eqn in jaxpr.eqns for j in inner_jaxprs(eqn)]
-    return len(jaxpr.eqns) + sum(inner)
-
-
 def test_the_program_does_not_grow_with_depth():
     def size(num_layers, **changes):
         model = Transformer(dataclasses.replace(MIXED, num_layers=num_layers, **changes))
         shapes = nn.unbox(abstract_variables(model))
         run = lambda v, t: model.apply(v, t, t, t)[0]  # noqa: E731
-        return num_equations(jax.make_jaxpr(run)(shapes, TOKENS).jaxpr)
+        return len(list(equations(jax.make_jaxpr(run)(shapes, TOKENS))))
 
     assert size(3) == size(41) > 100
     assert size(3) > 1.5 * size(3, prefix='', period='dense')

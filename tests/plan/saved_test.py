@@ -12,7 +12,7 @@ from jax._src.cudnn import fused_attention_stablehlo as cudnn
 
 from helios_jax import config
 from helios_jax.kernels.attention import gpu
-from helios_jax.memory import policy, proof
+from helios_jax.memory import policy, traced
 from helios_jax.model.transformer import Transformer, abstract_variables
 from helios_jax.parallel import mesh as meshes
 from helios_jax.plan import saved
@@ -59,7 +59,7 @@ def stored_bytes(cfg: config.Config, num_devices: int, platform: str) -> Bytes:
             variables['params'], variables.get('router', {}), tokens
         )
     found: Bytes = collections.Counter()
-    for array in proof.saved(jaxpr, num_devices):
+    for array in traced.saved(jaxpr, num_devices):
         found[array.name, 'host' if array.host else 'device'] += array.num_bytes
     return found
 

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from helios_jax import config
 from helios_jax.chips import GIB, topology
 from helios_jax.data.pipeline import Batch
-from helios_jax.memory import proof
+from helios_jax.memory import evidence
 from helios_jax.parallel import mesh as meshes
 from helios_jax.parallel import sharding
 from helios_jax.plan.planning import Plan
@@ -72,8 +72,8 @@ def measure(cfg: config.Config, name: str) -> dict[str, Any]:
     start = time.monotonic()
     compiled = traced.lower().compile()
     seconds = time.monotonic() - start
-    saved = proof.saved(traced.jaxpr, topology(name).num_devices)
-    proof.check(cfg.memory, saved, proof.program(compiled), host=True)
+    num_devices = topology(name).num_devices
+    saved = evidence.verified(cfg.memory, traced, compiled, num_devices=num_devices, host=True)
     memory: Any = compiled.memory_analysis()
     arguments = memory.argument_size_in_bytes
     # XLA's peak counts arguments that lie on the host, though not what is offloaded there.
@@ -94,7 +94,7 @@ def measure(cfg: config.Config, name: str) -> dict[str, Any]:
         'host_temp_gib': memory.host_temp_size_in_bytes / GIB,
         'compile_seconds': seconds,
         'jax': jax.__version__,
-        'saved': proof.rows(saved, host=True),
+        'saved': evidence.rows(saved, host=True),
     }
 
 

@@ -1,20 +1,21 @@
-"""Steps of a state that lies on the host: a part of it at a time comes to the device.
+"""Updates a state that lies on the host, of which one group at a time comes to the device.
 
-    norm of the whole gradient → part by part: fetch → clip, moments, decay, rate → write back
+    norm of the whole gradient → group by group: fetch → clip, moments, decay, rate → write back
 
-A part is one layer of the scanned ones, which follow each other in a loop that fetches a layer
-ahead, or one array of the rest. Each is updated by the optimizer of its parameters alone: past the
-clipping no parameter's update reads another's, so that nothing but the order changes.
+A group is one layer of the scanned ones, or one array of the rest. Each is updated by the optimizer
+of its parameters alone: past the clipping no parameter's update reads another's, so that only the
+order changes.
 
-Arrays come and go by `device_put` between memory spaces, which the compiler turns into copies that
-run beside the computation. The loop carries whole arrays and replaces a layer of them, so that they
-are updated where they lie.
+`in_one_program` is traced as a piece of the step: layers follow each other in a loop that fetches a
+layer ahead, carries whole arrays and replaces a layer of them, so that they are updated where they
+lie. `Programs` is for a GPU, where a loop does not change an array on the host where it lies: XLA
+would copy all of it for every layer, and a host copies slowly.
 """
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -25,12 +26,21 @@ from jaxtyping import Array, Float, PyTree
 
 from helios_jax.arch.rules import Axes
 from helios_jax.arch.weights import read_in_compute_dtype
-from helios_jax.memory import store
+from helios_jax.memory import policy
+from helios_jax.parallel import platforms
 from helios_jax.train import optimizer
 from helios_jax.train.state import Setup, TrainState
 
 Arrays = dict[Any, Array]  # parameters by key, leaves of optax's state by path
 Pair = tuple[Arrays, Arrays]  # both
+Updated = tuple[PyTree, PyTree]  # new parameters and optimizer state, each where it was
+
+
+class Group(NamedTuple):
+    """Parameters that are updated together."""
+
+    keys: list[optimizer.Key]
+    stacked: bool  # scanned layers, one after another
 
 
 def working_copy(setup: Setup, params: PyTree) -> PyTree:
@@ -55,20 +65,56 @@ def working_copy(setup: Setup, params: PyTree) -> PyTree:
     return jax.tree.map(copy, params, setup.axes)
 
 
-def update(
-    setup: Setup,
-    gradients: PyTree,
-    norm: Float[Array, ''],
-    state: TrainState,
-    programs: dict[Any, Any] | None = None,
-) -> tuple[PyTree, PyTree]:
-    """New parameters and optimizer state, every array in the memory space that it was in.
+def in_one_program(
+    setup: Setup, gradients: PyTree, norm: Float[Array, ''], state: TrainState
+) -> Updated:
+    """The update as a piece of the program that computed the gradient.
 
     Args:
       gradients: of the working copy, in its dtypes.
       norm: of all of them together.
-      programs: None where this is part of one program. Else the update of each part, of one layer
-        of stacked ones, is a program of its own, kept here for the next step; the state is used up.
+    """
+
+    def run(group: Group, change: Callable[..., Any]) -> Callable[..., Pair]:
+        return partial(layer_by_layer if group.stacked else at_once, change)
+
+    return updated(setup, gradients, norm, state, run)
+
+
+class Programs:
+    """The update as programs of their own: one for each group, run for each of its layers."""
+
+    def __init__(self, setup: Setup):
+        self.setup = setup
+        self.compiled: dict[optimizer.Key, Callable[..., Pair]] = {}  # by a group's first key
+
+    def __call__(self, gradients: PyTree, norm: Float[Array, ''], state: TrainState) -> Updated:
+        """`in_one_program`'s arguments and results; the state is used up."""
+        return updated(self.setup, gradients, norm, state, self.program)
+
+    def program(self, group: Group, change: Callable[..., Any]) -> Callable[..., Pair]:
+        if group.keys[0] not in self.compiled:
+            transfers = policy.uses_host(self.setup.config.memory)
+            run = jax.jit(
+                partial(one_layer if group.stacked else at_once, change),
+                donate_argnums=3,
+                compiler_options=platforms.compiler_options(transfers=transfers),
+            )
+            self.compiled[group.keys[0]] = partial(each_layer, run) if group.stacked else run
+        return self.compiled[group.keys[0]]
+
+
+def updated(
+    setup: Setup,
+    gradients: PyTree,
+    norm: Float[Array, ''],
+    state: TrainState,
+    run: Callable[[Group, Callable[..., Any]], Callable[..., Pair]],
+) -> Updated:
+    """New parameters and optimizer state, group after group.
+
+    Args:
+      run: (a group, `changed` of it) → what updates the group's arrays in their memory space.
     """
     axes, gradients, params = map(flatten_dict, (setup.axes, gradients, state.params))
     slots, structure = named(state.optimizer)
@@ -76,35 +122,34 @@ def update(
     counts = {path: slots[path] for path in slots if not owners[path]}
     new_params: Arrays = {}
     new_slots: Arrays = {}
-    for keys, stacked in groups(axes):
-        of = lambda tree: {key: tree[key] for key in keys}  # noqa: B023, E731
-        moments = {path: slots[path] for path in slots if owners[path] in keys}
-        cut = {key: axes[key][stacked:] for key in keys}
-        change = partial(update_part, setup, cut)
-        if programs is None:
-            run: Any = partial(layer_by_layer if stacked else at_once, change)
-        else:
-            run = programs[keys[0]] = programs.get(keys[0]) or program(setup, change, stacked)
-        changed = run(norm, counts, of(gradients), (of(params), moments))
-        new_params |= changed[0]
-        new_slots |= changed[1]
+    for group in groups(axes):
+        own_params = {key: params[key] for key in group.keys}
+        own_gradients = {key: gradients[key] for key in group.keys}
+        moments = {path: slots[path] for path in slots if owners[path] in group.keys}
+        cut = {key: axes[key][group.stacked :] for key in group.keys}
+        update = run(group, partial(changed, setup, cut))
+        group_params, group_slots = update(norm, counts, own_gradients, (own_params, moments))
+        new_params |= group_params
+        new_slots |= group_slots
     return (
         unflatten_dict(new_params),
         jax.tree.unflatten(structure, [new_slots[path] for path in slots]),
     )
 
 
-def groups(axes: Mapping[optimizer.Key, Axes]) -> list[tuple[list[optimizer.Key], bool]]:
-    """Keys of the parameters that are updated together, and whether they are stacked layers."""
+def groups(axes: Mapping[optimizer.Key, Axes]) -> Iterator[Group]:
+    """Every array that no layers share alone, then each run of scanned layers."""
     stacked: dict[optimizer.Key, list[optimizer.Key]] = {}
     for key, names in axes.items():
         if names[0] == 'layers':
             stacked.setdefault(key[:2], []).append(key)  # such as periods, layer_0
-    single = [([key], False) for key, names in axes.items() if names[0] != 'layers']
-    return single + [(keys, True) for keys in stacked.values()]
+        else:
+            yield Group([key], False)
+    for keys in stacked.values():
+        yield Group(keys, True)
 
 
-def update_part(
+def changed(
     setup: Setup,
     axes: dict[optimizer.Key, Axes],
     norm: Float[Array, ''],
@@ -133,16 +178,6 @@ def update_part(
     slots, _ = named(state)
     own = {name: slots.pop(name) for name in moments}
     return flatten_dict(optax.apply_updates(tree, updates)), own, slots
-
-
-def program(setup: Setup, change: Callable[..., Any], stacked: bool) -> Callable[..., Pair]:
-    """`change` of a part as a program of its own, which takes what it changes for itself."""
-    run = jax.jit(
-        partial(one_layer if stacked else at_once, change),
-        donate_argnums=3,
-        compiler_options=store.compiler_options(setup.config.memory),
-    )
-    return partial(each_layer, run) if stacked else run
 
 
 def at_once(

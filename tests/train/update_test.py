@@ -15,7 +15,7 @@ from train_steps import LINEAR, MUON, assert_close, mesh_of, random_batch, setti
 
 from helios_jax import checkpoint, config
 from helios_jax.parallel import mesh as meshes
-from helios_jax.train import dry_run, loop, streaming
+from helios_jax.train import dry_run, loop, update
 from helios_jax.train import state as states
 from helios_jax.train import step as steps
 
@@ -76,7 +76,7 @@ def test_the_update_of_each_layer_alone_is_the_update_of_all(pattern, rule):
                 gradients = draw(setup.state.params)
                 norm = optax.global_norm(gradients)
                 if memory == ON_HOST:
-                    params, moments = streaming.update(setup, gradients, norm, state)
+                    params, moments = update.in_one_program(setup, gradients, norm, state)
                 else:
                     updates, moments = setup.optimizer.update(
                         gradients, state.optimizer, state.params
@@ -183,12 +183,12 @@ def test_the_copys_gradient_is_that_of_the_weights(memory, parts, monkeypatch):
     with jax.set_mesh(setup.mesh):
         state = states.initialize(setup)
         near = jax.device_put(state.params, jax.memory.Space.Device)
-        copy = jax.jit(functools.partial(streaming.working_copy, setup))(state.params)
+        copy = jax.jit(functools.partial(update.working_copy, setup))(state.params)
         gradient = lambda params: jax.jit(functools.partial(steps.gradient, setup))(  # noqa: E731
             state.replace(params=params), random_batch()
         )
         narrow = gradient(state.params)
-        monkeypatch.setattr(streaming, 'working_copy', lambda setup, params: params)
+        monkeypatch.setattr(update, 'working_copy', lambda setup, params: params)
         wide = gradient(near)
     assert_same(narrow[1]['loss'], wide[1]['loss'])
     widened = jax.tree.map(lambda x: x.astype(jnp.float32), narrow[0])

@@ -1,0 +1,90 @@
+"""One layer, attention and feed-forward each behind a norm and joined by a GMU; a run of them."""
+
+from typing import Any
+
+import flax.linen as nn
+from jax.ad_checkpoint import checkpoint_name
+from jaxtyping import Array, Float, Int
+
+from helios_jax import config
+from helios_jax.model.attention import Attention
+from helios_jax.model.gmu import GatedMemoryUnit, input_eps
+from helios_jax.model.layers import RMSNorm
+from helios_jax.model.moe import MixtureOfExperts, Stats, SwiGLU
+from helios_jax.parallel.sharding import constrain
+
+LayerStats = dict[str, Stats]  # name of the layer in its period → what its router reports
+
+
+class Block(nn.Module):
+    """One layer: attention and feed-forward, each behind a norm and joined by a GMU."""
+
+    model: config.Model
+    kind: str
+    platform: str = ''
+    residuals: str = ''  # what attention keeps q, k and v as: '' | fp8 | int8
+    backward_parts: int = 0  # of the MLP and the gates; 0: nothing is recomputed
+
+    @nn.compact
+    def __call__(
+        self,
+        x: Float[Array, 'B T D'],
+        index: Any,
+        positions: Int[Array, 'B T'],
+        segment_ids: Int[Array, 'B T'] | None,
+        cache_length: int = 0,
+    ) -> tuple[Float[Array, 'B T D'], Stats | None]:
+        """Layer `index` (from 0; may be traced) of the stream x."""
+        model = self.model
+        x = constrain(x, 'batch', 'length', 'stream')
+        window = model.window if self.kind.endswith('window') else 0
+
+        sublayer = 2 * index + 1
+        x_hat = RMSNorm(name='attention_norm')(x, input_eps(model, sublayer))
+        x_hat = checkpoint_name(x_hat, 'attention_input')
+        attention = Attention(model, window, self.platform, self.residuals, name='attention')
+        update = attention(x_hat, positions, segment_ids, cache_length)
+        update = checkpoint_name(update, 'attention_update')
+        gated = GatedMemoryUnit(model, 'attention', self.backward_parts, name='attention_gmu')
+        x = gated(x, x_hat, update, sublayer)
+        x = constrain(x, 'batch', 'length', 'stream')
+
+        sublayer = sublayer + 1
+        x_hat = RMSNorm(name='mlp_norm')(x, input_eps(model, sublayer))
+        x_hat = checkpoint_name(x_hat, 'mlp_input')
+        stats = None
+        if self.kind.startswith('moe'):
+            update, stats = MixtureOfExperts(model, name='moe')(x_hat, segment_ids)
+        else:
+            mlp = SwiGLU(model.embed_dim, model.mlp_dim, self.backward_parts, name='mlp')
+            update = mlp(x_hat)
+        update = checkpoint_name(update, 'mlp_update')
+        gated = GatedMemoryUnit(model, 'mlp', self.backward_parts, name='mlp_gmu')
+        x = gated(x, x_hat, update, sublayer)
+        return constrain(x, 'batch', 'length', 'stream'), stats
+
+
+class Layers(nn.Module):
+    """Consecutive layers of the given kinds."""
+
+    model: config.Model
+    kinds: tuple[str, ...]
+    platform: str
+
+    @nn.compact
+    def __call__(
+        self,
+        x: Float[Array, 'B T D'],
+        first_index: Any,
+        positions: Int[Array, 'B T'],
+        segment_ids: Int[Array, 'B T'] | None,
+        cache_length: int = 0,
+    ) -> tuple[Float[Array, 'B T D'], LayerStats]:
+        stats = {}
+        for i, kind in enumerate(self.kinds):
+            name = f'layer_{i}'
+            layer = Block(self.model, kind, self.platform, name=name)
+            x, reported = layer(x, first_index + i, positions, segment_ids, cache_length)
+            if reported is not None:
+                stats[name] = reported
+        return x, stats

@@ -1,0 +1,111 @@
+"""The layers and the last norm, bound to their variables, as the memory system runs them."""
+
+import dataclasses
+from collections.abc import Mapping
+from functools import partial
+from typing import Any
+
+from jaxtyping import Array, Float, Int
+
+from helios_jax import config
+from helios_jax.memory import policy, store
+from helios_jax.model.block import Block, LayerStats
+from helios_jax.model.gmu import input_eps
+from helios_jax.model.layers import RMSNorm
+from helios_jax.parallel import platforms
+
+Variables = Mapping[str, Any]  # collection → name of the layer → its variables
+
+
+@dataclasses.dataclass(frozen=True)
+class Stack:
+    """Every layer of a model in order, whose gradient reads what `memory` says."""
+
+    model: config.Model
+    memory: config.Memory
+    platform: str = ''
+
+    def __call__(
+        self,
+        variables: Mapping[str, Variables],
+        x: Float[Array, 'B T D'],
+        indices: Int[Array, 'R'],
+        positions: Int[Array, 'B T'],
+        segment_ids: Int[Array, 'B T'] | None,
+    ) -> tuple[Float[Array, 'B T D'], dict[str, LayerStats]]:
+        """The normalised stream behind the last layer, and the routers' statistics.
+
+        Args:
+          variables: of `prefix` (where the model has one), of `periods`, stacked, and of `norm`.
+          x: the stream below the first layer.
+          indices: number of the first layer in each of the R repeats of the period.
+        """
+        model = self.model
+        # Policy `none` names nothing: its gradient is JAX's own.
+        table = None if self.memory.policy == 'none' else policy.actions(self.memory)
+        host = platforms.has_host_memory(self.platform)
+        where: dict[str, Any] = {'table': table, 'host': host}
+        statistics: dict[str, LayerStats] = {}
+
+        for i, kind in enumerate(model.prefix_kinds):
+            params, router = layer_variables(variables['prefix'], i)
+            x, own = store.apply(
+                partial(self.layer, kind, i),
+                params=params, x=x, others=(router, positions, segment_ids),
+                input_name='block_input', **where,
+            )  # fmt: skip
+            if own is not None:
+                statistics.setdefault('prefix', {})[f'layer_{i}'] = own
+
+        period = [layer_variables(variables['periods'], i) for i in range(len(model.period_kinds))]
+        x, stacked = store.scan(
+            [partial(self.scanned_layer, kind, i) for i, kind in enumerate(model.period_kinds)],
+            params=[params for params, _ in period],
+            x=x,
+            scanned=[(indices, router) for _, router in period],
+            others=(positions, segment_ids),
+            input_name='block_input',
+            **where,
+        )
+        layers = {f'layer_{i}': own for i, own in enumerate(stacked) if own is not None}
+        statistics['periods'] = layers
+
+        params = variables['norm']['params']
+        x = store.apply(self.last_norm, params=params, x=x, input_name='final_hidden', **where)
+        return x, statistics
+
+    def layer(
+        self,
+        kind: str,
+        index: Any,
+        params: Any,
+        x: Array,
+        router: Any,
+        positions: Array,
+        segment_ids: Array | None,
+    ) -> Any:
+        """Layer `index` of a kind: the stream behind it, and its router's statistics or None."""
+        form, num_parts = '', 0
+        if self.memory.policy != 'none':
+            form = policy.kernel_form(policy.actions(self.memory))
+            num_parts = self.memory.backward_parts
+        block = Block(self.model, kind, self.platform, form, num_parts, parent=None)
+        variables = {'params': params, 'router': router}
+        return block.apply(variables, x, index, positions, segment_ids)
+
+    def scanned_layer(
+        self, kind: str, i: int, params: Any, x: Array, period: Any, *others: Any
+    ) -> Any:
+        """Layer i of a period: `layer` as `store.scan` calls it."""
+        first_index, router = period
+        return self.layer(kind, first_index + i, params, x, router, *others)
+
+    def last_norm(self, params: Any, x: Array) -> Array:
+        eps = input_eps(self.model, 2 * self.model.num_layers + 1)
+        return RMSNorm(parent=None).apply({'params': params}, x, eps)
+
+
+def layer_variables(variables: Variables, i: int) -> tuple[Any, Any]:
+    """(parameters, router's variables) of layer i of a prefix or a period."""
+    name = f'layer_{i}'
+    return variables['params'][name], variables.get('router', {}).get(name, {})
