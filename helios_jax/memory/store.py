@@ -45,8 +45,8 @@ class Mark(NamedTuple):
         """The mark with this text; None if the text is another name."""
         if not text.startswith('stored/'):
             return None
-        _, tensor, action, (manual, scanned) = text.split('/')
-        return cls(tensor, action, manual == '1', scanned == '1')
+        _, tensor, action, flags = text.split('/')
+        return cls(tensor, action, manual=flags[0] == '1', scanned=flags[1] == '1')
 
 
 class Kept(NamedTuple):

@@ -12,10 +12,11 @@ import pytest
 from helios_jax import config
 from helios_jax.arch import flops, weights
 from helios_jax.memory.jaxprs import equations
+from helios_jax.model.block import Block
 from helios_jax.model.gmu import input_eps
 from helios_jax.model.layers import RMSNorm
 from helios_jax.model.loss import cross_entropy
-from helios_jax.model.transformer import Block, Transformer, abstract_variables
+from helios_jax.model.transformer import Transformer, abstract_variables
 from helios_jax.parallel import mesh as meshes
 from helios_jax.parallel import sharding
 

@@ -138,7 +138,7 @@ def test_file_system_without_locks_is_refused_in_one_line(tmp_path, monkeypatch)
     def no_locks(*_):
         raise OSError(38, 'Function not implemented')
 
-    monkeypatch.setattr('filelock._unix.lock_fd_nonblocking', no_locks)
+    monkeypatch.setattr('fcntl.flock', no_locks)
     with (
         pytest.raises(UserError, match=r'cannot lock files .Function not implemented.; mount it'),
         lock.hold(epath.Path(tmp_path / 'run')),

@@ -264,7 +264,7 @@ def test_what_is_refused_after_preparing_data_writes_nothing_either(copied, brok
         def refuse(*_):
             raise config.UserError('no json: memory.actions did not take effect')
 
-        monkeypatch.setattr(loop, 'proven_step', refuse)
+        monkeypatch.setattr(loop, 'verified_step', refuse)
     before = entries(workdir)
     with pytest.raises(config.UserError, match='no json'):
         loop.train(having(cfg, train__num_steps=20), workdir)
