@@ -41,17 +41,17 @@ def parse(spec: str) -> list[tuple[str, Fraction]]:
     """The corpora of `data.corpus` with their shares, which add up to 1.
 
     Raises:
-      UserError: a mixture with a part that has no weight, or a weight of 0.
+      UserError: a mixture in which a corpus has no weight, or a weight of 0.
     """
-    parts = [part.strip() for part in spec.split(',')]
-    weighted = [re.fullmatch(r'(.+)=(\d+\.?\d*|\.\d+)', part) for part in parts]
+    corpora = [corpus.strip() for corpus in spec.split(',')]
+    weighted = [re.fullmatch(r'(.+)=(\d+\.?\d*|\.\d+)', corpus) for corpus in corpora]
     if not any(weighted):
         return [(spec, Fraction(1))]
     mixture = []
-    for part, match in zip(parts, weighted, strict=True):
+    for corpus, match in zip(corpora, weighted, strict=True):
         if match is None or Fraction(match[2]) == 0:
             raise UserError(
-                f'data.corpus={spec!r}: {part!r} needs a weight above 0, such as {part}=0.3.'
+                f'data.corpus={spec!r}: {corpus!r} needs a weight above 0, such as {corpus}=0.3.'
             )
         mixture.append((match[1], Fraction(match[2])))
     total = sum(weight for _, weight in mixture)

@@ -88,8 +88,8 @@ class Packer:
         )
         step = self.row_length - 1
         for start in range(0, len(stream.tokens), step):
-            parts = zip(bos, stream, strict=True)
-            yield Piece(*(np.concatenate([b, s[start : start + step]]) for b, s in parts))
+            pairs = zip(bos, stream, strict=True)
+            yield Piece(*(np.concatenate([b, s[start : start + step]]) for b, s in pairs))
 
     def lost_example(self, documents: Iterable[Document]) -> str:
         """The first place where decoding does not give a document's text back, for a message."""

@@ -17,7 +17,7 @@ from jaxtyping import Bool, Int32
 
 from helios_jax import config, paths
 from helios_jax.data import corpora, documents, packing, records
-from helios_jax.data.rows import Rows, Source
+from helios_jax.data.rows import Mixture, Rows
 from helios_jax.data.tokenizer import Tokenizer, train_bpe
 from helios_jax.errors import UserError, require
 
@@ -42,8 +42,8 @@ class Batch(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Prepared:
-    train: Source
-    validation: Source
+    train: Mixture
+    validation: Mixture
 
     @property
     def contents(self) -> dict[str, dict[str, Any]]:
@@ -64,17 +64,17 @@ def prepare(data: config.Data, tokenizer: Tokenizer, *, rebuild: bool = False) -
         damaged.
     """
     # The smaller split comes first: a tokenizer that loses text is soon refused.
-    sources = _sources(data.corpus, data, tokenizer, ['validation', 'train'], rebuild)
-    return Prepared(**sources)
+    mixtures = _mixtures(data.corpus, data, tokenizer, ['validation', 'train'], rebuild)
+    return Prepared(**mixtures)
 
 
-def from_text(pattern: str, data: config.Data, tokenizer: Tokenizer) -> Source:
+def from_text(pattern: str, data: config.Data, tokenizer: Tokenizer) -> Mixture:
     """Rows of every document of a corpus (such as a glob), none held out, packed as `data` says.
 
     Raises:
       UserError: as `prepare` says.
     """
-    return _sources(pattern, data, tokenizer, ['train'], rebuild=False)['train']
+    return _mixtures(pattern, data, tokenizer, ['train'], rebuild=False)['train']
 
 
 def train_batches(
@@ -109,7 +109,7 @@ def train_batches(
 
 
 def eval_batches(
-    source: Source,
+    mixture: Mixture,
     *,
     batch_rows: int,
     num_rows: int = 0,
@@ -123,14 +123,14 @@ def eval_batches(
         weights; 0 takes every row.
     """
     local = _host_slice(batch_rows, host, num_hosts)
-    wanted = source.counts(num_rows) if num_rows else [len(rows) for rows in source.parts]
+    wanted = mixture.counts(num_rows) if num_rows else [len(rows) for rows in mixture.corpora]
     located = []
-    for part, (rows, count) in enumerate(zip(source.parts, wanted, strict=True)):
+    for corpus, (rows, count) in enumerate(zip(mixture.corpora, wanted, strict=True)):
         count = min(count, len(rows))
-        located += [(part, index * len(rows) // count) for index in range(count)]
+        located += [(corpus, index * len(rows) // count) for index in range(count)]
     for start in range(0, len(located), batch_rows):
         yield _assemble(
-            source, located[start : start + batch_rows][local], local.stop - local.start
+            mixture, located[start : start + batch_rows][local], local.stop - local.start
         )
 
 
@@ -160,8 +160,8 @@ def summary(prepared: Prepared) -> list[dict[str, Any]]:
             'fingerprint': rows.fingerprint,
             'path': str(rows.directory),
         }
-        for source in (prepared.train, prepared.validation)
-        for rows, weight in zip(source.parts, source.weights, strict=True)
+        for mixture in (prepared.train, prepared.validation)
+        for rows, weight in zip(mixture.corpora, mixture.weights, strict=True)
     ]
 
 
@@ -172,9 +172,9 @@ def train_tokenizer(corpus: str, vocab_size: int, output: str) -> None:
     train_bpe(corpora.texts(corpus), vocab_size, epath.Path(output).expanduser())
 
 
-def _sources(
+def _mixtures(
     spec: str, data: config.Data, tokenizer: Tokenizer, splits: Sequence[str], rebuild: bool
-) -> dict[str, Source]:
+) -> dict[str, Mixture]:
     """The rows of each split, all corpora's."""
     paths.check('data.cache_dir', data.cache_dir)
     cache_dir = epath.Path(data.cache_dir).expanduser()
@@ -191,7 +191,7 @@ def _sources(
                 rows.append(Rows(directory, split))
                 _check_scorable(rows[-1], data, tokenizer)
     weights = tuple(weight for _, weight in mixture)
-    return {name: Source(tuple(rows), weights) for name, rows in packed.items()}
+    return {name: Mixture(tuple(rows), weights) for name, rows in packed.items()}
 
 
 def _check_scorable(rows: Rows, data: config.Data, tokenizer: Tokenizer) -> None:
@@ -228,9 +228,9 @@ def _host_slice(batch_rows: int, host: int | None, num_hosts: int | None) -> sli
     return slice(host * local_rows, (host + 1) * local_rows)
 
 
-def _assemble(source: Source, located: Sequence[tuple[int, int]], num_rows: int) -> Batch:
+def _assemble(mixture: Mixture, located: Sequence[tuple[int, int]], num_rows: int) -> Batch:
     """The located rows and, up to `num_rows`, padding rows."""
-    shape = (num_rows, source.row_length)
+    shape = (num_rows, mixture.row_length)
     batch = Batch(
         tokens=np.zeros(shape, np.int32),
         segment_ids=np.zeros(shape, np.int32),
@@ -239,8 +239,8 @@ def _assemble(source: Source, located: Sequence[tuple[int, int]], num_rows: int)
         loss_mask=np.zeros(shape, np.bool_),
         num_bytes=np.zeros(num_rows, np.int32),
     )
-    for row, (part, index) in enumerate(located):
-        stored = source.parts[part][index]
+    for row, (corpus, index) in enumerate(located):
+        stored = mixture.corpora[corpus][index]
         lengths = stored['segment_lengths'].astype(np.int32)
         length = len(stored['tokens'])
         batch.tokens[row, :length] = stored['tokens']

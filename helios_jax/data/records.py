@@ -48,9 +48,9 @@ def shard(path: epath.Path, examples: Iterable[Stored]) -> Iterator[dict[str, in
       `num_examples` and `num_bytes`, as TFDS counts them.
     """
     written = {'num_examples': 0, 'num_bytes': 0}
-    with _local_part(path) as part:
+    with _local_temporary(path) as temporary:
         try:
-            writer = array_record_module.ArrayRecordWriter(part, 'group_size:1')
+            writer = array_record_module.ArrayRecordWriter(temporary, 'group_size:1')
             for example in examples:
                 record = _serialize(example)
                 writer.write(record)
@@ -87,12 +87,12 @@ def unwritable(path: epath.PathLike, reason: str) -> UserError:
 
 def write_text(path: epath.Path, text: str) -> None:
     """Writes a small file, complete or not at all."""
-    part = _part(path)
+    temporary = _temporary(path)
     try:
-        part.write_text(text)
-        part.replace(path)
+        temporary.write_text(text)
+        temporary.replace(path)
     finally:
-        part.unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
 
 
 def damaged(path: epath.Path, cause: str, remedy: str = '') -> UserError:
@@ -168,24 +168,24 @@ def _serialize(example: Stored) -> bytes:
     return record.SerializeToString()
 
 
-def _part(path: epath.Path) -> epath.Path:
+def _temporary(path: epath.Path) -> epath.Path:
     """A name beside `path` that no other process writes."""
     return path.with_name(f'{path.name}.{uuid.uuid4().hex}.part')
 
 
 @contextlib.contextmanager
-def _local_part(path: epath.Path) -> Iterator[str]:
+def _local_temporary(path: epath.Path) -> Iterator[str]:
     """A local file name; what is written there becomes `path` on leaving without an error."""
-    part = _part(path)
+    temporary = _temporary(path)
     if paths.is_local(path):
-        local = part
+        local = temporary
     else:
-        local = epath.Path(tempfile.gettempdir()) / part.name
+        local = epath.Path(tempfile.gettempdir()) / temporary.name
     try:
         yield os.fspath(local)
-        if local != part:
-            local.copy(part)
-        part.replace(path)
+        if local != temporary:
+            local.copy(temporary)
+        temporary.replace(path)
     finally:
         local.unlink(missing_ok=True)
 
@@ -206,7 +206,7 @@ def _local_copy(path: epath.Path) -> str:
     with _copying:
         if not mirror.exists():
             mirror.parent.mkdir(parents=True, exist_ok=True)
-            part = _part(mirror)
-            path.copy(part)
-            part.replace(mirror)
+            temporary = _temporary(mirror)
+            path.copy(temporary)
+            temporary.replace(mirror)
     return os.fspath(mirror)

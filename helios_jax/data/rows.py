@@ -55,42 +55,42 @@ class Rows:
 
 
 @dataclasses.dataclass(frozen=True)
-class Source:
+class Mixture:
     """Several corpora's rows and the share of samples that each gives, adding up to 1."""
 
-    parts: tuple[Rows, ...]
+    corpora: tuple[Rows, ...]
     weights: tuple[Fraction, ...]
 
     def __len__(self) -> int:
-        return sum(map(len, self.parts))
+        return sum(map(len, self.corpora))
 
     @property
     def row_length(self) -> int:
-        return self.parts[0].row_length
+        return self.corpora[0].row_length
 
     @property
     def num_tokens(self) -> int:
-        return sum(rows.num_tokens for rows in self.parts)
+        return sum(rows.num_tokens for rows in self.corpora)
 
     @property
     def num_bytes(self) -> int:
-        return sum(rows.num_bytes for rows in self.parts)
+        return sum(rows.num_bytes for rows in self.corpora)
 
     @property
     def lost_fraction(self) -> float:
         """Share of the text's bytes that the tokenizer lost; `num_bytes` are the rest."""
-        lost = sum(rows.num_lost_bytes for rows in self.parts)
+        lost = sum(rows.num_lost_bytes for rows in self.corpora)
         return lost / (lost + self.num_bytes) if lost else 0.0
 
     @functools.cached_property
     def fingerprint(self) -> str:
-        parts = zip(self.parts, self.weights, strict=True)
-        return records.digest([[rows.fingerprint, str(weight)] for rows, weight in parts])
+        pairs = zip(self.corpora, self.weights, strict=True)
+        return records.digest([[rows.fingerprint, str(weight)] for rows, weight in pairs])
 
     @property
     def contents(self) -> dict[str, Any]:
         """What a checkpoint keeps of its data, for `changes` to compare."""
-        texts = [rows.documents for rows in self.parts]
+        texts = [rows.documents for rows in self.corpora]
         weights = map(str, self.weights)
         return {
             'rows': self.fingerprint,
@@ -121,18 +121,18 @@ class Source:
     def locate(self, sample: int, seed: int) -> tuple[int, int]:
         """The corpus and the row in it that sample number `sample` of a run is."""
         before, after = self.counts(sample), self.counts(sample + 1)
-        part = next(i for i in range(len(before)) if after[i] > before[i])
-        rows = self.parts[part]
-        epoch, position = divmod(before[part], len(rows))
+        corpus = next(i for i in range(len(before)) if after[i] > before[i])
+        rows = self.corpora[corpus]
+        epoch, position = divmod(before[corpus], len(rows))
         # Fewer rounds than 8 leave neighbouring batches alike; adding the epoch to the seed would
         # make epoch 1 of seed 0 equal epoch 0 of seed 1.
-        return part, grain.experimental.index_shuffle(
+        return corpus, grain.experimental.index_shuffle(
             position, max_index=len(rows) - 1, seed=_key(rows.fingerprint, seed, epoch), rounds=8
         )
 
 
 def changes(saved: dict[str, Any], now: dict[str, Any]) -> str:
-    """What differs between two splits' `Source.contents`; '' if their text is the same."""
+    """What differs between two splits' `Mixture.contents`; '' if their text is the same."""
     if saved['text'] == now['text']:
         return ''
     more = now['documents'] - saved['documents']
