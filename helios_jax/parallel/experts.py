@@ -22,7 +22,7 @@ from helios_jax.kernels.grouped_matmul import grouped_matmul
 from helios_jax.parallel.sharding import spec
 
 
-class Plan(NamedTuple):
+class Slots(NamedTuple):
     """Which buffer slot each (token, choice) pair takes, and the inverse."""
 
     source: Int[Array, 'M']  # slot → pair n·X + x; num_pairs where the slot is empty
@@ -31,7 +31,7 @@ class Plan(NamedTuple):
     dropped: Int[Array, '']
 
 
-def plan(experts: Int[Array, 'P'], num_experts: int, capacity: int) -> Plan:
+def assign_slots(experts: Int[Array, 'P'], num_experts: int, capacity: int) -> Slots:
     """Sorts pairs by expert; ids of `num_experts` belong to none of ours and take no slot.
 
     capacity 0 sizes the buffer for the worst case (every pair is ours). Otherwise each expert has
@@ -56,7 +56,7 @@ def plan(experts: Int[Array, 'P'], num_experts: int, capacity: int) -> Plan:
         slot_of_rank = jnp.where(ours, ranks, num_slots)
     slot = jnp.zeros(num_pairs, jnp.int32).at[order].set(slot_of_rank)
     source = jnp.full(num_slots, num_pairs, jnp.int32).at[slot_of_rank].set(order, mode='drop')
-    return Plan(source, slot, sizes, dropped)
+    return Slots(source, slot, sizes, dropped)
 
 
 def _rows(x: Float[Array, 'A D'], index: Int[Array, 'C']) -> Float[Array, 'C D']:
@@ -124,7 +124,7 @@ def _local(
     experts = choices.reshape(-1) - first_expert
     valid = (experts >= 0) & (experts < ours) & (choices.reshape(-1) < num_experts)
     capacity = expert_capacity(experts.shape[0], num_experts, capacity_factor)
-    p = plan(jnp.where(valid, experts, ours), ours, capacity)
+    p = assign_slots(jnp.where(valid, experts, ours), ours, capacity)
     rows = dispatch(tokens, p.source, p.slot, num_chosen)
     rows = checkpoint_name(rows, 'expert_input')
     if capacity:
