@@ -137,7 +137,7 @@ def _in_turns_backward(call: Call, saved: tuple[Array, ...], d_out: Array) -> tu
     def add(i: Array, totals: list[Array]) -> list[Array]:
         own = runs - i * CUDNN_SEGMENTS
         _, vjp = jax.vjp(lambda q, k, v: some(call, q, k, v, own), *arguments)
-        return [total + part for total, part in zip(totals, vjp(d_out), strict=True)]
+        return [total + one for total, one in zip(totals, vjp(d_out), strict=True)]
 
     zeros = [jnp.zeros_like(x) for x in arguments]
     return *jax.lax.fori_loop(0, num_turns(runs), add, zeros), None

@@ -19,7 +19,8 @@ from helios_jax.chips import CHIPS
 from helios_jax.kernels.attention.arguments import Setting, Tokens
 from helios_jax.kernels.attention.tpu import backward_kernel, forward_kernel, work
 from helios_jax.kernels.attention.tpu import blocks as sizes
-from helios_jax.kernels.attention.tpu.backward_kernel import Inputs
+from helios_jax.kernels.attention.tpu.backward_kernel import BackwardInputs
+from helios_jax.kernels.attention.tpu.forward_kernel import ForwardInputs
 from helios_jax.kernels.attention.tpu.layout import (
     heads_first,
     in_chunks,
@@ -28,7 +29,7 @@ from helios_jax.kernels.attention.tpu.layout import (
     padded,
     tokens_first,
 )
-from helios_jax.kernels.attention.tpu.tables import mark, tables
+from helios_jax.kernels.attention.tpu.tables import mark, position_tables
 from helios_jax.kernels.attention.tpu.tiles import LOG2E, MARKS, Static
 from helios_jax.kernels.attention.tpu.work import Blocks
 from helios_jax.kernels.quantize import Stored
@@ -158,7 +159,7 @@ def run_forward(
     (B, T, N, _), S, blocks = q.shape, k.shape[1], options.forward
     queries, keys, values = operands(q, k, v)
     marks = mark(tokens, T, S, blocks)
-    q_table, k_table = tables(tokens, setting.frequencies, *marks)
+    q_table, k_table = position_tables(tokens, setting.frequencies, *marks)
     static = Static(blocks, setting.window, setting.softcap, not tokens.plain, options.residuals)
     kernel = functools.partial(
         forward_kernel.forward,
@@ -167,7 +168,7 @@ def run_forward(
         vmem=options.vmem,
         interpret=options.interpret,
     )
-    inputs = forward_kernel.Inputs(
+    inputs = ForwardInputs(
         pad(queries, blocks.q, axis=-2),
         pad(keys, blocks.k, axis=-2),
         pad(values, blocks.k, axis=-2),
@@ -211,8 +212,8 @@ def run_backward(
         interpret=options.interpret,
     )
     marks = mark(tokens, T, S, blocks)
-    q_table, k_table = tables(tokens, setting.frequencies, *marks)
-    inputs = Inputs(queries, keys, values, out, lse, cotangent, q_table, k_table, ())
+    q_table, k_table = position_tables(tokens, setting.frequencies, *marks)
+    inputs = BackwardInputs(queries, keys, values, out, lse, cotangent, q_table, k_table, ())
     most = functools.partial(backward_kernel.keys_in_memory, out, blocks, options.vmem)
     total = k_table.shape[-1]
     if total <= most():

@@ -54,7 +54,7 @@ def keys_in_memory(out: Any, blocks: Blocks, vmem: int, in_chunks: bool = False)
     return max(free // each // blocks.k, 1) * blocks.k
 
 
-class Inputs(NamedTuple):
+class BackwardInputs(NamedTuple):
     """Arrays, or their block specs, or references to blocks.
 
     q, k and v are unrotated: an array, or `Stored`.
@@ -73,7 +73,7 @@ class Inputs(NamedTuple):
     earlier: Any
 
 
-class Outputs(NamedTuple):
+class BackwardOutputs(NamedTuple):
     """Shapes, or block specs, or references to blocks, or arrays."""
 
     dq: Any  # [B K G T H]
@@ -81,7 +81,7 @@ class Outputs(NamedTuple):
     dv: Any
 
 
-class Scratch(NamedTuple):
+class BackwardScratch(NamedTuple):
     """What lies in VMEM from one item to the next. A row is a query of one of the G heads."""
 
     q_turned: Ref  # [H G·q], rotated and scaled
@@ -98,7 +98,7 @@ class Scratch(NamedTuple):
 
 
 def backward(
-    x: Inputs,
+    x: BackwardInputs,
     scale: Array,
     listed: Work,
     static: Static,
@@ -114,7 +114,7 @@ def backward(
     at = specs(x.out, static)
     tile = functools.partial(pltpu.VMEM, dtype=dtype)
     total = functools.partial(pltpu.VMEM, dtype=jnp.float32)
-    in_specs = Inputs(
+    in_specs = BackwardInputs(
         block(x.q, at.queries, at.rows),
         block(x.k, at.begun_keys, at.begun_rows),
         block(x.v, at.begun_keys, at.begun_rows),
@@ -134,9 +134,9 @@ def backward(
             num_scalar_prefetch=2,
             grid=(K, listed.count),
             in_specs=(in_specs,),
-            out_specs=(Outputs(at.queries, at.finished_keys, at.finished_keys),),
+            out_specs=(BackwardOutputs(at.queries, at.finished_keys, at.finished_keys),),
             scratch_shapes=(
-                Scratch(
+                BackwardScratch(
                     q_turned=tile((H, width)),
                     cotangent=tile((H, width)),
                     k_turned=tile((S // blocks.k, H, blocks.k)),
@@ -152,7 +152,7 @@ def backward(
             ),
         ),
         out_shape=(
-            Outputs(
+            BackwardOutputs(
                 jax.ShapeDtypeStruct((B, K, G, T, H), jnp.float32 if adds else dtype), keys, keys
             ),
         ),
@@ -183,7 +183,12 @@ def turned(x: Any, head: int | None = None) -> Array:
 
 
 def kernel(
-    static: Static, items: Items, scale: Ref, x: Inputs, y: Outputs, scratch: Scratch
+    static: Static,
+    items: Items,
+    scale: Ref,
+    x: BackwardInputs,
+    y: BackwardOutputs,
+    scratch: BackwardScratch,
 ) -> None:
     """One work item of one key head."""
     (G, bq, H), blocks, softcap = y.dq.shape, static.blocks, static.softcap

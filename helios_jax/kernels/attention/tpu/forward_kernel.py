@@ -40,7 +40,7 @@ from helios_jax.kernels.attention.tpu.work import Items, Work
 from helios_jax.kernels.quantize import DTYPES, encode, exponents_for, pack
 
 
-class Inputs(NamedTuple):
+class ForwardInputs(NamedTuple):
     """Arrays, or their block specs, or references to blocks. q and k are unrotated."""
 
     q: Any  # [B K G T H]
@@ -51,7 +51,7 @@ class Inputs(NamedTuple):
     k_table: Any  # float32 [B H+MARKS S]: cosines, sines, segment ids, positions
 
 
-class Outputs(NamedTuple):
+class ForwardOutputs(NamedTuple):
     """Shapes, or block specs, or references to blocks, or arrays."""
 
     out: Any  # [B K G T H]
@@ -60,7 +60,7 @@ class Outputs(NamedTuple):
     kept: Any
 
 
-class Scratch(NamedTuple):
+class ForwardScratch(NamedTuple):
     """What lies in VMEM from one item to the next. A row is a query of one of the G heads."""
 
     q_rotated: Ref  # [G·q H], scaled too
@@ -74,7 +74,7 @@ class Scratch(NamedTuple):
 
 
 def forward(
-    x: Inputs,
+    x: ForwardInputs,
     scale: Array,
     listed: Work,
     static: Static,
@@ -98,8 +98,8 @@ def forward(
     static = static._replace(cached=cached)
     at = specs(x.q, static)
     shape = jax.ShapeDtypeStruct
-    shapes = Outputs(shape(x.q.shape, dtype), shape((B, K, G, T), jnp.float32), ())
-    places = Outputs(at.queries, at.rows, ())
+    shapes = ForwardOutputs(shape(x.q.shape, dtype), shape((B, K, G, T), jnp.float32), ())
+    places = ForwardOutputs(at.queries, at.rows, ())
     if static.residuals:
         form = DTYPES[static.residuals]
         kept_q = shape(x.q.shape, form), shape((B, K, G, T), jnp.int8)
@@ -117,7 +117,7 @@ def forward(
             num_scalar_prefetch=2,
             grid=(K, listed.count),
             in_specs=(
-                Inputs(
+                ForwardInputs(
                     at.queries,
                     at.begun_keys,
                     at.begun_keys,
@@ -128,7 +128,7 @@ def forward(
             ),
             out_specs=(places,),
             scratch_shapes=(
-                Scratch(
+                ForwardScratch(
                     q_rotated=tile((width, H)),
                     k_turned=tile((num_blocks, H, blocks.k)),
                     values=tile((num_blocks * blocks.k, H)),
@@ -151,7 +151,12 @@ def forward(
 
 
 def kernel(
-    static: Static, items: Items, scale: Ref, x: Inputs, y: Outputs, scratch: Scratch
+    static: Static,
+    items: Items,
+    scale: Ref,
+    x: ForwardInputs,
+    y: ForwardOutputs,
+    scratch: ForwardScratch,
 ) -> None:
     """One work item of one key head."""
     (G, bq, H), blocks, residuals = x.q.shape, static.blocks, static.residuals

@@ -39,14 +39,16 @@ def mark(tokens: Tokens, T: int, S: int, blocks: Blocks) -> tuple[Any, Any]:
     )
 
 
-def tables(tokens: Tokens, frequencies: Array, q_marks: Any, k_marks: Any) -> tuple[Array, Array]:
+def position_tables(
+    tokens: Tokens, frequencies: Array, q_marks: Any, k_marks: Any
+) -> tuple[Array, Array]:
     return (
-        table(tokens.positions, q_marks, frequencies),
-        table(tokens.positions_of_keys, k_marks, frequencies),
+        position_table(tokens.positions, q_marks, frequencies),
+        position_table(tokens.positions_of_keys, k_marks, frequencies),
     )
 
 
-def table(positions: Array, marks: Any, frequencies: Array) -> Array:
+def position_table(positions: Array, marks: Any, frequencies: Array) -> Array:
     """float32 [B H+MARKS T]: cosines, sines, segment ids, positions, zeros."""
     at = positions.astype(jnp.float32)
     at = jnp.pad(at, [(0, 0), (0, marks.shape[-1] - at.shape[-1])])
