@@ -31,7 +31,7 @@ def working_bytes(placement: Placement) -> int:
 
 
 def _layer(placement: Placement, kind: str) -> int:
-    table = saved.table(placement)
+    table = saved.tensor_actions(placement)
     model, tokens = placement.config.model, placement.local_tokens
     stream = tokens * model.embed_dim
     elements = STREAMS.value * stream

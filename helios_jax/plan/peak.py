@@ -11,16 +11,16 @@ from helios_jax.arch.weights import all_weights, read_in_compute_dtype
 from helios_jax.plan.arguments import Arguments, arguments, layer_weights, local
 from helios_jax.plan.backward import gathered_bytes, working_bytes
 from helios_jax.plan.placement import DTYPE_BYTES, Placement
-from helios_jax.plan.saved import Saved, saved_tensors
+from helios_jax.plan.saved import SavedTensor, saved_tensors
 
 
 @dataclasses.dataclass(frozen=True)
-class Memory:
+class StepMemory:
     """Bytes on one device; `host` counts its share of the host's memory."""
 
     placement: Placement
     arguments: Arguments
-    saved: list[Saved]
+    saved: list[SavedTensor]
     gradients: int  # of all layers and the head, of one microbatch
     accumulated: int  # their float32 sums over microbatches, if there are several
     weights_copy: int  # of all layers in the compute dtype, cast once a step
@@ -80,14 +80,14 @@ class Memory:
         return max(self.phases, key=lambda phase: self.phases[phase])
 
 
-def step_memory(placement: Placement) -> Memory:
+def step_memory(placement: Placement) -> StepMemory:
     """The bytes of a train step of the config on its mesh.
 
     Raises:
       UserError: the mesh does not divide a weight, or the policy is still to be resolved.
     """
     saved = saved_tensors(placement)
-    return Memory(
+    return StepMemory(
         placement=placement,
         arguments=arguments(placement),
         saved=saved,

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from helios_jax import config
 from helios_jax.arch import rules
 from helios_jax.chips import Chip
-from helios_jax.plan.peak import Memory, step_memory
+from helios_jax.plan.peak import StepMemory, step_memory
 from helios_jax.plan.placement import place
 from helios_jax.plan.seconds import Seconds, step_seconds
 
@@ -22,7 +22,7 @@ MOST = 2**22  # rows a device, or tokens a row, beyond which nobody looks
 class Plan:
     config: config.Config
     chip: Chip
-    memory: Memory
+    memory: StepMemory
     seconds: Seconds
 
     @property
@@ -46,7 +46,7 @@ def plan(cfg: config.Config, chip: Chip, num_devices: int) -> Plan:
     return Plan(cfg, chip, counted, step_seconds(where, counted, chip))
 
 
-def holds(chip: Chip, counted: Memory) -> bool:
+def holds(chip: Chip, counted: StepMemory) -> bool:
     """Whether it fits on the device, and in its share of the host's memory."""
     on_host = counted.host <= chip.host_bytes or chip.platform == 'cpu'
     return counted.peak <= chip.hbm_bytes and on_host

@@ -16,7 +16,7 @@ from helios_jax.plan.measured import GATE, NORM, OUTPUT_NORM, SILU, STATIC_GATE
 from helios_jax.plan.placement import DTYPE_BYTES, Placement
 
 
-class Saved(NamedTuple):
+class SavedTensor(NamedTuple):
     """One named tensor of one layer kind, on one device."""
 
     name: str
@@ -44,7 +44,7 @@ class Graph:
     read: tuple[str, ...]  # by gradients
 
 
-def saved_tensors(placement: Placement) -> list[Saved]:
+def saved_tensors(placement: Placement) -> list[SavedTensor]:
     """What the whole model saves under the config's policy, bottom first.
 
     Raises:
@@ -74,7 +74,7 @@ def recomputed_by_backward(placement: Placement, kind: str, table: dict[str, str
     return [value for value in _needed(placement, kind, table) if not _is_saved(value, table)]
 
 
-def table(placement: Placement) -> dict[str, str]:
+def tensor_actions(placement: Placement) -> dict[str, str]:
     """The config's action for each tensor; without a policy all are kept.
 
     Raises:
@@ -159,14 +159,16 @@ def _feed_forward(placement: Placement, kind: str) -> dict[str, tuple[str, ...]]
     }
 
 
-def _of_layer(placement: Placement, kind: str, table: dict[str, str], layers: int) -> list[Saved]:
+def _of_layer(
+    placement: Placement, kind: str, table: dict[str, str], layers: int
+) -> list[SavedTensor]:
     values = read_by_backward(placement, kind, table)
     return [s for value in values for s in _stored(placement, value, kind, table, layers)]
 
 
 def _stored(
     placement: Placement, value: str, kind: str, table: dict[str, str], layers: int
-) -> list[Saved]:
+) -> list[SavedTensor]:
     tensor = TENSORS[value.removeprefix('kernel_')]
     action = policy.parse(table[tensor.name])
     place = 'host' if action.host and placement.platform != 'cpu' else 'device'
@@ -177,7 +179,7 @@ def _stored(
         if action.form and not tensor.exact:
             dtype = 'uint8' if action.form == 'fp8' else 'int8'
             rows = elements // placement.elements(shape[-1:], axes[-1:])
-        found.append(Saved(tensor.name, dtype, place, layers, elements, rows))
+        found.append(SavedTensor(tensor.name, dtype, place, layers, elements, rows))
     return found
 
 
@@ -215,7 +217,7 @@ def expert_slots(placement: Placement) -> int:
     return moe.num_experts // placement.shape['expert'] * capacity if capacity else pairs
 
 
-def _everything(placement: Placement, kind: str) -> list[Saved]:
+def _everything(placement: Placement, kind: str) -> list[SavedTensor]:
     """Arrays that differentiation keeps of a layer without a policy, as it is traced.
 
     Every named tensor, the product that the down projection reads, and the float32 forms that
@@ -235,5 +237,7 @@ def _everything(placement: Placement, kind: str) -> list[Saved]:
         'gates': 2 * gate * stream,
         'SiLU': SILU.value * inside,
     }
-    found += [Saved(f'({n})', 'float32', 'device', layers, size, 0) for n, size in wide.items()]
-    return [*found, Saved('(product)', model.compute_dtype, 'device', layers, inside, 0)]
+    found += [
+        SavedTensor(f'({n})', 'float32', 'device', layers, size, 0) for n, size in wide.items()
+    ]
+    return [*found, SavedTensor('(product)', model.compute_dtype, 'device', layers, inside, 0)]

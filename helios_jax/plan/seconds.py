@@ -22,9 +22,9 @@ from helios_jax.plan.measured import (
     MEMORY_FRACTION,
     STREAM_PASSES,
 )
-from helios_jax.plan.peak import Memory
+from helios_jax.plan.peak import StepMemory
 from helios_jax.plan.placement import Placement
-from helios_jax.plan.saved import recomputed_by_backward, shapes, table
+from helios_jax.plan.saved import recomputed_by_backward, shapes, tensor_actions
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,7 +57,7 @@ class Seconds:
         return 'network' if self.network >= self.host else 'host'
 
 
-def step_seconds(placement: Placement, planned: Memory, chip: Chip) -> Seconds:
+def step_seconds(placement: Placement, planned: StepMemory, chip: Chip) -> Seconds:
     cfg = placement.config
     tokens = cfg.train.batch_rows * cfg.data.row_length
     length = cfg.data.row_length
@@ -103,7 +103,7 @@ def _recomputed(placement: Placement) -> tuple[float, float]:
     attention = flops.attention_flops(model, cfg.data.row_length) / 3 / len(model.layer_kinds)
     total, total_attention = 0.0, 0.0
     for kind in set(model.layer_kinds):
-        again = set(recomputed_by_backward(placement, kind, table(placement)))
+        again = set(recomputed_by_backward(placement, kind, tensor_actions(placement)))
         moe = kind.startswith('moe')
         inside = model.expert_mlp_dim * model.moe.num_experts_per_token if moe else model.mlp_dim
         of = {
@@ -134,7 +134,7 @@ def _dense_experts(placement: Placement) -> float:
     return float(moe.num_experts // placement.shape['expert'])
 
 
-def _memory_bytes(placement: Placement, planned: Memory) -> float:
+def _memory_bytes(placement: Placement, planned: StepMemory) -> float:
     """Bytes over HBM: the update, weights, saved tensors, elementwise passes over activations."""
     model, microbatches = placement.config.model, placement.config.train.microbatches
     weights = sum(local(placement, weight) for weight in all_weights(model))

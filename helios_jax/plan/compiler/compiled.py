@@ -57,7 +57,7 @@ def abstract_batch(
     )
 
 
-def measure(cfg: config.Config, name: str) -> dict[str, Any]:
+def compiled_figures(cfg: config.Config, name: str) -> dict[str, Any]:
     """GiB per device of the compiled step, and the seconds it took to compile here.
 
     `peak_gib` is what has to fit: arguments and what is alive beside them at the worst moment, that
@@ -99,7 +99,7 @@ def measure(cfg: config.Config, name: str) -> dict[str, Any]:
 
 
 def predicted(made: Plan) -> dict[str, float]:
-    """The closed form's figures under the names of `measure`."""
+    """The closed form's figures under the names of `compiled_figures`."""
     counted = made.memory
     return {
         'arguments_gib': counted.arguments_device / GIB,

@@ -25,7 +25,7 @@ TEMPORARY_ERROR = 0.15  # of live temporaries
 OPTIMISM = 0.05  # how far the peak may lie above the prediction
 
 
-class Case(NamedTuple):
+class StepCase(NamedTuple):
     layers: str  # dense | moe
     policy: str
     topology: str
@@ -52,22 +52,23 @@ class Case(NamedTuple):
 
 
 CASES = [
-    Case(layers, policy, name)
+    StepCase(layers, policy, name)
     for name in TOPOLOGIES
     for layers in ('dense', 'moe')
     for policy in POLICIES
 ] + [
-    Case('dense', policy, name, changes.PARTS)
+    StepCase('dense', policy, name, changes.PARTS)
     for name in TOPOLOGIES
     for policy in ('full', 'fp8_offload')
 ]
 
 
-def errors(case: Case) -> dict[str, Any]:
+def errors(case: StepCase) -> dict[str, Any]:
     """Predicted and compiled GiB of one case, and the relative errors of the prediction."""
     where = topology(case.topology)
     made = planning.plan(case.config, where.chip, where.num_devices)
-    predicted, found = compiled.predicted(made), compiled.measure(case.config, case.topology)
+    predicted = compiled.predicted(made)
+    found = compiled.compiled_figures(case.config, case.topology)
     row = {**case._asdict(), 'compile_seconds': found['compile_seconds']}
     for name in ('arguments', 'live_temp', 'peak', 'host_temp'):
         guess, true = predicted[f'{name}_gib'], found[f'{name}_gib']
@@ -81,7 +82,7 @@ def errors(case: Case) -> dict[str, Any]:
     return row
 
 
-def report(as_json: bool) -> None:
+def compare_all(as_json: bool) -> None:
     """Compiles every case and prints a line for each, as it is done.
 
     Exits with code 1 if a case is beyond its limits.
