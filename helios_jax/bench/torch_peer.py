@@ -208,7 +208,7 @@ def speed(peer: Peer, parameters: int, seconds: float, hardware: str) -> dict[st
     }
 
 
-def report(peer: Peer, *, as_json: bool) -> None:
+def print_measurement(peer: Peer, *, as_json: bool) -> None:
     """Measures the peer and prints its figures."""
     figures = measure_peer(dataclasses.asdict(peer))
     if as_json:

@@ -65,7 +65,7 @@ def kernels(case: Case, **options: Any) -> Callable[..., jax.Array]:
     return functools.partial(tpu.attention, **options)
 
 
-def report(number: int, jobs: int) -> None:
+def check_cases(number: int, jobs: int) -> None:
     """Checks cases of the product in an order that makes the first ones a sample of all.
 
     A TPU runs the compiled kernels; elsewhere they are interpreted, which takes seconds a case.

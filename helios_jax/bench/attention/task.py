@@ -19,7 +19,7 @@ MIB = 2**20
 Row = dict[str, Any]
 
 
-class Implementation(NamedTuple):
+class Candidates(NamedTuple):
     """Options that are worth a try, and the candidate that one of them makes.
 
     `Candidate.visits` says how often the regions of its kernels run: `Visits.bodies` names the
@@ -34,10 +34,10 @@ class Implementation(NamedTuple):
 NOTHING = 'nothing'
 OURS = 'helios'
 IMPLEMENTATIONS = {
-    OURS: Implementation(ours.variants, ours.candidate),
-    'jax_splash': Implementation(jax_splash.variants, jax_splash.candidate),
-    'tokamax': Implementation(tokamax.variants, tokamax.candidate),
-    NOTHING: Implementation(
+    OURS: Candidates(ours.variants, ours.candidate),
+    'jax_splash': Candidates(jax_splash.variants, jax_splash.candidate),
+    'tokamax': Candidates(tokamax.variants, tokamax.candidate),
+    NOTHING: Candidates(
         lambda shape, which, target: [{}], lambda shape, options: problem.nothing()
     ),
 }

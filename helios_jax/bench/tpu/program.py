@@ -178,8 +178,8 @@ def turned(operation: Schedule, text: str) -> int:
 def loop(text: str, computations: dict[str, list[str]]) -> tuple[str, int]:
     """Finds the body of a while instruction, and how often it turns."""
     body, condition = (
-        re.search(rf'{part}=%([\w.\-]+)', text)[1]  # type: ignore[index]
-        for part in ('body', 'condition')
+        re.search(rf'{role}=%([\w.\-]+)', text)[1]  # type: ignore[index]
+        for role in ('body', 'condition')
     )
     known = re.search(r'"known_trip_count":\{"n":"(\d+)"', text)
     if known:
