@@ -80,11 +80,11 @@ def read(folder: epath.Path) -> Files:
     return {name: (size, digest) for name, (size, digest) in listed.items()}
 
 
-def fault(folder: epath.Path, listed: Files, part: str) -> str:
+def fault(folder: epath.Path, listed: Files, subfolder: str) -> str:
     """What differs from the manifest in one subfolder, '' if nothing does."""
-    names = [name for name in listed if name.startswith(f'{part}/')]
+    names = [name for name in listed if name.startswith(f'{subfolder}/')]
     if not names:
-        return f'{part} is not in its manifest'
+        return f'{subfolder} is not in its manifest'
     with concurrent.futures.ThreadPoolExecutor() as pool:
         faults = pool.map(functools.partial(_fault, folder, listed), names)
         return next(filter(None, faults), '')

@@ -269,8 +269,8 @@ def _check(metadata: dict[str, Any], step: int, files: manifest.Files) -> None:
     ):
         if not right:
             raise DamageError(f'its metadata has no {name} that can be read')
-    parts = {name.split('/')[0] for name in files}
-    if missing := sorted({*metadata['arrays']} - parts):
+    folders = {name.split('/')[0] for name in files}
+    if missing := sorted({*metadata['arrays']} - folders):
         raise DamageError(f'{missing[0]} is not in its manifest')
 
 

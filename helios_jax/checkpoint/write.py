@@ -79,11 +79,11 @@ class Checkpoints:
             'metrics': metrics or {},
             'arrays': {name: layout.describe(leaves) for name, leaves in arrays.items()},
         }
-        parts = {name: ocp.args.StandardSave(leaves) for name, leaves in arrays.items()}
-        parts[layout.METADATA] = ocp.args.JsonSave(record)
+        saves = {name: ocp.args.StandardSave(leaves) for name, leaves in arrays.items()}
+        saves[layout.METADATA] = ocp.args.JsonSave(record)
         self._saving = step
         try:
-            self._writer.save(self.directory / str(step), ocp.args.Composite(**parts))
+            self._writer.save(self.directory / str(step), ocp.args.Composite(**saves))
         except Exception as error:
             raise self._failed(error) from error
 

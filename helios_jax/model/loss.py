@@ -111,8 +111,8 @@ def cross_entropy(
         loss, nll, _ = _chunk(h, head, t, w, vocab_size, z_loss)
         return total + loss, nll
 
-    parts = tuple(_split(x, chunks) for x in (hidden, targets, weights))
-    total, nll = jax.lax.scan(step, jnp.zeros((), weights.dtype), parts)
+    cut = tuple(_split(x, chunks) for x in (hidden, targets, weights))
+    total, nll = jax.lax.scan(step, jnp.zeros((), weights.dtype), cut)
     return Losses(total, _join(nll))
 
 
@@ -134,10 +134,10 @@ def _forward(hidden, head, targets, weights, vocab_size, z_loss):
         )
         return (total + loss, constrain(d_head, 'stream', 'unembed_vocab')), (nll, d_hidden)
 
-    parts = tuple(_split(x, chunks) for x in (hidden, targets, weights))
+    cut = tuple(_split(x, chunks) for x in (hidden, targets, weights))
     zeros = constrain(jnp.zeros(head.shape, wide), 'stream', 'unembed_vocab')
     (total, d_head), (nll, d_hidden) = jax.lax.scan(
-        step, (jnp.zeros((), weights.dtype), zeros), parts
+        step, (jnp.zeros((), weights.dtype), zeros), cut
     )
     return Losses(total, _join(nll)), (_join(d_hidden), d_head.astype(head.dtype))
 

@@ -72,6 +72,6 @@ def fitting(shape: Sequence[int], axes: Axes) -> Axes:
     return axes if mesh.empty else rules.fitting(shape, axes, mesh)
 
 
-def table() -> str:
+def rules_text() -> str:
     """The rules as text, one logical axis a line."""
     return '\n'.join(f'{name:14} → {", ".join(rule) or "whole"}' for name, rule in RULES.items())

@@ -43,12 +43,12 @@ STEP = {
 
 def format_line(step: int, num_steps: int, values: Mapping[str, float]) -> str:
     """A line about a step, of those figures that are there."""
-    parts = [f'step {step:,}/{num_steps:,}' if num_steps else f'step {step:,}']
-    parts += [show.format(values[name]) for name, show in STEP.items() if name in values]
-    return '  '.join(parts)
+    pieces = [f'step {step:,}/{num_steps:,}' if num_steps else f'step {step:,}']
+    pieces += [show.format(values[name]) for name, show in STEP.items() if name in values]
+    return '  '.join(pieces)
 
 
-def table(values: Mapping[str, Any]) -> list[tuple[str, str, str]]:
+def labelled(values: Mapping[str, Any]) -> list[tuple[str, str, str]]:
     """Label, number and unit of each figure, the known ones first."""
     known = [name for name in FINAL if name in values]
     rows = []

@@ -72,7 +72,7 @@ def show(final: dict[str, float], prompt: str, sample: str, path: epath.Path) ->
     """Prints a table of the figures, the sample and where the report lies."""
     console = rich.console.Console(file=sys.stdout, highlight=False, markup=False, emoji=False)
     console.print()
-    rows = figures.table(final)
+    rows = figures.labelled(final)
     widths = [max(len(row[column]) for row in rows) for column in (0, 1)]
     for label, number, unit in rows:
         line = rich.text.Text(label.ljust(widths[0]) + '  ')

@@ -110,7 +110,7 @@ class LocalLock(OthersLock):
             )
         self._path.write_text(json.dumps(writer))
 
-    def restore(self) -> None:
+    def leave(self) -> None:
         """Leaves an empty file after a run, and what was found after a refused command."""
         if self._changed:
             self._path.write_text('')
@@ -145,7 +145,7 @@ def _local(workdir: epath.Path) -> Iterator[Lock]:
         with contextlib.ExitStack() as stack:
             stack.callback(system_lock.release)
             held = LocalLock(path, is_new=is_new)
-            stack.callback(held.restore)
+            stack.callback(held.leave)
             held.write(identity())
             yield held
     finally:

@@ -142,7 +142,7 @@ def owners(state: PyTree, keys: Collection[Key]) -> dict[str, Key]:
 
     def owner(path: tuple[Any, ...]) -> Key:
         # It ends with its parameter's, whatever optax wraps around it.
-        names = tuple(getattr(part, 'key', None) for part in path)
+        names = tuple(getattr(entry, 'key', None) for entry in path)
         return next((names[i:] for i in range(len(names)) if names[i:] in keys), ())
 
     paths = [path for path, _ in jax.tree_util.tree_leaves_with_path(state)]

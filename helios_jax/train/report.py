@@ -60,15 +60,17 @@ def write(
     (workdir / 'curves.png').write_bytes(curves(lines))
     sections = [
         '# Training report',
-        _table({label: f'{n} {unit}'.strip() for label, n, unit in figures.table(final)}, 'result'),
+        _markdown(
+            {label: f'{n} {unit}'.strip() for label, n, unit in figures.labelled(final)}, 'result'
+        ),
         '## Curves\n\n![Loss and held-out bits per byte against the step](curves.png)',
         f'## Sample\n\n{fenced(sample)}',
-        f'## Data\n\n{_table({name: figures.number(n) for name, n in data.items()}, "data")}',
+        f'## Data\n\n{_markdown({name: figures.number(n) for name, n in data.items()}, "data")}',
         *(
-            f'## {name.capitalize()}\n\n{_table(values, name)}'
+            f'## {name.capitalize()}\n\n{_markdown(values, name)}'
             for name, values in environment.items()
         ),
-        f'## Config\n\n{_table(_flat(config_dict), "setting")}',
+        f'## Config\n\n{_markdown(_flat(config_dict), "setting")}',
     ]
     path = workdir / 'report.md'
     path.write_text('\n\n'.join(sections) + '\n')
@@ -104,7 +106,7 @@ def fenced(text: str) -> str:
     return f'{fence}text\n{text}\n{fence}'
 
 
-def _table(values: Mapping[str, Any], heading: str) -> str:
+def _markdown(values: Mapping[str, Any], heading: str) -> str:
     rows = [f'| {heading} | value |', '|---|---|']
     return '\n'.join(
         rows + [f'| {_cell(name)} | {_cell(value)} |' for name, value in values.items()]
