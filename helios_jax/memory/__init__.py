@@ -1,0 +1,1 @@
+"""Memory policies: what becomes of the activations that a backward pass reads, and proof of it."""

@@ -1,6 +1,6 @@
 """The forward kernel: online softmax over the listed blocks, G query heads stacked in one.
 
-work.py tells the life of a work item. What softmax keeps of a row lies in all lanes of its sublane;
+work.py tells the life of a work item. Softmax's maximum of a row lies in all lanes of its sublane;
 its sum is kept a lane apart until the end. Keys are taken in chunks, so that one chunk's softmax
 shares the bundles of the next's matmul.
 """
@@ -41,7 +41,7 @@ from helios_jax.kernels.quantize import DTYPES, encode, exponents_for, pack
 
 
 class ForwardInputs(NamedTuple):
-    """Arrays, or their block specs, or references to blocks. q and k are unrotated."""
+    """Inputs: arrays, their block specs, or references to blocks. q and k are unrotated."""
 
     q: Any  # [B K G T H]
     k: Any  # [B K S H]
@@ -52,7 +52,7 @@ class ForwardInputs(NamedTuple):
 
 
 class ForwardOutputs(NamedTuple):
-    """Shapes, or block specs, or references to blocks, or arrays."""
+    """Outputs of the kernel: shapes, block specs, references to blocks, or arrays."""
 
     out: Any  # [B K G T H]
     lse: Any  # float32 [B K G T]
@@ -61,7 +61,7 @@ class ForwardOutputs(NamedTuple):
 
 
 class ForwardScratch(NamedTuple):
-    """What lies in VMEM from one item to the next. A row is a query of one of the G heads."""
+    """Buffers in VMEM that live across items. A row is a query of one of the G heads."""
 
     q_rotated: Ref  # [G·q H], scaled too
     k_turned: Ref  # [blocks of keys, H, k], rotated; one block where not all keys are cached
@@ -81,13 +81,14 @@ def forward(
     vmem: int,
     interpret: Any,
 ) -> tuple[Array, Array, Any]:
-    """(out [B K G T H], log-sum-exp float32 [B K G T], q, k and v as `static.residuals` or ()).
+    """Returns out [B K G T H], log-sum-exp float32 [B K G T], and stored q, k and v or ().
 
-    These are `Stored` [B K G T H], [B K S H], [B K S H], with exponents [B K G T], [B K 1 S].
+    The form of the stored ones is `static.residuals`: [B K G T H] with exponents [B K G T], and
+    [B K S H] with exponents [B K 1 S].
 
     Args:
-      x: T and S are multiples of their blocks.
-      scale: float32 [1], of the logits in base 2.
+      x: inputs, with T and S multiples of their blocks.
+      scale: float32 [1], factor on the logits, in base 2.
       vmem: bytes that the kernel may take.
     """
     B, K, G, T, H = x.q.shape
@@ -158,7 +159,7 @@ def kernel(
     y: ForwardOutputs,
     scratch: ForwardScratch,
 ) -> None:
-    """One work item of one key head."""
+    """Runs one work item of one key head."""
     (G, bq, H), blocks, residuals = x.q.shape, static.blocks, static.residuals
     q_rotated, k_turned, values, k_marks, q_marks, greatest, total, out = scratch
     item = pl.program_id(1)
@@ -203,7 +204,7 @@ def kernel(
             keep(y.kept[2], x.v, residuals)
 
     def attend(start: Any, size: int, masked: bool) -> None:
-        """Adds the keys [start, start + size) of this block to what its queries have seen."""
+        """Adds the keys [start, start + size) of this block to the sums of its queries."""
         for chunk in range(0, size, blocks.width):
             add(start + chunk, min(blocks.width, size), masked)
 
