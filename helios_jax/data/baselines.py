@@ -1,4 +1,4 @@
-"""Bits per byte of models that anyone has, to set a language model's beside."""
+"""Bits per byte of models that anyone has, to compare a language model's with."""
 
 import gzip
 from collections.abc import Iterator
@@ -8,7 +8,7 @@ import numpy as np
 from helios_jax.data.rows import Mixture
 from helios_jax.data.tokenizer import Tokenizer
 
-BASELINE_BYTES = 2**25  # of text that is compressed
+BASELINE_BYTES = 2**25  # bytes of text that are compressed
 
 
 def bits_per_byte(mixture: Mixture, tokenizer: Tokenizer) -> dict[str, float]:

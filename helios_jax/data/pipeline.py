@@ -30,13 +30,13 @@ class Batch(NamedTuple):
     """Rows of T tokens. Segment 0 is padding: token 0 and no target."""
 
     tokens: Int32[Array, 'B T']
-    segment_ids: Int32[Array, 'B T']  # from 1 in each row
-    positions: Int32[Array, 'B T']  # from 0 in each segment; of padding, the index in the row
-    loss_mask: Bool[Array, 'B T']  # whether the token counts as a target: False for prompts
+    segment_ids: Int32[Array, 'B T']  # number of the segment, from 1 in each row
+    positions: Int32[Array, 'B T']  # index in the segment, from 0; of padding, in the row
+    loss_mask: Bool[Array, 'B T']  # True: the token counts as a target; False for prompts
     num_bytes: Int32[Array, 'B']  # UTF-8 bytes of the text among the row's targets
 
     def attention_segments(self, documents_apart: bool) -> Int32[Array, 'B T'] | None:
-        """The segment ids that attention keeps to; None for plain causal attention over rows."""
+        """Segment ids that attention keeps to; None for plain causal attention over rows."""
         return self.segment_ids if documents_apart else None
 
 
@@ -47,7 +47,7 @@ class Prepared:
 
     @property
     def contents(self) -> dict[str, dict[str, Any]]:
-        """What a checkpoint keeps of its data."""
+        """Facts about the data that a checkpoint keeps."""
         return {'train': self.train.contents, 'validation': self.validation.contents}
 
 
@@ -69,7 +69,7 @@ def prepare(data: config.Data, tokenizer: Tokenizer, *, rebuild: bool = False) -
 
 
 def from_text(pattern: str, data: config.Data, tokenizer: Tokenizer) -> Mixture:
-    """Rows of every document of a corpus (such as a glob), none held out, packed as `data` says.
+    """Packs every document of a corpus (such as a glob) as `data` says; none is held out.
 
     Raises:
       UserError: as `prepare` says.
@@ -86,7 +86,7 @@ def train_batches(
     host: int | None = None,
     num_hosts: int | None = None,
 ) -> Iterator[Batch]:
-    """Batches without end; this host's rows of each.
+    """Yields batches without end, this host's rows of each.
 
     Args:
       batch_rows: B over all hosts.
@@ -116,7 +116,7 @@ def eval_batches(
     host: int | None = None,
     num_hosts: int | None = None,
 ) -> Iterator[Batch]:
-    """The same rows in the same order each time; the last batch is filled up with padding rows.
+    """Yields the same rows in the same order each time; padding rows fill up the last batch.
 
     Args:
       num_rows: rows in all, spread evenly over each corpus, corpora in proportion to their
@@ -135,7 +135,7 @@ def eval_batches(
 
 
 def to_global(batch: Batch, sharding: NamedSharding) -> Batch:
-    """The hosts' slices as one batch of jax arrays: [B T] sharded so, [B] as its rows are."""
+    """Joins the hosts' slices into one batch of jax arrays; `sharding` is that of [B T]."""
     rows_only = NamedSharding(sharding.mesh, PartitionSpec(*sharding.spec[:1]))
     return Batch(
         *(
@@ -146,7 +146,7 @@ def to_global(batch: Batch, sharding: NamedSharding) -> Batch:
 
 
 def summary(prepared: Prepared) -> list[dict[str, Any]]:
-    """What `helios data prepare` prints, a line for each corpus and split."""
+    """Returns the rows that `helios data prepare` prints, one for each corpus and split."""
     return [
         {
             'corpus': rows.documents.corpus,
@@ -166,7 +166,7 @@ def summary(prepared: Prepared) -> list[dict[str, Any]]:
 
 
 def train_tokenizer(corpus: str, vocab_size: int, output: str) -> None:
-    """What `helios data tokenizer` does: a BPE of a corpus, written to `output`."""
+    """Trains a BPE on a corpus and writes it to `output`, for `helios data tokenizer`."""
     if not output.endswith('.json'):
         raise UserError(f'output={output!r} must end in .json, to be known as a tokenizer.')
     train_bpe(corpora.texts(corpus), vocab_size, epath.Path(output).expanduser())
@@ -175,7 +175,7 @@ def train_tokenizer(corpus: str, vocab_size: int, output: str) -> None:
 def _mixtures(
     spec: str, data: config.Data, tokenizer: Tokenizer, splits: Sequence[str], rebuild: bool
 ) -> dict[str, Mixture]:
-    """The rows of each split, all corpora's."""
+    """Prepares the rows of each split, from all corpora."""
     paths.check('data.cache_dir', data.cache_dir)
     cache_dir = epath.Path(data.cache_dir).expanduser()
     packer = packing.Packer(tokenizer, data.row_length, data.packing)
@@ -229,7 +229,7 @@ def _host_slice(batch_rows: int, host: int | None, num_hosts: int | None) -> sli
 
 
 def _assemble(mixture: Mixture, located: Sequence[tuple[int, int]], num_rows: int) -> Batch:
-    """The located rows and, up to `num_rows`, padding rows."""
+    """Makes a batch of the located rows and, up to `num_rows`, padding rows."""
     shape = (num_rows, mixture.row_length)
     batch = Batch(
         tokens=np.zeros(shape, np.int32),

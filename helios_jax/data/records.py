@@ -1,4 +1,4 @@
-"""Shards of array_record files that together are a TFDS data set, written once, read at random.
+"""Writes and reads array_record shards of a TFDS data set: written once, read at random.
 
 array_record opens local files only: a shard for a bucket is written here and copied there, and one
 from a bucket is copied here before it is read.
@@ -65,7 +65,7 @@ def shard(path: epath.Path, examples: Iterable[Stored]) -> Iterator[dict[str, in
 
 @contextlib.contextmanager
 def writing(directory: epath.Path) -> Iterator[None]:
-    """Names the file and the way out where a cache cannot be written.
+    """Turns errors of writing a cache into one that names the file and the fix.
 
     Raises:
       UserError: any OSError, such as a full disk or a read-only file system.
@@ -108,10 +108,10 @@ def shard_name(name: str, split: str, index: int) -> str:
 
 
 class Records:
-    """The examples of one split of a prepared TFDS data set, at random, from any thread.
+    """Reads examples of one split of a prepared TFDS data set, at random, from any thread.
 
     Args:
-      remedy: what mends a damaged file; for the data sets written here, making them anew.
+      remedy: the fix for a damaged file, for messages; by default, making the data set anew.
     Raises:
       UserError: on reading, a file that is missing or damaged.
     """
@@ -136,7 +136,7 @@ class Records:
         return example
 
     def shard(self, index: int, chunk: int = 1024) -> Iterator[dict[str, Any]]:
-        """The examples of one shard in order, `chunk` of them read at a time."""
+        """Yields the examples of one shard in order, `chunk` of them read at a time."""
         length = self.shard_lengths[index]
         for start in range(0, length, chunk):
             yield from self._read(index, start, min(start + chunk, length))
@@ -175,7 +175,7 @@ def _temporary(path: epath.Path) -> epath.Path:
 
 @contextlib.contextmanager
 def _local_temporary(path: epath.Path) -> Iterator[str]:
-    """A local file name; what is written there becomes `path` on leaving without an error."""
+    """Yields a local file name; that file becomes `path` on leaving without an error."""
     temporary = _temporary(path)
     if paths.is_local(path):
         local = temporary
@@ -198,7 +198,7 @@ def _reader(path: str) -> array_record_module.ArrayRecordReader:
 
 
 def _local_copy(path: epath.Path) -> str:
-    """The file itself, or a copy of the bucket's that stays for this machine's later runs."""
+    """Path of the file, or of a local copy of the bucket's, which stays for later runs here."""
     if paths.is_local(path):
         return os.fspath(path)
     (identity,) = paths.identities([path])
