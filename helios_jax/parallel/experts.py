@@ -1,4 +1,4 @@
-"""Tokens to experts and back, across the mesh.
+"""Sends tokens to experts and back, across the mesh.
 
 Each device holds E/expert experts. The tokens of one expert group (the devices that differ along
 the expert axis alone) are gathered, every device computes its own experts' share of every token,
@@ -23,7 +23,7 @@ from helios_jax.parallel.sharding import spec
 
 
 class Slots(NamedTuple):
-    """Which buffer slot each (token, choice) pair takes, and the inverse."""
+    """Buffer slot of each (token, choice) pair, and the pair in each slot."""
 
     source: Int[Array, 'M']  # slot → pair n·X + x; num_pairs where the slot is empty
     slot: Int[Array, 'P']  # pair → slot; M where the pair has none
@@ -35,7 +35,7 @@ def assign_slots(experts: Int[Array, 'P'], num_experts: int, capacity: int) -> S
     """Sorts pairs by expert; ids of `num_experts` belong to none of ours and take no slot.
 
     capacity 0 sizes the buffer for the worst case (every pair is ours). Otherwise each expert has
-    `capacity` slots of its own, first come first served, and what finds none is counted.
+    `capacity` slots of its own, first come first served; pairs that find none are counted.
     """
     num_pairs = experts.shape[0]
     order = jnp.argsort(experts, stable=True).astype(jnp.int32)
@@ -60,7 +60,7 @@ def assign_slots(experts: Int[Array, 'P'], num_experts: int, capacity: int) -> S
 
 
 def _rows(x: Float[Array, 'A D'], index: Int[Array, 'C']) -> Float[Array, 'C D']:
-    """x[index]; an index beyond x gives zeros."""
+    """Returns x[index]; an index beyond x gives zeros."""
     return x.at[index].get(mode='fill', fill_value=0)
 
 
@@ -69,7 +69,7 @@ def _rows(x: Float[Array, 'A D'], index: Int[Array, 'C']) -> Float[Array, 'C D']
 def dispatch(
     x: Float[Array, 'A D'], source: Int[Array, 'M'], slot: Int[Array, 'P'], num_chosen: int
 ) -> Float[Array, 'M D']:
-    """Row n of x into every slot of its pairs; empty slots are zero."""
+    """Copies row n of x to every slot of its pairs; empty slots are zero."""
     return _rows(x, source // num_chosen)
 
 
@@ -91,7 +91,7 @@ dispatch.defvjp(_dispatch_forward, _dispatch_backward)
 def collect(
     buffer: Float[Array, 'M D'], source: Int[Array, 'M'], slot: Int[Array, 'P']
 ) -> Float[Array, 'P D']:
-    """Each pair's row of the buffer; zero for a pair without a slot."""
+    """Reads each pair's row of the buffer; zeros for a pair without a slot."""
     return _rows(buffer, slot)
 
 
@@ -118,7 +118,7 @@ def _local(
     num_experts: int,
     capacity_factor: float,
 ) -> tuple[Float[Array, 'B T D'], Int[Array, '']]:
-    """What our experts add to every token, and how many pairs they dropped."""
+    """Computes our experts' share of every token, and the number of pairs that they dropped."""
     (_, _, num_chosen), ours = choices.shape, w_gate.shape[0]
     tokens = x.reshape(-1, x.shape[-1])
     experts = choices.reshape(-1) - first_expert
@@ -154,7 +154,7 @@ def apply_experts(
     capacity_factor: float,
     sharded: bool,
 ) -> tuple[Float[Array, 'B T D'], Int[Array, '']]:
-    """Σ_x weights_x · SwiGLU_{choices_x}(x), and the number of pairs dropped on all devices.
+    """Computes Σ_x weights_x · SwiGLU_{choices_x}(x), and the pairs dropped on all devices.
 
     Args:
       choices: expert ids; E means no expert (padding).
