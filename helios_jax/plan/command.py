@@ -11,7 +11,7 @@ from absl import flags
 from helios_jax import chips, config, options
 from helios_jax.plan import changes, output, planning, search
 
-BYTE_VOCABULARY = 256  # of data.tokenizer=bytes, without loading the tokenizers' libraries
+BYTE_VOCABULARY = 256  # V of data.tokenizer=bytes, without loading tokenizers
 CONFIRMED = 3  # configurations of a search that --compile compiles
 
 
@@ -50,7 +50,7 @@ def plan_command(argv: Sequence[str]) -> None:
 
 
 def prepared(cfg: config.Config, topology: chips.Topology, batch_rows: int = 0) -> config.Config:
-    """The config with V, L_train, the rows and the policy filled in.
+    """Fills in V, L_train, the rows and the policy of a config.
 
     Raises:
       UserError: as a run would.
@@ -73,7 +73,7 @@ def prepared(cfg: config.Config, topology: chips.Topology, batch_rows: int = 0) 
 
 
 def with_policy(cfg: config.Config) -> config.Config:
-    """The config with what memory.policy=auto stands for on this run's devices."""
+    """Replaces memory.policy=auto by the preset that it stands for on this run's devices."""
     if cfg.memory.policy != 'auto':
         return cfg
     memory = prepared(cfg, chips.here()).memory
@@ -89,7 +89,7 @@ def planned(
     as_json: bool,
     explain: bool = False,
 ) -> dict[str, Any]:
-    """Prints the plan as text unless it is wanted as JSON; returns it."""
+    """Prints the plan as text unless JSON is wanted; returns it."""
     made = planning.plan(cfg, topology.chip, topology.num_devices)
     most = output.limits(made, topology)
     found = output.as_dict(made, topology) | most

@@ -1,4 +1,4 @@
-"""The closed form against the compiler: 30 train steps, compiled for TPUs on any machine.
+"""Compares the closed form with the compiler: 30 train steps, for TPUs, on any machine.
 
     helios plan --validate
 
@@ -21,8 +21,8 @@ from helios_jax.plan.compiler import compiled
 TOPOLOGIES = ('v5e:2x2', 'v5p:2x2x1', 'v6e:2x2')
 POLICIES = ('full', 'fp8', 'offload', 'fp8_offload')
 ARGUMENTS_ERROR = 0.05  # largest relative error of argument bytes
-TEMPORARY_ERROR = 0.15  # of live temporaries
-OPTIMISM = 0.05  # how far the peak may lie above the prediction
+TEMPORARY_ERROR = 0.15  # largest relative error of live temporaries
+OPTIMISM = 0.05  # largest share by which the peak may lie above the prediction
 
 
 class StepCase(NamedTuple):
@@ -64,7 +64,7 @@ CASES = [
 
 
 def errors(case: StepCase) -> dict[str, Any]:
-    """Predicted and compiled GiB of one case, and the relative errors of the prediction."""
+    """Predicts and compiles one case: GiB of both, and the relative errors of the prediction."""
     where = topology(case.topology)
     made = planning.plan(case.config, where.chip, where.num_devices)
     predicted = compiled.predicted(made)
@@ -106,14 +106,14 @@ HEAD = (
 
 
 def ages() -> Iterator[str]:
-    """When each figure that the predictions rest on was last true, and what is compared now."""
+    """Yields the day on which each figure of the predictions was last true, and versions now."""
     now = ', '.join(f'{name} {importlib.metadata.version(name)}' for name in ('jax', 'libtpu'))
     yield f'Figures that were read off, and the day on which each was last true; now {now}:'
     yield from measured.ages()
 
 
 def line(row: dict[str, Any]) -> str:
-    """Predicted, compiled and error of each figure."""
+    """Writes a case as a line: predicted, compiled and error of each figure."""
     cells = [
         f'{row[f"{n}_predicted"]:6.3f} {row[f"{n}_compiled"]:6.3f} {100 * row[f"{n}_error"]:+6.1f}%'
         for n in ('arguments', 'live_temp', 'peak')
