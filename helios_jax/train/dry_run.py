@@ -1,4 +1,4 @@
-"""What a run would be, in text, without touching data or an accelerator."""
+"""Describes a run in text, without touching data or an accelerator."""
 
 import dataclasses
 import json
