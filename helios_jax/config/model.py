@@ -40,7 +40,7 @@ class GMU:
 
     @property
     def normalizes(self) -> bool:
-        """Whether the sublayer's output is normalised before it is mixed."""
+        """True if the sublayer's output is normalised before it is mixed."""
         if self.normalize_output == 'auto':
             return self.kind == 'convex'
         return self.normalize_output == 'on'
@@ -181,12 +181,12 @@ class Model:
 
     @property
     def layer_kinds(self) -> tuple[str, ...]:
-        """The kind of each of the L layers, bottom first."""
+        """Lists the kind of each of the L layers, bottom first."""
         return self.prefix_kinds + self.period_kinds * self.num_periods
 
     @property
     def padded_vocab_size(self) -> int:
-        """V up to a multiple of 256: a size that tiles and shards."""
+        """V, rounded up to a multiple of 256: a size that tiles and shards."""
         return math.ceil(self.vocab_size / 256) * 256
 
     @property

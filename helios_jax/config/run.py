@@ -34,7 +34,7 @@ class Data:
 
     @property
     def documents_apart(self) -> bool:
-        """Whether attention keeps to a document; False where a row is one stream."""
+        """True if attention stays within a document; False if a row is one stream."""
         return self.packing == 'best_fit'
 
 
@@ -114,11 +114,11 @@ class Mesh:
 
 
 def _tensor(axes: str, dtype: str = '') -> Any:
-    """A setting of `Actions`, with what is true of the tensor that it names (arch/tensors.py).
+    """Makes a setting of `Actions`, with the facts about its tensor that arch/tensors.py reads.
 
     Args:
-      axes: its logical axes, which are rows of arch/rules.py.
-      dtype: one that it must keep, for rounding it would be another function; '' is the compute
+      axes: the tensor's logical axes, which are rows of arch/rules.py.
+      dtype: a dtype that it must keep, as rounding would change the function; '' is the compute
         dtype.
     """
     return dataclasses.field(default='', metadata={'axes': tuple(axes.split()), 'dtype': dtype})
@@ -132,7 +132,7 @@ _HEADS = 'batch length heads head_dim'
 
 @dataclasses.dataclass(frozen=True)
 class Actions:
-    """What each saved activation becomes, one of `ACTIONS`; '' is as the policy says.
+    """Action on each saved activation, one of `ACTIONS`; '' leaves it to the policy.
 
     A field is the one row of its tensor: the memory system, the planner and the sharding read it.
     """
@@ -187,5 +187,5 @@ class Memory:
 
     @property
     def on_host(self) -> bool:
-        """Whether any of the training state lies on the host."""
+        """True if any of the training state lies on the host."""
         return 'host' in (self.optimizer, self.parameters)

@@ -1,4 +1,4 @@
-"""The implementations of attention that can be compiled, and one compilation of one of them."""
+"""Table of the attention implementations that can be compiled, and the task of compiling one."""
 
 import concurrent.futures
 import dataclasses
@@ -20,14 +20,14 @@ Row = dict[str, Any]
 
 
 class Candidates(NamedTuple):
-    """Options that are worth a try, and the candidate that one of them makes.
+    """Candidates of one implementation: options worth a try, and a function that applies one.
 
     `Candidate.visits` says how often the regions of its kernels run: `Visits.bodies` names the
     branches and inner loops with vector work in the order of the code, `Visits.steps` counts the
     steps that are alike.
     """
 
-    variants: Callable[[Problem, str, str], list[dict[str, Any]]]  # for a pass, on a target
+    variants: Callable[[Problem, str, str], list[dict[str, Any]]]  # options for a pass on a target
     candidate: Callable[[Problem, dict[str, Any]], Candidate]
 
 
@@ -44,14 +44,14 @@ IMPLEMENTATIONS = {
 
 
 class Task(NamedTuple):
-    """One compilation."""
+    """One compilation of a candidate for a TPU."""
 
     target: str
     problem: dict[str, int]
     which: str  # forward | backward
     implementation: str
     options: dict[str, Any]
-    alone: bool  # without the projections
+    alone: bool  # True: leave out the projections
     lengths: tuple[int, ...] = ()  # more lengths to predict from the same schedule
 
 
