@@ -206,7 +206,7 @@ def _count(done: int, unit: str, total: int | None = None) -> str:
 
 
 def _stream_handlers() -> Iterator[logging.StreamHandler]:
-    """Lists every handler of any logger that writes to a stream."""
+    """Yields every handler of any logger that writes to a stream."""
     loggers = [logging.root, *logging.root.manager.loggerDict.values()]
     for logger in loggers:
         for handler in getattr(logger, 'handlers', []):  # a name without a logger has none

@@ -84,7 +84,7 @@ def _identity(file: epath.Path) -> list[Any]:
 
 
 def sizes(directory: epath.Path) -> dict[str, int]:
-    """Lists the size of each file in a directory, in bytes by name."""
+    """Returns the bytes of each file in a directory, by name, from one listing."""
     filesystem, path = fsspec.core.url_to_fs(os.fspath(directory))
     return {
         posixpath.basename(entry['name']): entry['size']

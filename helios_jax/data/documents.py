@@ -37,7 +37,7 @@ class Documents:
     num_prompts: int  # documents that have one
 
     def shards(self) -> list[Iterator[Document]]:
-        """Lists the documents of each shard, in order."""
+        """Returns an iterator over the documents of each shard, in order."""
         info = tfds.builder_from_directory(self.directory).info
         source = records.Records(info, self.split)
         return [

@@ -59,7 +59,7 @@ class Packer:
     packing: str
 
     def rows(self, documents: Iterable[Document]) -> list[list[Piece]]:
-        """Yields the segments of each row, in the order of the documents that open the rows."""
+        """Returns the segments of each row, in the order of the documents that open the rows."""
         streams = self._streams(documents)
         if self.packing == 'concatenate':
             streams = iter([Piece(*map(np.concatenate, zip(*streams, strict=True)))])
@@ -231,7 +231,7 @@ def _description(documents: Documents) -> str:
 
 
 def _run(job: _ShardJob, num_workers: int) -> list[dict[str, Any]]:
-    """Yields every shard's numbers, in order, whichever process packed it."""
+    """Returns every shard's numbers, in order, whichever process packed it."""
     num_shards = len(job.documents.shards())
     # A process takes seconds to start: each gets two shards or more.
     num_workers = max(1, min(num_workers or os.cpu_count() or 1, num_shards // 2))

@@ -35,7 +35,7 @@ class Parts(NamedTuple):
     """Cuts of a function's arguments and of its one result."""
 
     number: int
-    arguments: tuple[Cut | None, ...]  # one for all arrays of an argument; None: not cut
+    arguments: tuple[Cut | None, ...]  # cuts of every array of each argument; None: whole
     result: Cut | None  # None: it is the sum of the parts' results
 
 

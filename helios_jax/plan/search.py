@@ -81,7 +81,7 @@ def _meshes(cfg: config.Config, num_devices: int) -> Iterator[config.Mesh]:
 def _rows(
     cfg: config.Config, original: config.Config, microbatches: int, chip: Chip, num_devices: int
 ) -> Iterator[Change]:
-    """Lists rows of a device's microbatch: powers of two below the most that fit, and the most."""
+    """Yields plans by rows of a device's microbatch: powers of two that fit, and the most."""
     shape = mesh_shape(cfg, num_devices)
     sharded = math.prod(shape[axis] for axis in BATCH_AXES)
     train = dataclasses.replace(

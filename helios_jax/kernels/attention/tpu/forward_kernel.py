@@ -1,7 +1,7 @@
 """The forward kernel: online softmax over the listed blocks, G query heads stacked in one.
 
-work.py tells the life of a work item. Softmax's maximum of a row lies in all lanes of its sublane;
-its sum is kept a lane apart until the end. Keys are taken in chunks, so that one chunk's softmax
+work.py tells the life of a work item. The greatest logit of a row lies in all lanes of its sublane;
+its sum is kept lane by lane until the end. Keys are taken in chunks, so that one chunk's softmax
 shares the bundles of the next's matmul.
 """
 
