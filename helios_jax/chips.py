@@ -1,4 +1,4 @@
-"""Every accelerator once: what one JAX device holds, and how fast it computes, reads and sends.
+"""Table of accelerators: what one JAX device holds, and how fast it computes, reads and sends.
 
 The planner, MFU, the attention kernels, the benchmarks and memory.policy=auto read these rows.
 `SOURCES` says where each figure comes from and when it was last checked. Nothing is read from the
@@ -32,29 +32,29 @@ CONTAINER_LIMITS = (
 class Chip:
     """One device as JAX counts devices (tpu7x shows each of its two cores)."""
 
-    name: str  # as in --topology
+    name: str  # name in --topology
     platform: str  # tpu | gpu | cpu
     device_kinds: tuple[str, ...]  # every name that JAX gives it, exactly
     peak_flops: float  # dense bfloat16, FLOP/s
-    hbm_bytes: float  # that a program may use
+    hbm_bytes: float  # memory that a program may use
     hbm_bytes_per_second: float
-    network_bytes_per_second: float  # that a device sends to its peers, over all links
-    host_bytes_per_second: float  # to or from the host's memory, one way
+    network_bytes_per_second: float  # sent by a device to its peers, over all links
+    host_bytes_per_second: float  # sent to or from the host's memory, one way
     host_bytes: float  # a device's share of its host's memory
     devices_per_chip: int = 1
     # TPUs alone:
-    dimensions: int = 1  # of a topology; GPUs are just counted
+    dimensions: int = 1  # dimensions of a topology; GPUs are just counted
     topology: str = ''  # the smallest to compile for
     num_cores: int = 0  # TensorCores that one kernel can be split over
-    num_mxus: int = 0  # of a core
+    num_mxus: int = 0  # MXUs of a core
     macs: int = 0  # multiply-adds of an MXU a cycle
-    vmem_bytes: int = 0  # of a core
-    kernel_vmem_bytes: int = 0  # of them, what our kernels take
+    vmem_bytes: int = 0  # VMEM of a core
+    kernel_vmem_bytes: int = 0  # the share of vmem_bytes that our kernels take
     delay_slots: int = 0  # bundles after a branch that run whether or not it is taken
 
     @property
     def clock(self) -> float:
-        """A TPU's cycles per second, from its peak FLOP/s."""
+        """Cycles per second of a TPU, from its peak FLOP/s."""
         return self.peak_flops / (2 * self.num_cores * self.num_mxus * self.macs)
 
 
@@ -101,7 +101,7 @@ CHIPS: dict[str, Chip] = {
 
 
 class Source(NamedTuple):
-    """Where figures come from; `checked` is the day on which they were last compared with it."""
+    """Source of figures; `checked` is the day on which they were last compared with it."""
 
     text: str
     checked: str
@@ -164,7 +164,7 @@ class Topology(NamedTuple):
 
 
 def cpu() -> Chip:
-    """This machine as one device, whose memory is the host's."""
+    """Describes this machine as one device, whose memory is the host's."""
     return Chip(
         name='cpu',
         platform='cpu',
@@ -180,7 +180,7 @@ def cpu() -> Chip:
 
 
 def find(device_kind: str) -> Chip | None:
-    """The row of the device that JAX calls so, None if the table lacks it."""
+    """Finds a device's row by the kind that JAX gives it; None if the table lacks it."""
     return next((chip for chip in CHIPS.values() if device_kind in chip.device_kinds), None)
 
 
@@ -188,7 +188,7 @@ def find(device_kind: str) -> Chip | None:
 def peak_flops(device_kind: str) -> float:
     """Dense bfloat16 FLOP/s of one device, for MFU; NaN for a CPU or an unknown device.
 
-    An unknown accelerator is warned of once.
+    Warns of an unknown accelerator, once.
     """
     chip = find(device_kind)
     if chip is None and device_kind != 'cpu':
@@ -201,7 +201,7 @@ def peak_flops(device_kind: str) -> float:
 
 
 def here() -> Topology:
-    """This run's devices.
+    """Describes the devices of this run.
 
     Raises:
       UserError: an accelerator that the table lacks.
@@ -219,7 +219,7 @@ def here() -> Topology:
 
 
 def topology(name: str) -> Topology:
-    """The devices that a name such as 'v5p:2x2x4', 'h100:8' or 'cpu' stands for.
+    """Parses the name of a set of devices, such as 'v5p:2x2x4', 'h100:8' or 'cpu'.
 
     Raises:
       UserError: a chip that the table lacks, a number of dimensions that it does not come in, or

@@ -1,4 +1,4 @@
-"""helios <command>: hands the arguments on, and turns every error into one line.
+"""helios <command>: passes the arguments on, and turns every error into one line.
 
 The commands live in their packages. Exit codes: 0, 2 for what the user can mend, 130 for Ctrl-C.
 """
@@ -90,7 +90,7 @@ def report_unless_late(unraisable: 'sys.UnraisableHookArgs') -> None:
 
 
 def commands() -> 'Group':
-    """All commands, in the order that help lists them."""
+    """Lists all commands, in the order that help shows them."""
     import functools
 
     from helios_jax import options
@@ -117,7 +117,7 @@ def commands() -> 'Group':
 
 
 def described(error: OSError) -> str:
-    """One line of what the system refused: where, why, and what helps."""
+    """Describes an error of the system in one line: the path, the reason, and the fix."""
     reason = error.strerror or str(error) or type(error).__name__
     where = ' → '.join(str(name) for name in (error.filename, error.filename2) if name is not None)
     fix = FIXES.get(error.errno or 0, '')
@@ -125,7 +125,7 @@ def described(error: OSError) -> str:
 
 
 def reader_left() -> bool:
-    """Whether who reads our output has enough (`| head`); what is left to print is dropped."""
+    """True if the reader of our output has left (`| head`); the rest of the output is dropped."""
     try:
         poll, output = select.poll(), sys.stdout.fileno()
     except OSError:  # no file at all, in a test or a notebook

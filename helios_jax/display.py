@@ -1,4 +1,4 @@
-"""What a program tells the person who runs it: phases, the steps of a run, lines that stay whole.
+"""Messages to the person who runs a program: phases, steps of a run, lines that stay whole.
 
 On a terminal through rich, elsewhere as plain lines. Of several processes the first one speaks.
 Phases go to stderr, as logs do, so that stdout holds results alone.
@@ -19,7 +19,7 @@ LINE_SECONDS = 30.0  # between two lines about a phase that goes on, where there
 
 
 def speaks() -> bool:
-    """Whether this process speaks for its run; asks no device."""
+    """True if this process speaks for its run; asks no device."""
     jax = sys.modules.get('jax')  # a program that has not loaded it is one process
     return jax is None or not jax.distributed.is_initialized() or jax.process_index() == 0
 
@@ -31,7 +31,7 @@ def say(text: str) -> None:
 
 
 def duration(seconds: float) -> str:
-    """Seconds as people write them, such as '3 min 20 s'."""
+    """Formats seconds as people write them, such as '3 min 20 s'."""
     if seconds < 60:
         return f'{seconds:.1f} s'
     minutes, rest = divmod(round(seconds), 60)
@@ -50,7 +50,7 @@ def phase(
       total: how much there is to do, in units; None if nobody knows.
       unit: what is counted, in the plural; '' for a phase that cannot say how far it is.
     Yields:
-      The function that counts so many units more.
+      A function that adds a number of units to the count.
     """
     if not speaks():
         yield lambda amount: None
@@ -77,7 +77,7 @@ def phase(
 
 
 class Steps:
-    """A run's steps on stdout: a bar with the latest figures on a terminal, or a line for each.
+    """Shows a run's steps on stdout: a bar with the latest figures on a terminal, or a line each.
 
     Use as a context. Meanwhile what anyone prints or logs to the terminal appears above the bar.
 
@@ -124,9 +124,9 @@ class Steps:
 
 @contextlib.contextmanager
 def above(console: rich.console.Console) -> Iterator[None]:
-    """Prints whole lines above what is live on a terminal, whoever writes them there.
+    """Prints whole lines above the live bar on a terminal, whoever writes them.
 
-    That is what goes through sys.stdout, sys.stderr and the handlers of `logging`, third parties'
+    It catches what goes through sys.stdout, sys.stderr and `logging` handlers, third parties'
     too; not what compiled code writes by itself. Does nothing for a console that is no terminal.
     """
     if not console.is_terminal:
@@ -167,7 +167,7 @@ class _Lines(io.TextIOBase):
         return len(text)
 
     def finish(self) -> None:
-        """Prints what has no newline yet."""
+        """Prints the text that has no newline yet."""
         if self._rest:
             self.write('\n')
 
@@ -206,7 +206,7 @@ def _count(done: int, unit: str, total: int | None = None) -> str:
 
 
 def _stream_handlers() -> Iterator[logging.StreamHandler]:
-    """Every handler that writes to a stream, of whatever logger."""
+    """Yields every handler of any logger that writes to a stream."""
     loggers = [logging.root, *logging.root.manager.loggerDict.values()]
     for logger in loggers:
         for handler in getattr(logger, 'handlers', []):  # a name without a logger has none

@@ -1,4 +1,4 @@
-"""What is wrong with the user's input, said in one line: value, constraint, fix."""
+"""Errors in the user's input, said in one line: value, constraint, fix."""
 
 import difflib
 from collections.abc import Iterable
@@ -21,7 +21,7 @@ def require(condition: bool, message: str) -> None:
 
 
 def within_int32(name: str, value: int) -> None:
-    """Refuses a number that JAX, which counts in int32, would not hold as it is."""
+    """Refuses a number beyond int32, in which JAX counts."""
     require(
         -(2**31) <= value < 2**31, f'{name}={value} must lie between -2147483648 and 2147483647.'
     )

@@ -34,7 +34,7 @@ Command = Callable[[Sequence[str]], None]
 class Group(NamedTuple):
     """Commands under one name, such as `helios data`."""
 
-    summary: str  # one sentence
+    summary: str  # a sentence of help
     commands: dict[str, Union[Command, 'Group']]
 
 
@@ -169,7 +169,7 @@ def split_config(argv: Sequence[str]) -> tuple[list[str], str]:
 
 
 def shipped_configs() -> dict[str, Path]:
-    """The configs that come with the package: name → file."""
+    """Maps the names of the configs that come with the package to their files."""
     folder = Path(str(importlib.resources.files('helios_jax.configs')))
     return {path.stem: path for path in sorted(folder.glob('*.py')) if path.stem != '__init__'}
 
@@ -208,7 +208,7 @@ def load_config(name: str) -> config.Config:
 
 
 def place(error: BaseException, path: Path) -> str:
-    """The file, and the line of it that an error came from where there is one."""
+    """Names the file, with the line that an error came from if there is one."""
     if isinstance(error, SyntaxError) and error.filename == str(path):
         return f'{path}:{error.lineno}'
     frames = traceback.extract_tb(error.__traceback__)
@@ -217,7 +217,7 @@ def place(error: BaseException, path: Path) -> str:
 
 
 def cause(error: BaseException) -> str:
-    """What an error says: of ours the message, of others the kind too."""
+    """Text of an error: the message, and for errors that are not ours the kind too."""
     if isinstance(error, UserError):
         return str(error)
     text = traceback.format_exception_only(error)[-1].strip()

@@ -1,4 +1,4 @@
-"""Which paths can be opened, and what tells one content of a file from another."""
+"""Checks that paths can be opened, and finds out if files have changed without reading them."""
 
 import importlib.util
 import os
@@ -45,17 +45,17 @@ def check(name: str, path: str) -> None:
 
 
 def identities(files: Sequence[epath.Path]) -> list[list[Any]]:
-    """Values of each file that change whenever its content does, found without reading it.
+    """Returns values of each file that change whenever its content does, without reading it.
 
     A local file has its absolute path, inode, size, and times of modification and of change in
-    nanoseconds. The time of change (ctime) is what is relied on: the kernel sets it at every write,
+    nanoseconds. The time of change (ctime) is the reliable one: the kernel sets it at every write,
     rename and change of times, and no program can set it back, as `touch -r`, `cp -p` and
     `rsync -t` do with the time of modification. A second change within one tick of that clock
     would go unseen, so that files that have just changed are waited for. An object in a bucket has
     its generation, etag and checksums.
 
     Raises:
-      UserError: a file that is being written all the time.
+      UserError: a file that never stops changing.
     """
     for _ in range(SETTLING_TRIES):
         now = time.time_ns()
@@ -84,7 +84,7 @@ def _identity(file: epath.Path) -> list[Any]:
 
 
 def sizes(directory: epath.Path) -> dict[str, int]:
-    """The bytes of each file in a directory, by name, in one listing."""
+    """Returns the bytes of each file in a directory, by name, from one listing."""
     filesystem, path = fsspec.core.url_to_fs(os.fspath(directory))
     return {
         posixpath.basename(entry['name']): entry['size']

@@ -22,13 +22,13 @@ VARIABLES = ('params', 'router')  # the items that a model reads
 
 class Restored(NamedTuple):
     model: Transformer
-    variables: PyTree  # for model.apply: 'params', and 'router' of a mixture of experts
+    variables: PyTree  # variables for model.apply: 'params', and 'router' for experts
     tokenizer: tokenizers.Tokenizer
     config: config.Config
 
 
 def checkpoint_directory(directory: epath.PathLike) -> epath.Path:
-    """The checkpoints below a run's workdir, or `directory` where it is theirs already."""
+    """Finds the checkpoints below a run's workdir; returns `directory` if it holds them itself."""
     path = epath.Path(directory).expanduser()
     return path / 'checkpoints' if (path / 'checkpoints').exists() else path
 
@@ -42,7 +42,7 @@ def restore(
 ) -> Restored:
     """Reads a checkpoint onto this machine's devices, whatever mesh wrote it.
 
-    Of its files only those of the variables, the metadata and the tokenizer are read, each hashed.
+    Only the files of the variables, the metadata and the tokenizer are read, each hashed.
 
     Args:
       directory: a run's workdir, or its `checkpoints`; local or gs://.
@@ -64,12 +64,12 @@ def restore(
 
 
 def read_metadata(directory: epath.PathLike, step: int | str = 'latest') -> dict[str, Any]:
-    """Reads what was saved beside the arrays of a step: config, data, samples, metrics."""
+    """Reads the metadata of a step: config, data, samples, metrics."""
     return checkpoint.open_step(checkpoint_directory(directory), step).metadata
 
 
 def saved_config(opened: checkpoint.Opened) -> config.Config:
-    """The resolved config that a checkpoint was trained with.
+    """Reads the resolved config that a checkpoint was trained with.
 
     Raises:
       UserError: it has none, or one that this version refuses.
@@ -83,7 +83,7 @@ def saved_config(opened: checkpoint.Opened) -> config.Config:
 
 
 def load_tokenizer(opened: checkpoint.Opened) -> tokenizers.Tokenizer:
-    """The tokenizer that travels with the checkpoints.
+    """Loads the tokenizer that travels with the checkpoints.
 
     Raises:
       UserError: its file is absent or is not the one that the checkpoint was saved with.
@@ -118,7 +118,7 @@ def restore_variables(
     opened: checkpoint.Opened,
     mesh: jax.sharding.Mesh | jax.sharding.AbstractMesh | None = None,
 ) -> PyTree:
-    """The model's variables from one step, sharded over `mesh`."""
+    """Restores the model's variables from one step, sharded over `mesh`."""
     boxed = abstract_variables(model)
     shapes, axes = nn.unbox(boxed), sharding.logical_axes(boxed)
     mesh = default_mesh(axes, shapes) if mesh is None else mesh
@@ -130,7 +130,7 @@ def restore_variables(
 
 
 def default_mesh(axes: PyTree, shapes: PyTree) -> jax.sharding.Mesh:
-    """All devices, the weights split over them where the sizes allow, else a copy on each."""
+    """Makes a mesh of all devices: weights are split where the sizes allow, else copied to each."""
     split = meshes.make(config.Mesh())
     try:
         sharding.tree_shardings(split, axes, shapes)
@@ -141,5 +141,5 @@ def default_mesh(axes: PyTree, shapes: PyTree) -> jax.sharding.Mesh:
 
 
 def mesh_of(variables: PyTree) -> jax.sharding.Mesh:
-    """The mesh that restored variables live on."""
+    """Returns the mesh that restored variables live on."""
     return jax.tree.leaves(variables)[0].sharding.mesh

@@ -164,16 +164,3 @@ def test_the_table_of_versions_names_what_runs_here():
 
 def test_the_readme_is_one_screen_or_two():
     assert len((ROOT / 'README.md').read_text().splitlines()) <= README_LINES
-
-
-def test_docstrings_open_with_a_verb_or_a_noun():
-    """A preposition in front makes a fragment that a reader has to complete."""
-    opening = re.compile(r'(Of|With|Without|As|In|On|At|By|For|From|To|That|Those|Than|Beside)\b')
-    found = []
-    for path in (ROOT / 'helios_jax').rglob('*.py'):
-        for node in ast.walk(ast.parse(path.read_text())):
-            kinds = ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef
-            text = ast.get_docstring(node) if isinstance(node, kinds) else None
-            if text and opening.match(text):
-                found.append(f'{path.relative_to(ROOT)}: {text.splitlines()[0]}')
-    assert not found, '\n'.join(found)

@@ -2,7 +2,7 @@
 
 Per token: 6 · active matmul parameters (unembedding included) + 6 · L · T · N · H for causal
 attention (forward and backward, the masked half left out; a layer with a window counts the keys
-that it sees). Neither recomputation nor what experts drop counts.
+that it sees). Recomputation does not count, and neither do the tokens that experts drop.
 """
 
 from helios_jax.arch import weights
@@ -10,7 +10,7 @@ from helios_jax.config import Model
 
 
 def active_matmul(model: Model) -> int:
-    """Weights that one token is multiplied with: the unembedding included, the embedding not."""
+    """Number of weights that multiply one token: with the unembedding, without the embedding."""
     moe = model.moe
     total = weights.embedding(model).size if model.tied_embeddings else 0
     for weight in weights.all_weights(model):
@@ -22,7 +22,7 @@ def active_matmul(model: Model) -> int:
 
 
 def attention_flops(model: Model, row_length: int) -> float:
-    """FLOPs of a token, forward and backward, in a row that is one segment."""
+    """FLOPs of a token's attention, forward and backward, in a row that is one segment."""
     window_keys = row_length / 2
     if model.window < row_length:
         window_keys = model.window - model.window**2 / (2 * row_length)
@@ -34,7 +34,7 @@ def context_flops(model: Model, keys: float, window_keys: float) -> float:
 
     Args:
       keys: tokens that it sees.
-      window_keys: those that it sees in a layer with a window.
+      window_keys: tokens that it sees in a layer with a window.
     """
     total = 0.0
     for kind in model.layer_kinds:
@@ -44,7 +44,7 @@ def context_flops(model: Model, keys: float, window_keys: float) -> float:
 
 
 def dropped_flops(model: Model, drop_fraction: float) -> float:
-    """FLOPs a token that are left out where experts drop this share of (token, expert) pairs."""
+    """FLOPs per token that are saved when experts drop this share of (token, expert) pairs."""
     num_layers = sum(kind.startswith('moe') for kind in model.layer_kinds)
     num_pairs = drop_fraction * model.moe.num_experts_per_token * num_layers
     return 6 * num_pairs * 3 * model.embed_dim * model.expert_mlp_dim
@@ -58,7 +58,7 @@ def flops_per_token(model: Model, row_length: int) -> float:
 def segment_flops_per_token(
     model: Model, mean_context: float, mean_window_context: float = 0.0
 ) -> float:
-    """FLOPs of training a token that sees so many tokens, itself included, on average.
+    """FLOPs of training a token that sees `mean_context` tokens on average, itself included.
 
     Args:
       mean_window_context: tokens seen in a layer with a window, where the model has such layers.

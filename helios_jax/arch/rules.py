@@ -1,4 +1,4 @@
-"""Logical axes → mesh axes: one table, what it makes of shapes, and what a mesh must divide."""
+"""Table from logical axes to mesh axes, and checks that a mesh divides what it must divide."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -14,7 +14,7 @@ RULES: Mapping[str, Axes] = {
     # activations
     'batch': ('slice', 'data', 'fsdp', 'expert'),
     'length': ('context',),
-    'stored_length': ('context', 'tensor'),  # of a saved activation that tensor does not split
+    'stored_length': ('context', 'tensor'),  # a saved activation's, if unsplit by tensor
     'stream': (),
     'choices': (),  # a token's experts
     'loss_batch': ('slice', 'data', 'expert'),  # beside unembed_vocab, which takes fsdp
@@ -66,7 +66,7 @@ def check(label: str, shape: Sequence[int], axes: Sequence[str], mesh: Any) -> N
 
 
 def fitting(shape: Sequence[int], axes: Axes, mesh: Any) -> Axes:
-    """`axes`, with `length` for a `stored_length` that the mesh does not divide."""
+    """Replaces `stored_length` in `axes` by `length` where the mesh does not divide that size."""
     return tuple(
         'length' if name == 'stored_length' and size % shards(mesh, name) else name
         for size, name in zip(shape, axes, strict=True)

@@ -1,4 +1,4 @@
-"""Every named tensor once: `config.Actions` has a row for each, and this reads the rows.
+"""Table of every named tensor, read from the rows of `config.Actions`.
 
 The model names these tensors by `checkpoint_name`; memory/ stores them and plan/ counts them.
 """
@@ -13,11 +13,11 @@ from helios_jax.config import Actions, Model
 class Tensor(NamedTuple):
     name: str
     axes: Axes
-    dtype: str  # its own, in which it must stay; '' is the compute dtype
+    dtype: str  # a dtype that it must keep; '' is the compute dtype
 
     @property
     def exact(self) -> bool:
-        """Whether rounding it would be another function."""
+        """True if the tensor must not be rounded, because that would change the function."""
         return bool(self.dtype)
 
 
@@ -32,8 +32,8 @@ def shape(model: Model, name: str, rows: int, row_length: int) -> tuple[int, ...
     """Shape of a tensor on all devices, by its axes; around experts it depends on the mesh.
 
     Args:
-      rows: B, of one microbatch.
-      row_length: T.
+      rows: B, the rows of one microbatch.
+      row_length: T, tokens.
     """
     sizes = {
         'batch': rows,

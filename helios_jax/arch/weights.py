@@ -1,4 +1,4 @@
-"""Every weight once: its shape, its logical axes, and what follows from the axes.
+"""Table of every weight: its shape, its logical axes, and what follows from the axes.
 
 The model makes its parameters from these rows, the planner counts them, and the optimizer takes a
 weight's rule from its axes.
@@ -12,7 +12,7 @@ from typing import NamedTuple
 from helios_jax.arch.rules import RULES, Axes
 from helios_jax.config import Model
 
-NORM: Axes = ('norm',)  # of every RMSNorm's scale
+NORM: Axes = ('norm',)  # logical axes of every RMSNorm's scale
 
 
 class Weight(NamedTuple):
@@ -21,7 +21,7 @@ class Weight(NamedTuple):
     name: str  # path of the parameter, joined by dots
     shape: tuple[int, ...]
     axes: Axes
-    fan_in: int = 0  # of the matmul that reads it, in the compute dtype; 0: no matmul does
+    fan_in: int = 0  # inputs of the compute-dtype matmul that reads it; 0: no matmul does
 
     @property
     def size(self) -> int:
@@ -33,7 +33,7 @@ class Weight(NamedTuple):
 
     @property
     def expert(self) -> bool:
-        """Whether each expert has its own, so that a token visits some of it."""
+        """True if each expert has its own slice, so that a token uses only some of the weight."""
         return {'experts', 'mlp'} <= set(self.axes)
 
 
@@ -42,7 +42,7 @@ Rows = dict[str, Weight]  # name of a module's own weight → its row, whose pat
 
 @functools.cache
 def all_weights(model: Model) -> tuple[Weight, ...]:
-    """Every weight of the model; a period's layers have its repetitions as their first axis."""
+    """Lists every weight; a layer of the period is stacked: its first axis counts repetitions."""
     found = [embedding(model), norm('final_norm', model.embed_dim)]
     for i, kind in enumerate(model.prefix_kinds):
         found += _below(f'prefix.layer_{i}', layer(model, kind))
@@ -54,12 +54,12 @@ def all_weights(model: Model) -> tuple[Weight, ...]:
 
 
 def count(model: Model) -> int:
-    """Parameters, as stored: the vocabulary padded."""
+    """Number of parameters as stored, with the padded vocabulary."""
     return sum(weight.size for weight in all_weights(model))
 
 
 def layer(model: Model, kind: str) -> list[Weight]:
-    """The weights of one layer."""
+    """Lists the weights of one layer."""
     D = model.embed_dim
     found = [norm('attention_norm', D), norm('mlp_norm', D)]
     found += _below('attention', attention(model).values())
@@ -108,7 +108,7 @@ def swiglu(D: int, F: int) -> Rows:
 
 
 def moe(model: Model) -> Rows:
-    """A router and its experts; shared experts are a `swiglu` beside them."""
+    """Weights of a router and its experts; shared experts are a `swiglu` beside them."""
     D, E, F = model.embed_dim, model.moe.num_experts, model.expert_mlp_dim
     return {
         'router': Weight('router.w', (D, E), ('embed', 'experts'), D),
@@ -124,12 +124,12 @@ def shared_mlp_dim(model: Model) -> int:
 
 
 def router_bias(model: Model) -> Weight:
-    """A router's balance bias: state, but not trained by gradient."""
+    """Balance bias of a router: it is state, and no gradient trains it."""
     return Weight('bias', (model.moe.num_experts,), ('experts',))
 
 
 def router_biases(model: Model) -> list[Weight]:
-    """The balance bias of every MoE layer, stacked as `all_weights` are."""
+    """Lists the balance bias of every MoE layer, stacked as `all_weights` are."""
     bias, found = router_bias(model), []
     for kind in model.prefix_kinds:
         found += [bias] if kind.startswith('moe') else []
@@ -138,7 +138,7 @@ def router_biases(model: Model) -> list[Weight]:
 
 
 def gmu(model: Model) -> Rows:
-    """A Gated Memory Unit's own; a kind that lacks a weight lacks its row."""
+    """Weights of a Gated Memory Unit; a kind that lacks a weight lacks its row."""
     D, unit, width = model.embed_dim, model.gmu, model.gate_width
     rows = {'output_norm': norm('output_norm', D)} if unit.normalizes else {}
     if not unit.has_gate:
@@ -165,7 +165,7 @@ def _below(module: str, rows: Iterable[Weight]) -> list[Weight]:
 
 
 def is_matrix(axes: Axes) -> bool:
-    """Whether a weight lies between the stream and a sublayer's inside, and so decays.
+    """True if a weight maps between the stream and a sublayer's inside; such weights decay.
 
     It has one `embed` axis on one side; heads, hidden units or the router's experts on the other.
 
@@ -184,7 +184,7 @@ def is_router(axes: Axes) -> bool:
 
 
 def muon_sides(axes: Axes) -> tuple[tuple[int, ...], tuple[int, ...]] | None:
-    """Places in `axes` of the rows (inputs) and columns (outputs) of Muon's matrix.
+    """Positions in `axes` of the rows (inputs) and columns (outputs) of Muon's matrix.
 
     None for a weight that Muon leaves to AdamW. Each layer and each expert has its own matrix; all
     heads are one side.
@@ -201,9 +201,9 @@ def muon_sides(axes: Axes) -> tuple[tuple[int, ...], tuple[int, ...]] | None:
 
 
 def read_in_compute_dtype(axes: Axes) -> bool:
-    """Whether the model reads a weight with these logical axes in the compute dtype alone.
+    """True if the model reads a weight with these logical axes in the compute dtype alone.
 
-    Every matmul's is, but for the router's, whose product is float32, and both embeddings': their
+    So are all matmul weights but the router's, whose product is float32, and both embeddings, whose
     gradients add up in float32 over chunks of the loss. Norms and the gates' vectors, of one axis,
     are read in float32.
     """

@@ -1,1 +1,1 @@
-"""Measurements, one a file: what time and memory things take, here or by a compiler's schedule."""
+"""Measurements, one a file: time and memory, taken here or read from a compiler's schedule."""

@@ -40,7 +40,7 @@ def attention_bench(argv: Sequence[str]) -> None:
     if values.verify:
         from helios_jax.verify import attention
 
-        attention.report(values.cases, values.jobs)
+        attention.check_cases(values.cases, values.jobs)
         return
     os.environ['JAX_PLATFORMS'] = 'cpu'
     from helios_jax.bench.attention import compare, tune
@@ -114,7 +114,7 @@ def torch_bench(argv: Sequence[str]) -> None:
 
     helios bench torch_peer --json
     """
-    from helios_jax.bench.torch_peer import Peer, report
+    from helios_jax.bench.torch_peer import Peer, print_measurement
 
     values = flags.FlagValues()
     define: Any = {int: flags.DEFINE_integer, str: flags.DEFINE_string, bool: flags.DEFINE_bool}
@@ -124,7 +124,7 @@ def torch_bench(argv: Sequence[str]) -> None:
     flags.DEFINE_bool('json', False, 'One line of JSON.', flag_values=values)
     options.parse(values, argv)
     given: Any = {field.name: values[field.name].value for field in fields}
-    report(Peer(**given), as_json=values.json)
+    print_measurement(Peer(**given), as_json=values.json)
 
 
 BENCHMARKS = options.Group(

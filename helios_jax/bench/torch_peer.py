@@ -1,4 +1,4 @@
-"""Measures what PyTorch trains on the same card: transformers' Llama of helios_1b's shape.
+"""Measures PyTorch's training speed on the same card: transformers' Llama in helios_1b's shape.
 
     helios bench torch_peer --json
 
@@ -25,7 +25,7 @@ GIB = 2**30
 
 @dataclasses.dataclass(frozen=True)
 class Peer:
-    """What PyTorch trains, helios_1b's shape by default, and how; a flag for each field."""
+    """Shape and settings of PyTorch's training, by default helios_1b's; each field is a flag."""
 
     batch: int = 8  # Rows a step, B.
     length: int = 4096  # Tokens a row, T.
@@ -208,8 +208,8 @@ def speed(peer: Peer, parameters: int, seconds: float, hardware: str) -> dict[st
     }
 
 
-def report(peer: Peer, *, as_json: bool) -> None:
-    """Measures the peer and prints its figures."""
+def print_measurement(peer: Peer, *, as_json: bool) -> None:
+    """Measures the peer and prints the figures."""
     figures = measure_peer(dataclasses.asdict(peer))
     if as_json:
         print(json.dumps(figures), flush=True)

@@ -4,7 +4,7 @@
     DIRECTORY/tokenizer/                files that every step shares
     DIRECTORY/STEP/ITEM/                arrays of one item (params, optimizer, …)
     DIRECTORY/STEP/metadata/            JSON: format version, step, time, shapes; the caller's
-    DIRECTORY/STEP/manifest.json        size and SHA-256 of each part's files, written last
+    DIRECTORY/STEP/manifest.json        size and SHA-256 of each item's files, written last
     DIRECTORY/STEP.unfinished           STEP is being deleted or, on an object store, saved (a mark)
     DIRECTORY/STEP.damaged              STEP was damaged, and a run has written it again
 

@@ -1,4 +1,4 @@
-"""What lies where in a checkpoint directory, for the writer and the readers."""
+"""Names and places of files in a checkpoint directory, for the writer and the readers."""
 
 import json
 import logging
@@ -25,7 +25,7 @@ _TEMPORARY = re.compile(r'([0-9]+)\.orbax-checkpoint-tmp.*')
 
 
 def tokenizer_directory(directory: epath.PathLike) -> epath.Path:
-    """Where the tokenizer's files travel with the checkpoints."""
+    """Directory of the tokenizer's files, which travel with the checkpoints."""
     return absolute(directory) / 'tokenizer'
 
 
@@ -35,18 +35,18 @@ def absolute(directory: epath.PathLike) -> epath.Path:
 
 
 def is_step(name: str) -> bool:
-    """Whether a step's folder can have this name: 40, but not 040, ٤٠ or 4²."""
+    """True if a step's folder can have this name: 40, but not 040, ٤٠ or 4²."""
     return name.isascii() and name.isdecimal() and str(int(name)) == name
 
 
 def is_temporary(name: str) -> bool:
-    """Whether Orbax names an unfinished save of one of our steps so."""
+    """True if this is the name that Orbax gives to an unfinished save of one of our steps."""
     found = _TEMPORARY.fullmatch(name)
     return bool(found) and is_step(found[1])  # type: ignore[index]
 
 
 def require_ours(directory: epath.Path) -> None:
-    """Refuses a directory that is not marked as ours and holds what would be taken for our steps.
+    """Refuses a directory without our mark that holds folders which look like our steps.
 
     Raises:
       UserError: names the first such folder.
@@ -78,12 +78,12 @@ def require_directory(directory: epath.Path) -> None:
 
 
 def committed(directory: epath.Path) -> list[int]:
-    """The steps that have a manifest, oldest first."""
+    """Lists the steps that have a manifest, oldest first."""
     return [step for step in _numbered(directory) if is_committed(directory, step)]
 
 
 def incomplete(directory: epath.Path) -> list[int]:
-    """What is named like a step, has no manifest, and is not being saved or deleted either."""
+    """Lists the steps that have no manifest and are not being saved or deleted."""
     return [
         step
         for step in _numbered(directory)
@@ -115,13 +115,13 @@ def unfinished(directory: epath.Path, step: int) -> epath.Path:
 
 
 def unfinished_step(path: epath.Path) -> int | None:
-    """The step that a STEP.unfinished is of; None for any other file."""
+    """Reads the step from a file name STEP.unfinished; None for any other file."""
     name = path.name.removesuffix(UNFINISHED)
     return int(name) if path.name.endswith(UNFINISHED) and is_step(name) else None
 
 
 def in_the_way(path: epath.Path) -> str:
-    """Refuses to write where something lies that is no checkpoint."""
+    """Message that refuses to write where something lies that is no checkpoint."""
     return (
         f'{path} is in the way of checkpoint {path.name}: it has no {manifest.NAME}, so it was '
         'copied in part or is no checkpoint; complete it, or move it away.'
@@ -136,7 +136,7 @@ def flatten(tree: PyTree) -> dict[str, Any]:
 
 
 def describe(leaves: dict[str, Any]) -> dict[str, str]:
-    """Each array's dtype and shape, such as `float32[3, 5]`."""
+    """Maps each array's name to its dtype and shape, such as `float32[3, 5]`."""
     return {name: f'{np.dtype(leaf.dtype)}{list(leaf.shape)}' for name, leaf in leaves.items()}
 
 

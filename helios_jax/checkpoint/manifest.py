@@ -1,6 +1,6 @@
-"""A folder's manifest: the size and SHA-256 of every file below it, written last, checked later.
+"""Manifest of a folder: size and SHA-256 of every file below it, written last, checked later.
 
-Orbax restores arrays with flipped bits silently; this does not. What lies directly in the folder is
+Orbax restores arrays with flipped bits silently; this finds them. Files directly in the folder are
 left out: Orbax still changes its own files there while it commits, and nothing reads them.
 
 The manifest carries a SHA-256 of its own list, and is damaged unless it is, byte for byte, what
@@ -23,7 +23,7 @@ Files = dict[str, tuple[int, str]]  # size in bytes and SHA-256, by the path wit
 
 
 class DamageError(Exception):
-    """What is wrong with files that were read, for people."""
+    """Files that were read are damaged; the message tells people what is wrong."""
 
 
 def is_remote(path: epath.Path) -> bool:
@@ -31,7 +31,7 @@ def is_remote(path: epath.Path) -> bool:
 
 
 def files(folder: epath.Path) -> dict[str, epath.Path]:
-    """The files of a folder's subfolders, by their path within it."""
+    """Lists the files of a folder's subfolders, by their path within it."""
     found, folders = {}, [folder]
     for each in folders:  # which grows: epath has no recursive glob
         for path in each.iterdir():
@@ -80,11 +80,11 @@ def read(folder: epath.Path) -> Files:
     return {name: (size, digest) for name, (size, digest) in listed.items()}
 
 
-def fault(folder: epath.Path, listed: Files, part: str) -> str:
-    """What differs from the manifest in one subfolder, '' if nothing does."""
-    names = [name for name in listed if name.startswith(f'{part}/')]
+def fault(folder: epath.Path, listed: Files, subfolder: str) -> str:
+    """Describes what differs from the manifest in one subfolder; '' if nothing does."""
+    names = [name for name in listed if name.startswith(f'{subfolder}/')]
     if not names:
-        return f'{part} is not in its manifest'
+        return f'{subfolder} is not in its manifest'
     with concurrent.futures.ThreadPoolExecutor() as pool:
         faults = pool.map(functools.partial(_fault, folder, listed), names)
         return next(filter(None, faults), '')

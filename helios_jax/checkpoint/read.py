@@ -47,7 +47,7 @@ class Opened:
         return tuple(self.metadata['arrays'])
 
     def damage(self, *items: str) -> str:
-        """What is wrong with the files of some items, '' if nothing is."""
+        """Describes what is wrong with the files of some items; '' if nothing is."""
         found = self._fault(items) if jax.process_index() == 0 else ''
         return agreement.from_first(found)
 
@@ -129,7 +129,7 @@ def open_step(
 
 
 def list_steps(directory: epath.PathLike, *, verify: bool = True) -> list[dict[str, Any]]:
-    """Each step's `step`, `bytes`, `time` (ISO, UTC), `metrics` and `damage` ('' if intact).
+    """Lists each step's `step`, `bytes`, `time` (ISO, UTC), `metrics` and `damage` ('' if intact).
 
     `damage` reads every byte; without `verify` it is left out. May be called while a run writes.
     """
@@ -153,7 +153,7 @@ def list_steps(directory: epath.PathLike, *, verify: bool = True) -> list[dict[s
 
 
 def ranked(directory: epath.Path, *, warn: bool = False) -> list[int]:
-    """The steps that have `BEST_METRIC`, lowest first; of equal ones the newest first.
+    """Lists the steps that have `BEST_METRIC`, lowest first; of equal ones the newest first.
 
     Args:
       warn: whether to name the steps whose metadata is damaged.
@@ -172,7 +172,7 @@ def ranked(directory: epath.Path, *, warn: bool = False) -> list[int]:
 
 
 def damage_of(directory: epath.Path, step: int) -> str:
-    """What is wrong with a step, every file of its hashed; '' if nothing is."""
+    """Describes what is wrong with a step, hashing all of its files; '' if nothing is."""
     try:
         opened = _open(directory, step)
     except DamageError as error:
@@ -269,8 +269,8 @@ def _check(metadata: dict[str, Any], step: int, files: manifest.Files) -> None:
     ):
         if not right:
             raise DamageError(f'its metadata has no {name} that can be read')
-    parts = {name.split('/')[0] for name in files}
-    if missing := sorted({*metadata['arrays']} - parts):
+    folders = {name.split('/')[0] for name in files}
+    if missing := sorted({*metadata['arrays']} - folders):
         raise DamageError(f'{missing[0]} is not in its manifest')
 
 

@@ -1,4 +1,4 @@
-"""Writes checkpoints, asynchronously, and lets old ones go."""
+"""Writes checkpoints asynchronously, and deletes old ones."""
 
 import contextlib
 import datetime
@@ -79,11 +79,11 @@ class Checkpoints:
             'metrics': metrics or {},
             'arrays': {name: layout.describe(leaves) for name, leaves in arrays.items()},
         }
-        parts = {name: ocp.args.StandardSave(leaves) for name, leaves in arrays.items()}
-        parts[layout.METADATA] = ocp.args.JsonSave(record)
+        saves = {name: ocp.args.StandardSave(leaves) for name, leaves in arrays.items()}
+        saves[layout.METADATA] = ocp.args.JsonSave(record)
         self._saving = step
         try:
-            self._writer.save(self.directory / str(step), ocp.args.Composite(**parts))
+            self._writer.save(self.directory / str(step), ocp.args.Composite(**saves))
         except Exception as error:
             raise self._failed(error) from error
 
@@ -111,7 +111,7 @@ class Checkpoints:
             self._writer.close()
 
     def steps(self) -> list[int]:
-        """The committed steps, oldest first."""
+        """Lists the committed steps, oldest first."""
         return layout.committed(self.directory)
 
     def _write_manifest(self) -> None:
@@ -138,10 +138,10 @@ class Checkpoints:
         )
 
     def _make_way(self, step: int) -> None:
-        """Moves a damaged step aside that a run which fell back to an earlier one writes again.
+        """Moves a damaged step aside, so that a run which went back before it can write it again.
 
         Raises:
-          UserError: an intact step that this one is not after; something of this name that is no
+          UserError: this step or a later one exists and is intact; something of this name is no
             checkpoint.
         """
         for other in [each for each in self.steps() if each >= step]:
@@ -181,7 +181,7 @@ class Checkpoints:
         unfinished.unlink()
 
     def _remove_leftovers(self) -> None:
-        """Removes what interrupted saves and deletions of ours left, and says so."""
+        """Removes what our interrupted saves and deletions left, and logs it."""
         for path in list(self.directory.iterdir()):
             step = layout.unfinished_step(path)
             try:

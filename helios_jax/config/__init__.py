@@ -2,8 +2,8 @@
 
 A config file returns `to_dict(Config(...))`; the command line overrides its fields; `from_dict`
 rebuilds the dataclasses, which validate themselves before any device is touched. No field is None:
-off is '' or 0. The comment behind a field is what `helios explain FIELD` prints: one text that
-serves who reads the schema and who asks for a setting, where `field(metadata=…)` would be a second.
+off is '' or 0. The comment behind a field is what `helios explain FIELD` prints: one text for
+readers of the schema and for users who ask, where `field(metadata=…)` would be a second one.
 """
 
 import ast
@@ -147,7 +147,7 @@ def from_dict(values: Any, cls: Any = Config, path: str = 'config') -> Any:
 
 
 def describe(cls: Any = Config, prefix: str = '') -> dict[str, tuple[str, str]]:
-    """Each setting's dotted name → (default, one-line comment), read from the schema's source."""
+    """Maps each setting's dotted name to (default, one-line comment), read from the source."""
     comments = _comments(cls)
     described: dict[str, tuple[str, str]] = {}
     for field in dataclasses.fields(cls):
@@ -159,7 +159,7 @@ def describe(cls: Any = Config, prefix: str = '') -> dict[str, tuple[str, str]]:
 
 
 def _comments(cls: Any) -> dict[str, str]:
-    """The comment at the end of each field's last line."""
+    """Reads the comment at the end of each field's last line."""
     source = textwrap.dedent(inspect.getsource(cls))
     by_line = {
         token.start[0]: token.string.removeprefix('#').strip()

@@ -40,7 +40,7 @@ class GMU:
 
     @property
     def normalizes(self) -> bool:
-        """Whether the sublayer's output is normalised before it is mixed."""
+        """True if the sublayer's output is normalised before it is mixed."""
         if self.normalize_output == 'auto':
             return self.kind == 'convex'
         return self.normalize_output == 'on'
@@ -115,8 +115,8 @@ class Model:
     qk_norm: bool = False  # RMSNorm on queries and keys before rotation
     attention_softcap: float = 0.0  # c·tanh(logits/c) on attention logits; 0 is off
     tied_embeddings: bool = False  # one matrix for embedding and unembedding
-    norm_eps: float = 1e-6  # of every RMSNorm
-    compute_dtype: str = 'bfloat16'  # of matmuls and the stream: bfloat16 | float32
+    norm_eps: float = 1e-6  # eps of every RMSNorm
+    compute_dtype: str = 'bfloat16'  # dtype of matmuls and the stream: bfloat16 | float32
     attention: str = 'auto'  # implementation: auto | tpu | cudnn | reference
     gmu: GMU = GMU()
     rope: Rope = Rope()
@@ -181,12 +181,12 @@ class Model:
 
     @property
     def layer_kinds(self) -> tuple[str, ...]:
-        """The kind of each of the L layers, bottom first."""
+        """Lists the kind of each of the L layers, bottom first."""
         return self.prefix_kinds + self.period_kinds * self.num_periods
 
     @property
     def padded_vocab_size(self) -> int:
-        """V up to a multiple of 256: a size that tiles and shards."""
+        """V, rounded up to a multiple of 256: a size that tiles and shards."""
         return math.ceil(self.vocab_size / 256) * 256
 
     @property

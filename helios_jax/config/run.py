@@ -17,7 +17,7 @@ class Data:
     tokenizer: str = 'bytes'  # bytes, a tokenizer.json, or a SentencePiece .model
     row_length: int = 256  # T, tokens
     packing: str = 'best_fit'  # best_fit (documents apart) | concatenate (one stream, all causal)
-    validation_fraction: float = 0.02  # of documents, chosen by their content
+    validation_fraction: float = 0.02  # share of documents held out, chosen by content
     cache_dir: str = '~/.cache/helios'  # where packed rows are kept; gs:// works
     num_workers: int = 0  # processes that tokenize; 0 takes every core
     allow_lossy_tokenizer: bool = False  # takes text that decoding does not give back, uncounted
@@ -34,7 +34,7 @@ class Data:
 
     @property
     def documents_apart(self) -> bool:
-        """Whether attention keeps to a document; False where a row is one stream."""
+        """True if attention stays within a document; False if a row is one stream."""
         return self.packing == 'best_fit'
 
 
@@ -51,7 +51,7 @@ class Optimizer:
     eps: float = 1e-8  # added to the root of the second moment
     weight_decay: float = 0.1  # decoupled; matrices only, never norms, biases, gates, embeddings
     clip_norm: float = 1.0  # global gradient norm; 0 is off
-    moments_dtype: str = 'float32'  # of stored moments: float32 | bfloat16
+    moments_dtype: str = 'float32'  # dtype of stored moments: float32 | bfloat16
 
     def __post_init__(self) -> None:
         one_of('optimizer.name', self.name, ('adamw', 'muon'))
@@ -69,8 +69,8 @@ class Optimizer:
 class Train:
     num_steps: int = 1000  # optimizer steps
     batch_rows: int = 16  # B, rows of one step, over all devices
-    microbatches: int = 1  # gradient accumulation: parts that a step's rows are cut into
-    seed: int = 0  # of initialisation and of the order of rows
+    microbatches: int = 1  # pieces of a step's rows, whose gradients add up
+    seed: int = 0  # seed of initialisation and of the order of rows
     z_loss: float = 0.0  # weight of the squared log-sum-exp of the logits
     init_from: str = ''  # checkpoint directory whose parameters a new run starts from
     log_every: int = 10  # steps between metric lines
@@ -114,11 +114,11 @@ class Mesh:
 
 
 def _tensor(axes: str, dtype: str = '') -> Any:
-    """A setting of `Actions`, with what is true of the tensor that it names (arch/tensors.py).
+    """Makes a setting of `Actions`, with the facts about its tensor that arch/tensors.py reads.
 
     Args:
-      axes: its logical axes, which are rows of arch/rules.py.
-      dtype: one that it must keep, for rounding it would be another function; '' is the compute
+      axes: the tensor's logical axes, which are rows of arch/rules.py.
+      dtype: a dtype that it must keep, as rounding would change the function; '' is the compute
         dtype.
     """
     return dataclasses.field(default='', metadata={'axes': tuple(axes.split()), 'dtype': dtype})
@@ -132,7 +132,7 @@ _HEADS = 'batch length heads head_dim'
 
 @dataclasses.dataclass(frozen=True)
 class Actions:
-    """What each saved activation becomes, one of `ACTIONS`; '' is as the policy says.
+    """Action on each saved activation, one of `ACTIONS`; '' leaves it to the policy.
 
     A field is the one row of its tensor: the memory system, the planner and the sharding read it.
     """
@@ -143,16 +143,18 @@ class Actions:
     k: str = _tensor('batch length kv_heads head_dim')  # unrotated keys [B T K H]
     v: str = _tensor('batch length kv_heads head_dim')  # values [B T K H]
     attention_output: str = _tensor(_HEADS)  # per head, before the output projection [B T N H]
-    log_sum_exp: str = _tensor('batch heads length', 'float32')  # of each query's logits [B N T]
+    log_sum_exp: str = _tensor(
+        'batch heads length', 'float32'
+    )  # log-sum-exp of each query's logits [B N T]
     attention_update: str = _tensor(_STREAM)  # F(x̂) of the attention sublayer [B T D]
-    attention_gate: str = _tensor(_GATE)  # what its gate is computed from [B T R], or its logits
+    attention_gate: str = _tensor(_GATE)  # inputs of its gate [B T R], or its logits
     mlp_input: str = _tensor(_STREAM)  # x̂ of the feed-forward sublayer [B T D]
     gate_up: str = _tensor('batch length mlp')  # gate and up projections [B T F] each
     dispatched: str = _tensor('batch length stream')  # tokens at their experts' devices [B T D]
     expert_input: str = _tensor('batch stream')  # tokens sorted by expert [tokens·X D]
     router_choices: str = _tensor('batch length choices', 'int32')  # chosen experts [B T X]
     mlp_update: str = _tensor(_STREAM)  # F(x̂) of the feed-forward sublayer [B T D]
-    mlp_gate: str = _tensor(_GATE)  # what its gate is computed from [B T R], or its logits
+    mlp_gate: str = _tensor(_GATE)  # inputs of its gate [B T R], or its logits
     final_hidden: str = _tensor(_STREAM)  # the stream below the last norm [B T D]
 
     def __post_init__(self) -> None:
@@ -169,9 +171,9 @@ class Actions:
 @dataclasses.dataclass(frozen=True)
 class Memory:
     policy: str = 'full'  # none (save all) | minimal | full | fp8 | offload | fp8_offload | auto
-    optimizer: str = 'device'  # where the optimizer's moments live: device | host
-    parameters: str = 'device'  # where the float32 parameters live: device | host
-    backward_parts: int = 1  # that dense MLPs and gates run backward in, one after another
+    optimizer: str = 'device'  # memory of the optimizer's moments: device | host
+    parameters: str = 'device'  # memory of the float32 parameters: device | host
+    backward_parts: int = 1  # parts in which dense MLPs and gates run backward
     actions: Actions = Actions()
 
     def __post_init__(self) -> None:
@@ -187,5 +189,5 @@ class Memory:
 
     @property
     def on_host(self) -> bool:
-        """Whether any of the training state lies on the host."""
+        """True if any of the training state lies on the host."""
         return 'host' in (self.optimizer, self.parameters)

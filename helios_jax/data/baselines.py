@@ -1,24 +1,24 @@
-"""Bits per byte of models that anyone has, to set a language model's beside."""
+"""Bits per byte of models that anyone has, to compare a language model's with."""
 
 import gzip
 from collections.abc import Iterator
 
 import numpy as np
 
-from helios_jax.data.rows import Source
+from helios_jax.data.rows import Mixture
 from helios_jax.data.tokenizer import Tokenizer
 
-BASELINE_BYTES = 2**25  # of text that is compressed
+BASELINE_BYTES = 2**25  # bytes of text that are compressed
 
 
-def bits_per_byte(source: Source, tokenizer: Tokenizer) -> dict[str, float]:
+def bits_per_byte(mixture: Mixture, tokenizer: Tokenizer) -> dict[str, float]:
     """Bits per byte of two models that anyone has: byte frequencies, and gzip at level 9.
 
     Both see the bytes that a language model is scored on: the documents without prompts, and
     without what the tokenizer loses. Of a long text they see the first 32 MiB.
     """
     text = bytearray()
-    for scored in _scored(source, tokenizer):
+    for scored in _scored(mixture, tokenizer):
         text += scored
         if len(text) >= BASELINE_BYTES:
             break
@@ -30,8 +30,8 @@ def bits_per_byte(source: Source, tokenizer: Tokenizer) -> dict[str, float]:
     }
 
 
-def _scored(source: Source, tokenizer: Tokenizer) -> Iterator[bytes]:
-    for rows in source.parts:
+def _scored(mixture: Mixture, tokenizer: Tokenizer) -> Iterator[bytes]:
+    for rows in mixture.corpora:
         for shard in rows.documents.shards():
             for document in shard:
                 kept = document.text

@@ -1,4 +1,4 @@
-"""helios data: text is prepared, and tokenizers are made, before a run or apart from one."""
+"""helios data: prepares text and makes tokenizers, before a run or without one."""
 
 from collections.abc import Sequence
 

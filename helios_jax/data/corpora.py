@@ -1,4 +1,4 @@
-"""Where text comes from: the documents of a corpus.
+"""Reads the documents of a corpus.
 
 A corpus is `python_stdlib`, a glob of files (JSONL records or whole files, .gz or not), or
 `tfds:NAME`; a mixture is 'a=0.7,b=0.3'. Whether a suffix is written in capitals does not matter.
@@ -38,20 +38,20 @@ class Document(NamedTuple):
 
 
 def parse(spec: str) -> list[tuple[str, Fraction]]:
-    """The corpora of `data.corpus` with their shares, which add up to 1.
+    """Parses `data.corpus` into corpora and their shares, which add up to 1.
 
     Raises:
-      UserError: a mixture with a part that has no weight, or a weight of 0.
+      UserError: a mixture in which a corpus has no weight, or a weight of 0.
     """
-    parts = [part.strip() for part in spec.split(',')]
-    weighted = [re.fullmatch(r'(.+)=(\d+\.?\d*|\.\d+)', part) for part in parts]
+    corpora = [corpus.strip() for corpus in spec.split(',')]
+    weighted = [re.fullmatch(r'(.+)=(\d+\.?\d*|\.\d+)', corpus) for corpus in corpora]
     if not any(weighted):
         return [(spec, Fraction(1))]
     mixture = []
-    for part, match in zip(parts, weighted, strict=True):
+    for corpus, match in zip(corpora, weighted, strict=True):
         if match is None or Fraction(match[2]) == 0:
             raise UserError(
-                f'data.corpus={spec!r}: {part!r} needs a weight above 0, such as {part}=0.3.'
+                f'data.corpus={spec!r}: {corpus!r} needs a weight above 0, such as {corpus}=0.3.'
             )
         mixture.append((match[1], Fraction(match[2])))
     total = sum(weight for _, weight in mixture)
@@ -59,14 +59,14 @@ def parse(spec: str) -> list[tuple[str, Fraction]]:
 
 
 def texts(spec: str) -> Iterator[str]:
-    """Every document of `data.corpus`, one corpus after the other, prompts joined to the text."""
+    """Yields every document of `data.corpus`, corpus by corpus, prompts joined to the text."""
     for corpus, _ in parse(spec):
         for document in read(corpus):
             yield document.prompt + document.text
 
 
 def read(corpus: str) -> Iterator[Document]:
-    """The documents of one corpus in a fixed order, empty ones left out.
+    """Yields the documents of one corpus in a fixed order, empty ones left out.
 
     Raises:
       UserError: nothing there, a file that is not text or no file at all, a malformed record.
@@ -81,9 +81,9 @@ def read(corpus: str) -> Iterator[Document]:
 
 
 def state(corpus: str) -> Any:
-    """Values that change whenever the corpus does, without reading its text.
+    """Returns values that change whenever the corpus does, without reading its text.
 
-    `paths.identities` says what is relied on.
+    `paths.identities` says how changes are found.
     """
     if not corpus.startswith(TFDS_PREFIX):
         return paths.identities(_files(corpus))
@@ -94,7 +94,7 @@ def state(corpus: str) -> Any:
 
 
 def _files(corpus: str) -> list[epath.Path]:
-    """The files of a glob, or of the standard library, sorted."""
+    """Lists the files of a glob, or of the standard library, sorted."""
     if corpus == STDLIB:
         return _stdlib_files()
     paths.check('data.corpus', corpus)
@@ -107,7 +107,7 @@ def _files(corpus: str) -> list[epath.Path]:
 
 
 def _is_file(path: epath.Path) -> bool:
-    """Whether it is a file; directories and what is not there are none.
+    """True if the path is a file; False if it is a directory or absent.
 
     Raises:
       UserError: a pipe, a device or a socket, which may never end, or a link to nothing.
@@ -141,7 +141,7 @@ def _stdlib_files() -> list[epath.Path]:
 
 
 def _glob(corpus: str, pattern: epath.Path) -> list[epath.Path]:
-    """What matches, local or in a bucket; epath itself refuses `**`."""
+    """Lists the paths that match, local or in a bucket; epath itself refuses `**`."""
     scheme, separator, _ = os.fspath(pattern).rpartition('://')
     try:
         filesystem, path = fsspec.core.url_to_fs(os.fspath(pattern))
@@ -199,7 +199,7 @@ def _decode(content: bytes, path: epath.Path, *, stdlib: bool) -> str:
 
 
 def _record(line: bytes, place: str) -> Document:
-    """The document of a JSONL line: {"text": …} or {"prompt": …, "completion": …}."""
+    """Reads the document of a JSONL line: {"text": …} or {"prompt": …, "completion": …}."""
     try:
         record = json.loads(line)
     except (ValueError, RecursionError) as error:
@@ -219,7 +219,7 @@ def _record(line: bytes, place: str) -> Document:
 
 
 def _tfds_builder(corpus: str) -> tfds.core.DatasetBuilder:
-    """The prepared data set of `tfds:NAME`, or of `tfds:` and the directory of one version."""
+    """Opens the prepared data set of `tfds:NAME`, or of `tfds:` and a version's directory."""
     name = corpus.removeprefix(TFDS_PREFIX)
     require(bool(name.strip()), f'data.corpus={corpus!r} names no data set; write tfds:NAME.')
     paths.check('data.corpus', name)

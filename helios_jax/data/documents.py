@@ -1,4 +1,4 @@
-"""The TFDS data set of documents, `helios_text`, that a corpus becomes.
+"""Stores a corpus as a TFDS data set of documents, `helios_text`.
 
 Each document goes to train or validation by a hash of its content, so the split depends on
 neither order nor names, and equal documents stay on one side.
@@ -17,7 +17,7 @@ from helios_jax.data import corpora, manifest, records
 from helios_jax.data.corpora import Document
 from helios_jax.errors import UserError
 
-FORMAT = 2  # of the stored documents; part of their directory's name
+FORMAT = 2  # version of the stored documents, in their directory's name
 NAME = 'helios_text'
 # A shard's documents are packed together. Shards are small at first, so that a small corpus is
 # worked on in parallel, and up to 16 times as large as they add up.
@@ -31,13 +31,13 @@ class Documents:
     corpus: str
     split: str
     directory: epath.Path
-    fingerprint: str  # of the documents in their order
+    fingerprint: str  # digest of the documents in their order
     num_documents: int
     num_bytes: int  # UTF-8, prompts included
     num_prompts: int  # documents that have one
 
     def shards(self) -> list[Iterator[Document]]:
-        """The documents of each shard, in order."""
+        """Returns an iterator over the documents of each shard, in order."""
         info = tfds.builder_from_directory(self.directory).info
         source = records.Records(info, self.split)
         return [
@@ -51,7 +51,7 @@ def prepare(
 ) -> dict[str, Documents]:
     """Prepares one corpus below `cache_dir`, unless it is there, unchanged.
 
-    Whether files are unchanged is told without reading them; `paths.identities` says how.
+    Changes of files are found without reading them; `paths.identities` says how.
 
     Args:
       validation_fraction: 0 puts every document into train, and there is no validation split.
@@ -147,7 +147,7 @@ class _SplitWriter:
         self._pending, self._pending_bytes = [], 0
 
     def remove(self) -> None:
-        """Deletes the shards written so far, of a data set that will not be completed."""
+        """Deletes the shards written so far: the data set will not be completed."""
         for index in range(len(self.shards)):
             self._path(index).unlink(missing_ok=True)
 

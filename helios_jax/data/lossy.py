@@ -1,4 +1,4 @@
-"""What decoding gives back of a text, and which token gives back which bytes.
+"""Finds what decoding gives back of a text, and which token gives back which bytes.
 
 Bits per byte compare between tokenizers only where nothing is lost: whoever drops a character is
 not charged for predicting it. So what decoding does not give back (a character outside the
@@ -21,18 +21,18 @@ LONGEST_COMPARED = 4096
 
 
 class Encoded(NamedTuple):
-    """A text as tokens."""
+    """A text as tokens, with the bytes that each of them gives back."""
 
     ids: UInt32[np.ndarray, 'tokens']
-    num_bytes: UInt32[np.ndarray, 'tokens']  # of `kept`, in UTF-8
+    num_bytes: UInt32[np.ndarray, 'tokens']  # UTF-8 bytes of `kept`, by token
     kept: str  # the characters that decoding gives back: the text itself where nothing is lost
 
 
 def keeps_all(tokenizer: 'Tokenizer', text: str, ids: list[int], returned: str) -> bool:
-    """Whether nothing of `text` is lost in its tokens `ids`, which decode to `returned`.
+    """True if nothing of `text` is lost in its tokens `ids`, which decode to `returned`.
 
-    A space that decoding adds at an end takes nothing away. One that it strips from the start is
-    not lost where the tokens tell of it: where the text without it has other tokens.
+    A space that decoding adds at an end loses nothing. One that it strips from the start is not
+    lost if the tokens still tell of it, that is if the text without it has other tokens.
     """
     if returned in (text, f' {text}', f'{text} '):
         return True
@@ -42,10 +42,10 @@ def keeps_all(tokenizer: 'Tokenizer', text: str, ids: list[int], returned: str) 
 def partly(
     tokenizer: 'Tokenizer', text: str, ids: list[int], spans: Sequence[tuple[int, int]]
 ) -> Encoded:
-    """The tokens of a text that does not come back whole.
+    """Encodes a text that does not come back whole: finds what each token gives back of it.
 
     Args:
-      spans: the first character of each token, and the one behind its last. Those of a BPE that
+      spans: start and end of each token in the text, in characters. Those of a BPE that
         drops characters are wrong, but then its tokens are found in the text.
     """
     found = list(_found(tokenizer, text, ids))
@@ -57,7 +57,7 @@ def _total(encoded: Encoded) -> int:
 
 
 def _found(tokenizer: 'Tokenizer', text: str, ids: list[int]) -> Iterator[tuple[int, int]]:
-    """Where each token's own text comes next; an empty span where it does not."""
+    """Yields the span where each token's own text comes next, or an empty one if it does not."""
     position = 0
     for index in ids:
         own = tokenizer.decode([index]).strip(' ')
@@ -74,7 +74,7 @@ def _compared(
 ) -> Encoded:
     """Compares tokens in groups that stand for whole characters.
 
-    Each is compared with the characters since the group before, as it decodes behind that group.
+    A group, decoded after the one before it, is compared with the characters since that one.
     """
     kept, num_bytes = [], np.zeros(len(ids), np.uint32)
     start, before = 0, ids[:0]
@@ -90,7 +90,7 @@ def _compared(
 
 
 def _groups(spans: Sequence[tuple[int, int]], length: int) -> Iterator[tuple[int, int, int]]:
-    """Runs of tokens that stand for whole characters: first, one behind the last, and their end.
+    """Yields runs of tokens that stand for whole characters: start, stop, end of their text.
 
     Tokens whose spans overlap belong together (the bytes of a character), and one with an empty
     span to what follows it. The last run reaches to the end of the text.
@@ -106,13 +106,13 @@ def _groups(spans: Sequence[tuple[int, int]], length: int) -> Iterator[tuple[int
 
 
 def _decode_behind(tokenizer: 'Tokenizer', before: list[int], group: list[int]) -> str:
-    """What `group` adds to the text of `before`: decoders treat the start of a text apart."""
+    """Text that `group` adds to that of `before`: decoders treat the start of a text apart."""
     alone, both = tokenizer.decode(before), tokenizer.decode([*before, *group])
     return both[len(alone) :] if both.startswith(alone) else tokenizer.decode(group)
 
 
 def _common(source: str, returned: str) -> str:
-    """The characters of `source` that `returned` has too, in their order."""
+    """Characters of `source` that `returned` has too, in their order."""
     if source == returned:
         return source
     if min(len(source), len(returned)) > LONGEST_COMPARED:

@@ -1,7 +1,7 @@
-"""A data set in the cache, complete or not, whole or damaged.
+"""Marks a data set in the cache as complete, and finds damage to it.
 
-It is complete with dataset_info.json, TFDS's description, which is written last. A manifest beside
-it has what each file must be, so that damage is found and named.
+It is complete once dataset_info.json, TFDS's description, is there: it is written last. A manifest
+beside it says what each file must be, so that damage is found and named.
 """
 
 import hashlib
@@ -52,14 +52,14 @@ def complete(
 
 
 def is_complete(directory: epath.Path) -> bool:
-    """Whether `complete` has been there, be the files damaged since or not."""
+    """True if `complete` has run, whether or not files were damaged since."""
     return (directory / INFO).exists() and (directory / MANIFEST).exists()
 
 
 def verify(directory: epath.Path) -> None:
     """Compares each file with the manifest: the small ones by content, shards by their size.
 
-    Content of shards is checked when it is read, by array_record's own checksums.
+    The content of shards is checked when it is read, by array_record's own checksums.
 
     Raises:
       UserError: a file that is missing or is not as it was written.
@@ -84,7 +84,7 @@ def verify(directory: epath.Path) -> None:
 def split_info(
     directory: epath.Path, name: str, split: str, shards: list[dict[str, int]]
 ) -> tfds.core.SplitInfo:
-    """TFDS's description of the shards that `shard_name` names."""
+    """Describes the shards that `shard_name` names, as TFDS does."""
     template = tfds.core.ShardedFileTemplate(
         data_dir=directory, dataset_name=name, split=split, filetype_suffix='array_record',
         template='{DATASET}-{SPLIT}.{FILEFORMAT}-{SHARD_INDEX}',

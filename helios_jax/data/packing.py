@@ -1,11 +1,11 @@
-"""Documents to rows of T tokens, cached as a TFDS data set of rows.
+"""Packs documents into rows of T tokens, cached as a TFDS data set of rows.
 
 `best_fit`: a document is BOS … EOS; one longer than the row is cut into pieces that each start
 with BOS, and pieces fill rows best-fit-decreasing. `concatenate`: the documents, each followed by
 EOS, form one stream that is cut like one long document. Both work within one shard of documents,
 so the number of workers changes nothing.
 
-Neither this module nor what it imports knows of jax: worker processes start without it.
+Neither this module nor its imports load jax: worker processes start without it.
 """
 
 import concurrent.futures.process
@@ -30,7 +30,7 @@ from helios_jax.data.documents import Documents
 from helios_jax.data.tokenizer import Tokenizer
 from helios_jax.errors import UserError
 
-FORMAT = 1  # of the stored rows; part of their fingerprint
+FORMAT = 1  # version of the stored rows, in their fingerprint
 NAME = 'helios_rows'
 SPLIT = 'rows'
 ENCODED_AT_ONCE = 256  # documents
@@ -38,16 +38,16 @@ STALE_SECONDS = 3600.0  # age at which the unfinished file of a dead process is 
 
 
 class Piece(NamedTuple):
-    """Tokens that stay together: BOS and what follows it, T at most."""
+    """Tokens that stay together: BOS and what comes after it, T at most."""
 
     tokens: UInt32[np.ndarray, 'tokens']
-    num_bytes: UInt32[np.ndarray, 'tokens']  # of text given back; 0 for BOS, EOS and prompts
+    num_bytes: UInt32[np.ndarray, 'tokens']  # bytes of text given back; 0 for BOS, EOS and prompts
     is_target: Bool[np.ndarray, 'tokens']  # False for prompts
 
 
 @dataclasses.dataclass(frozen=True)
 class Packer:
-    """How the documents of a shard become rows.
+    """Turns the documents of a shard into rows.
 
     Attributes:
       row_length: T, tokens.
@@ -59,7 +59,7 @@ class Packer:
     packing: str
 
     def rows(self, documents: Iterable[Document]) -> list[list[Piece]]:
-        """The segments of each row, in the order of the documents that open the rows."""
+        """Returns the segments of each row, in the order of the documents that open the rows."""
         streams = self._streams(documents)
         if self.packing == 'concatenate':
             streams = iter([Piece(*map(np.concatenate, zip(*streams, strict=True)))])
@@ -68,7 +68,7 @@ class Packer:
         return [[pieces[index] for index in row] for row in rows]
 
     def _streams(self, documents: Iterable[Document]) -> Iterator[Piece]:
-        """Each document's tokens and EOS, uncut, without BOS."""
+        """Yields each document's tokens and EOS, uncut, without BOS."""
         remaining = iter(documents)
         while chunk := list(itertools.islice(remaining, ENCODED_AT_ONCE)):
             prompts = self.tokenizer.encode_batch([d.prompt for d in chunk])
@@ -88,11 +88,11 @@ class Packer:
         )
         step = self.row_length - 1
         for start in range(0, len(stream.tokens), step):
-            parts = zip(bos, stream, strict=True)
-            yield Piece(*(np.concatenate([b, s[start : start + step]]) for b, s in parts))
+            pairs = zip(bos, stream, strict=True)
+            yield Piece(*(np.concatenate([b, s[start : start + step]]) for b, s in pairs))
 
     def lost_example(self, documents: Iterable[Document]) -> str:
-        """The first place where decoding does not give a document's text back, for a message."""
+        """Finds the first place where decoding does not give a text back, for a message."""
         for document in documents:
             (encoded,) = self.tokenizer.encode_with_bytes([document.text])
             if encoded.kept != document.text:
@@ -215,7 +215,7 @@ class _ShardJob:
 
 
 def _finished(path: epath.Path, stats_path: epath.Path) -> dict[str, Any]:
-    """The numbers of a shard that an interrupted run has left whole, or {}.
+    """Reads the numbers of a shard that an interrupted run left whole, or {}.
 
     Without its numbers a shard is an older version's, which did not count lost bytes.
     """
@@ -231,7 +231,7 @@ def _description(documents: Documents) -> str:
 
 
 def _run(job: _ShardJob, num_workers: int) -> list[dict[str, Any]]:
-    """Every shard's numbers, in order, whichever process packed it."""
+    """Returns every shard's numbers, in order, whichever process packed it."""
     num_shards = len(job.documents.shards())
     # A process takes seconds to start: each gets two shards or more.
     num_workers = max(1, min(num_workers or os.cpu_count() or 1, num_shards // 2))
@@ -265,7 +265,7 @@ def _map(
 
 
 def _features(packer: Packer, documents: Documents) -> tfds.features.FeaturesDict:
-    """What a row stores; segment ids and positions are rebuilt from the segments' lengths."""
+    """Features of a stored row; segment ids and positions are rebuilt from segment lengths."""
 
     def array(dtype: Any) -> tfds.features.Tensor:
         return tfds.features.Tensor(shape=(None,), dtype=dtype, encoding='bytes')

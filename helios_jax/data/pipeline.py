@@ -17,7 +17,7 @@ from jaxtyping import Bool, Int32
 
 from helios_jax import config, paths
 from helios_jax.data import corpora, documents, packing, records
-from helios_jax.data.rows import Rows, Source
+from helios_jax.data.rows import Mixture, Rows
 from helios_jax.data.tokenizer import Tokenizer, train_bpe
 from helios_jax.errors import UserError, require
 
@@ -30,24 +30,24 @@ class Batch(NamedTuple):
     """Rows of T tokens. Segment 0 is padding: token 0 and no target."""
 
     tokens: Int32[Array, 'B T']
-    segment_ids: Int32[Array, 'B T']  # from 1 in each row
-    positions: Int32[Array, 'B T']  # from 0 in each segment; of padding, the index in the row
-    loss_mask: Bool[Array, 'B T']  # whether the token counts as a target: False for prompts
+    segment_ids: Int32[Array, 'B T']  # number of the segment, from 1 in each row
+    positions: Int32[Array, 'B T']  # index in the segment, from 0; of padding, in the row
+    loss_mask: Bool[Array, 'B T']  # True: the token counts as a target; False for prompts
     num_bytes: Int32[Array, 'B']  # UTF-8 bytes of the text among the row's targets
 
     def attention_segments(self, documents_apart: bool) -> Int32[Array, 'B T'] | None:
-        """The segment ids that attention keeps to; None for plain causal attention over rows."""
+        """Segment ids that attention keeps to; None for plain causal attention over rows."""
         return self.segment_ids if documents_apart else None
 
 
 @dataclasses.dataclass(frozen=True)
 class Prepared:
-    train: Source
-    validation: Source
+    train: Mixture
+    validation: Mixture
 
     @property
     def contents(self) -> dict[str, dict[str, Any]]:
-        """What a checkpoint keeps of its data."""
+        """Facts about the data that a checkpoint keeps."""
         return {'train': self.train.contents, 'validation': self.validation.contents}
 
 
@@ -64,17 +64,17 @@ def prepare(data: config.Data, tokenizer: Tokenizer, *, rebuild: bool = False) -
         damaged.
     """
     # The smaller split comes first: a tokenizer that loses text is soon refused.
-    sources = _sources(data.corpus, data, tokenizer, ['validation', 'train'], rebuild)
-    return Prepared(**sources)
+    mixtures = _mixtures(data.corpus, data, tokenizer, ['validation', 'train'], rebuild)
+    return Prepared(**mixtures)
 
 
-def from_text(pattern: str, data: config.Data, tokenizer: Tokenizer) -> Source:
-    """Rows of every document of a corpus (such as a glob), none held out, packed as `data` says.
+def from_text(pattern: str, data: config.Data, tokenizer: Tokenizer) -> Mixture:
+    """Packs every document of a corpus (such as a glob) as `data` says; none is held out.
 
     Raises:
       UserError: as `prepare` says.
     """
-    return _sources(pattern, data, tokenizer, ['train'], rebuild=False)['train']
+    return _mixtures(pattern, data, tokenizer, ['train'], rebuild=False)['train']
 
 
 def train_batches(
@@ -86,7 +86,7 @@ def train_batches(
     host: int | None = None,
     num_hosts: int | None = None,
 ) -> Iterator[Batch]:
-    """Batches without end; this host's rows of each.
+    """Yields batches without end, this host's rows of each.
 
     Args:
       batch_rows: B over all hosts.
@@ -109,33 +109,33 @@ def train_batches(
 
 
 def eval_batches(
-    source: Source,
+    mixture: Mixture,
     *,
     batch_rows: int,
     num_rows: int = 0,
     host: int | None = None,
     num_hosts: int | None = None,
 ) -> Iterator[Batch]:
-    """The same rows in the same order each time; the last batch is filled up with padding rows.
+    """Yields the same rows in the same order each time; padding rows fill up the last batch.
 
     Args:
       num_rows: rows in all, spread evenly over each corpus, corpora in proportion to their
         weights; 0 takes every row.
     """
     local = _host_slice(batch_rows, host, num_hosts)
-    wanted = source.counts(num_rows) if num_rows else [len(rows) for rows in source.parts]
+    wanted = mixture.counts(num_rows) if num_rows else [len(rows) for rows in mixture.corpora]
     located = []
-    for part, (rows, count) in enumerate(zip(source.parts, wanted, strict=True)):
+    for corpus, (rows, count) in enumerate(zip(mixture.corpora, wanted, strict=True)):
         count = min(count, len(rows))
-        located += [(part, index * len(rows) // count) for index in range(count)]
+        located += [(corpus, index * len(rows) // count) for index in range(count)]
     for start in range(0, len(located), batch_rows):
         yield _assemble(
-            source, located[start : start + batch_rows][local], local.stop - local.start
+            mixture, located[start : start + batch_rows][local], local.stop - local.start
         )
 
 
 def to_global(batch: Batch, sharding: NamedSharding) -> Batch:
-    """The hosts' slices as one batch of jax arrays: [B T] sharded so, [B] as its rows are."""
+    """Joins the hosts' slices into one batch of jax arrays; `sharding` is that of [B T]."""
     rows_only = NamedSharding(sharding.mesh, PartitionSpec(*sharding.spec[:1]))
     return Batch(
         *(
@@ -146,7 +146,7 @@ def to_global(batch: Batch, sharding: NamedSharding) -> Batch:
 
 
 def summary(prepared: Prepared) -> list[dict[str, Any]]:
-    """What `helios data prepare` prints, a line for each corpus and split."""
+    """Returns the rows that `helios data prepare` prints, one for each corpus and split."""
     return [
         {
             'corpus': rows.documents.corpus,
@@ -160,22 +160,22 @@ def summary(prepared: Prepared) -> list[dict[str, Any]]:
             'fingerprint': rows.fingerprint,
             'path': str(rows.directory),
         }
-        for source in (prepared.train, prepared.validation)
-        for rows, weight in zip(source.parts, source.weights, strict=True)
+        for mixture in (prepared.train, prepared.validation)
+        for rows, weight in zip(mixture.corpora, mixture.weights, strict=True)
     ]
 
 
 def train_tokenizer(corpus: str, vocab_size: int, output: str) -> None:
-    """What `helios data tokenizer` does: a BPE of a corpus, written to `output`."""
+    """Trains a BPE on a corpus and writes it to `output`, for `helios data tokenizer`."""
     if not output.endswith('.json'):
         raise UserError(f'output={output!r} must end in .json, to be known as a tokenizer.')
     train_bpe(corpora.texts(corpus), vocab_size, epath.Path(output).expanduser())
 
 
-def _sources(
+def _mixtures(
     spec: str, data: config.Data, tokenizer: Tokenizer, splits: Sequence[str], rebuild: bool
-) -> dict[str, Source]:
-    """The rows of each split, all corpora's."""
+) -> dict[str, Mixture]:
+    """Prepares the rows of each split, from all corpora."""
     paths.check('data.cache_dir', data.cache_dir)
     cache_dir = epath.Path(data.cache_dir).expanduser()
     packer = packing.Packer(tokenizer, data.row_length, data.packing)
@@ -191,7 +191,7 @@ def _sources(
                 rows.append(Rows(directory, split))
                 _check_scorable(rows[-1], data, tokenizer)
     weights = tuple(weight for _, weight in mixture)
-    return {name: Source(tuple(rows), weights) for name, rows in packed.items()}
+    return {name: Mixture(tuple(rows), weights) for name, rows in packed.items()}
 
 
 def _check_scorable(rows: Rows, data: config.Data, tokenizer: Tokenizer) -> None:
@@ -228,9 +228,9 @@ def _host_slice(batch_rows: int, host: int | None, num_hosts: int | None) -> sli
     return slice(host * local_rows, (host + 1) * local_rows)
 
 
-def _assemble(source: Source, located: Sequence[tuple[int, int]], num_rows: int) -> Batch:
-    """The located rows and, up to `num_rows`, padding rows."""
-    shape = (num_rows, source.row_length)
+def _assemble(mixture: Mixture, located: Sequence[tuple[int, int]], num_rows: int) -> Batch:
+    """Makes a batch of the located rows and, up to `num_rows`, padding rows."""
+    shape = (num_rows, mixture.row_length)
     batch = Batch(
         tokens=np.zeros(shape, np.int32),
         segment_ids=np.zeros(shape, np.int32),
@@ -239,8 +239,8 @@ def _assemble(source: Source, located: Sequence[tuple[int, int]], num_rows: int)
         loss_mask=np.zeros(shape, np.bool_),
         num_bytes=np.zeros(num_rows, np.int32),
     )
-    for row, (part, index) in enumerate(located):
-        stored = source.parts[part][index]
+    for row, (corpus, index) in enumerate(located):
+        stored = mixture.corpora[corpus][index]
         lengths = stored['segment_lengths'].astype(np.int32)
         length = len(stored['tokens'])
         batch.tokens[row, :length] = stored['tokens']

@@ -1,4 +1,4 @@
-"""Shards of array_record files that together are a TFDS data set, written once, read at random.
+"""Writes and reads array_record shards of a TFDS data set: written once, read at random.
 
 array_record opens local files only: a shard for a bucket is written here and copied there, and one
 from a bucket is copied here before it is read.
@@ -48,9 +48,9 @@ def shard(path: epath.Path, examples: Iterable[Stored]) -> Iterator[dict[str, in
       `num_examples` and `num_bytes`, as TFDS counts them.
     """
     written = {'num_examples': 0, 'num_bytes': 0}
-    with _local_part(path) as part:
+    with _local_temporary(path) as temporary:
         try:
-            writer = array_record_module.ArrayRecordWriter(part, 'group_size:1')
+            writer = array_record_module.ArrayRecordWriter(temporary, 'group_size:1')
             for example in examples:
                 record = _serialize(example)
                 writer.write(record)
@@ -65,7 +65,7 @@ def shard(path: epath.Path, examples: Iterable[Stored]) -> Iterator[dict[str, in
 
 @contextlib.contextmanager
 def writing(directory: epath.Path) -> Iterator[None]:
-    """Names the file and the way out where a cache cannot be written.
+    """Turns errors of writing a cache into one that names the file and the fix.
 
     Raises:
       UserError: any OSError, such as a full disk or a read-only file system.
@@ -87,12 +87,12 @@ def unwritable(path: epath.PathLike, reason: str) -> UserError:
 
 def write_text(path: epath.Path, text: str) -> None:
     """Writes a small file, complete or not at all."""
-    part = _part(path)
+    temporary = _temporary(path)
     try:
-        part.write_text(text)
-        part.replace(path)
+        temporary.write_text(text)
+        temporary.replace(path)
     finally:
-        part.unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
 
 
 def damaged(path: epath.Path, cause: str, remedy: str = '') -> UserError:
@@ -108,10 +108,10 @@ def shard_name(name: str, split: str, index: int) -> str:
 
 
 class Records:
-    """The examples of one split of a prepared TFDS data set, at random, from any thread.
+    """Reads examples of one split of a prepared TFDS data set, at random, from any thread.
 
     Args:
-      remedy: what mends a damaged file; for the data sets written here, making them anew.
+      remedy: the fix for a damaged file, for messages; by default, making the data set anew.
     Raises:
       UserError: on reading, a file that is missing or damaged.
     """
@@ -136,7 +136,7 @@ class Records:
         return example
 
     def shard(self, index: int, chunk: int = 1024) -> Iterator[dict[str, Any]]:
-        """The examples of one shard in order, `chunk` of them read at a time."""
+        """Yields the examples of one shard in order, `chunk` of them read at a time."""
         length = self.shard_lengths[index]
         for start in range(0, length, chunk):
             yield from self._read(index, start, min(start + chunk, length))
@@ -168,24 +168,24 @@ def _serialize(example: Stored) -> bytes:
     return record.SerializeToString()
 
 
-def _part(path: epath.Path) -> epath.Path:
+def _temporary(path: epath.Path) -> epath.Path:
     """A name beside `path` that no other process writes."""
     return path.with_name(f'{path.name}.{uuid.uuid4().hex}.part')
 
 
 @contextlib.contextmanager
-def _local_part(path: epath.Path) -> Iterator[str]:
-    """A local file name; what is written there becomes `path` on leaving without an error."""
-    part = _part(path)
+def _local_temporary(path: epath.Path) -> Iterator[str]:
+    """Yields a local file name; that file becomes `path` on leaving without an error."""
+    temporary = _temporary(path)
     if paths.is_local(path):
-        local = part
+        local = temporary
     else:
-        local = epath.Path(tempfile.gettempdir()) / part.name
+        local = epath.Path(tempfile.gettempdir()) / temporary.name
     try:
         yield os.fspath(local)
-        if local != part:
-            local.copy(part)
-        part.replace(path)
+        if local != temporary:
+            local.copy(temporary)
+        temporary.replace(path)
     finally:
         local.unlink(missing_ok=True)
 
@@ -198,7 +198,7 @@ def _reader(path: str) -> array_record_module.ArrayRecordReader:
 
 
 def _local_copy(path: epath.Path) -> str:
-    """The file itself, or a copy of the bucket's that stays for this machine's later runs."""
+    """Path of the file, or of a local copy of the bucket's, which stays for later runs here."""
     if paths.is_local(path):
         return os.fspath(path)
     (identity,) = paths.identities([path])
@@ -206,7 +206,7 @@ def _local_copy(path: epath.Path) -> str:
     with _copying:
         if not mirror.exists():
             mirror.parent.mkdir(parents=True, exist_ok=True)
-            part = _part(mirror)
-            path.copy(part)
-            part.replace(mirror)
+            temporary = _temporary(mirror)
+            path.copy(temporary)
+            temporary.replace(mirror)
     return os.fspath(mirror)

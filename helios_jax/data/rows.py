@@ -1,4 +1,4 @@
-"""Packed rows of several corpora, and which of them is sample i of a run.
+"""Packed rows of several corpora, and the order in which a run samples them.
 
 Sample i belongs to a corpus and to a row of it by arithmetic alone: corpora take turns in
 proportion to their weights, and each goes through its rows in a new random order every epoch.
@@ -23,12 +23,12 @@ class Rows:
 
     Attributes:
       documents: what was packed.
-      fingerprint: of documents, tokenizer, row length, packing, split and format.
+      fingerprint: digest of documents, tokenizer, row length, packing, split and format.
       row_length: T, tokens.
-      num_tokens: all but padding.
+      num_tokens: tokens without padding.
       num_bytes: UTF-8 bytes of text that is a target and that decoding gives back.
       num_lost_bytes: UTF-8 bytes of text that the tokenizer lost.
-      lost_example: a place where it did, for a message.
+      lost_example: an example of lost text, for a message.
     """
 
     def __init__(self, directory: epath.Path, split: documents.Documents):
@@ -50,47 +50,47 @@ class Rows:
         return map(self.__getitem__, range(len(self)))
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        """The stored row: tokens, segment_lengths, num_bytes and, with prompts, loss_mask."""
+        """Reads a stored row: tokens, segment_lengths, num_bytes and, with prompts, loss_mask."""
         return self._records[index]
 
 
 @dataclasses.dataclass(frozen=True)
-class Source:
-    """Several corpora's rows and the share of samples that each gives, adding up to 1."""
+class Mixture:
+    """Rows of several corpora, and the share of samples that each gives; shares add up to 1."""
 
-    parts: tuple[Rows, ...]
+    corpora: tuple[Rows, ...]
     weights: tuple[Fraction, ...]
 
     def __len__(self) -> int:
-        return sum(map(len, self.parts))
+        return sum(map(len, self.corpora))
 
     @property
     def row_length(self) -> int:
-        return self.parts[0].row_length
+        return self.corpora[0].row_length
 
     @property
     def num_tokens(self) -> int:
-        return sum(rows.num_tokens for rows in self.parts)
+        return sum(rows.num_tokens for rows in self.corpora)
 
     @property
     def num_bytes(self) -> int:
-        return sum(rows.num_bytes for rows in self.parts)
+        return sum(rows.num_bytes for rows in self.corpora)
 
     @property
     def lost_fraction(self) -> float:
         """Share of the text's bytes that the tokenizer lost; `num_bytes` are the rest."""
-        lost = sum(rows.num_lost_bytes for rows in self.parts)
+        lost = sum(rows.num_lost_bytes for rows in self.corpora)
         return lost / (lost + self.num_bytes) if lost else 0.0
 
     @functools.cached_property
     def fingerprint(self) -> str:
-        parts = zip(self.parts, self.weights, strict=True)
-        return records.digest([[rows.fingerprint, str(weight)] for rows, weight in parts])
+        pairs = zip(self.corpora, self.weights, strict=True)
+        return records.digest([[rows.fingerprint, str(weight)] for rows, weight in pairs])
 
     @property
     def contents(self) -> dict[str, Any]:
-        """What a checkpoint keeps of its data, for `changes` to compare."""
-        texts = [rows.documents for rows in self.parts]
+        """Facts about the data that a checkpoint keeps, for `changes` to compare."""
+        texts = [rows.documents for rows in self.corpora]
         weights = map(str, self.weights)
         return {
             'rows': self.fingerprint,
@@ -106,7 +106,7 @@ class Source:
         return [int(weight * denominator) for weight in self.weights]
 
     def counts(self, num_samples: int) -> list[int]:
-        """How many of the first `num_samples` samples each corpus gives: its share, rounded.
+        """Counts the samples that each corpus gives of the first `num_samples`: its share, rounded.
 
         The first corpus takes its share of all, the second its share of the rest, and so on, each
         rounded up: counts never decrease as samples are added, and always add up.
@@ -119,20 +119,20 @@ class Source:
         return counts
 
     def locate(self, sample: int, seed: int) -> tuple[int, int]:
-        """The corpus and the row in it that sample number `sample` of a run is."""
+        """Finds the corpus of sample number `sample` of a run, and its row in that corpus."""
         before, after = self.counts(sample), self.counts(sample + 1)
-        part = next(i for i in range(len(before)) if after[i] > before[i])
-        rows = self.parts[part]
-        epoch, position = divmod(before[part], len(rows))
+        corpus = next(i for i in range(len(before)) if after[i] > before[i])
+        rows = self.corpora[corpus]
+        epoch, position = divmod(before[corpus], len(rows))
         # Fewer rounds than 8 leave neighbouring batches alike; adding the epoch to the seed would
         # make epoch 1 of seed 0 equal epoch 0 of seed 1.
-        return part, grain.experimental.index_shuffle(
+        return corpus, grain.experimental.index_shuffle(
             position, max_index=len(rows) - 1, seed=_key(rows.fingerprint, seed, epoch), rounds=8
         )
 
 
 def changes(saved: dict[str, Any], now: dict[str, Any]) -> str:
-    """What differs between two splits' `Source.contents`; '' if their text is the same."""
+    """Describes how two splits' `Mixture.contents` differ; '' if their text is the same."""
     if saved['text'] == now['text']:
         return ''
     more = now['documents'] - saved['documents']

@@ -1,4 +1,4 @@
-"""Text to token ids and back, with the bytes of text that each token gives back.
+"""Turns text into token ids and back, with the bytes of text that each token gives back.
 
 Three kinds: bytes (the default, no file), any tokenizer.json of the `tokenizers` library, and
 SentencePiece models. Text is only text: the name of a special token inside a document is encoded
@@ -29,7 +29,7 @@ SHARED_NAMES = ('<|endoftext|>',)
 
 
 class Tokenizer(abc.ABC):
-    """What every tokenizer offers.
+    """Interface of every tokenizer.
 
     Attributes:
       name: for people, such as 'bytes' or the file's name.
@@ -47,15 +47,15 @@ class Tokenizer(abc.ABC):
 
     @abc.abstractmethod
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
-        """The token ids of each text; BOS and EOS are not added."""
+        """Encodes each text as token ids, without BOS and EOS."""
 
     @abc.abstractmethod
     def encode_with_bytes(self, texts: Sequence[str]) -> list[Encoded]:
-        """The token ids of each text, and for each token how many UTF-8 bytes of it come back."""
+        """Encodes each text, and counts the UTF-8 bytes that each token gives back."""
 
     @abc.abstractmethod
     def decode(self, ids: Sequence[int]) -> str:
-        """The text of `ids`, BOS and EOS left out, invalid UTF-8 replaced by U+FFFD."""
+        """Decodes `ids` to text, without BOS and EOS, invalid UTF-8 replaced by U+FFFD."""
 
     @abc.abstractmethod
     def save(self, directory: epath.Path) -> str:
@@ -202,7 +202,7 @@ class SentencePieceTokenizer(Tokenizer):
 
 
 def load(spec: str, directory: epath.Path | None = None) -> Tokenizer:
-    """The tokenizer that `spec` names.
+    """Loads the tokenizer that `spec` names.
 
     Args:
       spec: 'bytes', or the path of a tokenizer.json or of a SentencePiece .model.
@@ -269,7 +269,7 @@ def _special(name: str, role: str, candidates: Sequence[str], vocabulary: dict[s
 def _byte_lengths(vocabulary: dict[str, int], size: int) -> UInt32[np.ndarray, 'V']:
     """Bytes of each token of a byte-level vocabulary, where one character stands for one byte.
 
-    Of any other vocabulary these are merely numbers, which do not add up to a text's length.
+    For any other vocabulary the numbers mean nothing: they do not add up to a text's length.
     """
     lengths = np.zeros(size, np.uint32)
     for token, index in vocabulary.items():
@@ -291,6 +291,6 @@ def _bytes_per_token(
 
 
 def _unknown(model: dict[str, Any], vocabulary: dict[str, int]) -> int:
-    """The id that a tokenizer.json gives to what is not in its vocabulary; -1 without one."""
+    """Id that a tokenizer.json gives to what is not in its vocabulary; -1 without one."""
     number = model.get('unk_id')  # Unigram has its number, the others its name
     return vocabulary.get(model.get('unk_token') or '', -1) if number is None else number

@@ -1,4 +1,4 @@
-"""helios eval, generate and ckpt: what reads checkpoints."""
+"""helios eval, generate and ckpt: the commands that read checkpoints."""
 
 import json
 from collections.abc import Sequence
@@ -108,7 +108,7 @@ def checkpoint_flags(values: flags.FlagValues) -> None:
 
 
 def restore(values: flags.FlagValues) -> Any:
-    """Returns what `checkpoint_flags` name, ready to use."""
+    """Restores the checkpoint that `checkpoint_flags` name."""
     require(bool(values.checkpoint), "--checkpoint is missing; name a run's workdir.")
     paths.check('--checkpoint', values.checkpoint)
     scaling = yarn(values.yarn)

@@ -1,9 +1,9 @@
-"""Sampling from a model with a cache of unrotated keys.
+"""Samples from a model with a cache of unrotated keys.
 
-Prompts of any lengths share a batch: each row has positions of its own, and what is padding writes
-nothing. A query attends to every slot of the cache, so the cache is made no larger than what it
-holds asks for, and doubled when it is full. Two programs are compiled for each of its sizes, one
-for a chunk of the prompt and one for a single token, whatever the lengths.
+Prompts of any lengths share a batch: each row has positions of its own, and padding writes
+nothing. A query attends to every slot of the cache, so the cache is made no larger than its content
+needs, and doubled when it is full. Two programs are compiled for each of its sizes, one for a chunk
+of the prompt and one for a single token, whatever the lengths.
 """
 
 import functools
@@ -41,7 +41,7 @@ def extend(
     *,
     model: Transformer,
 ) -> tuple[Float[Array, 'B V'], PyTree]:
-    """Reads tokens into the cache; returns the logits behind each row's last real token."""
+    """Reads tokens into the cache; returns the logits after each row's last real token."""
     output: Any = model.apply(
         {**variables, 'cache': cache},
         tokens,
@@ -69,8 +69,8 @@ def sample(
 
     Args:
       temperature: 0 takes the most likely token.
-      top_k: only the k most likely; 0 is all.
-      top_p: only the fewest most likely ones whose probability reaches this; 1 is all.
+      top_k: draw from the k most likely tokens; 0 is all.
+      top_p: draw from the fewest most likely tokens whose probability reaches this; 1 is all.
     """
     if top_k:
         worst = jax.lax.top_k(logits, min(top_k, logits.shape[-1]))[0][:, -1:]
@@ -90,7 +90,7 @@ def sample(
 def empty_cache(
     model: Transformer, variables: PyTree, batch_size: int, cache_length: int
 ) -> PyTree:
-    """Zeroed keys and values, [B, cache_length, K, H] of each layer, on the mesh that is set."""
+    """Makes zeroed keys and values, [B, cache_length, K, H] a layer, on the mesh that is set."""
     tokens = jnp.zeros((batch_size, _num_shards('length')), jnp.int32)
 
     def shapes() -> PyTree:
@@ -103,17 +103,17 @@ def empty_cache(
 
 
 def num_slots(cache: PyTree) -> int:
-    """Positions that a cache has room for."""
+    """Number of positions that a cache has room for."""
     return jax.tree.leaves(cache)[0].shape[-3]
 
 
 def slots_for(num_tokens: int) -> int:
-    """Slots of the cache that tokens take: a power of two, so that few sizes are compiled."""
+    """Number of cache slots for so many tokens: a power of two, so that few sizes are compiled."""
     return max(SMALLEST_CACHE, 1 << (num_tokens - 1).bit_length())
 
 
 def with_room(cache: PyTree, num_tokens: int) -> PyTree:
-    """The cache, grown to `slots_for` these tokens where it is smaller."""
+    """Returns the cache, grown to `slots_for` these tokens if it is smaller."""
     missing = slots_for(num_tokens) - num_slots(cache)
     if missing <= 0:
         return cache
@@ -132,7 +132,7 @@ def prefill(
     prompts: Sequence[Sequence[int]],
     chunk: int = PREFILL_CHUNK,
 ) -> tuple[Float[Array, 'B V'], PyTree]:
-    """Reads prompts in chunks; returns the logits behind each one, and the cache."""
+    """Reads prompts in chunks; returns the logits after each one, and the cache."""
     lengths = np.array([len(p) for p in prompts])
     longest = int(lengths.max())
     cache = empty_cache(model, variables, len(prompts), slots_for(min(chunk, longest)))
@@ -263,7 +263,7 @@ def complete(
 
 
 def warn_of_length(rope: config.Rope, prompt_tokens: int, max_tokens: int) -> None:
-    """Says so where a text would reach past what the model's positions are good for."""
+    """Warns of a text that would reach past the positions that the model is good for."""
     reach = rope.trained_length * (rope.factor if rope.scaling == 'static' else 1)
     if rope.scaling != 'dynamic' and prompt_tokens + max_tokens > reach:
         log.warning(

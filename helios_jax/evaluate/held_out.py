@@ -49,10 +49,10 @@ def held_out(
         allow_lossy_tokenizer=allow_lossy_tokenizer or cfg.data.allow_lossy_tokenizer,
     )
     if text:
-        source = pipeline.from_text(text, data, tokenizer)
+        mixture = pipeline.from_text(text, data, tokenizer)
     else:
-        source = pipeline.prepare(data, tokenizer).validation
-        changed = changes(trained_on['validation'], source.contents) if trained_on else ''
+        mixture = pipeline.prepare(data, tokenizer).validation
+        changed = changes(trained_on['validation'], mixture.contents) if trained_on else ''
         require(
             not changed,
             f'the held-out split of data.corpus={data.corpus!r} is not the one that the run held '
@@ -62,9 +62,9 @@ def held_out(
     mesh = mesh_of(variables)
     shards = rules.shards(mesh, 'batch')
     where = sharding.sharding(mesh, ('batch', 'length'))
-    batch_rows = min(batch_rows, num_rows or len(source), len(source))
+    batch_rows = min(batch_rows, num_rows or len(mixture), len(mixture))
     batches = pipeline.eval_batches(
-        source, batch_rows=-(-batch_rows // shards) * shards, num_rows=num_rows
+        mixture, batch_rows=-(-batch_rows // shards) * shards, num_rows=num_rows
     )
     with jax.set_mesh(mesh):
         return evaluate(
@@ -73,5 +73,5 @@ def held_out(
             (pipeline.to_global(batch, where) for batch in batches),
             eos_id=tokenizer.eos_id,
             documents_apart=data.documents_apart,
-            lost_fraction=source.lost_fraction,
+            lost_fraction=mixture.lost_fraction,
         )

@@ -19,7 +19,7 @@ from helios_jax.parallel.context import zigzag_rows
 def batch_sums(
     variables: PyTree, batch: Batch, *, model: Transformer, eos_id: int, documents_apart: bool
 ) -> dict[str, Float[Array, '']]:
-    """Sums over a batch: nats of all targets, nats of text (not EOS), targets, bytes of text."""
+    """Sums up a batch: nats of all targets, nats of text (not EOS), targets, bytes of text."""
     targets, weights = next_tokens(batch.tokens, batch.segment_ids, batch.loss_mask)
     # In each row's order the targets are its next tokens; from here on its positions tell.
     batch, targets, weights = zigzag_rows((batch, targets, weights))
@@ -45,7 +45,7 @@ def evaluate(
     documents_apart: bool,
     lost_fraction: float = 0.0,
 ) -> dict[str, float]:
-    """`loss` (nats per target), `perplexity`, `bits_per_byte`, `targets`, `bytes` of the batches.
+    """Computes `loss` (nats per target), `perplexity`, `bits_per_byte`, `targets` and `bytes`.
 
     Args:
       variables: 'params', and 'router' for a mixture of experts.

@@ -1,0 +1,1 @@
+"""Kernels as pure functions of arrays: attention, grouped matmul and quantisation of rows."""

@@ -1,1 +1,1 @@
-"""What a saved activation becomes (recomputed, quantised, offloaded), and evidence of it."""
+"""Memory policies: what becomes of the activations that a gradient reads, and evidence of it."""

@@ -123,7 +123,7 @@ def _sizes(loop: Counter[HloArray]) -> Counter[HloArray]:
 
 
 def _most(loops: list[Counter[HloArray]]) -> Counter[HloArray]:
-    """Of each array, the number in the loop that has most of them."""
+    """Number of each array in the loop that has most of them."""
     most: Counter[HloArray] = Counter()
     for loop in loops:
         most |= loop

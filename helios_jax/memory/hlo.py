@@ -1,4 +1,4 @@
-"""What a compiled program holds, read from its text: arrays by dtype, size and memory space."""
+"""Reads a compiled program's text: its arrays by dtype, size and memory space."""
 
 import math
 import re
@@ -57,5 +57,5 @@ def arrays(program: str) -> Counter[HloArray]:
 
 
 def loops(program: str) -> list[Counter[HloArray]]:
-    """For each loop, the arrays that it carries, and how many of each."""
+    """Counts the arrays that each loop carries."""
     return [arrays(carried) for carried in LOOP.findall(program)]

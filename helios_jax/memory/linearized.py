@@ -18,7 +18,7 @@ from helios_jax.memory import jaxprs
 
 
 class Leaf(NamedTuple):
-    """Where one leaf of a vjp comes from."""
+    """Origin of one leaf of a vjp."""
 
     place: int  # among the forward jaxpr's outputs
     twin: int  # the first leaf that is the same array: its own index if there is none before

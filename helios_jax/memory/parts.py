@@ -25,23 +25,23 @@ from helios_jax.arch.rules import shards
 
 
 class Cut(NamedTuple):
-    """Where an array is cut into parts."""
+    """One cut of an array into parts: its axis."""
 
     axis: int
-    name: str  # its logical axis: each device cuts its own share
+    name: str  # logical name of that axis: each device cuts its own share
 
 
 class Parts(NamedTuple):
-    """How a function of several arguments and one result is cut."""
+    """Cuts of a function's arguments and of its one result."""
 
     number: int
-    arguments: tuple[Cut | None, ...]  # of every array of each; None: whole
+    arguments: tuple[Cut | None, ...]  # cuts of every array of each argument; None: whole
     result: Cut | None  # None: it is the sum of the parts' results
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def in_parts(function: Callable[..., Array], parts: Parts, *arguments: PyTree) -> Array:
-    """function(*arguments), differentiable in all of them, backward a part at a time.
+    """Computes function(*arguments), differentiable in all of them, backward a part at a time.
 
     The gradient of an argument that is not cut is the sum over the parts, in float32.
     """
@@ -77,7 +77,7 @@ in_parts.defvjp(_forward, _backward)
 
 
 def _view(number: int, cut: Cut | None, a: Array) -> Array:
-    """The cut axis as three: devices, parts, what is left."""
+    """Splits the cut axis into three: devices, parts, the rest."""
     if cut is None:
         return a
     mesh = jax.sharding.get_abstract_mesh()
@@ -86,7 +86,7 @@ def _view(number: int, cut: Cut | None, a: Array) -> Array:
 
 
 def _take(i: Any, cut: Cut | None, a: Array) -> Array:
-    """Part i of a view, the cut axis one again."""
+    """Takes part i of a view, with the cut axis as one axis again."""
     if cut is None:
         return a
     own = jax.lax.dynamic_index_in_dim(a, i, cut.axis + 1, keepdims=False)
@@ -99,7 +99,7 @@ def _zeros(cut: Cut | None, a: Array) -> Array:
 
 
 def _add(i: Any, cut: Cut | None, total: Array, part: Array) -> Array:
-    """A view whose part i is `part`, or a sum with it."""
+    """Writes `part` as part i of a view, or adds it to a sum that is not cut."""
     if cut is None:
         return total + part.astype(total.dtype)
     own = part.reshape(*total.shape[: cut.axis + 1], *total.shape[cut.axis + 2 :])

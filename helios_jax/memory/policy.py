@@ -1,4 +1,4 @@
-"""What each saved activation becomes: one table from tensor name to action.
+"""Table of what each saved activation becomes: tensor name → action.
 
 The model names its intermediate tensors once (arch/tensors.py lists them). A preset gives every
 name an action, the user's actions override it, and memory/store.py carries the table out:

@@ -30,7 +30,7 @@ KEPT = 'device'  # what becomes of a tensor without a name
 
 
 class Mark(NamedTuple):
-    """What the jaxpr says of a stored array, by the name that `checkpoint_name` gives it."""
+    """Name that `checkpoint_name` gives a stored array, for memory/traced.py to find it."""
 
     tensor: str
     action: str
@@ -109,7 +109,7 @@ def _apply_forward(scheme: Scheme, params: PyTree, x: Array, others: Any) -> Any
 def _apply_backward(scheme: Scheme, residuals: Any, cotangents: Any) -> Any:
     linear, params, others, kept = residuals
     kept = Kept(kept.near, fetch(kept.far))
-    leaves = restore(linear, kept, params, others)
+    leaves = leaves_of(linear, kept, params, others)
     return *linear.backward(leaves, cotangents), None
 
 
@@ -191,7 +191,7 @@ def _scan_backward(scheme: Scheme, residuals: Any, cotangents: Any) -> Any:
         following = fetch(_slices(far, index - 1))
         for f in reversed(range(len(linears))):
             kept = Kept(close[f], arrived[f])
-            leaves = restore(linears[f], kept, mine[f], (its[f], *others))
+            leaves = leaves_of(linears[f], kept, mine[f], (its[f], *others))
             gradient, d_x = linears[f].backward(leaves, (d_x, d_statistics[f]))
             gradients[f] = jax.tree.map(
                 lambda stack, g: jax.lax.dynamic_update_index_in_dim(stack, g, index, 0),
@@ -252,7 +252,7 @@ def fetch(far: Any) -> Any:
     return jax.device_put(far, jax.memory.Space.Device)
 
 
-def restore(linear: Linearized, kept: Kept, params: PyTree, others: Any) -> list[Any]:
+def leaves_of(linear: Linearized, kept: Kept, params: PyTree, others: Any) -> list[Any]:
     """The leaves of the vjp, from what was stored and the arguments other than x."""
     stored = kept.near | kept.far
     mine, rest = jax.tree.leaves(params), jax.tree.leaves(others)
@@ -266,7 +266,7 @@ def restore(linear: Linearized, kept: Kept, params: PyTree, others: Any) -> list
         elif leaf.constant >= 0:
             leaves.append(linear.jaxpr.consts[leaf.constant])
         else:
-            leaves.append(_restored(stored[i], linear.dtype(leaf)))
+            leaves.append(_whole(stored[i], linear.dtype(leaf)))
     return leaves
 
 
@@ -275,5 +275,5 @@ def _place(name: str, array: Array) -> Array:
     return constrain(array, *fitting(array.shape, TENSORS[name].axes[: array.ndim]))
 
 
-def _restored(stored: Any, dtype: Any) -> Array:
-    return quantize.restore(stored, dtype) if isinstance(stored, quantize.Stored) else stored
+def _whole(stored: Any, dtype: Any) -> Array:
+    return quantize.dequantize(stored, dtype) if isinstance(stored, quantize.Stored) else stored

@@ -1,0 +1,1 @@
+"""The model in linen: attention, feed-forward and Gated Memory Units, layers, rope and loss."""

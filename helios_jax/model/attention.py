@@ -25,7 +25,7 @@ class Attention(nn.Module):
     model: config.Model
     window: int = 0  # 0: full
     platform: str = ''  # compiled for another platform than the running one: 'tpu'; '' is ours
-    residuals: str = ''  # what a kernel that can keeps q, k and v as for backward: '' | fp8 | int8
+    residuals: str = ''  # form in which a kernel keeps q, k, v, if it can: '' | fp8 | int8
 
     @nn.compact
     def __call__(
@@ -35,10 +35,10 @@ class Attention(nn.Module):
         segment_ids: Int[Array, 'B T'] | None,
         cache_length: int = 0,
     ) -> Float[Array, 'B T D']:
-        """Causal attention within segments; `segment_ids=None` means one segment a row.
+        """Computes causal attention within segments; `segment_ids=None` means one segment a row.
 
-        With `cache_length` S > 0 the collection 'cache' holds the S newest-to-be keys and values:
-        those of x are written at their positions, and x attends to all that the cache holds.
+        With `cache_length` S > 0 the collection 'cache' holds S keys and values: those of x are
+        written at their positions, and x attends to all that the cache holds.
         """
         model, dtype = self.model, x.dtype
         rows = weights.attention(model)
@@ -87,7 +87,7 @@ class Attention(nn.Module):
         v: Float[Array, 'B S K H'],
         tokens: Tokens,
     ) -> Float[Array, 'B T N H']:
-        """One call of the kernel, or one for each bucket of dynamic YaRN that has queries."""
+        """Calls the kernel once, or once for each bucket of dynamic YaRN that has queries."""
         tables = rope.tables(self.model.rope, self.model.head_dim, k.shape[1])
 
         def attend(tokens: Tokens, frequencies: ArrayLike, query_scale: ArrayLike) -> Array:
@@ -133,9 +133,9 @@ def _attend_sharded(
     implementation: str,
     platform: str | None,
 ) -> Array:
-    """The kernel on each device's rows and heads.
+    """Calls the kernel on each device's rows and heads.
 
-    Over the context axis keys go round a ring, but those of a cache, which every device holds.
+    Keys go round a ring over the context axis, unless they are a cache's, which every device holds.
     """
     mesh = jax.sharding.get_abstract_mesh()
     ring = not mesh.empty and mesh.shape['context'] > 1 and tokens.own_keys

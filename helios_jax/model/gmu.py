@@ -1,4 +1,4 @@
-"""Gated Memory Units: what replaces the residual connection.
+"""Gated Memory Units, which replace the residual connection.
 
     g = σ(W_b (W_x x̂ + W_u ū) + b)        y = x + g ⊙ (û − x)
 
@@ -39,12 +39,12 @@ from helios_jax.model.layers import (
 
 
 def follows_stream(gmu: config.GMU) -> bool:
-    """Whether the stream is the residual stream divided by the sublayer's index at the start."""
+    """True if at initialisation the stream is the residual stream ÷ the sublayer's index."""
     return gmu.kind == 'convex' and gmu.bias == 'depth'
 
 
 def input_eps(model: config.Model, index: Any) -> Any:
-    """eps of the norm that reads the stream below sublayer `index` (1 … 2L; 2L+1 is the last norm).
+    """Eps of the norm that reads the stream below sublayer `index` (1 … 2L; 2L+1 is the last norm).
 
     The stream is 1/index of the residual stream there, and eps follows its square; with a fixed eps
     the two networks drift apart with depth.
@@ -53,24 +53,24 @@ def input_eps(model: config.Model, index: Any) -> Any:
 
 
 class Weights(NamedTuple):
-    """A GMU's weights; None where its kind lacks one. Matrices are in the compute dtype."""
+    """Weights of a GMU; None where its kind lacks one. Matrices are in the compute dtype."""
 
     from_input: Float[Array, 'D W'] | None = None
     from_output: Float[Array, 'D W'] | None = None
-    out: Float[Array, 'W D'] | None = None  # of a low-rank gate
-    vector: Float[Array, '1 1 V'] | None = None  # the bias, or what stands in the gate's place
-    scale: Float[Array, 'D'] | None = None  # of the output norm
+    out: Float[Array, 'W D'] | None = None  # W_b of a low-rank gate
+    vector: Float[Array, '1 1 V'] | None = None  # the bias, or the factor that replaces the gate
+    scale: Float[Array, 'D'] | None = None  # scale of the output norm
 
 
 class Gate(NamedTuple):
-    """What a gate is computed from; None where a kind of gate lacks it."""
+    """Inputs of a gate; None where a kind of gate lacks one."""
 
-    hidden: Float[Array, 'B T W'] | None = None  # of each token
-    out: Float[Array, 'W D'] | None = None  # that a low-rank gate's hidden is multiplied with
+    hidden: Float[Array, 'B T W'] | None = None  # hidden vector of each token
+    out: Float[Array, 'W D'] | None = None  # W_b, which multiplies a low-rank gate's hidden
     vector: Float[Array, '1 1 V'] | None = None
 
     def opened(self, kind: str, dim: int) -> Array:
-        """g in [0, 1], or what stands in its place: float32, broadcastable to [B, T, D]."""
+        """Returns g in [0, 1], or the factor in its place: float32, broadcastable to [B, T, D]."""
         if self.vector is None:
             return jnp.ones((1, 1, 1), jnp.float32)
         if kind in ('layerscale', 'rezero'):
@@ -96,10 +96,10 @@ def mix(
     x_hat: Float[Array, 'B T D'],
     update: Float[Array, 'B T D'],
 ) -> Float[Array, 'B T D']:
-    """The stream x with a sublayer's output, gated.
+    """Mixes a sublayer's output into the stream x through a gate.
 
     Args:
-      name: of the tensor that the gate is computed from, for the memory system.
+      name: name of the tensor that the gate is computed from, for the memory system.
       recomputed: True: the backward pass recomputes the mix from its inputs. False: its float32
         intermediates are saved.
     """
@@ -116,7 +116,7 @@ def gate_of(
     x_hat: Float[Array, 'B T D'],
     update: Float[Array, 'B T D'],
 ) -> Gate:
-    """What the gate is computed from; `product` is `normalized_product` with its eps."""
+    """Computes a gate's inputs; `product` is `normalized_product` with its eps."""
     hidden = None
     if weights.from_input is not None:
         dot = partial(jnp.einsum, precision=precision(weights.from_input.dtype))
@@ -135,10 +135,10 @@ def join(
     gate: Gate,
     scale: Float[Array, 'D'] | None,
 ) -> Float[Array, 'B T D']:
-    """The stream x with a sublayer's output, mixed in float32; returns x.dtype.
+    """Mixes a sublayer's output into the stream x in float32; returns x.dtype.
 
     Args:
-      scale: of the output norm; None without one.
+      scale: scale of the output norm; None without one.
     """
     if scale is not None:
         update = scaled(update, scale, eps)
@@ -154,7 +154,7 @@ def join(
 def normalized_product(
     eps: float, update: Float[Array, 'B T D'], weight: Float[Array, 'D W']
 ) -> Float[Array, 'B T W']:
-    """ū times a weight, in the weight's dtype."""
+    """Multiplies ū with a weight, in the weight's dtype."""
     normalized = normalize(update, eps).astype(weight.dtype)
     return jnp.einsum('btd,dw->btw', normalized, weight, precision=precision(weight.dtype))
 
@@ -162,7 +162,7 @@ def normalized_product(
 class GatedMemoryUnit(nn.Module):
     model: config.Model
     name_prefix: str  # 'attention' or 'mlp': which sublayer's gate the memory system names
-    backward_parts: int = 0  # of the tokens; 0: differentiated as it is, nothing is recomputed
+    backward_parts: int = 0  # slices of the tokens in backward; 0: no slices, no recomputation
 
     @nn.compact
     def __call__(
@@ -215,7 +215,7 @@ class GatedMemoryUnit(nn.Module):
 
     @nn.nowrap
     def matrix(self, rows: Rows, name: str, dtype: Any) -> Array | None:
-        """A matrix of the gate in `dtype`; None where its kind lacks it."""
+        """Reads a matrix of the gate in `dtype`; None where its kind lacks it."""
         if name not in rows:
             return None
         # The matrix that comes last starts at zero, so that g starts as b says.

@@ -1,4 +1,4 @@
-"""The layers that everything else is made of. Every matmul weight is an `Einsum`."""
+"""Basic layers of the model. Every matmul weight is an `Einsum`."""
 
 from functools import partial
 from typing import Any
@@ -14,12 +14,12 @@ from helios_jax.arch.weights import NORM, Weight
 
 
 def partitioned(init: Any, axes: Axes) -> Any:
-    """`init` whose value carries its logical axes; they are gone from what a module reads."""
+    """Wraps `init`, so that its value carries logical axes; a module reads it without them."""
     return nn.with_logical_partitioning(init, axes)
 
 
 def precision(dtype: DTypeLike) -> jax.lax.Precision | None:
-    """float32 means float32: the accelerators' default would round its operands."""
+    """Matmul precision of a dtype: float32 is exact, where the default would round operands."""
     return jax.lax.Precision.HIGHEST if dtype == jnp.float32 else None
 
 
@@ -28,7 +28,7 @@ def float32_or_wider(x: Array) -> Array:
 
 
 class Einsum(nn.Module):
-    """A weight (arch/weights.py) and the product with it.
+    """One weight (arch/weights.py) and the product with it.
 
     The parameter is float32, the product takes `dtype`.
 
@@ -51,12 +51,12 @@ class Einsum(nn.Module):
         return jnp.einsum(equation, x.astype(self.dtype), weight, precision=precision(self.dtype))
 
     def weight(self) -> Array:
-        """The weight in the compute dtype, for products that are not one einsum."""
+        """Returns the weight in the compute dtype, for products that are not one einsum."""
         return self.w.astype(self.dtype)
 
 
 def normalize(x: Float[Array, '*B D'], eps: Any) -> Float[Array, '*B D']:
-    """x / √(mean x² + eps) along the last axis, in float32 (Zhang & Sennrich, 1910.07467)."""
+    """Returns x / √(mean x² + eps) over the last axis, in float32 (RMSNorm, 1910.07467)."""
     x = float32_or_wider(x)
     return x * jax.lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + eps)
 
@@ -77,7 +77,7 @@ class RMSNorm(nn.Module):
 
 
 def scaled(x: Float[Array, '*B D'], scale: Float[Array, 'D'], eps: Any) -> Float[Array, '*B D']:
-    """`normalize` times the scale, in x.dtype."""
+    """Multiplies `normalize` with the scale; returns x.dtype."""
     scale = scale.reshape((1,) * (x.ndim - 1) + scale.shape)
     return (normalize(x, eps) * scale).astype(x.dtype)
 
@@ -100,7 +100,7 @@ class Embed(nn.Module):
 def lookup(
     number: int, table: Float[Array, 'V D'], indices: Int[Array, 'B T']
 ) -> Float[Array, 'B T D']:
-    """The table's rows at these indices; `number` is V.
+    """Looks up the table's rows at these indices; `number` is V.
 
     A row's gradient, the sum over its every occurrence, adds up in float32: in bfloat16 the terms
     of a frequent token would soon be too small to change it.

@@ -28,7 +28,7 @@ def next_tokens(
     segment_ids: Int[Array, 'B T'],
     loss_mask: Bool[Array, 'B T'],
 ) -> tuple[Int[Array, 'B T'], Float[Array, 'B T']]:
-    """Targets and their weights: the next token where it is of the same segment and counts."""
+    """Returns next tokens as targets; weight 1 in the same segment and under the mask, else 0."""
     target = jnp.roll(tokens, -1, axis=1)
     same = (jnp.roll(segment_ids, -1, axis=1) == segment_ids) & (segment_ids > 0)
     counts = same & jnp.roll(loss_mask, -1, axis=1)
@@ -39,7 +39,7 @@ def next_tokens(
 def project(
     hidden: Float[Array, 'B T D'], head: Float[Array, 'D V'], vocab_size: int
 ) -> Float[Array, 'B T V']:
-    """float32 logits; those beyond vocab_size are −∞."""
+    """Computes float32 logits; those beyond vocab_size are −∞."""
     dtype = hidden.dtype
     wide = jnp.promote_types(dtype, jnp.float32)
     logits = jnp.einsum(
@@ -64,7 +64,7 @@ def _num_chunks(hidden: Array, head: Array) -> int:
 def _chunk(
     hidden: Array, head: Array, targets: Array, weights: Array, vocab_size: int, z_loss: float
 ) -> tuple[Array, Array, Array]:
-    """Weighted loss, nll [B C] and d loss / d logits [B C V] of one chunk, all float32."""
+    """Computes weighted loss, nll [B C] and d loss / d logits [B C V] of a chunk, in float32."""
     hidden = constrain(hidden, 'loss_batch', 'whole', 'stream')
     logits = project(hidden, head, vocab_size)
     logits = constrain(logits, 'loss_batch', 'whole', 'unembed_vocab')
@@ -81,7 +81,7 @@ def _chunk(
 
 
 def _split(x: Array, chunks: int) -> Array:
-    """[B, T, …] → [chunks, B, T/chunks, …]"""
+    """Cuts [B, T, …] into [chunks, B, T/chunks, …]."""
     batch, length, *rest = x.shape
     return jnp.moveaxis(x.reshape(batch, chunks, length // chunks, *rest), 1, 0)
 
@@ -100,9 +100,9 @@ def cross_entropy(
     vocab_size: int,
     z_loss: float = 0.0,
 ) -> Losses:
-    """−ln softmax(hidden · head)[targets], in chunks; differentiable through `total` alone.
+    """Computes −ln softmax(hidden · head)[targets] in chunks; only `total` is differentiable.
 
-    The product takes hidden's dtype; the gradient of a float32 head is accumulated in float32.
+    The matmul is in hidden's dtype; the gradient of a float32 head is accumulated in float32.
     """
     chunks = _num_chunks(hidden, head)
 
@@ -111,8 +111,8 @@ def cross_entropy(
         loss, nll, _ = _chunk(h, head, t, w, vocab_size, z_loss)
         return total + loss, nll
 
-    parts = tuple(_split(x, chunks) for x in (hidden, targets, weights))
-    total, nll = jax.lax.scan(step, jnp.zeros((), weights.dtype), parts)
+    cut = tuple(_split(x, chunks) for x in (hidden, targets, weights))
+    total, nll = jax.lax.scan(step, jnp.zeros((), weights.dtype), cut)
     return Losses(total, _join(nll))
 
 
@@ -134,10 +134,10 @@ def _forward(hidden, head, targets, weights, vocab_size, z_loss):
         )
         return (total + loss, constrain(d_head, 'stream', 'unembed_vocab')), (nll, d_hidden)
 
-    parts = tuple(_split(x, chunks) for x in (hidden, targets, weights))
+    cut = tuple(_split(x, chunks) for x in (hidden, targets, weights))
     zeros = constrain(jnp.zeros(head.shape, wide), 'stream', 'unembed_vocab')
     (total, d_head), (nll, d_hidden) = jax.lax.scan(
-        step, (jnp.zeros((), weights.dtype), zeros), parts
+        step, (jnp.zeros((), weights.dtype), zeros), cut
     )
     return Losses(total, _join(nll)), (_join(d_hidden), d_head.astype(head.dtype))
 

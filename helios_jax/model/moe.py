@@ -24,21 +24,21 @@ from helios_jax.parallel.sharding import constrain
 
 
 class Stats(NamedTuple):
-    """What one MoE layer reports; float32."""
+    """Statistics of one MoE layer, in float32."""
 
     load: Float[Array, '*L E']  # tokens that chose each expert
     dropped: Float[Array, '*L']  # (token, expert) pairs that found no room
-    entropy: Float[Array, '*L']  # of the mean router distribution's tokens, nats
+    entropy: Float[Array, '*L']  # entropy of the mean of the tokens' router distributions, nats
     balance_loss: Float[Array, '*L']  # E Σ_e f_e p_e; 1 when even
     z_loss: Float[Array, '*L']  # mean squared log-sum-exp of the router's logits
 
 
 class SwiGLU(nn.Module):
-    """down(silu(gate x) ⊙ up x) (2002.05202)."""
+    """Gated MLP: down(silu(gate x) ⊙ up x) (2002.05202)."""
 
     embed_dim: int
     mlp_dim: int
-    backward_parts: int = 0  # of its hidden channels; 0: differentiated as it is
+    backward_parts: int = 0  # slices of the hidden channels in backward; 0: no slices
 
     @nn.compact
     def __call__(self, x: Float[Array, 'B T D']) -> Float[Array, 'B T D']:
@@ -73,7 +73,7 @@ def route(
     bias: Float[Array, 'E'],
     moe: config.MoE,
 ) -> tuple[Int[Array, 'B T X'], Float[Array, 'B T X'], Float[Array, 'B T E']]:
-    """Chosen experts (ties to the lower index), their weights, and all scores."""
+    """Returns the chosen experts (ties to the lower index), their weights, and all scores."""
     if moe.scores == 'softmax':
         scores = jax.nn.softmax(logits, axis=-1)
     else:
@@ -96,7 +96,7 @@ def router_stats(
     real: Float[Array, 'B T'],
     dropped: Int[Array, ''],
 ) -> Stats:
-    """Statistics and losses of a router over the real (not padding) tokens."""
+    """Computes statistics and losses of a router over the real (not padding) tokens."""
     num_experts, num_chosen = logits.shape[-1], choices.shape[-1]
     num_tokens = jnp.maximum(real.sum(), 1)
     chosen = jax.nn.one_hot(choices, num_experts, dtype=jnp.float32).sum(axis=2)
@@ -122,7 +122,7 @@ class MixtureOfExperts(nn.Module):
     def __call__(
         self, x: Float[Array, 'B T D'], segment_ids: Int[Array, 'B T'] | None
     ) -> tuple[Float[Array, 'B T D'], Stats]:
-        """The weighted sum of each token's experts, plus the shared ones; padding gives zeros."""
+        """Sums each token's weighted experts and the shared ones; padding gives zeros."""
         moe, dtype = self.model.moe, x.dtype
         rows, balance = weights.moe(self.model), weights.router_bias(self.model)
         wide = float32_or_wider(x)

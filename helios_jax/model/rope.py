@@ -23,7 +23,7 @@ class Tables(NamedTuple):
 
 
 def frequencies(rope: config.Rope, head_dim: int, factor: float) -> Float[np.ndarray, 'R']:
-    """θ' [H/2] for scale factor s, float32 computed in float64."""
+    """Computes θ' [H/2] for scale factor s, in float64; returns float32."""
     half = np.arange(head_dim // 2, dtype=np.float64)
     theta = rope.base ** (-2 * half / head_dim)
     if factor == 1:
@@ -40,18 +40,18 @@ def frequencies(rope: config.Rope, head_dim: int, factor: float) -> Float[np.nda
 
 
 def _dimension(rope: config.Rope, head_dim: int, rotations: float) -> float:
-    """The (fractional) index i at which θ_i makes this many rotations over the trained length."""
+    """Finds the (fractional) index i at which θ_i makes so many turns over the trained length."""
     turns = rope.trained_length / (rotations * 2 * math.pi)
     return head_dim * math.log(turns) / (2 * math.log(rope.base))
 
 
 def attention_temperature(factor: float) -> float:
-    """YaRN's m."""
+    """Computes YaRN's m."""
     return 0.1 * math.log(factor) + 1 if factor > 1 else 1.0
 
 
 def tables(rope: config.Rope, head_dim: int, length: int) -> Tables:
-    """Frequencies and query scales for positions below `length`.
+    """Computes frequencies and query scales for positions below `length`.
 
     Only dynamic scaling has more than one bucket: the query at position t uses
     s = 2^⌈log₂ max(1, (t+1)/L_train)⌉ and sees all its keys rotated with it, so that no output

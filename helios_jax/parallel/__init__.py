@@ -1,0 +1,1 @@
+"""Work spread over devices and processes: meshes, shardings, ring attention, experts, start-up."""

@@ -1,4 +1,4 @@
-"""What the processes of a run tell each other before they compute: values, facts and errors.
+"""Exchanges values, facts and errors among the processes of a run before they compute.
 
 Nothing here depends on a config, so that configs can be compared before anything is compiled from
 them. Every process must call each of these functions, in the same order.
@@ -20,7 +20,7 @@ NAMED = 3  # differences that a message lists
 
 
 def gather(value: Any) -> list[Any]:
-    """Every process's value, which JSON can hold, by process index."""
+    """Gathers every process's value, which JSON can hold, by process index."""
     if jax.process_count() == 1:
         return [value]
     text = np.frombuffer(json.dumps(value).encode(), np.uint8)
@@ -32,7 +32,7 @@ def gather(value: Any) -> list[Any]:
 
 
 def from_first(value: Any) -> Any:
-    """Process 0's value, which JSON can hold, in every process."""
+    """Sends process 0's value, which JSON can hold, to every process."""
     if jax.process_count() == 1:
         return value
     return gather(value if jax.process_index() == 0 else None)[0]
@@ -40,9 +40,9 @@ def from_first(value: Any) -> Any:
 
 @contextlib.contextmanager
 def together() -> Iterator[dict[str, Any]]:
-    """Lets the processes leave a block together: all of them, or none.
+    """Lets all processes leave a block, or none of them.
 
-    The block may do what fails in one process alone, such as reading a file; it must not
+    The block may do things that fail in one process alone, such as reading a file; it must not
     communicate. It fills the dictionary with facts that have to be equal everywhere.
 
     Raises:

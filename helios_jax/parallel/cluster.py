@@ -19,7 +19,7 @@ from helios_jax.config import UserError
 log = logging.getLogger(__name__)
 
 START_SECONDS = 300
-HOST_SHARE = 0.9  # of a machine's memory, for what is offloaded from its GPUs
+HOST_SHARE = 0.9  # share of a machine's memory for arrays offloaded from its GPUs
 
 
 def start() -> None:
@@ -73,7 +73,7 @@ def enable_compilation_cache(directory: str) -> None:
 
 
 class StopRequest:
-    """Set by SIGTERM or SIGINT; a second signal ends the process at once."""
+    """Flag that SIGTERM or SIGINT sets; a second signal ends the process at once."""
 
     def __init__(self) -> None:
         self.signal = 0
@@ -85,7 +85,7 @@ class StopRequest:
         log.warning('%s: finishing this step, saving, then stopping.', signal.Signals(number).name)
 
     def agreed(self) -> bool:
-        """Whether any process was told to stop; collective, and the same answer everywhere."""
+        """True if any process was told to stop; collective, with the same answer everywhere."""
         if jax.process_count() == 1:
             return self.signal != 0
         return bool(multihost_utils.process_allgather(np.array(self.signal != 0)).any())

@@ -1,7 +1,7 @@
 """Attention over a sequence split across devices: keys travel round a ring of them.
 
 Each device keeps its queries. One block of keys after another arrives, is attended to by the same
-kernel as on one device, and is sent on while that kernel runs. What the blocks give is merged by
+kernel as on one device, and is sent on while that kernel runs. The blocks' results are merged by
 their log-sum-exp. In the backward pass the gradients of a block of keys travel with it, and come
 home with the last step.
 
@@ -28,7 +28,7 @@ from helios_jax.parallel.sharding import constrain
 
 
 class Keys(NamedTuple):
-    """One device's keys, as they travel: few arrays, as XLA sends at most five at once."""
+    """Keys of one device as they travel: few arrays, since XLA sends at most five at once."""
 
     k: Float[Array, 'B S K H']
     v: Float[Array, 'B S K H']
@@ -45,11 +45,11 @@ def ring_attention(
     *,
     axis: str = 'context',
 ) -> Float[Array, 'B T N H']:
-    """Attention of this device's queries to the keys of all devices along a mesh axis.
+    """Computes attention of this device's queries to all devices' keys along a mesh axis.
 
-    To be called inside `shard_map`, on this device's share of every row: T and S are its lengths.
-    Arguments and result are those of `kernels.attention.attention`, but that positions alone say
-    what comes before what: a row may be cut and arranged anyhow.
+    Call it inside `shard_map`, on this device's share of every row: T and S are its lengths.
+    Arguments and result are those of `kernels.attention.attention`, but positions alone give the
+    order of tokens: a row may be cut and arranged in any way.
 
     Args:
       kernel: attends to one device's keys.
@@ -114,7 +114,7 @@ _ring.defvjp(_forward, _backward)
 
 
 def _seen(queries: Tokens, keys: Keys, setting: Setting) -> tuple[Tokens, Setting]:
-    """What a kernel is told of one device's queries and another's keys."""
+    """Makes a kernel's arguments for one device's queries and another's keys."""
     bits, segment_ids = keys.tokens
     positions = jax.lax.bitcast_convert_type(bits, queries.positions.dtype)
     tokens = queries._replace(key_positions=positions, key_segment_ids=segment_ids)
@@ -132,15 +132,15 @@ def _send(x: Any, axis: str) -> Any:
 def _send_while(
     x: Any, axis: str, compute: Callable[[Keys], tuple[Array, ...]], keys: Keys
 ) -> tuple[Any, tuple[Array, ...]]:
-    """`_send(x)` and `compute(keys)`, neither to be used before both are there.
+    """Runs `_send(x)` beside `compute(keys)`: neither result can be used before both are there.
 
-    XLA, which does not know how long a kernel takes, would else send during what follows it.
+    XLA does not know how long a kernel takes, and would send during the operations after it.
     """
     return jax.lax.optimization_barrier((_send(x, axis), compute(keys)))
 
 
 def _heads_first(x: Float[Array, 'B T N H']) -> Float[Array, 'B N T H']:
-    """The order the TPU kernels write, in memory too: XLA would copy to another and back."""
+    """Lays out x as the TPU kernels write it, or XLA would copy to another layout and back."""
     return with_layout_constraint(x.swapaxes(1, 2), Layout((0, 1, 2, 3)))
 
 
@@ -154,7 +154,7 @@ def merge(
     more_out: Float[Array, 'B N T H'],
     more_lse: Float[Array, 'B N T'],
 ) -> tuple[Float[Array, 'B N T H'], Float[Array, 'B N T']]:
-    """Attention to the keys of both, and its log-sum-exp, in the dtype of `lse`."""
+    """Merges attention to two sets of keys, and the log-sum-exps, in the dtype of `lse`."""
     total = jnp.logaddexp(lse, more_lse)
 
     def share(one: Array) -> Array:
@@ -165,7 +165,7 @@ def merge(
 
 
 def zigzag_rows(rows: PyTree) -> PyTree:
-    """`zigzag` of every array [B T …] of a tree, for the mesh that is set; others pass unchanged.
+    """Applies `zigzag` to every array [B T …] of a tree, for the mesh that is set, not to others.
 
     Raises:
       ValueError: twice the context axis does not divide T.

@@ -1,4 +1,4 @@
-"""Tokens to experts and back, across the mesh.
+"""Sends tokens to experts and back, across the mesh.
 
 Each device holds E/expert experts. The tokens of one expert group (the devices that differ along
 the expert axis alone) are gathered, every device computes its own experts' share of every token,
@@ -22,8 +22,8 @@ from helios_jax.kernels.grouped_matmul import grouped_matmul
 from helios_jax.parallel.sharding import spec
 
 
-class Plan(NamedTuple):
-    """Which buffer slot each (token, choice) pair takes, and the inverse."""
+class Slots(NamedTuple):
+    """Buffer slot of each (token, choice) pair, and the pair in each slot."""
 
     source: Int[Array, 'M']  # slot → pair n·X + x; num_pairs where the slot is empty
     slot: Int[Array, 'P']  # pair → slot; M where the pair has none
@@ -31,11 +31,11 @@ class Plan(NamedTuple):
     dropped: Int[Array, '']
 
 
-def plan(experts: Int[Array, 'P'], num_experts: int, capacity: int) -> Plan:
+def assign_slots(experts: Int[Array, 'P'], num_experts: int, capacity: int) -> Slots:
     """Sorts pairs by expert; ids of `num_experts` belong to none of ours and take no slot.
 
     capacity 0 sizes the buffer for the worst case (every pair is ours). Otherwise each expert has
-    `capacity` slots of its own, first come first served, and what finds none is counted.
+    `capacity` slots of its own, first come first served; pairs that find none are counted.
     """
     num_pairs = experts.shape[0]
     order = jnp.argsort(experts, stable=True).astype(jnp.int32)
@@ -56,11 +56,11 @@ def plan(experts: Int[Array, 'P'], num_experts: int, capacity: int) -> Plan:
         slot_of_rank = jnp.where(ours, ranks, num_slots)
     slot = jnp.zeros(num_pairs, jnp.int32).at[order].set(slot_of_rank)
     source = jnp.full(num_slots, num_pairs, jnp.int32).at[slot_of_rank].set(order, mode='drop')
-    return Plan(source, slot, sizes, dropped)
+    return Slots(source, slot, sizes, dropped)
 
 
 def _rows(x: Float[Array, 'A D'], index: Int[Array, 'C']) -> Float[Array, 'C D']:
-    """x[index]; an index beyond x gives zeros."""
+    """Returns x[index]; an index beyond x gives zeros."""
     return x.at[index].get(mode='fill', fill_value=0)
 
 
@@ -69,7 +69,7 @@ def _rows(x: Float[Array, 'A D'], index: Int[Array, 'C']) -> Float[Array, 'C D']
 def dispatch(
     x: Float[Array, 'A D'], source: Int[Array, 'M'], slot: Int[Array, 'P'], num_chosen: int
 ) -> Float[Array, 'M D']:
-    """Row n of x into every slot of its pairs; empty slots are zero."""
+    """Copies row n of x to every slot of its pairs; empty slots are zero."""
     return _rows(x, source // num_chosen)
 
 
@@ -91,7 +91,7 @@ dispatch.defvjp(_dispatch_forward, _dispatch_backward)
 def collect(
     buffer: Float[Array, 'M D'], source: Int[Array, 'M'], slot: Int[Array, 'P']
 ) -> Float[Array, 'P D']:
-    """Each pair's row of the buffer; zero for a pair without a slot."""
+    """Reads each pair's row of the buffer; zeros for a pair without a slot."""
     return _rows(buffer, slot)
 
 
@@ -118,13 +118,13 @@ def _local(
     num_experts: int,
     capacity_factor: float,
 ) -> tuple[Float[Array, 'B T D'], Int[Array, '']]:
-    """What our experts add to every token, and how many pairs they dropped."""
+    """Computes our experts' share of every token, and the number of pairs that they dropped."""
     (_, _, num_chosen), ours = choices.shape, w_gate.shape[0]
     tokens = x.reshape(-1, x.shape[-1])
     experts = choices.reshape(-1) - first_expert
     valid = (experts >= 0) & (experts < ours) & (choices.reshape(-1) < num_experts)
     capacity = expert_capacity(experts.shape[0], num_experts, capacity_factor)
-    p = plan(jnp.where(valid, experts, ours), ours, capacity)
+    p = assign_slots(jnp.where(valid, experts, ours), ours, capacity)
     rows = dispatch(tokens, p.source, p.slot, num_chosen)
     rows = checkpoint_name(rows, 'expert_input')
     if capacity:
@@ -154,7 +154,7 @@ def apply_experts(
     capacity_factor: float,
     sharded: bool,
 ) -> tuple[Float[Array, 'B T D'], Int[Array, '']]:
-    """Σ_x weights_x · SwiGLU_{choices_x}(x), and the number of pairs dropped on all devices.
+    """Computes Σ_x weights_x · SwiGLU_{choices_x}(x), and the pairs dropped on all devices.
 
     Args:
       choices: expert ids; E means no expert (padding).

@@ -36,13 +36,13 @@ def make(sizes: config.Mesh, devices: Sequence[jax.Device] | None = None) -> jax
 
 
 def abstract(sizes: config.Mesh, num_devices: int) -> jax.sharding.AbstractMesh:
-    """The same mesh without devices, to lay out arrays that are never made."""
+    """Returns the same mesh without devices, to lay out arrays that are never made."""
     shape = rules.sizes(sizes, num_devices)
     return jax.sharding.AbstractMesh(tuple(shape), MESH_AXES, axis_types=AXIS_TYPES)
 
 
 def topology_devices(name: str) -> list[jax.Device]:
-    """The devices of a TPU topology such as 'v5p:2x2x4', to compile for on any machine.
+    """Returns the devices of a TPU topology such as 'v5p:2x2x4', to compile for on any machine.
 
     Needs libtpu (the extra `tpu`), but no TPU.
 

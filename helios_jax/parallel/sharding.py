@@ -1,4 +1,4 @@
-"""Where every array lives: logical axes (arch/rules.py) as JAX's shardings."""
+"""Shardings of all arrays: logical axes (arch/rules.py) turned into JAX's shardings."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -12,7 +12,7 @@ from helios_jax.arch.rules import RULES, Axes
 
 
 def spec(axes: Sequence[str]) -> PartitionSpec:
-    """The PartitionSpec of an array whose dimensions have these logical names.
+    """Makes the PartitionSpec of an array whose dimensions have these logical names.
 
     Raises:
       ValueError: a name that the table lacks, or two names on one mesh axis.
@@ -39,7 +39,7 @@ def sharding(mesh: Mesh | AbstractMesh, axes: Sequence[str]) -> NamedSharding:
 
 
 def logical_axes(boxed: Any) -> Any:
-    """Tree of logical axis tuples of a tree of boxed parameters, or of their shapes."""
+    """Returns the tree of logical axis tuples of boxed parameters, or of their shapes."""
 
     def names(leaf: Any) -> Axes:
         assert isinstance(leaf, nn.LogicallyPartitioned), f'parameter without logical axes: {leaf}'
@@ -49,7 +49,7 @@ def logical_axes(boxed: Any) -> Any:
 
 
 def tree_shardings(mesh: Mesh | AbstractMesh, axes: Any, shapes: Any) -> Any:
-    """NamedShardings of a tree of arrays whose logical axes are `axes`, after checking sizes."""
+    """Makes NamedShardings of a tree of arrays with logical axes `axes`, and checks sizes."""
 
     def one(path: Any, leaf: Any, names: Axes) -> NamedSharding:
         rules.check(jax.tree_util.keystr(path, simple=True, separator='/'), leaf.shape, names, mesh)
@@ -59,7 +59,7 @@ def tree_shardings(mesh: Mesh | AbstractMesh, axes: Any, shapes: Any) -> Any:
 
 
 def constrain(x: jax.Array, *axes: str) -> jax.Array:
-    """Keeps x where its logical axes say; does nothing where no mesh is set (`jax.set_mesh`)."""
+    """Constrains x to the sharding of its logical axes; does nothing without `jax.set_mesh`."""
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty:
         return x
@@ -67,11 +67,11 @@ def constrain(x: jax.Array, *axes: str) -> jax.Array:
 
 
 def fitting(shape: Sequence[int], axes: Axes) -> Axes:
-    """`rules.fitting` on the mesh that is set (`jax.set_mesh`); `axes` where none is."""
+    """Applies `rules.fitting` on the mesh that is set; returns `axes` without `jax.set_mesh`."""
     mesh = jax.sharding.get_abstract_mesh()
     return axes if mesh.empty else rules.fitting(shape, axes, mesh)
 
 
-def table() -> str:
-    """The rules as text, one logical axis a line."""
+def rules_text() -> str:
+    """Writes the rules as text, one logical axis a line."""
     return '\n'.join(f'{name:14} → {", ".join(rule) or "whole"}' for name, rule in RULES.items())

@@ -1,1 +1,1 @@
-"""What a run needs before it runs: bytes, seconds, what fits, what to change."""
+"""Predicts what a run needs before it runs: bytes, seconds, what fits, what to change."""

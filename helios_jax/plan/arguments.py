@@ -1,4 +1,4 @@
-"""Bytes of what a step is given: parameters, optimizer state, router biases and the batch."""
+"""Bytes of a step's arguments: parameters, optimizer state, router biases and the batch."""
 
 from typing import NamedTuple
 
@@ -25,7 +25,7 @@ class Arguments(NamedTuple):
 
 
 def arguments(placement: Placement) -> Arguments:
-    """The bytes that a whole train step is given.
+    """Counts the bytes of a train step's arguments.
 
     Raises:
       UserError: the mesh does not divide a weight.
@@ -47,17 +47,17 @@ def arguments(placement: Placement) -> Arguments:
 
 
 def local(placement: Placement, weight: Weight) -> int:
-    """Elements on one device."""
+    """Number of a weight's elements on one device."""
     return placement.elements(weight.shape, weight.axes)
 
 
 def _num_moments(placement: Placement, weight: Weight) -> int:
-    """AdamW keeps two, Muon one of its matrices."""
+    """Number of a weight's moments: AdamW keeps two, Muon one of each of its matrices."""
     return 1 if placement.config.optimizer.name == 'muon' and muon_sides(weight.axes) else 2
 
 
 def layer_weights(placement: Placement) -> list[list[Weight]]:
-    """Weights of each layer of the period, without their stacking axis."""
+    """Lists the weights of each layer of the period, without their stacking axis."""
     found: dict[str, list[Weight]] = {}
     for weight in all_weights(placement.config.model):
         group, _, rest = weight.name.partition('.')

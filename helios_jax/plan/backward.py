@@ -1,4 +1,4 @@
-"""What one layer's backward pass holds at its peak, beside what was saved and all the gradients.
+"""Bytes that one layer's backward pass holds at its peak, beside saved tensors and gradients.
 
 Counts of tensors (measured.py) are read from schedules that XLA made for v5e, dense and MoE, under
 `full`, `minimal`, `fp8` and `offload`; `helios plan --validate` holds them against the compiler's
@@ -25,13 +25,13 @@ from helios_jax.plan.saved import expert_slots, shapes
 
 
 def working_bytes(placement: Placement) -> int:
-    """The most that the backward pass of any layer holds."""
+    """Counts the bytes that a layer's backward pass holds: the most over all kinds of layer."""
     model = placement.config.model
     return max(_layer(placement, kind) for kind in set(model.layer_kinds))
 
 
 def _layer(placement: Placement, kind: str) -> int:
-    table = saved.table(placement)
+    table = saved.tensor_actions(placement)
     model, tokens = placement.config.model, placement.local_tokens
     stream = tokens * model.embed_dim
     elements = STREAMS.value * stream
@@ -76,11 +76,11 @@ def _mlp_again(placement: Placement, kind: str) -> int:
 def _feed_forward(placement: Placement, kind: str, table: dict[str, str]) -> int:
     """Elements of the tensors as wide as the feed-forward's inside.
 
-    The gradients of gate and up, and one of gate, up and their product; from a byte a value they
-    are restored in the very operations that read them. Around experts, the rows sorted by expert as
-    well: their gradient, and themselves where they are not saved.
+    They are the gradients of gate and up, and one of gate, up and their product; values stored in a
+    byte are decoded in the operations that read them. Experts add the rows sorted by expert:
+    their gradient, and the rows themselves where they are not saved.
 
-    In parts, each computes all of them at a time when attention's own are not there.
+    With parts, each part computes all of these, while attention's tensors are not there.
     """
     parts = placement.config.memory.backward_parts
     if parts > 1 and not kind.startswith('moe'):
@@ -101,7 +101,7 @@ def _feed_forward(placement: Placement, kind: str, table: dict[str, str]) -> int
 
 
 def gathered_bytes(placement: Placement) -> int:
-    """One layer's weights whole, in the compute dtype, where the mesh splits them over `fsdp`.
+    """Bytes of a layer's whole weights, in the compute dtype, if the mesh splits them over `fsdp`.
 
     While a matmul computes, the weights of the next arrive and the gradient of the last leaves:
     together about the weights of a layer.

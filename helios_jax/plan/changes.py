@@ -1,4 +1,4 @@
-"""What to change where a plan does not fit: the fastest ways out, as command-line overrides."""
+"""Finds changes that make a plan fit: the fastest ones, as command-line overrides."""
 
 import dataclasses
 import itertools
@@ -15,7 +15,7 @@ PRESETS = ('minimal', 'fp8', 'full', 'offload', 'fp8_offload')
 assert set(PRESETS) == set(policy.PRESETS)
 
 
-PARTS = 4  # of a backward pass: more of them free little
+PARTS = 4  # slices to try for memory.backward_parts: more of them free little
 
 
 class Change(NamedTuple):
@@ -24,7 +24,7 @@ class Change(NamedTuple):
 
 
 def cheapest(cfg: config.Config, chip: Chip, num_devices: int, count: int = 3) -> list[Change]:
-    """The changes that make it fit, by predicted step time: one override each, else two."""
+    """Finds the changes that make a config fit, fastest first: one override each, else two."""
     single = list(_single(cfg, num_devices))
     found = [c for change in single if (c := _try(cfg, [change], chip, num_devices))]
     if len(found) < count:
@@ -39,7 +39,7 @@ def cheapest(cfg: config.Config, chip: Chip, num_devices: int, count: int = 3) -
 
 
 def memories(memory: config.Memory) -> list[config.Memory]:
-    """Every preset, and those that can run their backward pass in parts so as well.
+    """Lists every preset, and once more in parts those that can run their backward pass so.
 
     The user's own actions are kept under each of them.
     """
@@ -55,7 +55,7 @@ def memories(memory: config.Memory) -> list[config.Memory]:
 
 
 def _single(cfg: config.Config, num_devices: int) -> Iterator[tuple[str, str, object]]:
-    """(section, field, value) of each setting worth trying."""
+    """Yields (section, field, value) of each setting worth trying."""
     for preset in PRESETS:
         if preset != cfg.memory.policy and not policy.chosen_actions(cfg.memory):
             yield 'memory', 'policy', preset
@@ -77,7 +77,7 @@ def _single(cfg: config.Config, num_devices: int) -> Iterator[tuple[str, str, ob
 def _try(
     cfg: config.Config, changes: list[tuple[str, str, object]], chip: Chip, num_devices: int
 ) -> Change | None:
-    """The plan with these changes, None where it is refused or does not fit."""
+    """Makes the plan with these changes; None if it is refused or does not fit."""
     if len({change[:2] for change in changes}) < len(changes):
         return None
     try:

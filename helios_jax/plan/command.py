@@ -9,9 +9,9 @@ from typing import Any
 from absl import flags
 
 from helios_jax import chips, config, options
-from helios_jax.plan import changes, planning, report, search
+from helios_jax.plan import changes, output, planning, search
 
-BYTE_VOCABULARY = 256  # of data.tokenizer=bytes, without loading the tokenizers' libraries
+BYTE_VOCABULARY = 256  # V of data.tokenizer=bytes, without loading tokenizers
 CONFIRMED = 3  # configurations of a search that --compile compiles
 
 
@@ -35,7 +35,7 @@ def plan_command(argv: Sequence[str]) -> None:
         os.environ['JAX_PLATFORMS'] = 'cpu'
         from helios_jax.plan.compiler import validate
 
-        validate.report(values.json)
+        validate.compare_all(values.json)
         return
     topology = chips.topology(values.topology)
     cfg = prepared(cfg, topology, values.batch)
@@ -50,7 +50,7 @@ def plan_command(argv: Sequence[str]) -> None:
 
 
 def prepared(cfg: config.Config, topology: chips.Topology, batch_rows: int = 0) -> config.Config:
-    """The config with V, L_train, the rows and the policy filled in.
+    """Fills in V, L_train, the rows and the policy of a config.
 
     Raises:
       UserError: as a run would.
@@ -73,7 +73,7 @@ def prepared(cfg: config.Config, topology: chips.Topology, batch_rows: int = 0) 
 
 
 def with_policy(cfg: config.Config) -> config.Config:
-    """The config with what memory.policy=auto stands for on this run's devices."""
+    """Replaces memory.policy=auto by the preset that it stands for on this run's devices."""
     if cfg.memory.policy != 'auto':
         return cfg
     memory = prepared(cfg, chips.here()).memory
@@ -89,17 +89,17 @@ def planned(
     as_json: bool,
     explain: bool = False,
 ) -> dict[str, Any]:
-    """Prints the plan as text unless it is wanted as JSON; returns it."""
+    """Prints the plan as text unless JSON is wanted; returns it."""
     made = planning.plan(cfg, topology.chip, topology.num_devices)
-    most = report.limits(made, topology)
-    found = report.as_dict(made, topology) | most
+    most = output.limits(made, topology)
+    found = output.as_dict(made, topology) | most
     if not as_json:
-        print(report.text(made, topology, most))
+        print(output.text(made, topology, most))
     if not made.fits:
         better = changes.cheapest(cfg, topology.chip, topology.num_devices)
-        found['changes'] = report.changes_as_list(better)
+        found['changes'] = output.changes_as_list(better)
         if not as_json:
-            print('\n' + report.changes_text(better))
+            print('\n' + output.changes_text(better))
     if compile_too:
         found['compiled'] = compiled(made, topology, as_json, explain)
     return found
@@ -115,8 +115,8 @@ def searched(
         'take more devices or a smaller model.',
     )
     if not as_json:
-        print(report.ranking_text(best))
-    found: dict[str, Any] = {'search': report.changes_as_list(best)}
+        print(output.ranking_text(best))
+    found: dict[str, Any] = {'search': output.changes_as_list(best)}
     if compile_too:
         found['compiled'] = [
             compiled(change.plan, topology, as_json) for change in best[:CONFIRMED]
@@ -130,7 +130,7 @@ def compiled(
     os.environ['JAX_PLATFORMS'] = 'cpu'
     from helios_jax.plan.compiler import compiled as compiling
 
-    measured = compiling.measure(made.config, topology.name)
+    measured = compiling.compiled_figures(made.config, topology.name)
     if not as_json:
         print('\n' + compiling.comparison(made, measured))
         if explain:

@@ -1,4 +1,4 @@
-"""Every figure of the planner that was read off a schedule, a profile or a clock, with its day.
+"""Table of the planner's figures read off a schedule, a profile or a clock, with their days.
 
 Such figures age with compilers and kernels: `helios plan --validate` compares predictions with the
 compiler at hand and prints when each figure was last true. Those of chips are in chips.py.
@@ -82,12 +82,12 @@ INSIDE_PASSES = Measured(9, 'times that an MLP reads or writes an array [B T F]'
 
 
 def figures() -> dict[str, Measured[Any]]:
-    """Every figure of this module by its name."""
+    """Returns every figure of this module by its name."""
     return {name: value for name, value in globals().items() if isinstance(value, Measured)}
 
 
 def ages() -> Iterator[str]:
-    """A line for each figure: its name and value, the day it was last true, and by what."""
+    """Yields a line a figure: its name and value, the day it was last true, and by what."""
     for name, row in figures().items():
         yield f'{name:28} {row.value:<8g} {row.seen}  {row.source}'
     for (platform, field), source in chips.SOURCES.items():

@@ -11,25 +11,25 @@ from helios_jax.arch.weights import all_weights, read_in_compute_dtype
 from helios_jax.plan.arguments import Arguments, arguments, layer_weights, local
 from helios_jax.plan.backward import gathered_bytes, working_bytes
 from helios_jax.plan.placement import DTYPE_BYTES, Placement
-from helios_jax.plan.saved import Saved, saved_tensors
+from helios_jax.plan.saved import SavedTensor, saved_tensors
 
 
 @dataclasses.dataclass(frozen=True)
-class Memory:
+class StepMemory:
     """Bytes on one device; `host` counts its share of the host's memory."""
 
     placement: Placement
     arguments: Arguments
-    saved: list[Saved]
-    gradients: int  # of all layers and the head, of one microbatch
-    accumulated: int  # their float32 sums over microbatches, if there are several
-    weights_copy: int  # of all layers in the compute dtype, cast once a step
+    saved: list[SavedTensor]
+    gradients: int  # gradients of all layers and the head, of one microbatch
+    accumulated: int  # float32 sums of gradients over microbatches, if there are several
+    weights_copy: int  # weights of all layers in the compute dtype, cast once a step
     working: int  # one layer's backward pass: recomputed tensors, their gradients
     gathered: int  # one layer's weights, whole, and what collectives hold beside them
     loss: int  # a chunk's logits and their gradient, the gathered tokens, the gradient of the head
-    prefetched: int  # of the host's: what is on its way back
-    fetched_early: int  # of the host's: moments of arrays that are no layer's
-    streamed: int  # of the host's state: what is being updated
+    prefetched: int  # saved tensors of the host's that are on their way back
+    fetched_early: int  # moments of the host's that belong to no layer
+    streamed: int  # state of the host's that is being updated
 
     @property
     def saved_device(self) -> int:
@@ -54,7 +54,7 @@ class Memory:
         In the loss no layer has a gradient yet; in the backward pass the stacks of all layers'
         gradients are there from its first step on, beside all that was saved; in the update nothing
         is left but gradients. The copies of the weights in the compute dtype live as long as the
-        two passes. Moments that come from the host whole, not layer by layer, XLA fetches before
+        two passes. XLA fetches moments that come from the host whole, not layer by layer, before
         the backward pass has ended.
         """
         passes = self.weights_copy + self.saved_device
@@ -72,7 +72,7 @@ class Memory:
 
     @property
     def peak(self) -> int:
-        """What has to fit: the arguments, and the largest phase beside them."""
+        """Bytes that have to fit: the arguments, and the largest phase beside them."""
         return self.arguments_device + self.temporary
 
     @property
@@ -80,14 +80,14 @@ class Memory:
         return max(self.phases, key=lambda phase: self.phases[phase])
 
 
-def step_memory(placement: Placement) -> Memory:
-    """The bytes of a train step of the config on its mesh.
+def step_memory(placement: Placement) -> StepMemory:
+    """Counts the bytes of a train step of the config on its mesh.
 
     Raises:
       UserError: the mesh does not divide a weight, or the policy is still to be resolved.
     """
     saved = saved_tensors(placement)
-    return Memory(
+    return StepMemory(
         placement=placement,
         arguments=arguments(placement),
         saved=saved,
@@ -120,7 +120,7 @@ def _gradients(placement: Placement, *, accumulated: bool) -> int:
 
 
 def _weights_copy(placement: Placement) -> int:
-    """Compute-dtype copies that live through both passes."""
+    """Bytes of compute-dtype copies of weights, which live through both passes."""
     model, total = placement.config.model, 0
     on_host = placement.config.memory.parameters == 'host'
     for weight in all_weights(model):
@@ -132,7 +132,7 @@ def _weights_copy(placement: Placement) -> int:
 
 
 def _loss(placement: Placement) -> int:
-    """model/loss.py: logits in float32, their gradient in the compute dtype, tokens gathered."""
+    """Bytes of model/loss.py: float32 logits, their compute-dtype gradient, gathered tokens."""
     model, cfg = placement.config.model, placement.config
     rows, T = placement.microbatch_rows, cfg.data.row_length
     chunks = buffers.loss_chunks(rows, T, model.padded_vocab_size, placement.num_devices)
@@ -152,7 +152,7 @@ def _fetched_early(placement: Placement) -> int:
 
 
 def _alone(placement: Placement) -> list[int]:
-    """Elements of each array that is not stacked layers."""
+    """Lists the elements of each array that is not stacked layers."""
     return [
         local(placement, w) for w in all_weights(placement.config.model) if w.axes[0] != 'layers'
     ]

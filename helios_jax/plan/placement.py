@@ -1,4 +1,4 @@
-"""A config placed on a mesh of devices: the sizes of its arrays on one of them."""
+"""Places a config on a mesh of devices: the sizes of its arrays on one of them."""
 
 import dataclasses
 import math
@@ -48,7 +48,7 @@ class Placement:
 
     @property
     def attention_kernel(self) -> bool:
-        """Whether attention is one kernel that keeps its log-sum-exp, not the reference."""
+        """True if attention is one kernel that keeps its log-sum-exp, not the reference."""
         model = self.config.model
         if model.attention == 'auto':
             return self.platform == 'gpu' or (self.platform == 'tpu' and model.head_dim % 32 == 0)
@@ -63,12 +63,12 @@ class Placement:
 
     @property
     def keeps_quantised(self) -> bool:
-        """Whether the attention kernel itself can keep q, k and v in a byte a value."""
+        """True if the attention kernel itself can keep q, k and v in a byte a value."""
         ours = self.config.model.attention in ('auto', 'tpu') and self.platform == 'tpu'
         return ours and self.attention_kernel and self.shape['context'] == 1
 
     def elements(self, shape: Sequence[int], axes: rules.Axes) -> int:
-        """Elements on one device of an array of this shape."""
+        """Number of elements on one device of an array of this shape."""
         total = 1
         for size, name in zip(shape, axes, strict=True):
             total *= size // rules.shards(self, name)
@@ -76,7 +76,7 @@ class Placement:
 
 
 def place(cfg: config.Config, num_devices: int, platform: str) -> Placement:
-    """The config on its mesh.
+    """Places the config on its mesh.
 
     Raises:
       UserError: the mesh does not fit the devices, or does not divide the batch.

@@ -1,4 +1,4 @@
-"""A whole plan in closed form: bytes, seconds, whether it fits, how far it could grow.
+"""Makes a whole plan in closed form: bytes, seconds, whether it fits, how far it could grow.
 
 Pure arithmetic on a config, the sizes of a mesh and a chip: nothing is traced or compiled, and no
 JAX is loaded.
@@ -10,7 +10,7 @@ from collections.abc import Callable
 from helios_jax import config
 from helios_jax.arch import rules
 from helios_jax.chips import Chip
-from helios_jax.plan.peak import Memory, step_memory
+from helios_jax.plan.peak import StepMemory, step_memory
 from helios_jax.plan.placement import place
 from helios_jax.plan.seconds import Seconds, step_seconds
 
@@ -22,7 +22,7 @@ MOST = 2**22  # rows a device, or tokens a row, beyond which nobody looks
 class Plan:
     config: config.Config
     chip: Chip
-    memory: Memory
+    memory: StepMemory
     seconds: Seconds
 
     @property
@@ -46,14 +46,14 @@ def plan(cfg: config.Config, chip: Chip, num_devices: int) -> Plan:
     return Plan(cfg, chip, counted, step_seconds(where, counted, chip))
 
 
-def holds(chip: Chip, counted: Memory) -> bool:
-    """Whether it fits on the device, and in its share of the host's memory."""
+def holds(chip: Chip, counted: StepMemory) -> bool:
+    """True if the step fits on the device, and in its share of the host's memory."""
     on_host = counted.host <= chip.host_bytes or chip.platform == 'cpu'
     return counted.peak <= chip.hbm_bytes and on_host
 
 
 def fits(cfg: config.Config, chip: Chip, num_devices: int) -> bool:
-    """Whether a step of the config fits.
+    """True if a step of the config fits.
 
     Raises:
       UserError: as `plan`.
@@ -62,7 +62,7 @@ def fits(cfg: config.Config, chip: Chip, num_devices: int) -> bool:
 
 
 def with_rows(cfg: config.Config, num_devices: int, rows: int) -> config.Config:
-    """The config with this many rows of a microbatch on each device."""
+    """Returns the config with this many rows of a microbatch on each device."""
     shape = mesh_shape(cfg, num_devices)
     total = rows * cfg.train.microbatches
     for axis in rules.BATCH_AXES:
@@ -76,7 +76,7 @@ def mesh_shape(cfg: config.Config, num_devices: int) -> dict[str, int]:
 
 
 def with_length(cfg: config.Config, length: int) -> config.Config:
-    """The config with rows of this many tokens, read as if it had been trained at them."""
+    """Returns the config with rows of this many tokens, as if it had been trained at them."""
     rope = cfg.model.rope
     if cfg.model.rope.scaling == 'dynamic':
         rope = dataclasses.replace(rope, trained_length=max(rope.trained_length, length))
@@ -86,12 +86,12 @@ def with_length(cfg: config.Config, length: int) -> config.Config:
 
 
 def largest_rows(cfg: config.Config, chip: Chip, num_devices: int) -> int:
-    """Rows of a microbatch on each device that fit, all else as it is; 0: not even one."""
+    """Finds the most rows of a microbatch on each device that fit; 0: not even one."""
     return _largest(lambda rows: fits(with_rows(cfg, num_devices, rows), chip, num_devices))
 
 
 def longest_row(cfg: config.Config, chip: Chip, num_devices: int) -> int:
-    """Tokens of a row that fit, in steps of 256 a device, all else as it is; 0: not even one."""
+    """Finds the longest row that fits, in steps of 256 tokens a device; 0: not even one."""
     shape = mesh_shape(cfg, num_devices)
     step = LENGTH_STEP * shape['tensor']
     step *= 2 * shape['context'] if shape['context'] > 1 else 1
@@ -99,7 +99,7 @@ def longest_row(cfg: config.Config, chip: Chip, num_devices: int) -> int:
 
 
 def _largest(holds: Callable[[int], bool]) -> int:
-    """The largest n up to `MOST` for which holds(n), where that ends once and for all."""
+    """Finds the largest n up to `MOST` with holds(n), which stays False once it is False."""
     high = 1
     while high < MOST and holds(high):
         high *= 2

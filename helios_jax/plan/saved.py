@@ -1,4 +1,4 @@
-"""Which tensors live from forward to backward, and their bytes on one device.
+"""Lists the tensors that live from forward to backward, and their bytes on one device.
 
 A tensor that the table of actions saves costs memory only if the backward pass reads it: directly,
 or to recompute something that is not saved. `_graph` says of each value in a layer what it is
@@ -16,15 +16,15 @@ from helios_jax.plan.measured import GATE, NORM, OUTPUT_NORM, SILU, STATIC_GATE
 from helios_jax.plan.placement import DTYPE_BYTES, Placement
 
 
-class Saved(NamedTuple):
+class SavedTensor(NamedTuple):
     """One named tensor of one layer kind, on one device."""
 
     name: str
     dtype: str
     place: str  # device | host
-    layers: int  # that keep one each
-    elements: int  # of one layer
-    rows: int  # of them with an exponent of a byte each; 0 where it is kept as it is
+    layers: int  # number of layers that keep one each
+    elements: int  # elements in one layer
+    rows: int  # rows with an exponent of a byte each; 0 if not quantised
 
     @property
     def num_bytes(self) -> int:
@@ -41,11 +41,11 @@ class Graph:
     """The values of a layer that matter to its backward pass."""
 
     sources: dict[str, tuple[str, ...]]  # value → the values that it is computed from
-    read: tuple[str, ...]  # by gradients
+    read: tuple[str, ...]  # values that gradients read
 
 
-def saved_tensors(placement: Placement) -> list[Saved]:
-    """What the whole model saves under the config's policy, bottom first.
+def saved_tensors(placement: Placement) -> list[SavedTensor]:
+    """Lists what the whole model saves under the config's policy, bottom first.
 
     Raises:
       UserError: as `policy.actions`.
@@ -65,17 +65,17 @@ def saved_tensors(placement: Placement) -> list[Saved]:
 
 
 def read_by_backward(placement: Placement, kind: str, table: dict[str, str]) -> list[str]:
-    """The saved values of a layer that its backward pass reads."""
+    """Lists the saved values of a layer that its backward pass reads."""
     return [value for value in _needed(placement, kind, table) if _is_saved(value, table)]
 
 
 def recomputed_by_backward(placement: Placement, kind: str, table: dict[str, str]) -> list[str]:
-    """The values of a layer that its backward pass computes again."""
+    """Lists the values of a layer that its backward pass computes again."""
     return [value for value in _needed(placement, kind, table) if not _is_saved(value, table)]
 
 
-def table(placement: Placement) -> dict[str, str]:
-    """The config's action for each tensor; without a policy all are kept.
+def tensor_actions(placement: Placement) -> dict[str, str]:
+    """Maps each tensor to the config's action; without a policy all are kept.
 
     Raises:
       UserError: as `policy.actions`.
@@ -90,7 +90,7 @@ def _is_saved(value: str, table: dict[str, str]) -> bool:
 
 
 def _needed(placement: Placement, kind: str, table: dict[str, str]) -> list[str]:
-    """The values that gradients read, and those that these are recomputed from."""
+    """Lists the values that gradients read, and those that they are recomputed from."""
     graph = _graph(placement, kind, table)
     seen: set[str] = set()
     waiting = list(graph.read)
@@ -103,7 +103,7 @@ def _needed(placement: Placement, kind: str, table: dict[str, str]) -> list[str]
 
 
 def _graph(placement: Placement, kind: str, table: dict[str, str]) -> Graph:
-    """The model as model/transformer.py has it; `kernel_q` is what a kernel keeps of q itself."""
+    """Describes a layer of model/transformer.py; `kernel_q` is q in the form a kernel keeps."""
     model = placement.config.model
     unit = model.gmu
     kept = 'kernel_' if placement.keeps_quantised and policy.kernel_form(table) else ''
@@ -159,14 +159,16 @@ def _feed_forward(placement: Placement, kind: str) -> dict[str, tuple[str, ...]]
     }
 
 
-def _of_layer(placement: Placement, kind: str, table: dict[str, str], layers: int) -> list[Saved]:
+def _of_layer(
+    placement: Placement, kind: str, table: dict[str, str], layers: int
+) -> list[SavedTensor]:
     values = read_by_backward(placement, kind, table)
     return [s for value in values for s in _stored(placement, value, kind, table, layers)]
 
 
 def _stored(
     placement: Placement, value: str, kind: str, table: dict[str, str], layers: int
-) -> list[Saved]:
+) -> list[SavedTensor]:
     tensor = TENSORS[value.removeprefix('kernel_')]
     action = policy.parse(table[tensor.name])
     place = 'host' if action.host and placement.platform != 'cpu' else 'device'
@@ -177,12 +179,12 @@ def _stored(
         if action.form and not tensor.exact:
             dtype = 'uint8' if action.form == 'fp8' else 'int8'
             rows = elements // placement.elements(shape[-1:], axes[-1:])
-        found.append(Saved(tensor.name, dtype, place, layers, elements, rows))
+        found.append(SavedTensor(tensor.name, dtype, place, layers, elements, rows))
     return found
 
 
 def shapes(placement: Placement, name: str, kind: str) -> list[tuple[tuple[int, ...], rules.Axes]]:
-    """(shape on all devices, logical axes) of every tensor of one layer with this name."""
+    """Lists (shape on all devices, logical axes) of a layer's tensors with this name."""
     model, axes = placement.config.model, TENSORS[name].axes
     rows, length = placement.microbatch_rows, placement.config.data.row_length
     if name == 'log_sum_exp':
@@ -194,7 +196,7 @@ def shapes(placement: Placement, name: str, kind: str) -> list[tuple[tuple[int, 
 
 
 def _around_experts(placement: Placement, name: str) -> list[tuple[tuple[int, ...], rules.Axes]]:
-    """`shapes` of what a device gathers or sorts for its own experts: every device has as much."""
+    """Lists `shapes` of rows gathered or sorted for a device's experts, as many on every device."""
     model = placement.config.model
     if name == 'gate_up':
         B, T = placement.microbatch_rows, placement.config.data.row_length
@@ -208,18 +210,18 @@ def _around_experts(placement: Placement, name: str) -> list[tuple[tuple[int, ..
 
 
 def expert_slots(placement: Placement) -> int:
-    """Rows of the buffer that one device's experts compute."""
+    """Number of buffer rows that one device's experts compute."""
     moe = placement.config.model.moe
     pairs = placement.local_tokens * placement.shape['expert'] * moe.num_experts_per_token
     capacity = buffers.expert_capacity(pairs, moe.num_experts, moe.capacity_factor)
     return moe.num_experts // placement.shape['expert'] * capacity if capacity else pairs
 
 
-def _everything(placement: Placement, kind: str) -> list[Saved]:
-    """Arrays that differentiation keeps of a layer without a policy, as it is traced.
+def _everything(placement: Placement, kind: str) -> list[SavedTensor]:
+    """Lists the arrays that differentiation keeps of a layer without a policy, as traced.
 
-    Every named tensor, the product that the down projection reads, and the float32 forms that
-    norms, gates and SiLU are differentiated at. The compiler does without a few of them.
+    They are all named tensors, the product that the down projection reads, and the float32 forms at
+    which norms, gates and SiLU are differentiated. The compiler does without a few of them.
     """
     model = placement.config.model
     layers = model.layer_kinds.count(kind)
@@ -235,5 +237,7 @@ def _everything(placement: Placement, kind: str) -> list[Saved]:
         'gates': 2 * gate * stream,
         'SiLU': SILU.value * inside,
     }
-    found += [Saved(f'({n})', 'float32', 'device', layers, size, 0) for n, size in wide.items()]
-    return [*found, Saved('(product)', model.compute_dtype, 'device', layers, inside, 0)]
+    found += [
+        SavedTensor(f'({n})', 'float32', 'device', layers, size, 0) for n, size in wide.items()
+    ]
+    return [*found, SavedTensor('(product)', model.compute_dtype, 'device', layers, inside, 0)]

@@ -1,4 +1,4 @@
-"""The best of many configurations by closed form: policies × batches × meshes."""
+"""Searches many configurations by closed form: policies × batches × meshes."""
 
 import dataclasses
 import itertools
@@ -12,7 +12,7 @@ from helios_jax.plan.changes import Change, memories
 from helios_jax.plan.planning import Plan, largest_rows, mesh_shape, plan
 
 MICROBATCHES = (1, 2, 4)
-NEAR = 0.01  # of tokens/s: what counts as as good
+NEAR = 0.01  # relative difference in tokens/s that still counts as equal
 
 
 def search(cfg: config.Config, chip: Chip, num_devices: int) -> list[Change]:
@@ -36,7 +36,7 @@ def search(cfg: config.Config, chip: Chip, num_devices: int) -> list[Change]:
 
 
 def resolve_auto(cfg: config.Config, chip: Chip, num_devices: int) -> config.Memory:
-    """What memory.policy='auto' stands for on these devices: the fastest preset that fits.
+    """Resolves memory.policy='auto' for these devices: the fastest preset that fits.
 
     Raises:
       UserError: none does.
@@ -61,9 +61,9 @@ def resolve_auto(cfg: config.Config, chip: Chip, num_devices: int) -> config.Mem
 
 
 def _meshes(cfg: config.Config, num_devices: int) -> Iterator[config.Mesh]:
-    """The config's own axes, and every split of the devices over fsdp, data, expert and tensor.
+    """Yields the config's own axes, and all splits of the devices over fsdp, data, expert, tensor.
 
-    Slices and context stay: they answer to the machine and the row's length.
+    Slices and context stay: they follow from the machine and the row's length.
     """
     shape = mesh_shape(cfg, num_devices)
     left = num_devices // shape['slice'] // shape['context']
@@ -81,7 +81,7 @@ def _meshes(cfg: config.Config, num_devices: int) -> Iterator[config.Mesh]:
 def _rows(
     cfg: config.Config, original: config.Config, microbatches: int, chip: Chip, num_devices: int
 ) -> Iterator[Change]:
-    """Rows of a device's microbatch: powers of two up to the most that fit, and the most itself."""
+    """Yields plans by rows of a device's microbatch: powers of two that fit, and the most."""
     shape = mesh_shape(cfg, num_devices)
     sharded = math.prod(shape[axis] for axis in BATCH_AXES)
     train = dataclasses.replace(
@@ -99,7 +99,7 @@ def _rows(
 
 
 def _overrides(original: config.Config, made: Plan) -> tuple[str, ...]:
-    """What differs from the config, as it is written on the command line."""
+    """Lists what differs from the config, as overrides on the command line."""
     found = []
     for section in ('memory', 'mesh', 'train'):
         old, new = getattr(original, section), getattr(made.config, section)

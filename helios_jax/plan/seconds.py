@@ -1,4 +1,4 @@
-"""Seconds of a train step, in closed form: what each resource would take, and which one binds.
+"""Seconds of a train step, in closed form: the time of each resource, and which one binds.
 
 A device computes and passes over its memory by turns; the network and the link to the host work
 beside both, and so far a step takes as long as the longest of these three. A state that lies on the
@@ -22,14 +22,14 @@ from helios_jax.plan.measured import (
     MEMORY_FRACTION,
     STREAM_PASSES,
 )
-from helios_jax.plan.peak import Memory
+from helios_jax.plan.peak import StepMemory
 from helios_jax.plan.placement import Placement
-from helios_jax.plan.saved import recomputed_by_backward, shapes, table
+from helios_jax.plan.saved import recomputed_by_backward, shapes, tensor_actions
 
 
 @dataclasses.dataclass(frozen=True)
 class Seconds:
-    """What one step takes; FLOPs and bytes are one device's."""
+    """Time of one step and its causes; FLOPs and bytes are one device's."""
 
     flops: float  # recomputation included
     memory_bytes: float
@@ -39,8 +39,8 @@ class Seconds:
     memory: float
     network: float
     host: float
-    update: float  # what of `host` nothing hides: a state that comes and goes
-    tokens_per_second: float  # of all devices
+    update: float  # time in `host` that nothing hides: a state that comes and goes
+    tokens_per_second: float  # tokens of all devices
     mfu: float
 
     @property
@@ -50,14 +50,14 @@ class Seconds:
 
     @property
     def bound(self) -> str:
-        """The resource that a step waits for: compute | memory | network | host."""
+        """Resource that a step waits for: compute | memory | network | host."""
         on_device = self.compute + self.memory
         if on_device >= max(self.network, self.host):
             return 'compute' if self.compute >= self.memory else 'memory'
         return 'network' if self.network >= self.host else 'host'
 
 
-def step_seconds(placement: Placement, planned: Memory, chip: Chip) -> Seconds:
+def step_seconds(placement: Placement, planned: StepMemory, chip: Chip) -> Seconds:
     cfg = placement.config
     tokens = cfg.train.batch_rows * cfg.data.row_length
     length = cfg.data.row_length
@@ -96,14 +96,14 @@ def step_seconds(placement: Placement, planned: Memory, chip: Chip) -> Seconds:
 
 
 def _recomputed(placement: Placement) -> tuple[float, float]:
-    """FLOPs (of matmuls, of attention) that the backward pass spends on the forward's again."""
+    """FLOPs (of matmuls, of attention) that the backward pass spends on recomputation."""
     model, cfg = placement.config.model, placement.config
     tokens = cfg.train.batch_rows * cfg.data.row_length / placement.num_devices
     D, N, K, H = model.embed_dim, model.num_heads, model.num_kv_heads, model.head_dim
     attention = flops.attention_flops(model, cfg.data.row_length) / 3 / len(model.layer_kinds)
     total, total_attention = 0.0, 0.0
     for kind in set(model.layer_kinds):
-        again = set(recomputed_by_backward(placement, kind, table(placement)))
+        again = set(recomputed_by_backward(placement, kind, tensor_actions(placement)))
         moe = kind.startswith('moe')
         inside = model.expert_mlp_dim * model.moe.num_experts_per_token if moe else model.mlp_dim
         of = {
@@ -126,7 +126,7 @@ def _recomputed(placement: Placement) -> tuple[float, float]:
 
 
 def _dense_experts(placement: Placement) -> float:
-    """How many times the matmuls' FLOPs: outside TPUs XLA computes every expert for every row."""
+    """Factor on the matmuls' FLOPs: outside TPUs XLA computes every expert for every row."""
     moe = placement.config.model.moe
     kinds = placement.config.model.layer_kinds
     if placement.platform == 'tpu' or not any(kind.startswith('moe') for kind in kinds):
@@ -134,7 +134,7 @@ def _dense_experts(placement: Placement) -> float:
     return float(moe.num_experts // placement.shape['expert'])
 
 
-def _memory_bytes(placement: Placement, planned: Memory) -> float:
+def _memory_bytes(placement: Placement, planned: StepMemory) -> float:
     """Bytes over HBM: the update, weights, saved tensors, elementwise passes over activations."""
     model, microbatches = placement.config.model, placement.config.train.microbatches
     weights = sum(local(placement, weight) for weight in all_weights(model))

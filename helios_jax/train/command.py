@@ -1,4 +1,4 @@
-"""helios train: a run, or what one would be."""
+"""helios train: trains a model, or describes the run (--dry_run)."""
 
 import os
 from collections.abc import Callable, Sequence
@@ -38,7 +38,7 @@ def train_command(
 
 
 def dry_run(cfg: config.Config, num_devices: int) -> None:
-    """Prints what a run would be, and refuses what it would refuse."""
+    """Prints a description of the run, and refuses what the run would refuse."""
     os.environ['JAX_PLATFORMS'] = 'cpu'
     from helios_jax.data import tokenizer
     from helios_jax.train.dry_run import describe

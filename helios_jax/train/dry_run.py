@@ -1,4 +1,4 @@
-"""What a run would be, in text, without touching data or an accelerator."""
+"""Describes a run in text, without touching data or an accelerator."""
 
 import dataclasses
 import json
@@ -34,7 +34,7 @@ def describe(cfg: config.Config, num_devices: int) -> str:
     sections = [
         '# Config\n' + json.dumps(dataclasses.asdict(cfg), indent=1),
         f'# Mesh of {num_devices} devices\n{split}',
-        '# Sharding rules\n' + sharding.table(),
+        '# Sharding rules\n' + sharding.rules_text(),
         '# Parameters\n' + _parameters(setup),
         '# Sizes\n'
         f'parameters            {weights.count(cfg.model):,}\n'
@@ -52,7 +52,7 @@ def _parameters(setup: states.Setup) -> str:
     lines = [f'{"name":60} {"shape":24} {"axes":42} {"mesh":40} optimizer']
     for rule, leaf in zip(rules, leaves, strict=True):
         update = rule.optimizer + (' decay' if rule.decay else '')
-        where = ', '.join(str(part) if part else '·' for part in leaf.sharding.spec)
+        where = ', '.join(str(axes) if axes else '·' for axes in leaf.sharding.spec)
         lines.append(
             f'{rule.name:60} {"×".join(map(str, rule.shape)):24} {", ".join(rule.axes):42} '
             f'{where:40} {update}'

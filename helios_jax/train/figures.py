@@ -1,4 +1,4 @@
-"""How people read figures: a name, the digits that matter, a unit. metrics.jsonl has all digits."""
+"""Formats figures for people, with the digits that matter; metrics.jsonl has all digits."""
 
 import statistics
 from collections.abc import Mapping, Sequence
@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 class Style(NamedTuple):
     label: str
-    digits: str  # for str.format
+    digits: str  # format for str.format
     unit: str = ''
 
 
@@ -42,14 +42,14 @@ STEP = {
 
 
 def format_line(step: int, num_steps: int, values: Mapping[str, float]) -> str:
-    """A line about a step, of those figures that are there."""
-    parts = [f'step {step:,}/{num_steps:,}' if num_steps else f'step {step:,}']
-    parts += [show.format(values[name]) for name, show in STEP.items() if name in values]
-    return '  '.join(parts)
+    """Writes a line about a step, of those figures that are there."""
+    pieces = [f'step {step:,}/{num_steps:,}' if num_steps else f'step {step:,}']
+    pieces += [show.format(values[name]) for name, show in STEP.items() if name in values]
+    return '  '.join(pieces)
 
 
-def table(values: Mapping[str, Any]) -> list[tuple[str, str, str]]:
-    """Label, number and unit of each figure, the known ones first."""
+def labelled(values: Mapping[str, Any]) -> list[tuple[str, str, str]]:
+    """Returns label, number and unit of each figure, the known ones first."""
     known = [name for name in FINAL if name in values]
     rows = []
     for name in [*known, *(name for name in values if name not in FINAL)]:
@@ -60,7 +60,7 @@ def table(values: Mapping[str, Any]) -> list[tuple[str, str, str]]:
 
 
 def number(value: Any) -> str:
-    """A number with the digits that matter, and whole ones in full; anything else as it is."""
+    """Formats a number with the digits that matter, whole ones in full; other values as text."""
     if isinstance(value, bool) or not isinstance(value, int | float):
         return str(value)
     if isinstance(value, int) or (value.is_integer() and abs(value) < 2**53):
@@ -69,7 +69,7 @@ def number(value: Any) -> str:
 
 
 def speed(lines: Sequence[Mapping[str, Any]]) -> dict[str, float]:
-    """What a run's metric lines say of its speed and memory: medians, and the largest peak."""
+    """Sums up speed and memory of a run's metric lines: medians, and the largest peak."""
     found = {}
     for name, summary in (
         ('time/tokens_per_second', statistics.median),

@@ -1,4 +1,4 @@
-"""What a run ends with: its held-out score, a report, a sample, and a table for people."""
+"""Finishes a run: its held-out score, a report, a sample, and a table for people."""
 
 import dataclasses
 import sys
@@ -22,7 +22,7 @@ SAMPLE_TOKENS = 400
 
 
 def score(run: Run, state: states.TrainState) -> dict[str, float]:
-    """Held-out loss and bits per byte."""
+    """Computes held-out loss and bits per byte."""
     cfg = run.config
     rows = sharding.sharding(run.setup.mesh, ('batch', 'length'))
     batches = pipeline.eval_batches(
@@ -72,7 +72,7 @@ def show(final: dict[str, float], prompt: str, sample: str, path: epath.Path) ->
     """Prints a table of the figures, the sample and where the report lies."""
     console = rich.console.Console(file=sys.stdout, highlight=False, markup=False, emoji=False)
     console.print()
-    rows = figures.table(final)
+    rows = figures.labelled(final)
     widths = [max(len(row[column]) for row in rows) for column in (0, 1)]
     for label, number, unit in rows:
         line = rich.text.Text(label.ljust(widths[0]) + '  ')
@@ -84,12 +84,12 @@ def show(final: dict[str, float], prompt: str, sample: str, path: epath.Path) ->
 
 
 def printable(text: str) -> str:
-    """The text with a mark for each character that would steer a terminal."""
+    """Replaces each character that would steer a terminal by a mark."""
     return ''.join(c if c.isprintable() or c in '\n\t' else '�' for c in text)
 
 
 def continuation(run: Run, state: states.TrainState) -> tuple[str, str]:
-    """The opening of a held-out document, and what the model makes of it."""
+    """Returns the opening of a held-out document, and the model's continuation."""
     row = next(
         iter(
             pipeline.eval_batches(

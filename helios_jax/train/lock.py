@@ -36,12 +36,12 @@ from helios_jax.train import remote_lock
 log = logging.getLogger(__name__)
 
 NAME = 'writer.lock'
-READ_SECONDS = 1.0  # for a writer that has just locked to say who it is
+READ_SECONDS = 1.0  # time for a writer that has just locked to say who it is
 
 
 @runtime_checkable
 class Lock(Protocol):
-    """What a run is given."""
+    """Interface of the lock that a run holds."""
 
     def begin(self) -> None:
         """Declares that the workdir is about to be changed."""
@@ -78,7 +78,7 @@ def hold(workdir: epath.Path) -> Iterator[Lock]:
 
 
 def identity() -> dict[str, Any]:
-    """Who this process is, for whoever finds its lock."""
+    """Describes this process for whoever finds its lock."""
     now = datetime.datetime.now(datetime.UTC).isoformat(timespec='seconds')
     return {'host': socket.gethostname(), 'pid': os.getpid(), 'since': now}
 
@@ -110,8 +110,8 @@ class LocalLock(OthersLock):
             )
         self._path.write_text(json.dumps(writer))
 
-    def restore(self) -> None:
-        """Leaves an empty file after a run, and what was found after a refused command."""
+    def leave(self) -> None:
+        """Leaves an empty file after a run, and the file as it was after a refused command."""
         if self._changed:
             self._path.write_text('')
         elif self._found is None:
@@ -145,7 +145,7 @@ def _local(workdir: epath.Path) -> Iterator[Lock]:
         with contextlib.ExitStack() as stack:
             stack.callback(system_lock.release)
             held = LocalLock(path, is_new=is_new)
-            stack.callback(held.restore)
+            stack.callback(held.leave)
             held.write(identity())
             yield held
     finally:

@@ -1,4 +1,4 @@
-"""A training run, from a config to a report.
+"""Runs a training, from a config to a report.
 
     agree → lock → prepare data → restore or initialise → compile
     → (batch → step → log, evaluate, save)* → report
@@ -79,7 +79,7 @@ def train(cfg: config.Config, workdir: epath.PathLike) -> dict[str, float]:
 def run_steps(
     run: Run, state: states.TrainState, samples: int, stop: cluster.StopRequest
 ) -> tuple[states.TrainState, dict[str, float]]:
-    """Steps until the end or until told to stop; the state is saved when this returns.
+    """Runs steps until the end or until told to stop; the state is saved when this returns.
 
     Nothing in the workdir changes before the step is compiled.
     """
@@ -134,7 +134,7 @@ def run_steps(
 
 
 def verified_step(run: Run, state: states.TrainState, batch: pipeline.Batch) -> Any:
-    """The step compiled for these arrays, with evidence of what it saves for its backward pass.
+    """Compiles the step for these arrays; returns it if it saves what was asked for.
 
     Raises:
       UserError: an action of memory.actions that did not take effect.

@@ -1,4 +1,4 @@
-"""A run's figures: metrics.jsonl always, TensorBoard beside it, and a line or a bar for people.
+"""Writes a run's figures: metrics.jsonl, TensorBoard beside it, and a line or a bar for people.
 
 One JSON object a line, each with its `step`. What depends on the clock is named `time/…`, and what
 depends on the machine's memory `device/…`, so that two runs can be compared without them. Process 0
@@ -23,7 +23,7 @@ REMOTE_SECONDS = 30  # object stores cannot append: between two rewrites of the 
 
 
 class MetricWriter:
-    """Use as a context: leaving it writes what is left.
+    """Writes the metrics of a run. Use it as a context: leaving it writes what is left.
 
     Args:
       workdir: holds metrics.jsonl and tensorboard/.
@@ -101,7 +101,7 @@ class MetricWriter:
 
 
 def read(path: epath.PathLike) -> list[dict[str, Any]]:
-    """The objects of a metrics.jsonl; a torn last line is left out.
+    """Reads the objects of a metrics.jsonl; a torn last line is left out.
 
     Raises:
       UserError: no such file, or another line is no JSON.

@@ -25,12 +25,12 @@ from helios_jax.errors import UserError
 
 Key = tuple[str, ...]  # a parameter's place in the tree
 MUON_MOMENTUM = 0.95
-MUON_RMS = 0.2  # of an update's elements, as AdamW's
+MUON_RMS = 0.2  # root mean square of an update's elements, as AdamW's
 
 
 @dataclasses.dataclass(frozen=True)
 class Rule:
-    """How one parameter is updated; `rows` and `columns` are the axes of Muon's matrices."""
+    """Rule that updates one parameter; `rows` and `columns` are the axes of Muon's matrices."""
 
     name: str
     axes: Axes
@@ -48,7 +48,7 @@ def muon_dimensions(axes: Axes) -> MuonDimensionNumbers | None:
 
 
 def rules(config: Optimizer, axes: PyTree, params: PyTree) -> list[Rule]:
-    """The rule of every parameter, in the tree's order.
+    """Lists the rule of every parameter, in the tree's order.
 
     Args:
       axes: the logical axes (a tuple of names) of each array of `params`, in the same tree.
@@ -76,7 +76,7 @@ def rules(config: Optimizer, axes: PyTree, params: PyTree) -> list[Rule]:
 
 
 def schedule(config: Optimizer, num_steps: int) -> optax.Schedule:
-    """Learning rate of each update, by the count of updates made before it.
+    """Makes the learning rate of each update, by the count of updates made before it.
 
     Rises linearly from peak / warmup_steps at the first update to the peak at update number
     warmup_steps, then falls; the last update of the run takes final_fraction · peak, however short
@@ -97,7 +97,7 @@ def schedule(config: Optimizer, num_steps: int) -> optax.Schedule:
 
 
 def make(config: Optimizer, num_steps: int, axes: PyTree) -> optax.GradientTransformation:
-    """The optimizer of parameters with these logical axes.
+    """Makes the optimizer of parameters with these logical axes.
 
     Moments are computed in float32 and stored in `moments_dtype`; the learning rate follows a count
     in the state, so that a restored state goes on exactly.
@@ -119,11 +119,11 @@ def make(config: Optimizer, num_steps: int, axes: PyTree) -> optax.GradientTrans
 
 
 def state_shardings(state: PyTree, shardings: PyTree[jax.sharding.NamedSharding]) -> PyTree:
-    """Where an optimizer's state lives: a moment with its parameter, the rest everywhere.
+    """Shardings of an optimizer's state: a moment's is its parameter's, the rest is replicated.
 
     Args:
-      state: of `make(…).init`, arrays or shapes.
-      shardings: of each parameter.
+      state: result of `make(…).init`, arrays or shapes.
+      shardings: sharding of each parameter.
     """
     of_parameter = flatten_dict(shardings)
     mesh = next(iter(of_parameter.values())).mesh
@@ -134,15 +134,15 @@ def state_shardings(state: PyTree, shardings: PyTree[jax.sharding.NamedSharding]
 
 
 def owners(state: PyTree, keys: Collection[Key]) -> dict[str, Key]:
-    """Path of each array of an optimizer's state → the parameter that it is a moment of, or ().
+    """Maps the path of each array of an optimizer's state to its moment's parameter, or ().
 
     Args:
-      keys: of the parameters, as of `flatten_dict`.
+      keys: keys of the parameters, as of `flatten_dict`.
     """
 
     def owner(path: tuple[Any, ...]) -> Key:
         # It ends with its parameter's, whatever optax wraps around it.
-        names = tuple(getattr(part, 'key', None) for part in path)
+        names = tuple(getattr(entry, 'key', None) for entry in path)
         return next((names[i:] for i in range(len(names)) if names[i:] in keys), ())
 
     paths = [path for path, _ in jax.tree_util.tree_leaves_with_path(state)]
@@ -150,7 +150,7 @@ def owners(state: PyTree, keys: Collection[Key]) -> dict[str, Key]:
 
 
 def clip(config: Optimizer, gradients: PyTree, norm: Float[Array, '']) -> PyTree:
-    """`optax.clip_by_global_norm` of some of the gradients, whose norm in all is given."""
+    """Clips some gradients as `optax.clip_by_global_norm` does, given the norm of all."""
     if not config.clip_norm:
         return gradients
     small = norm < config.clip_norm
@@ -185,7 +185,7 @@ def _muon_and_adam(config: Optimizer, axes: PyTree) -> optax.GradientTransformat
 
 
 def _stored(config: Optimizer, inner: optax.GradientTransformation) -> optax.GradientTransformation:
-    """`inner`, with its moments (`mu`, `nu`) kept in `moments_dtype` between updates."""
+    """Wraps `inner`, so that moments (`mu`, `nu`) are kept in `moments_dtype` between updates."""
 
     def cast(state, dtype):
         moments = {name: getattr(state, name) for name in ('mu', 'nu') if hasattr(state, name)}

@@ -1,4 +1,4 @@
-"""What a run reports while it goes on, and what stops it."""
+"""Shows the progress of a run, and stops it where a figure is no longer finite."""
 
 import contextlib
 import logging
@@ -36,7 +36,7 @@ class Progress:
         self._throughput.add(reported)
 
     def figures(self, step: int, reported: Mapping[str, jax.Array]) -> dict[str, float]:
-        """The metrics of a step, and the speed of all steps since the last call.
+        """Returns the metrics of a step, and the speed of all steps since the last call.
 
         Raises:
           UserError: a figure that is no longer finite.
@@ -50,7 +50,7 @@ class Progress:
 
 
 def announce(run: Run, first: int) -> None:
-    """Says what will be trained, on what, and what in it will not learn."""
+    """Prints what will be trained, and on what; warns of a router that will not learn."""
     cfg, device = run.config, jax.devices()[0]
     size = sum(leaf.size for leaf in jax.tree.leaves(run.setup.state.params))
     display.say(
@@ -63,7 +63,7 @@ def announce(run: Run, first: int) -> None:
 
 
 def router_warning(model: config.Model) -> str:
-    """What a router learns from where each token has one expert; '' where it learns as usual."""
+    """Text on how a router learns where a token has one expert; '' if it learns as usual."""
     moe = model.moe
     has_router = any(kind.startswith('moe') for kind in model.layer_kinds) and moe.num_experts > 1
     if not has_router or moe.num_experts_per_token > 1:
@@ -102,7 +102,7 @@ def check_finite(run: Run, step: int, reported: Mapping[str, Any]) -> None:
 
 
 def peak_memory() -> dict[str, float]:
-    """`device/peak_gib`: the most that one of this process's devices has held; {} if none says."""
+    """Returns `device/peak_gib`, the most that a device of this process has held; {} if unknown."""
     stats = [device.memory_stats() or {} for device in jax.local_devices()]
     peaks = [s['peak_bytes_in_use'] for s in stats if 'peak_bytes_in_use' in s]
     return {'device/peak_gib': max(peaks) / GIB} if peaks else {}
@@ -112,7 +112,7 @@ def peak_memory() -> dict[str, float]:
 def profiled(run: Run, nth: int) -> Iterator[bool]:
     """Profiles `train.profile_steps` steps from the run's tenth on, into workdir/profile.
 
-    Yields whether the profile ends with this step, the run's nth.
+    Yields True if the profile ends with this step, the run's nth.
     """
     count = run.config.train.profile_steps
     ends = count > 0 and nth == 9 + count

@@ -1,4 +1,4 @@
-"""A workdir's lock on an object store: an object that says who writes, kept alive by a heartbeat.
+"""Locks a workdir on an object store: an object names the writer, kept alive by a heartbeat.
 
 The object is made under the precondition that there is none (`ifGenerationMatch=0` on gs://), so of
 two writers one wins. Its writer rewrites it every BEAT_SECONDS. A lock that does not change for
@@ -38,8 +38,8 @@ class RemoteLock:
     """One object, which this process tries to own.
 
     Args:
-      path: of the object, as `file_system` names it.
-      writer: who this is, for those who find the lock.
+      path: path of the object, as `file_system` names it.
+      writer: description of this process, for those who find the lock.
     """
 
     def __init__(
@@ -136,7 +136,7 @@ class RemoteLock:
         return json.dumps(self._writer).encode()
 
     def _read(self) -> dict[str, Any] | None:
-        """The lock's content, {} if it is no JSON object, None if there is no lock."""
+        """Reads the lock's content: {} if it is no JSON object, None if there is no lock."""
         try:
             content = json.loads(self._file_system.cat_file(self._path))
         except FileNotFoundError:
@@ -146,7 +146,7 @@ class RemoteLock:
         return content if isinstance(content, dict) else {}
 
     def _generation(self) -> str:
-        """What identifies this version of the object on gs://, '' elsewhere."""
+        """Version of the object on gs://; '' elsewhere."""
         if not hasattr(self._file_system, 'call'):
             return ''
         self._file_system.invalidate_cache()

@@ -1,4 +1,4 @@
-"""report.md: what was run, on what, how it went, and a sample."""
+"""Writes report.md: what was run, on what, how it went, and a sample."""
 
 import importlib.metadata
 import io
@@ -21,7 +21,7 @@ LOSS, HELD_OUT, LOST = 'loss', 'eval/bits_per_byte', 'eval/lost_fraction'
 
 
 def environment() -> dict[str, dict[str, str]]:
-    """`versions` of Python and the packages, and the `hardware` that this process sees."""
+    """Returns `versions` of Python and the packages, and the `hardware` of this process."""
     device = jax.devices()[0]
     return {
         'versions': {'python': platform.python_version()} | {p: _version(p) for p in PACKAGES},
@@ -60,15 +60,17 @@ def write(
     (workdir / 'curves.png').write_bytes(curves(lines))
     sections = [
         '# Training report',
-        _table({label: f'{n} {unit}'.strip() for label, n, unit in figures.table(final)}, 'result'),
+        _markdown(
+            {label: f'{n} {unit}'.strip() for label, n, unit in figures.labelled(final)}, 'result'
+        ),
         '## Curves\n\n![Loss and held-out bits per byte against the step](curves.png)',
         f'## Sample\n\n{fenced(sample)}',
-        f'## Data\n\n{_table({name: figures.number(n) for name, n in data.items()}, "data")}',
+        f'## Data\n\n{_markdown({name: figures.number(n) for name, n in data.items()}, "data")}',
         *(
-            f'## {name.capitalize()}\n\n{_table(values, name)}'
+            f'## {name.capitalize()}\n\n{_markdown(values, name)}'
             for name, values in environment.items()
         ),
-        f'## Config\n\n{_table(_flat(config_dict), "setting")}',
+        f'## Config\n\n{_markdown(_flat(config_dict), "setting")}',
     ]
     path = workdir / 'report.md'
     path.write_text('\n\n'.join(sections) + '\n')
@@ -76,7 +78,7 @@ def write(
 
 
 def curves(lines: list[dict[str, Any]]) -> bytes:
-    """A PNG of the training loss and, where there are evaluations, of held-out bits per byte."""
+    """Draws a PNG of the training loss and, if there are evaluations, of held-out bits per byte."""
     names = [LOSS] + [HELD_OUT] * any(HELD_OUT in line for line in lines)
     figure = Figure(figsize=(5 * len(names), 3.6), layout='constrained')
     lossy = any(LOST in line for line in lines)
@@ -98,13 +100,13 @@ def curves(lines: list[dict[str, Any]]) -> bytes:
 
 
 def fenced(text: str) -> str:
-    """A code block that no run of backticks within the text can close."""
+    """Makes a code block that no run of backticks within the text can close."""
     longest = max((len(run) for run in re.findall('`+', text)), default=0)
     fence = '`' * max(3, longest + 1)
     return f'{fence}text\n{text}\n{fence}'
 
 
-def _table(values: Mapping[str, Any], heading: str) -> str:
+def _markdown(values: Mapping[str, Any], heading: str) -> str:
     rows = [f'| {heading} | value |', '|---|---|']
     return '\n'.join(
         rows + [f'| {_cell(name)} | {_cell(value)} |' for name, value in values.items()]

@@ -1,4 +1,4 @@
-"""Where a run begins: at its own newest step, at another run's parameters, or fresh."""
+"""Starts a run from its own newest step, from another run's parameters, or fresh."""
 
 import dataclasses
 import logging
@@ -20,7 +20,7 @@ from helios_jax.train.run import flat_settings, variables
 
 log = logging.getLogger(__name__)
 
-ITEMS = ('params', 'optimizer', 'router')  # what a checkpoint holds of the state
+ITEMS = ('params', 'optimizer', 'router')  # the items of the state in a checkpoint
 
 # Settings that may change when a run is resumed: none changes what a step computes, but for
 # num_steps, where the learning rate's schedule ends.
@@ -36,10 +36,10 @@ FREE_TO_CHANGE = (
 def own_step(
     workdir: epath.Path, cfg: config.Config, items: Sequence[str] = ()
 ) -> checkpoint.Opened | None:
-    """The step that a run in `workdir` goes on from; None where there is none yet.
+    """Opens the step that a run in `workdir` goes on from; None if there is none yet.
 
     Args:
-      items: which must be intact; steps where they are not are passed over.
+      items: items that must be intact; steps where they are not are passed over.
     Raises:
       UserError: the run there has other settings or is further than this one is to go; something
         without a manifest lies where this run will save; metrics.jsonl cannot be read.
@@ -63,7 +63,7 @@ def own_step(
 
 
 def parent_step(setup: states.Setup, tokenizer: tokenizers.Tokenizer) -> checkpoint.Opened | None:
-    """The latest step of `train.init_from`, whose parameters fit; None if that is not set.
+    """Opens the latest step of `train.init_from`, whose parameters fit; None if that is not set.
 
     Raises:
       UserError: no checkpoint there, another tokenizer, or arrays of another shape.
@@ -90,7 +90,7 @@ def parent_step(setup: states.Setup, tokenizer: tokenizers.Tokenizer) -> checkpo
 def initial_state(
     setup: states.Setup, own: checkpoint.Opened | None, parent: checkpoint.Opened | None
 ) -> tuple[states.TrainState, int]:
-    """The state to go on from, and the samples consumed so far."""
+    """Returns the state to go on from, and the samples consumed so far."""
     counter = setup.state.step
     if own is None:
         borrowed = load(setup, parent, *restoring.VARIABLES) if parent else {}
@@ -102,7 +102,7 @@ def initial_state(
 
 
 def load(setup: states.Setup, opened: checkpoint.Opened, *items: str) -> dict[str, PyTree]:
-    """Items of a checkpoint, where this run keeps them."""
+    """Restores items of a checkpoint to where this run keeps them."""
     abstract = {item: getattr(setup.state, item) for item in items}
     # A dense model has no router to be saved.
     return {item: opened.restore(item, tree) if tree else tree for item, tree in abstract.items()}

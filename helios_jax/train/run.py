@@ -1,4 +1,4 @@
-"""A run: what its parts share, what its processes must share, and how it is saved."""
+"""Holds the objects of a run, compares the facts of its processes, and saves it."""
 
 import dataclasses
 import functools
@@ -31,7 +31,7 @@ HOSTS_OWN = (
 
 @dataclasses.dataclass
 class Run:
-    """What the parts of a run share."""
+    """Objects that the functions of a run share."""
 
     workdir: epath.Path
     setup: states.Setup
@@ -50,7 +50,7 @@ class Run:
 
     @functools.cached_property
     def tokenizer_files(self) -> tuple[str, dict[str, bytes]]:
-        """How a reader loads the tokenizer, and what its files hold, by name."""
+        """Spec by which a reader loads the tokenizer, and the contents of its files by name."""
         with tempfile.TemporaryDirectory() as folder:
             spec = self.tokenizer.save(epath.Path(folder))
             return spec, {path.name: path.read_bytes() for path in epath.Path(folder).iterdir()}
@@ -61,14 +61,14 @@ def variables(state: states.TrainState) -> PyTree:
 
 
 def readable(run: Run, state: states.TrainState) -> PyTree:
-    """`variables` on the device, for the model to read: the copy that a step would make."""
+    """Returns `variables` on the device for the model to read, in the copy that a step makes."""
     if run.config.memory.parameters == 'device':
         return variables(state)
     return variables(state.replace(params=run.to_working_copy(state.params)))
 
 
 def shared_facts(cfg: config.Config, tokenizer: tokenizers.Tokenizer) -> dict[str, Any]:
-    """What every process of a run must have alike before anything is compiled."""
+    """Facts that must be equal in every process of a run before anything is compiled."""
     settings = flat_settings(dataclasses.asdict(cfg))
     return {
         **{name: value for name, value in settings.items() if name not in HOSTS_OWN},
@@ -114,7 +114,7 @@ def save(run: Run, state: states.TrainState, step: int, scores: dict[str, float]
 
 @functools.cache
 def _source_digest() -> str:
-    """What this installation's code is, whatever its version says."""
+    """Digest of this installation's code, whatever its version says."""
     root = pathlib.Path(__file__).parent.parent
     digest = hashlib.sha256()
     for path in sorted(root.rglob('*.py')):

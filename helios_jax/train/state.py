@@ -1,4 +1,4 @@
-"""The training state: what a step reads and replaces, and where each part of it lives."""
+"""Training state: the arrays that a step reads and replaces, and where each of them lives."""
 
 import dataclasses
 from typing import Any
@@ -26,14 +26,14 @@ class TrainState(flax.struct.PyTreeNode):
 
 @dataclasses.dataclass(frozen=True)
 class Setup:
-    """Everything a step is made from; holds no arrays."""
+    """Everything that a step is made from; holds no arrays."""
 
     config: config.Config
     mesh: jax.sharding.Mesh | jax.sharding.AbstractMesh
     model: Transformer
     optimizer: optax.GradientTransformation
     axes: PyTree  # logical axes of each parameter
-    state: TrainState  # of ShapeDtypeStructs with shardings
+    state: TrainState  # a tree of ShapeDtypeStructs with shardings
 
 
 def create(
@@ -72,14 +72,14 @@ def create(
 
 
 def in_memory(kind: str, shardings: PyTree) -> PyTree:
-    """The shardings, in the memory of the devices or of their host."""
+    """Moves shardings to the memory of the devices or of their host."""
     if kind == 'device':
         return shardings
     return jax.tree.map(lambda where: where.with_memory_kind('pinned_host'), shardings)
 
 
 def initialize(setup: Setup) -> TrainState:
-    """Fresh state, each array made where it lives."""
+    """Makes a fresh state, each array where it lives."""
 
     def init() -> TrainState:
         tokens = jnp.zeros((1, 2), jnp.int32)

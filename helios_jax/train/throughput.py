@@ -1,4 +1,4 @@
-"""How fast a run trains: tokens a second, and the share of the devices' peak FLOP/s.
+"""Training speed: tokens a second, and the share of the devices' peak FLOP/s.
 
 Both figures of `helios train` and of `helios bench train` come from here.
 """
@@ -22,7 +22,7 @@ IN_FLIGHT = 64  # steps that the host may be ahead of the device
 
 
 def mean_context(model: config.Model, batch: Batch) -> dict[str, Float[Array, '']]:
-    """How many tokens attention sees from a token, itself included: the mean over real tokens.
+    """Mean number of tokens that attention sees from a real token, itself included.
 
     `mean_window_context` is that of layers with a window, where the model has any.
     """
@@ -60,10 +60,10 @@ class Throughput:
             self._fetch(IN_FLIGHT)  # steps that have ended
 
     def figures(self, seconds: float) -> dict[str, float]:
-        """Speed over the steps added since the last call, and starts anew.
+        """Returns the speed over the steps added since the last call, and starts anew.
 
         Args:
-          seconds: that the steps took, all together.
+          seconds: time that the steps took, all together.
         Returns:
           `tokens_per_second` (padding left out), `mfu` (every row counted as one document, as the
           convention is) and `segment_mfu` (what attention saw); MFU is NaN where the peak is.
@@ -95,12 +95,12 @@ class Throughput:
 
 
 class Lap(NamedTuple):
-    step_seconds: float  # of all steps together, their wait for data included
+    step_seconds: float  # time of all steps together, with their wait for data
     figures: dict[str, float]
 
 
 class Timer:
-    """Wall clock of a training loop on this host, split by what it was spent on.
+    """Measures the wall time of a training loop on this host, by what it was spent on.
 
     `measure('data_wait')` goes around fetching each step's batch and counts the steps. Steps run
     asynchronously: call `lap` once the last one's metrics are on the host.
@@ -108,7 +108,7 @@ class Timer:
 
     def __init__(self) -> None:
         self._start = time.perf_counter()
-        self._seconds: Any = collections.Counter()  # of floats
+        self._seconds: Any = collections.Counter()  # seconds as floats
         self._steps = 0
 
     @contextlib.contextmanager
@@ -121,7 +121,7 @@ class Timer:
             self._steps += name == 'data_wait'
 
     def lap(self) -> Lap:
-        """Where the time since the last call went, and starts anew.
+        """Returns where the time since the last call went, and starts anew.
 
         A step's time is all that was not measured as something else, with its wait for data.
         """

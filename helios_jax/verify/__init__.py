@@ -1,1 +1,1 @@
-"""What is right: float64 oracles, the cases they judge, and bounds that an error must keep."""
+"""Verifies kernels: float64 oracles, cases to judge, and bounds that errors must keep."""

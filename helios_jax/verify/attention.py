@@ -1,4 +1,4 @@
-"""Attention held against float64, and how large its error may be.
+"""Compares attention with float64, and bounds how large its error may be.
 
     helios bench attention --verify [--cases=N] [--jobs=N]
 
@@ -39,7 +39,7 @@ class Check(NamedTuple):
     case: Case
     faults: list[str]  # none: it passed
     worst: float  # the largest error, as a fraction of what is allowed
-    seconds: float  # that the attention took, compilation included
+    seconds: float  # time that the attention took, compilation included
 
 
 def check(attention: Callable[..., jax.Array], chosen: Iterable[Case]) -> Iterator[Check]:
@@ -65,7 +65,7 @@ def kernels(case: Case, **options: Any) -> Callable[..., jax.Array]:
     return functools.partial(tpu.attention, **options)
 
 
-def report(number: int, jobs: int) -> None:
+def check_cases(number: int, jobs: int) -> None:
     """Checks cases of the product in an order that makes the first ones a sample of all.
 
     A TPU runs the compiled kernels; elsewhere they are interpreted, which takes seconds a case.
@@ -136,7 +136,7 @@ def judge(
     for by in range(PLAIN_RUNS):
         plain.append(total_of(given, shifted(given.calls, by), dtype))
         faults, worst = _faults_of(actual, exact, plain, unseen)
-        if not faults or worst > 2:  # beyond luck
+        if not faults or worst > 2:  # more than chance explains
             break
     return faults, worst
 
@@ -173,7 +173,7 @@ def total_of(given: Example, calls: list[Call], operand: str = '') -> list[np.nd
 
 
 def shifted(calls: list[Call], by: int) -> list[Call]:
-    """Moves all positions by as much, which changes how the same attention rounds."""
+    """Moves all positions by the same amount, which changes how the same attention rounds."""
 
     def later(positions: Any) -> Any:
         return None if positions is None else positions + positions.dtype.type(by)

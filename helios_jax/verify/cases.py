@@ -101,7 +101,7 @@ def covering(strength: int = 2) -> list[Case]:
 
 
 class Call(NamedTuple):
-    """What one call of attention takes beside q, k and v."""
+    """Arguments of one call of attention beside q, k and v."""
 
     tokens: Tokens
     setting: Setting

@@ -59,7 +59,9 @@ found = {
     'sharding_q_norm': list(layer['attention']['q_norm']['scale'].sharding.spec),
     'sharding_up': list(layer['mlp']['up']['w'].sharding.spec),
     'sharding_embed': list(params['embed']['w'].sharding.spec),
-    'sharding_table': [row for row in sharding.table().splitlines() if row.startswith('vocab ')],
+    'sharding_table': [
+        row for row in sharding.rules_text().splitlines() if row.startswith('vocab ')
+    ],
     'optimizer_up': [up.optimizer, up.decay],
     'dry_run_up': [row.split()[2:5] for row in described if '.mlp.up.w' in row],
     'policy': policy.actions(cfg.memory).get('invented'),

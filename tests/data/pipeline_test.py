@@ -15,7 +15,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from helios_jax import config
 from helios_jax.data import baselines, corpora, documents, pipeline, tokenizer
-from helios_jax.data.rows import Rows, Source, changes
+from helios_jax.data.rows import Mixture, Rows, changes
 from helios_jax.errors import UserError
 
 BYTES = tokenizer.load('bytes')
@@ -123,7 +123,7 @@ def test_batch_size_may_change_on_the_way(single):
 
 
 def test_each_epoch_has_every_row_in_another_order(single):
-    (rows,) = single.train.parts
+    (rows,) = single.train.corpora
     orders = [
         [single.train.locate(epoch * len(rows) + i, seed)[1] for i in range(len(rows))]
         for seed in (0, 1)
@@ -136,7 +136,7 @@ def test_each_epoch_has_every_row_in_another_order(single):
 @given(st.lists(st.integers(1, 50), min_size=1, max_size=4), st.integers(0, 10**12))
 def test_mixture_counts_grow_by_one_corpus_at_a_time(shares, num_samples):
     weights = corpora.parse(','.join(f'c{i}={share}' for i, share in enumerate(shares)))
-    source = Source(parts=(), weights=tuple(weight for _, weight in weights))
+    source = Mixture(corpora=(), weights=tuple(weight for _, weight in weights))
     before, after = source.counts(num_samples), source.counts(num_samples + 1)
     assert sum(before) == num_samples
     steps = [b - a for a, b in zip(before, after, strict=True)]
@@ -152,7 +152,7 @@ def test_mixture_gives_each_corpus_its_share(mixed):
     for start in range(0, 2000, 10):
         assert sum(part for part, _ in located[start : start + 10]) == 3
     # The smaller corpus goes round more often, and misses no row.
-    for part, rows in enumerate(mixed.train.parts):
+    for part, rows in enumerate(mixed.train.corpora):
         seen = [row for p, row in located if p == part]
         for epoch in range(len(seen) // len(rows)):
             rows_of_epoch = seen[epoch * len(rows) : (epoch + 1) * len(rows)]
@@ -169,7 +169,7 @@ def test_neighbouring_batches_are_not_alike():
         def __len__(self):
             return 10**6
 
-    source = Source((Many(),), (corpora.parse('x')[0][1],))
+    source = Mixture((Many(),), (corpora.parse('x')[0][1],))
     located = np.array([source.locate(sample, 0)[1] for sample in range(64 * 512)])
     means = located.reshape(512, 64).mean(1)
     assert abs(np.corrcoef(means[1:], means[:-1])[0, 1]) < 5 / math.sqrt(512)
@@ -296,7 +296,7 @@ def test_a_split_without_text_to_score_is_refused(directory, empty):
 def test_rows_that_are_damaged_are_named_while_training(directory, globs, kind):
     data = settings(directory / kind, globs[1], row_length=71)
     prepared = pipeline.prepare(data, BYTES)
-    (rows,) = prepared.train.parts
+    (rows,) = prepared.train.corpora
     (shard,) = rows.directory.glob('*array_record*')
     content = bytearray(shard.read_bytes())
     place = content.index(b'alpha')

@@ -14,7 +14,7 @@ from jax.experimental.pallas import tpu as pltpu
 
 from helios_jax.kernels.attention import Setting, Tokens, tpu
 from helios_jax.kernels.attention.tpu import work
-from helios_jax.kernels.quantize import restore, store
+from helios_jax.kernels.quantize import dequantize, store
 from helios_jax.verify import attention as verify
 from helios_jax.verify import cases
 from helios_jax.verify.oracle import oracle, visible
@@ -227,7 +227,7 @@ def test_backward_reads_what_the_forward_kernel_stored(form, keys):
     out, *gradients = verify.run(stored, rows)
     expected, lse = verify.jitted(functools.partial(tpu.forward, **options), *rows[:3], *call)
     np.testing.assert_array_equal(out, expected)
-    q, k, v = (np.asarray(restore(store(jnp.asarray(x), form), str(x.dtype))) for x in rows[:3])
+    q, k, v = (np.asarray(dequantize(store(jnp.asarray(x), form), str(x.dtype))) for x in rows[:3])
     backward = functools.partial(tpu.backward, **options)
     expected = verify.jitted(backward, q, k, v, out, lse, rows.cotangent, *call)
     for got, want in zip(gradients, expected, strict=True):

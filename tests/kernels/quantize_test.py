@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from helios_jax.kernels.quantize import LARGEST, LOST, restore, store
+from helios_jax.kernels.quantize import LARGEST, LOST, dequantize, store
 
 
 def rows(dtype='float32'):
@@ -31,7 +31,7 @@ def test_errors_are_those_of_the_format(form, error, dtype):
         jnp.dtype('uint8' if form == 'fp8' else 'int8'), jnp.int8,
     )  # fmt: skip
     assert (stored.payload.shape, stored.exponents.shape) == ((5, 7, 96), (5, 7))
-    x, back = np.asarray(x, np.float64), np.asarray(restore(stored, 'float32'), np.float64)
+    x, back = np.asarray(x, np.float64), np.asarray(dequantize(stored, 'float32'), np.float64)
     largest = np.abs(x).max(-1, keepdims=True)
     step = 2.0 ** np.asarray(stored.exponents, np.float64)[..., None]
     # The least power of two: half of it could not hold the largest value.
@@ -46,7 +46,7 @@ def test_zeros_stay_and_what_is_not_finite_becomes_nan(form):
     x = rows()
     x = x.at[0, 0].set(0).at[0, 1, 3].set(jnp.nan).at[0, 2, 5].set(-jnp.inf)
     stored = store(x, form)
-    back = restore(stored, 'bfloat16')
+    back = dequantize(stored, 'bfloat16')
     assert not back[0, 0].any()
     lost = np.zeros((5, 7), bool)
     lost[0, 1:3] = True
@@ -58,7 +58,7 @@ def test_zeros_stay_and_what_is_not_finite_becomes_nan(form):
 def test_the_smallest_and_the_largest_rows_survive(form):
     for magnitude in (2.0**-126, 3e38):
         x = jnp.full((1, 3), magnitude) * jnp.array([[1.0, -1.0, 0.0]])
-        np.testing.assert_allclose(restore(store(x, form), 'float32'), x, rtol=0.07)
+        np.testing.assert_allclose(dequantize(store(x, form), 'float32'), x, rtol=0.07)
 
 
 def test_a_policy_that_saves_the_names_does_not_round_them():
@@ -66,7 +66,7 @@ def test_a_policy_that_saves_the_names_does_not_round_them():
     from jax.ad_checkpoint import checkpoint_name
 
     def f(x):
-        return jnp.sum(jnp.sin(restore(checkpoint_name(store(x, 'fp8'), 'kept'), 'float32')))
+        return jnp.sum(jnp.sin(dequantize(checkpoint_name(store(x, 'fp8'), 'kept'), 'float32')))
 
     policy = jax.checkpoint_policies.save_only_these_names('kept')
     value = jax.jit(jax.checkpoint(f, policy=policy))(rows())
@@ -82,7 +82,7 @@ def bits(form: str, dtype: str) -> str:
     """What is stored of some rows, which each dtype that holds float32 holds alike."""
     x = np.random.default_rng(0).standard_normal((5, 96)).astype('float32')
     stored = store(jnp.asarray(x).astype(dtype), form)
-    assert restore(stored, dtype).dtype == dtype
+    assert dequantize(stored, dtype).dtype == dtype
     return hashlib.sha256(stored.payload.tobytes() + stored.exponents.tobytes()).hexdigest()
 
 
@@ -91,7 +91,7 @@ def test_wide_types_switched_on_change_no_bit():
     code = f"""
 import hashlib
 import jax.numpy as jnp, numpy as np
-from helios_jax.kernels.quantize import restore, store
+from helios_jax.kernels.quantize import dequantize, store
 {source}
 for form in ('fp8', 'int8'):
     print(*(bits(form, dtype) for dtype in ('bfloat16', 'float32', 'float64')))

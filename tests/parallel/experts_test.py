@@ -12,7 +12,7 @@ from helios_jax.parallel import experts
 from helios_jax.parallel import mesh as meshes
 
 B, T, D, F, E, X = 8, 6, 10, 14, 12, 3
-plan = jax.jit(experts.plan, static_argnums=(1, 2))
+assign_slots = jax.jit(experts.assign_slots, static_argnums=(1, 2))
 choices = st.lists(st.integers(0, 5), min_size=12, max_size=12)  # 5: none of ours
 
 
@@ -20,7 +20,7 @@ choices = st.lists(st.integers(0, 5), min_size=12, max_size=12)  # 5: none of ou
 @given(choices, st.sampled_from([0, 1, 2, 4]))
 def test_slots_and_sources_are_inverse_and_sorted_by_expert(chosen, capacity):
     num_experts, num_pairs = 5, len(chosen)
-    p = jax.tree.map(np.asarray, plan(jnp.array(chosen, jnp.int32), num_experts, capacity))
+    p = jax.tree.map(np.asarray, assign_slots(jnp.array(chosen, jnp.int32), num_experts, capacity))
     num_slots = len(p.source)
     counts = np.bincount(chosen, minlength=6)[:num_experts]
     kept = np.minimum(counts, capacity) if capacity else counts
@@ -46,7 +46,7 @@ def test_slots_and_sources_are_inverse_and_sorted_by_expert(chosen, capacity):
 @given(choices, st.sampled_from([0, 2]))
 def test_dispatch_and_collect_are_indexing_with_its_gradient(chosen, capacity):
     num_chosen, num_experts = 3, 5
-    p = plan(jnp.array(chosen, jnp.int32), num_experts, capacity)
+    p = assign_slots(jnp.array(chosen, jnp.int32), num_experts, capacity)
     tokens = len(chosen) // num_chosen
     rng = np.random.default_rng(0)
     x = jnp.array(rng.standard_normal((tokens, 7)), jnp.float32)

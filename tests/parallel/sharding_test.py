@@ -113,5 +113,5 @@ def test_constrain_moves_nothing_without_a_mesh_and_shards_with_one():
 
 
 def test_the_table_prints_every_rule():
-    lines = sharding.table().splitlines()
+    lines = sharding.rules_text().splitlines()
     assert [line.split()[0] for line in lines] == list(rules.RULES)

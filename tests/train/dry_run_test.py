@@ -37,7 +37,7 @@ def described() -> dict[str, str]:
 def test_the_config_printed_is_the_resolved_one(described):
     assert json.loads(described['Config']) == dataclasses.asdict(CONFIG)
     assert 'fsdp=4, expert=3, context=1, tensor=2' in described['Mesh of 24 devices']
-    assert described['Sharding rules'].strip() == sharding.table()
+    assert described['Sharding rules'].strip() == sharding.rules_text()
 
 
 def test_every_parameter_has_its_shape_axes_place_and_rule(described):

@@ -22,7 +22,7 @@ def test_the_table_has_units_and_whole_numbers_in_full_the_known_ones_first():
         'loss': 1.26018, 'bits_per_byte': 1.8203456, 'time/tokens_per_second': 65177.4,
         'time/mfu': 0.4567, 'gzip_bits_per_byte': 1.87,
     }  # fmt: skip
-    assert figures.table(values) == [
+    assert figures.labelled(values) == [
         ('held-out text', '1.8203', 'bits/byte'),
         ('gzip -9 on it', '1.8700', 'bits/byte'),
         ('held-out loss', '1.2602', 'nats/token'),

@@ -90,7 +90,7 @@ def describe_trial(row: Row) -> str:
 
 
 def finished(row: Row, nothing: Row, problem: Problem) -> Row:
-    """Completes a layer's row by what attention adds to the layer that does nothing."""
+    """Adds to a layer's row the time that attention takes beyond a layer that does nothing."""
     chip = CHIPS[row['target']]
     around_ms = row['others_ms'] - nothing['others_ms']
     total_ms = row['kernel_ms'] + around_ms

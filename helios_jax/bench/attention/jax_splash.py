@@ -1,4 +1,4 @@
-"""jax's splash attention as a candidate, and what tokamax's (tokamax.py) shares with it.
+"""Makes jax's splash attention a candidate, and holds what tokamax's (tokamax.py) shares with it.
 
 kernels.attention.rotation rotates queries and keys, in the layout [B N T H] that the peers' kernels
 take. How often their regions run follows from the tables that the peers hand to their own kernels,

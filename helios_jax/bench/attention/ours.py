@@ -1,4 +1,4 @@
-"""Our attention kernels as a candidate, and how often their regions run."""
+"""Makes our attention kernels a candidate, and counts how often their regions run."""
 
 from typing import Any
 

@@ -34,7 +34,7 @@ class Problem:
     heads: int = 32
     kv_heads: int = 8
     head_dim: int = 128
-    documents: int = 1  # in a row, of random lengths
+    documents: int = 1  # documents in a row, of random lengths
     window: int = 0
 
     def __post_init__(self) -> None:

@@ -1,4 +1,4 @@
-"""The implementations of attention that can be compiled, and one compilation of one of them."""
+"""Table of the attention implementations that can be compiled, and the task of compiling one."""
 
 import concurrent.futures
 import dataclasses
@@ -19,39 +19,39 @@ MIB = 2**20
 Row = dict[str, Any]
 
 
-class Implementation(NamedTuple):
-    """Options that are worth a try, and the candidate that one of them makes.
+class Candidates(NamedTuple):
+    """Candidates of one implementation: options worth a try, and a function that applies one.
 
     `Candidate.visits` says how often the regions of its kernels run: `Visits.bodies` names the
     branches and inner loops with vector work in the order of the code, `Visits.steps` counts the
     steps that are alike.
     """
 
-    variants: Callable[[Problem, str, str], list[dict[str, Any]]]  # for a pass, on a target
+    variants: Callable[[Problem, str, str], list[dict[str, Any]]]  # options for a pass on a target
     candidate: Callable[[Problem, dict[str, Any]], Candidate]
 
 
 NOTHING = 'nothing'
 OURS = 'helios'
 IMPLEMENTATIONS = {
-    OURS: Implementation(ours.variants, ours.candidate),
-    'jax_splash': Implementation(jax_splash.variants, jax_splash.candidate),
-    'tokamax': Implementation(tokamax.variants, tokamax.candidate),
-    NOTHING: Implementation(
+    OURS: Candidates(ours.variants, ours.candidate),
+    'jax_splash': Candidates(jax_splash.variants, jax_splash.candidate),
+    'tokamax': Candidates(tokamax.variants, tokamax.candidate),
+    NOTHING: Candidates(
         lambda shape, which, target: [{}], lambda shape, options: problem.nothing()
     ),
 }
 
 
 class Task(NamedTuple):
-    """One compilation."""
+    """One compilation of a candidate for a TPU."""
 
     target: str
     problem: dict[str, int]
     which: str  # forward | backward
     implementation: str
     options: dict[str, Any]
-    alone: bool  # without the projections
+    alone: bool  # True: leave out the projections
     lengths: tuple[int, ...] = ()  # more lengths to predict from the same schedule
 
 

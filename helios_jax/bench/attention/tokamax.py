@@ -1,4 +1,4 @@
-"""tokamax's splash attention (the extra `bench`) as a candidate, set up as jax_splash.py's."""
+"""Makes tokamax's splash attention (the extra `bench`) a candidate, as jax_splash.py does jax's."""
 
 import importlib.metadata
 import re

@@ -35,14 +35,14 @@ class Operation(NamedTuple):
     name: str
     opcode: str
     kernel: bool  # Pallas made it
-    times: float  # how often it runs in one run of the program
-    seconds: float  # what one run takes; 0 for a kernel, whose time is not known here
+    times: float  # number of runs in one run of the program
+    seconds: float  # time of one run; 0 for a kernel, whose time is not known here
     hbm_bytes: float  # operands and results that are not in VMEM
-    vmem_bytes: int  # that it allocates while it runs
+    vmem_bytes: int  # VMEM that it allocates while it runs
 
 
 class Program(NamedTuple):
-    """A compiled program: what it runs, and the schedule of each operation by name."""
+    """A compiled program: its operations, and the schedule of each one by name."""
 
     operations: list[Operation]
     schedules: dict[str, Schedule]
@@ -178,8 +178,8 @@ def turned(operation: Schedule, text: str) -> int:
 def loop(text: str, computations: dict[str, list[str]]) -> tuple[str, int]:
     """Finds the body of a while instruction, and how often it turns."""
     body, condition = (
-        re.search(rf'{part}=%([\w.\-]+)', text)[1]  # type: ignore[index]
-        for part in ('body', 'condition')
+        re.search(rf'{role}=%([\w.\-]+)', text)[1]  # type: ignore[index]
+        for role in ('body', 'condition')
     )
     known = re.search(r'"known_trip_count":\{"n":"(\d+)"', text)
     if known:

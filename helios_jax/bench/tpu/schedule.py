@@ -42,7 +42,7 @@ class Region:
 
     kind: str  # kernel | loop | predicated
     start: int  # address of its first bundle
-    cycles: int  # of its own bundles, without the regions inside
+    cycles: int  # cycles of its own bundles, without the regions inside
     busy: dict[str, int]  # unit-cycles of its own bundles, by unit
     inner: tuple['Region', ...]
 
@@ -81,7 +81,7 @@ class Schedule:
     """A compiled kernel."""
 
     code: Region
-    one_core: bool  # where a chip has several, one does all the work
+    one_core: bool  # True: one core does all the work, even where a chip has several
 
     @property
     def grid(self) -> Region:

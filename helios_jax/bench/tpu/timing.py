@@ -16,15 +16,15 @@ FLOAT, HALF = 4, 2  # bytes of a float32 and of a bfloat16
 
 
 class Step(NamedTuple):
-    """Grid steps that are alike."""
+    """A group of grid steps that are alike."""
 
-    number: float  # how many they are
-    runs: dict[str, float]  # how often each body runs in one of them; 0 where it is not named
+    number: float  # number of steps
+    runs: dict[str, float]  # runs of each body in one of them; 0 where it is not named
     hbm_bytes: float  # read and written for one of them: the blocks that differ from the last
 
 
 class Visits(NamedTuple):
-    """How often a kernel visits the regions of its code, for one problem."""
+    """Number of visits of a kernel to each region of its code, for one problem."""
 
     bodies: tuple[str, ...]  # names for `Schedule.bodies`, in the order of the code
     steps: list[Step]
@@ -55,15 +55,15 @@ def tally(runs: dict[str, np.ndarray], hbm_bytes: np.ndarray, batch: int) -> Vis
 
 
 class Prediction(NamedTuple):
-    """A kernel's time for one problem, and what it is made of."""
+    """A kernel's time for one problem, and the terms that it is the sum of."""
 
     grid_steps: float
     every_step: int  # cycles
     bodies: dict[str, int]  # cycles of one run
     spills: int  # vector registers stored to make room, in one run of each body
     num_cores: int
-    cycles: float  # of each core at work
-    waiting: float  # those cycles of them that it waits for HBM
+    cycles: float  # cycles of each core at work
+    waiting: float  # cycles among them in which the core waits for HBM
     mxu_share: float  # share of its cycles that all its MXUs are busy
     seconds: float
     hbm_bytes: float

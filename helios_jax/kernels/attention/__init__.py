@@ -28,9 +28,9 @@ Found = TypeVar('Found')
 
 
 class Blockwise(NamedTuple):
-    """Attention to some of a row's keys at a time, whose results the caller merges.
+    """Functions that attend to some of a row's keys at a time; the caller merges the results.
 
-    Both functions are kernels.attention.reference's of the same name.
+    They do what the functions of the same name do in kernels/attention/reference.py.
     """
 
     forward: Callable[..., tuple[Array, Array]]
@@ -50,7 +50,7 @@ class Implementation(NamedTuple):
     differentiable: bool = True  # has a backward pass
 
     def check(self, q: Array) -> None:
-        """Raises NotImplementedError, saying why, if it cannot take arrays like q, or not here."""
+        """Raises NotImplementedError, saying why, if it cannot take arrays like q here."""
         if q.dtype not in self.dtypes:
             raise NotImplementedError(f'cannot take {q.dtype}: only {", ".join(self.dtypes)}.')
         if q.shape[-1] % self.head_multiple:
@@ -101,8 +101,8 @@ def attention(
       v: values.
       tokens: positions and segment ids of queries and keys.
       setting: frequencies of the rotation, scales, window and soft cap.
-      residuals: what backward reads of q, k and v: '' themselves, 'fp8' or 'int8' what is left of
-        them in a byte a value, with a power-of-two scale for each token and head. The result is the
+      residuals: form of q, k and v that backward reads: '' as they are, 'fp8' or 'int8' rounded to
+        a byte a value, with a power-of-two scale for each token and head. The result is the
         same; an implementation that does not quantise keeps q, k and v themselves.
       implementation: 'auto', or a name in IMPLEMENTATIONS.
       platform: 'tpu', 'gpu' or 'cpu', where it is compiled for another machine; by default this
@@ -125,7 +125,7 @@ def attention(
 
 
 def blockwise(q: Array, implementation: str = 'auto', platform: str | None = None) -> Blockwise:
-    """The two functions of an implementation that attend to some of a row's keys at a time.
+    """Returns an implementation's functions that attend to some of a row's keys at a time.
 
     Raises:
       ValueError, NotImplementedError: as `attention`.
@@ -142,9 +142,9 @@ def blockwise(q: Array, implementation: str = 'auto', platform: str | None = Non
 def first_able(
     use: Callable[[Implementation], Found], q: Array, implementation: str, platform: str | None
 ) -> Found:
-    """`use` of the first implementation that can take q and that `use` does not refuse.
+    """Calls `use` with the first implementation that can take q and that `use` does not refuse.
 
-    The choice of 'auto' is logged: as a warning where an accelerator is left to the reference.
+    The choice of 'auto' is logged, as a warning if an accelerator has to take the reference.
     """
     if implementation not in ('auto', *IMPLEMENTATIONS):
         raise ValueError(

@@ -1,4 +1,4 @@
-"""What attention is told beside q, k and v: where the tokens stand, and what the operation is."""
+"""Arguments of attention beside q, k and v: positions of tokens, and settings."""
 
 import math
 from typing import Any, NamedTuple
@@ -12,11 +12,11 @@ DTYPES = ('bfloat16', 'float16', 'float32', 'float64')
 
 
 class Tokens(NamedTuple):
-    """Where queries and keys stand, from which follows who sees whom: arrays, or their shardings.
+    """Positions and segments of queries and keys: arrays, or their shardings.
 
-    A query sees a key of its own segment that is not later than itself. What is left out has one
-    meaning each, and the properties are the one place that gives it: an implementation asks them,
-    and never looks for a None.
+    A query sees a key of its own segment that is not later than itself. A missing field has one
+    meaning, and the properties are the one place that gives it: an implementation asks them
+    and never looks for a None itself.
     """
 
     positions: Any  # [B T], the queries' in their segments, int32 or float32
@@ -32,39 +32,39 @@ class Tokens(NamedTuple):
 
     @property
     def own_keys(self) -> bool:
-        """True: the keys are the queries' own tokens, and no query sees a later index."""
+        """True if the keys are the queries' own tokens; then no query sees a later index."""
         return self.key_positions is None
 
     @property
     def plain(self) -> bool:
-        """True: the rows are causal by index alone. Then nobody needs segment ids."""
+        """True if the rows are causal by index alone; then nobody needs segment ids."""
         return all(x is None for x in self[1:])
 
     @property
     def queries_masked(self) -> bool:
-        """True: ids tell queries and keys apart, and may mask out long stretches of queries."""
+        """True if keys have ids of their own; these may mask out long stretches of queries."""
         return self.key_segment_ids is not None
 
     @property
     def positions_of_keys(self) -> Any:
-        """[B S], int32 or float32."""
+        """Positions of the keys, [B S], int32 or float32."""
         return self.positions if self.key_positions is None else self.key_positions
 
     @property
     def ids_of_queries(self) -> Any:
-        """int32 [B T], ones where rows are one segment."""
+        """Segment ids of the queries, int32 [B T]; ones where rows are one segment."""
         return _ones(self.positions) if self.segment_ids is None else self.segment_ids
 
     @property
     def ids_of_keys(self) -> Any:
-        """int32 [B S], the queries' or ones unless the keys have their own."""
+        """Segment ids of the keys, int32 [B S]; by default the queries', or ones."""
         if self.key_segment_ids is not None:
             return self.key_segment_ids
         return self.ids_of_queries if self.key_positions is None else _ones(self.key_positions)
 
 
 class Setting(NamedTuple):
-    """What the operation is. The two arrays are leaves of the pytree; the rest is static."""
+    """Settings of the operation. The two arrays are leaves of the pytree; the rest is static."""
 
     # [H/2], radians per position by which the channels (i, i + H/2) of q and k are rotated.
     frequencies: Any
@@ -75,7 +75,7 @@ class Setting(NamedTuple):
 
     @property
     def logit_scale(self) -> float:
-        """`scale`, or 1/√H."""
+        """Factor on the logits: `scale`, or 1/√H by default."""
         return 1 / math.sqrt(2 * len(self.frequencies)) if self.scale is None else self.scale
 
 

@@ -1,7 +1,7 @@
 """Attention on NVIDIA: cuDNN's fused kernels, rotated outside the kernel.
 
-Plain causal rows go through jax's public function. Packed rows have no public way: jax's private
-one takes where each segment starts and how long it is, skips what lies outside the segments, and
+Plain causal rows go through jax's public function. Packed rows need jax's private one, which
+takes the start and the length of each segment, skips what lies outside the segments, and
 leaves those rows of its results unwritten. Its softmax statistics [B·M N T] and the gradients that
 it adds up [B·M T N H] grow with the most segments M that a row may have, so M is a small constant
 and longer lists take several calls.
@@ -35,7 +35,7 @@ def attention(
     tokens: Tokens,
     setting: Setting,
 ) -> Float[Array, 'B T N H']:
-    """`kernels.attention.attention` on one device's arrays.
+    """Computes `kernels.attention.attention` on one device's arrays.
 
     Raises:
       NotImplementedError: keys other than the queries' own tokens, a soft cap, a head size that
@@ -87,7 +87,7 @@ def packed(
     scale: float,
     window: int,
 ) -> Float[Array, 'B T N H']:
-    """Causal attention within runs of equal segment id, zeros where the id is 0.
+    """Computes causal attention within runs of equal segment id, zeros where the id is 0.
 
     A row of at most CUDNN_SEGMENTS runs takes one call; where a row has more, all take as many
     calls as the longest list needs.
@@ -108,7 +108,7 @@ def packed(
 
 
 def some(call: Call, q: Array, k: Array, v: Array, runs: Array) -> Array:
-    """Attention within runs 0 … CUDNN_SEGMENTS−1, zeros elsewhere."""
+    """Computes attention within runs 0 … CUDNN_SEGMENTS−1, zeros elsewhere."""
     # Masked on the way in too: what the kernel leaves unwritten in dq, dk and dv becomes zero.
     live = ((runs >= 0) & (runs < CUDNN_SEGMENTS))[:, :, None, None]
     q, k, v = (jnp.where(live, x, 0) for x in (q, k, v))
@@ -117,9 +117,9 @@ def some(call: Call, q: Array, k: Array, v: Array, runs: Array) -> Array:
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def in_turns(call: Call, q: Array, k: Array, v: Array, runs: Array) -> Array:
-    """Attention within all runs, CUDNN_SEGMENTS of each row at a time.
+    """Computes attention within all runs, CUDNN_SEGMENTS of each row at a time.
 
-    Nothing is saved for backward but the arguments: a result of every call would be an array as
+    Only the arguments are saved for backward: a result of every call would be an array as
     large as the whole result for every CUDNN_SEGMENTS tokens.
     """
     # A token is in one call alone, so that the sums are exact.
@@ -137,7 +137,7 @@ def _in_turns_backward(call: Call, saved: tuple[Array, ...], d_out: Array) -> tu
     def add(i: Array, totals: list[Array]) -> list[Array]:
         own = runs - i * CUDNN_SEGMENTS
         _, vjp = jax.vjp(lambda q, k, v: some(call, q, k, v, own), *arguments)
-        return [total + part for total, part in zip(totals, vjp(d_out), strict=True)]
+        return [total + one for total, one in zip(totals, vjp(d_out), strict=True)]
 
     zeros = [jnp.zeros_like(x) for x in arguments]
     return *jax.lax.fori_loop(0, num_turns(runs), add, zeros), None
@@ -147,7 +147,7 @@ in_turns.defvjp(_in_turns_forward, _in_turns_backward)
 
 
 def num_turns(runs: Int[Array, 'B T']) -> Int[Array, '']:
-    """How many calls the row with the most runs takes."""
+    """Number of calls that the row with the most runs takes."""
     return jnp.max(runs) // CUDNN_SEGMENTS + 1
 
 
@@ -167,7 +167,7 @@ def call_cudnn(
     scale: float,
     window: int,
 ) -> Float[Array, 'B T N H']:
-    """Attention within runs 0 … CUDNN_SEGMENTS−1; other rows of the result may hold anything."""
+    """Attends within runs 0 … CUDNN_SEGMENTS−1; other rows of the result may hold anything."""
     starts, lengths = extents(runs, CUDNN_SEGMENTS)
     offsets = jnp.pad(starts, ((0, 0), (0, 1)), constant_values=-1)
     return cudnn.dot_product_attention(
@@ -185,7 +185,7 @@ def call_cudnn(
 
 
 def extents(runs: Int[Array, 'B T'], M: int) -> tuple[Int[Array, 'B M'], Int[Array, 'B M']]:
-    """First index and length in tokens of runs 0 … M−1 of each row; −1 where there is none."""
+    """First indices and lengths of runs 0 … M−1 of each row, in tokens; −1 for absent runs."""
     T = runs.shape[1]
     member: Bool[Array, 'B T M'] = runs[:, :, None] == jnp.arange(M)[None, None]
     at = jnp.arange(T, dtype=jnp.int32)[None, :, None]

@@ -28,7 +28,7 @@ def attention(
     tokens: Tokens,
     setting: Setting,
 ) -> Float[Array, 'B T N H']:
-    """`kernels.attention.attention`; computes in float64 where q is float64."""
+    """Computes `kernels.attention.attention`, in float64 where q is float64."""
     return checkpoint_name(forward(q, k, v, tokens, setting)[0], 'attention_output')
 
 
@@ -39,7 +39,7 @@ def forward(
     tokens: Tokens,
     setting: Setting,
 ) -> tuple[Float[Array, 'B T N H'], Float[Array, 'B N T']]:
-    """Attention, and the float32 log-sum-exp of each query's logits: −∞ where it sees nothing.
+    """Returns attention, and each query's log-sum-exp of logits, float32: −∞ if it sees nothing.
 
     The first result is differentiable, the second a constant.
     """
@@ -57,10 +57,10 @@ def backward(
     tokens: Tokens,
     setting: Setting,
 ) -> tuple[Float[Array, 'B T N H'], Float[Array, 'B S K H'], Float[Array, 'B S K H']]:
-    """Gradients of q, k and v.
+    """Computes the gradients of q, k and v.
 
     Args:
-      out, lse: what `forward` gave, of these keys or of more that the queries see as well.
+      out, lse: the results of `forward` over these keys, or over more that the queries see.
     """
     cotangent = cotangent.astype(lse.dtype)
     delta = jnp.sum(out * cotangent, axis=-1).swapaxes(1, 2)
@@ -77,7 +77,7 @@ def over_blocks(
     tokens: Tokens,
     setting: Setting,
 ) -> tuple[Float[Array, 'B T N H'], Float[Array, 'B N T']]:
-    """`softmax_block`, or `weigh_block` by a given lse, for one block of queries at a time."""
+    """Runs `softmax_block`, or `weigh_block` by a given lse, one block of queries at a time."""
     B, T, N, H = q.shape
     S, K = k.shape[1:3]
     grouped = (B, K, N // K, -1)
@@ -118,7 +118,7 @@ def over_blocks(
 
 
 def blocks_of(x: Shaped[Array, '...'], axis: int) -> Shaped[Array, '...']:
-    """[… T …] → [blocks … QUERY_BLOCK …], the last block padded with zeros."""
+    """Cuts [… T …] into [blocks … QUERY_BLOCK …], the last block padded with zeros."""
     blocks = math.ceil(x.shape[axis] / QUERY_BLOCK)
     padding = [(0, 0)] * x.ndim
     padding[axis] = (0, blocks * QUERY_BLOCK - x.shape[axis])
@@ -133,7 +133,7 @@ def visible(
     key_segment_ids: Int[Array, 'B S'] | None,
     window: int,
 ) -> Bool[Array, 'B T S']:
-    """Which keys each query sees."""
+    """Mask of the keys that each query sees."""
     distance = positions[:, :, None] - key_positions[:, None, :]
     mask = distance >= 0
     if window:
@@ -150,7 +150,7 @@ def score_block(
     mask: Bool[Array, 'B T S'],
     softcap: float,
 ) -> Float[Array, 'B K G T S']:
-    """Logits of scaled, rotated queries; −∞ where the mask is False."""
+    """Computes the logits of scaled, rotated queries; −∞ where the mask is False."""
     B, K, G, T, H = queries.shape
     # The G queries of a key head share its matmul: one of G·T rows, not G of T.
     queries = queries.reshape(B, K, G * T, H)
@@ -164,7 +164,7 @@ def score_block(
 def softmax_block(
     logits: Float[Array, 'B K G T S'], values: Float[Array, 'B K S H']
 ) -> tuple[Float[Array, 'B K G T H'], Float[Array, 'B K G T']]:
-    """softmax(logits) values and the (constant) log-sum-exp; zeros and −∞ where all are masked."""
+    """Returns softmax(logits) values and the log-sum-exp, a constant; 0 and −∞ if all is masked."""
     top = jax.lax.stop_gradient(jnp.max(logits, axis=-1, initial=-jnp.inf))
     out, total = weigh_block(logits, values, top)
     total = jnp.where(total == 0, 1, total)
@@ -176,7 +176,7 @@ def weigh_block(
     values: Float[Array, 'B K S H'],
     tops: Float[Array, 'B K G T'],
 ) -> tuple[Float[Array, 'B K G T H'], Float[Array, 'B K G T']]:
-    """Σ exp(logits − tops) values and Σ exp(logits − tops)."""
+    """Returns Σ exp(logits − tops) values and Σ exp(logits − tops)."""
     B, K, G, T, S = logits.shape
     # A row without a visible key has top = −∞, and −∞ − −∞ is NaN.
     weights = jnp.exp(logits - jnp.where(jnp.isfinite(tops), tops, 0)[..., None])

@@ -11,7 +11,7 @@ def rotate(
     frequencies: Float[Array, 'R'],
     scale: float | Float[Array, ''] = 1.0,
 ) -> Float[Array, 'B T N H']:
-    """scale · R_t x, in pairs (i, i + H/2) of channels, as transformers' `rotate_half`.
+    """Computes scale · R_t x, in pairs (i, i + H/2) of channels, as transformers' `rotate_half`.
 
     Args:
       frequencies: radians per position, R = H/2 of them.

@@ -1,1 +1,1 @@
-"""What the compiler makes of a whole step for TPUs, and how near the planner comes to it."""
+"""Compiles whole steps for TPUs, and compares the planner's predictions with them."""

@@ -1,4 +1,4 @@
-"""What the compiler makes of a whole train step for a TPU topology, on any machine.
+"""Compiles a whole train step for a TPU topology, on any machine, and reads its bytes.
 
     helios plan --config=helios_8b --topology=v5p:2x2x4 --compile
 
@@ -23,7 +23,7 @@ from helios_jax.train.step import make_train_step
 
 
 def trace(cfg: config.Config, name: str) -> jax.stages.Traced:
-    """The train step of `cfg` for the devices of a topology, traced but not compiled.
+    """Traces the train step of `cfg` for the devices of a topology, without compiling it.
 
     Raises:
       UserError: not a TPU topology, or one that libtpu does not know; what a run would refuse.
@@ -57,8 +57,8 @@ def abstract_batch(
     )
 
 
-def measure(cfg: config.Config, name: str) -> dict[str, Any]:
-    """GiB per device of the compiled step, and the seconds it took to compile here.
+def compiled_figures(cfg: config.Config, name: str) -> dict[str, Any]:
+    """Compiles the step; returns GiB per device, and the seconds that compiling took here.
 
     `peak_gib` is what has to fit: arguments and what is alive beside them at the worst moment, that
     is `live_temp_gib`. `temp_gib` is more than that: a program whose arguments and temp together
@@ -66,7 +66,7 @@ def measure(cfg: config.Config, name: str) -> dict[str, Any]:
     each tensor that is saved for the backward pass.
 
     Raises:
-      UserError: also an action of memory.actions that did not take effect.
+      UserError: as `trace`; an action of memory.actions that did not take effect.
     """
     traced = trace(cfg, name)
     start = time.monotonic()
@@ -99,7 +99,7 @@ def measure(cfg: config.Config, name: str) -> dict[str, Any]:
 
 
 def predicted(made: Plan) -> dict[str, float]:
-    """The closed form's figures under the names of `measure`."""
+    """Returns the closed form's figures under the names of `compiled_figures`."""
     counted = made.memory
     return {
         'arguments_gib': counted.arguments_device / GIB,
@@ -111,7 +111,7 @@ def predicted(made: Plan) -> dict[str, float]:
 
 
 def comparison(made: Plan, measured: dict[str, Any]) -> str:
-    """Predicted against compiled, line by line."""
+    """Writes predicted beside compiled figures, line by line."""
     lines = [f'{"GiB a device":24} {"predicted":>10} {"compiled":>10} {"error":>8}']
     for name, value in predicted(made).items():
         true = measured[name]
@@ -122,7 +122,7 @@ def comparison(made: Plan, measured: dict[str, Any]) -> str:
 
 
 def explanation(measured: dict[str, Any]) -> str:
-    """What the compiled step saves for its backward pass, a line a tensor."""
+    """Lists what the compiled step saves for its backward pass, a line a tensor."""
     lines = [f'{"saved for backward":20} {"action":14} {"as":16} {"GiB a device":>12} {"host":>9}']
     for row in measured['saved']:
         device, host = row['device_bytes'] / GIB, row['host_bytes'] / GIB

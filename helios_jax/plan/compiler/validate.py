@@ -1,4 +1,4 @@
-"""The closed form against the compiler: 30 train steps, compiled for TPUs on any machine.
+"""Compares the closed form with the compiler: 30 train steps, for TPUs, on any machine.
 
     helios plan --validate
 
@@ -21,11 +21,11 @@ from helios_jax.plan.compiler import compiled
 TOPOLOGIES = ('v5e:2x2', 'v5p:2x2x1', 'v6e:2x2')
 POLICIES = ('full', 'fp8', 'offload', 'fp8_offload')
 ARGUMENTS_ERROR = 0.05  # largest relative error of argument bytes
-TEMPORARY_ERROR = 0.15  # of live temporaries
-OPTIMISM = 0.05  # how far the peak may lie above the prediction
+TEMPORARY_ERROR = 0.15  # largest relative error of live temporaries
+OPTIMISM = 0.05  # largest share by which the peak may lie above the prediction
 
 
-class Case(NamedTuple):
+class StepCase(NamedTuple):
     layers: str  # dense | moe
     policy: str
     topology: str
@@ -52,22 +52,23 @@ class Case(NamedTuple):
 
 
 CASES = [
-    Case(layers, policy, name)
+    StepCase(layers, policy, name)
     for name in TOPOLOGIES
     for layers in ('dense', 'moe')
     for policy in POLICIES
 ] + [
-    Case('dense', policy, name, changes.PARTS)
+    StepCase('dense', policy, name, changes.PARTS)
     for name in TOPOLOGIES
     for policy in ('full', 'fp8_offload')
 ]
 
 
-def errors(case: Case) -> dict[str, Any]:
-    """Predicted and compiled GiB of one case, and the relative errors of the prediction."""
+def errors(case: StepCase) -> dict[str, Any]:
+    """Predicts and compiles one case: GiB of both, and the relative errors of the prediction."""
     where = topology(case.topology)
     made = planning.plan(case.config, where.chip, where.num_devices)
-    predicted, found = compiled.predicted(made), compiled.measure(case.config, case.topology)
+    predicted = compiled.predicted(made)
+    found = compiled.compiled_figures(case.config, case.topology)
     row = {**case._asdict(), 'compile_seconds': found['compile_seconds']}
     for name in ('arguments', 'live_temp', 'peak', 'host_temp'):
         guess, true = predicted[f'{name}_gib'], found[f'{name}_gib']
@@ -81,7 +82,7 @@ def errors(case: Case) -> dict[str, Any]:
     return row
 
 
-def report(as_json: bool) -> None:
+def compare_all(as_json: bool) -> None:
     """Compiles every case and prints a line for each, as it is done.
 
     Exits with code 1 if a case is beyond its limits.
@@ -105,14 +106,14 @@ HEAD = (
 
 
 def ages() -> Iterator[str]:
-    """When each figure that the predictions rest on was last true, and what is compared now."""
+    """Yields the day on which each figure of the predictions was last true, and versions now."""
     now = ', '.join(f'{name} {importlib.metadata.version(name)}' for name in ('jax', 'libtpu'))
     yield f'Figures that were read off, and the day on which each was last true; now {now}:'
     yield from measured.ages()
 
 
 def line(row: dict[str, Any]) -> str:
-    """Predicted, compiled and error of each figure."""
+    """Writes a case as a line: predicted, compiled and error of each figure."""
     cells = [
         f'{row[f"{n}_predicted"]:6.3f} {row[f"{n}_compiled"]:6.3f} {100 * row[f"{n}_error"]:+6.1f}%'
         for n in ('arguments', 'live_temp', 'peak')

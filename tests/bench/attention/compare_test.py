@@ -73,7 +73,7 @@ def test_the_fastest_variant_is_measured_in_the_layer(compilations, capsys, tmp_
     # Ours against them, without compiling them again.
     earlier = tmp_path / 'rows.json'
     earlier.write_text('\n'.join(map(json.dumps, rows)))
-    ours = task.Implementation(
+    ours = task.Candidates(
         lambda problem, which, target: [{'block': 1536}], lambda problem, options: None
     )
     with pytest.MonkeyPatch.context() as patch:

@@ -6,12 +6,12 @@ from helios_jax.plan import measured
 from helios_jax.plan.compiler import validate
 
 SIX = [
-    validate.Case('dense', 'full', 'v6e:2x2'),
-    validate.Case('dense', 'fp8', 'v5p:2x2x1'),
-    validate.Case('dense', 'offload', 'v5e:2x2'),
-    validate.Case('dense', 'fp8_offload', 'v5p:2x2x1', 4),
-    validate.Case('moe', 'full', 'v5p:2x2x1'),
-    validate.Case('moe', 'fp8', 'v5e:2x2'),
+    validate.StepCase('dense', 'full', 'v6e:2x2'),
+    validate.StepCase('dense', 'fp8', 'v5p:2x2x1'),
+    validate.StepCase('dense', 'offload', 'v5e:2x2'),
+    validate.StepCase('dense', 'fp8_offload', 'v5p:2x2x1', 4),
+    validate.StepCase('moe', 'full', 'v5p:2x2x1'),
+    validate.StepCase('moe', 'fp8', 'v5e:2x2'),
 ]
 
 
@@ -54,10 +54,10 @@ def test_a_report_says_when_each_figure_was_last_true_and_fails_beyond_the_limit
         row |= {f'{name}_predicted': 1.0, f'{name}_compiled': 1.25, f'{name}_error': -0.2}
     monkeypatch.setattr(validate, 'errors', lambda case: row | {'within': within})
     if within:
-        validate.report(as_json=False)
+        validate.compare_all(as_json=False)
     else:
         with pytest.raises(SystemExit, match='1'):
-            validate.report(as_json=False)
+            validate.compare_all(as_json=False)
     out = capsys.readouterr().out
     assert 'last true; now jax ' in out
     for name, figure in measured.figures().items():

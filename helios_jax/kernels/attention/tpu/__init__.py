@@ -19,7 +19,8 @@ from helios_jax.chips import CHIPS
 from helios_jax.kernels.attention.arguments import Setting, Tokens
 from helios_jax.kernels.attention.tpu import backward_kernel, forward_kernel, work
 from helios_jax.kernels.attention.tpu import blocks as sizes
-from helios_jax.kernels.attention.tpu.backward_kernel import Inputs
+from helios_jax.kernels.attention.tpu.backward_kernel import BackwardInputs
+from helios_jax.kernels.attention.tpu.forward_kernel import ForwardInputs
 from helios_jax.kernels.attention.tpu.layout import (
     heads_first,
     in_chunks,
@@ -28,7 +29,7 @@ from helios_jax.kernels.attention.tpu.layout import (
     padded,
     tokens_first,
 )
-from helios_jax.kernels.attention.tpu.tables import mark, tables
+from helios_jax.kernels.attention.tpu.tables import mark, position_tables
 from helios_jax.kernels.attention.tpu.tiles import LOG2E, MARKS, Static
 from helios_jax.kernels.attention.tpu.work import Blocks
 from helios_jax.kernels.quantize import Stored
@@ -36,13 +37,13 @@ from helios_jax.kernels.quantize import Stored
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    """What the kernels are compiled for."""
+    """Options of both kernels, which are static: each choice compiles again."""
 
     forward: Blocks
     backward: Blocks
     vmem: int  # bytes
     interpret: Any
-    residuals: str = ''  # what q, k and v are kept as for backward: '' | fp8 | int8
+    residuals: str = ''  # form in which q, k and v are kept for backward: '' | fp8 | int8
 
 
 def attention(
@@ -56,11 +57,11 @@ def attention(
     interpret: Any = False,
     blocks: tuple[Blocks, Blocks] | None = None,
 ) -> Float[Array, 'B T N H']:
-    """`kernels.attention.attention` on one device's arrays.
+    """Computes `kernels.attention.attention` on one device's arrays.
 
     Args:
-      residuals: what backward reads of q, k and v: themselves, or as 'fp8' or 'int8', which the
-        backward kernel restores block by block. The output does not change.
+      residuals: form of q, k and v that backward reads: '', or 'fp8' or 'int8', which the
+        backward kernel decodes block by block. The output does not change.
       interpret: run the kernels in Python on any device; `pltpu.InterpretParams` looks for races.
       blocks: sizes for the forward and the backward kernel, in place of the table's.
     """
@@ -78,7 +79,7 @@ def forward(
     interpret: Any = False,
     blocks: tuple[Blocks, Blocks] | None = None,
 ) -> tuple[Float[Array, 'B T N H'], Float[Array, 'B N T']]:
-    """(output, natural log-sum-exp of the logits in float32: −∞ where a query sees nothing).
+    """Returns (output, natural log-sum-exp of the logits, float32, −∞ where a query sees nothing).
 
     Arguments are `attention`'s.
     """
@@ -99,7 +100,7 @@ def backward(
     interpret: Any = False,
     blocks: tuple[Blocks, Blocks] | None = None,
 ) -> tuple[Float[Array, 'B T N H'], Float[Array, 'B S K H'], Float[Array, 'B S K H']]:
-    """(dq, dk, dv) of unrotated q and k; `out` and `lse` may be over more keys than k holds.
+    """Returns (dq, dk, dv), unrotated; `out` and `lse` may be over more keys than k holds.
 
     Arguments are `attention`'s.
     """
@@ -118,7 +119,7 @@ def options_for(
 
 
 def one_factor(setting: Setting) -> Setting:
-    """The same setting with both scales in one float32, by which the kernels multiply q."""
+    """Merges both scales of a setting into one float32, by which the kernels multiply q."""
     factor = jnp.asarray(setting.query_scale, jnp.float32) * setting.logit_scale
     return setting._replace(query_scale=factor, scale=1.0)
 
@@ -154,11 +155,11 @@ differentiable.defvjp(forward_rule, backward_rule)
 def run_forward(
     options: Options, q: Array, k: Array, v: Array, tokens: Tokens, setting: Setting
 ) -> tuple[Array, Array, tuple[Stored, ...]]:
-    """(out, log-sum-exp, q, k and v as the options keep them or ())."""
+    """Returns (out, log-sum-exp, q, k and v as the options keep them or ())."""
     (B, T, N, _), S, blocks = q.shape, k.shape[1], options.forward
     queries, keys, values = operands(q, k, v)
     marks = mark(tokens, T, S, blocks)
-    q_table, k_table = tables(tokens, setting.frequencies, *marks)
+    q_table, k_table = position_tables(tokens, setting.frequencies, *marks)
     static = Static(blocks, setting.window, setting.softcap, not tokens.plain, options.residuals)
     kernel = functools.partial(
         forward_kernel.forward,
@@ -167,7 +168,7 @@ def run_forward(
         vmem=options.vmem,
         interpret=options.interpret,
     )
-    inputs = forward_kernel.Inputs(
+    inputs = ForwardInputs(
         pad(queries, blocks.q, axis=-2),
         pad(keys, blocks.k, axis=-2),
         pad(values, blocks.k, axis=-2),
@@ -196,7 +197,7 @@ def run_backward(
     tokens: Tokens,
     setting: Setting,
 ) -> tuple[Array, Array, Array]:
-    """`backward`, given q [B K G T H], k and v [B K S H]: arrays or stored."""
+    """Runs `backward` on q [B K G T H], k and v [B K S H]: arrays or `Stored`."""
     keys = k.payload if isinstance(k, Stored) else k
     (B, T, N, H), (K, S), blocks = out.shape, keys.shape[1:3], options.backward
     queries, keys, values = padded(q, blocks.q), padded(k, blocks.k), padded(v, blocks.k)
@@ -211,8 +212,8 @@ def run_backward(
         interpret=options.interpret,
     )
     marks = mark(tokens, T, S, blocks)
-    q_table, k_table = tables(tokens, setting.frequencies, *marks)
-    inputs = Inputs(queries, keys, values, out, lse, cotangent, q_table, k_table, ())
+    q_table, k_table = position_tables(tokens, setting.frequencies, *marks)
+    inputs = BackwardInputs(queries, keys, values, out, lse, cotangent, q_table, k_table, ())
     most = functools.partial(backward_kernel.keys_in_memory, out, blocks, options.vmem)
     total = k_table.shape[-1]
     if total <= most():

@@ -1,11 +1,11 @@
 """The backward kernel: dq, dk and dv in one pass over the listed blocks.
 
-Logits are [keys, queries]: what the forward kernel kept of a query is a row here.
+Logits are [keys, queries], so that a number of each query, such as its log-sum-exp, is a row.
 
 work.py tells the life of a work item. The order is the forward kernel's: blocks of keys within
-blocks of queries. dq of a block of queries
-lies in VMEM until its keys are through; dk and dv of all keys of a head, for a group of query heads
-together, until the last queries that see them. Only finished gradients are written, unrotated.
+blocks of queries. dq of a block of queries lies in VMEM until its keys are through; dk and dv of
+all keys of a head, for a group of query heads together, until the last queries that see them. Only
+finished gradients are written, unrotated.
 """
 
 import functools
@@ -41,11 +41,11 @@ from helios_jax.kernels.quantize import Stored, power_of_two
 
 
 def keys_in_memory(out: Any, blocks: Blocks, vmem: int, in_chunks: bool = False) -> int:
-    """The most keys of a head, a multiple of the block, whose copies and gradients fit VMEM.
+    """Counts the most keys of a head, in whole blocks, whose copies and gradients fit VMEM.
 
     Args:
       out: [B K G T H], in the dtype of q, k and v.
-      in_chunks: there are more keys than that.
+      in_chunks: True if there are more keys than fit.
     """
     G, H, itemsize = out.shape[2], out.shape[-1], out.dtype.itemsize
     lanes = max(H, LANES)
@@ -54,8 +54,8 @@ def keys_in_memory(out: Any, blocks: Blocks, vmem: int, in_chunks: bool = False)
     return max(free // each // blocks.k, 1) * blocks.k
 
 
-class Inputs(NamedTuple):
-    """Arrays, or their block specs, or references to blocks.
+class BackwardInputs(NamedTuple):
+    """Inputs of the kernel: arrays, their block specs, or references to blocks.
 
     q, k and v are unrotated: an array, or `Stored`.
     """
@@ -73,16 +73,16 @@ class Inputs(NamedTuple):
     earlier: Any
 
 
-class Outputs(NamedTuple):
-    """Shapes, or block specs, or references to blocks, or arrays."""
+class BackwardOutputs(NamedTuple):
+    """Outputs of the kernel: shapes, block specs, references to blocks, or arrays."""
 
     dq: Any  # [B K G T H]
     dk: Any  # [B K S H]
     dv: Any
 
 
-class Scratch(NamedTuple):
-    """What lies in VMEM from one item to the next. A row is a query of one of the G heads."""
+class BackwardScratch(NamedTuple):
+    """Buffers in VMEM that live across items. A row is a query of one of the G heads."""
 
     q_turned: Ref  # [H G·q], rotated and scaled
     cotangent: Ref  # [H G·q]
@@ -98,14 +98,14 @@ class Scratch(NamedTuple):
 
 
 def backward(
-    x: Inputs,
+    x: BackwardInputs,
     scale: Array,
     listed: Work,
     static: Static,
     vmem: int,
     interpret: Any,
 ) -> tuple[Array, Array, Array]:
-    """(dq [B K G T H], dk and dv [B K S H]) of unrotated q and k. Arguments are `forward`'s."""
+    """Returns dq [B K G T H], dk and dv [B K S H], unrotated. Arguments are `forward`'s."""
     B, K, G, T, H = x.out.shape
     S, blocks = x.k_table.shape[-1], static.blocks
     width, dtype = G * blocks.q, x.out.dtype
@@ -114,7 +114,7 @@ def backward(
     at = specs(x.out, static)
     tile = functools.partial(pltpu.VMEM, dtype=dtype)
     total = functools.partial(pltpu.VMEM, dtype=jnp.float32)
-    in_specs = Inputs(
+    in_specs = BackwardInputs(
         block(x.q, at.queries, at.rows),
         block(x.k, at.begun_keys, at.begun_rows),
         block(x.v, at.begun_keys, at.begun_rows),
@@ -134,9 +134,9 @@ def backward(
             num_scalar_prefetch=2,
             grid=(K, listed.count),
             in_specs=(in_specs,),
-            out_specs=(Outputs(at.queries, at.finished_keys, at.finished_keys),),
+            out_specs=(BackwardOutputs(at.queries, at.finished_keys, at.finished_keys),),
             scratch_shapes=(
-                Scratch(
+                BackwardScratch(
                     q_turned=tile((H, width)),
                     cotangent=tile((H, width)),
                     k_turned=tile((S // blocks.k, H, blocks.k)),
@@ -152,7 +152,7 @@ def backward(
             ),
         ),
         out_shape=(
-            Outputs(
+            BackwardOutputs(
                 jax.ShapeDtypeStruct((B, K, G, T, H), jnp.float32 if adds else dtype), keys, keys
             ),
         ),
@@ -168,12 +168,12 @@ def backward(
 
 
 def block(x: Any, payload: Any, exponents: Any) -> Any:
-    """The block spec of q, k or v."""
+    """Makes the block spec of q, k or v."""
     return Stored(payload, exponents) if isinstance(x, Stored) else payload
 
 
 def turned(x: Any, head: int | None = None) -> Array:
-    """A block, or one head's of queries, as float32 [H n]."""
+    """Transposes a block, or one head's queries of it, to float32 [H n]."""
     at: Any = ... if head is None else head
     if not isinstance(x, Stored):
         return x[at].T.astype(jnp.float32)
@@ -183,9 +183,14 @@ def turned(x: Any, head: int | None = None) -> Array:
 
 
 def kernel(
-    static: Static, items: Items, scale: Ref, x: Inputs, y: Outputs, scratch: Scratch
+    static: Static,
+    items: Items,
+    scale: Ref,
+    x: BackwardInputs,
+    y: BackwardOutputs,
+    scratch: BackwardScratch,
 ) -> None:
-    """One work item of one key head."""
+    """Runs one work item of one key head."""
     (G, bq, H), blocks, softcap = y.dq.shape, static.blocks, static.softcap
     q_turned, cotangent, k_turned, k_upright, v_upright, q_marks, lse, delta, dq, dk, dv = scratch
     item = pl.program_id(1)

@@ -1,4 +1,4 @@
-"""How large the kernels' blocks are: by a table, per TPU generation, pass, head size and length.
+"""Block sizes of the kernels, from a table by TPU generation, pass, head size and length.
 
 `helios bench attention --tune` writes the table, from the compiler's schedules.
 """
@@ -13,12 +13,12 @@ import jax
 from helios_jax import chips
 from helios_jax.kernels.attention.tpu.work import Blocks
 
-INTERPRETED = 'v5p'  # what a kernel is laid out for where there is no TPU: the smaller VMEM
+INTERPRETED = 'v5p'  # chip to lay a kernel out for without a TPU: the smaller VMEM
 TABLE = Path(__file__).with_name('blocks.json')
 
 
 class Shape(NamedTuple):
-    """Blocks as the table has them, for any number of heads and tokens."""
+    """Block sizes in the table, for any number of heads and tokens."""
 
     rows: int  # queries × heads of a group
     k: int
@@ -28,7 +28,7 @@ class Shape(NamedTuple):
 
 
 def generation() -> str:
-    """The chip of the mesh that we trace for, or of this machine; `INTERPRETED` off TPU.
+    """Name of the chip that we trace for: the mesh's or this machine's; `INTERPRETED` off TPU.
 
     Raises:
       NotImplementedError: a TPU whose VMEM chips.py does not know.
@@ -45,12 +45,12 @@ def generation() -> str:
 
 
 def choose(generation: str, G: int, H: int, T: int, S: int, wide: bool, backward: bool) -> Blocks:
-    """Blocks for G heads a group of size H, T queries and S keys; `wide` operands are float32."""
+    """Chooses blocks for groups of G heads of size H, T queries, S keys; `wide` is float32."""
     return fit(shape(generation, H, T, wide, backward), G, T, S)
 
 
 def shape(generation: str, H: int, T: int, wide: bool, backward: bool) -> Shape:
-    """The table's, from the nearest length that is no longer; the default where it knows no H."""
+    """Looks up the shape at the nearest length that is no longer; the default for an unknown H."""
     known = tuned().get(generation, {}).get('backward' if backward else 'forward', {})
     lengths = {} if wide else known.get(str(H), {})
     if not lengths:
@@ -61,7 +61,7 @@ def shape(generation: str, H: int, T: int, wide: bool, backward: bool) -> Shape:
 
 @functools.cache
 def tuned() -> dict[str, Any]:
-    """generation → pass → head size → length, from which on → `Shape`."""
+    """Reads the table: generation → pass → head size → least length → fields of `Shape`."""
     return json.loads(TABLE.read_text())
 
 
@@ -71,7 +71,7 @@ def default(H: int, wide: bool, backward: bool) -> Shape:
 
 
 def fit(shape: Shape, G: int, T: int, S: int) -> Blocks:
-    """The nearest blocks for a problem, none much larger than it."""
+    """Fits a shape to a problem: the nearest blocks, none much larger than the problem."""
     q = strip = 128
     while q * 2 * G <= shape.rows and q < T:
         q *= 2
@@ -89,7 +89,7 @@ def working_set(
 ) -> int:
     """Upper bound on a kernel's VMEM in bytes, without the cache of all keys.
 
-    in_chunks: dq comes in, and goes out, in float32 for every chunk of the keys.
+    in_chunks: True if keys come in chunks, so that dq is read and written in float32 for each.
     """
     lanes, rows, arrays = max(H, 128), G * blocks.q, 4 if backward else 2
     copies = 2 * arrays * lanes * itemsize * (rows + blocks.k)  # blocks of inputs and outputs

@@ -1,7 +1,7 @@
 """The forward kernel: online softmax over the listed blocks, G query heads stacked in one.
 
-work.py tells the life of a work item. What softmax keeps of a row lies in all lanes of its sublane;
-its sum is kept a lane apart until the end. Keys are taken in chunks, so that one chunk's softmax
+work.py tells the life of a work item. The greatest logit of a row lies in all lanes of its sublane;
+its sum is kept lane by lane until the end. Keys are taken in chunks, so that one chunk's softmax
 shares the bundles of the next's matmul.
 """
 
@@ -40,8 +40,8 @@ from helios_jax.kernels.attention.tpu.work import Items, Work
 from helios_jax.kernels.quantize import DTYPES, encode, exponents_for, pack
 
 
-class Inputs(NamedTuple):
-    """Arrays, or their block specs, or references to blocks. q and k are unrotated."""
+class ForwardInputs(NamedTuple):
+    """Inputs: arrays, their block specs, or references to blocks. q and k are unrotated."""
 
     q: Any  # [B K G T H]
     k: Any  # [B K S H]
@@ -51,8 +51,8 @@ class Inputs(NamedTuple):
     k_table: Any  # float32 [B H+MARKS S]: cosines, sines, segment ids, positions
 
 
-class Outputs(NamedTuple):
-    """Shapes, or block specs, or references to blocks, or arrays."""
+class ForwardOutputs(NamedTuple):
+    """Outputs of the kernel: shapes, block specs, references to blocks, or arrays."""
 
     out: Any  # [B K G T H]
     lse: Any  # float32 [B K G T]
@@ -60,8 +60,8 @@ class Outputs(NamedTuple):
     kept: Any
 
 
-class Scratch(NamedTuple):
-    """What lies in VMEM from one item to the next. A row is a query of one of the G heads."""
+class ForwardScratch(NamedTuple):
+    """Buffers in VMEM that live across items. A row is a query of one of the G heads."""
 
     q_rotated: Ref  # [G·q H], scaled too
     k_turned: Ref  # [blocks of keys, H, k], rotated; one block where not all keys are cached
@@ -74,20 +74,21 @@ class Scratch(NamedTuple):
 
 
 def forward(
-    x: Inputs,
+    x: ForwardInputs,
     scale: Array,
     listed: Work,
     static: Static,
     vmem: int,
     interpret: Any,
 ) -> tuple[Array, Array, Any]:
-    """(out [B K G T H], log-sum-exp float32 [B K G T], q, k and v as `static.residuals` or ()).
+    """Returns out [B K G T H], log-sum-exp float32 [B K G T], and stored q, k and v or ().
 
-    These are `Stored` [B K G T H], [B K S H], [B K S H], with exponents [B K G T], [B K 1 S].
+    The form of the stored ones is `static.residuals`: [B K G T H] with exponents [B K G T], and
+    [B K S H] with exponents [B K 1 S].
 
     Args:
-      x: T and S are multiples of their blocks.
-      scale: float32 [1], of the logits in base 2.
+      x: inputs, with T and S multiples of their blocks.
+      scale: float32 [1], factor on the logits, in base 2.
       vmem: bytes that the kernel may take.
     """
     B, K, G, T, H = x.q.shape
@@ -98,8 +99,8 @@ def forward(
     static = static._replace(cached=cached)
     at = specs(x.q, static)
     shape = jax.ShapeDtypeStruct
-    shapes = Outputs(shape(x.q.shape, dtype), shape((B, K, G, T), jnp.float32), ())
-    places = Outputs(at.queries, at.rows, ())
+    shapes = ForwardOutputs(shape(x.q.shape, dtype), shape((B, K, G, T), jnp.float32), ())
+    places = ForwardOutputs(at.queries, at.rows, ())
     if static.residuals:
         form = DTYPES[static.residuals]
         kept_q = shape(x.q.shape, form), shape((B, K, G, T), jnp.int8)
@@ -117,7 +118,7 @@ def forward(
             num_scalar_prefetch=2,
             grid=(K, listed.count),
             in_specs=(
-                Inputs(
+                ForwardInputs(
                     at.queries,
                     at.begun_keys,
                     at.begun_keys,
@@ -128,7 +129,7 @@ def forward(
             ),
             out_specs=(places,),
             scratch_shapes=(
-                Scratch(
+                ForwardScratch(
                     q_rotated=tile((width, H)),
                     k_turned=tile((num_blocks, H, blocks.k)),
                     values=tile((num_blocks * blocks.k, H)),
@@ -151,9 +152,14 @@ def forward(
 
 
 def kernel(
-    static: Static, items: Items, scale: Ref, x: Inputs, y: Outputs, scratch: Scratch
+    static: Static,
+    items: Items,
+    scale: Ref,
+    x: ForwardInputs,
+    y: ForwardOutputs,
+    scratch: ForwardScratch,
 ) -> None:
-    """One work item of one key head."""
+    """Runs one work item of one key head."""
     (G, bq, H), blocks, residuals = x.q.shape, static.blocks, static.residuals
     q_rotated, k_turned, values, k_marks, q_marks, greatest, total, out = scratch
     item = pl.program_id(1)
@@ -198,7 +204,7 @@ def kernel(
             keep(y.kept[2], x.v, residuals)
 
     def attend(start: Any, size: int, masked: bool) -> None:
-        """Adds the keys [start, start + size) of this block to what its queries have seen."""
+        """Adds the keys [start, start + size) of this block to the sums of its queries."""
         for chunk in range(0, size, blocks.width):
             add(start + chunk, min(blocks.width, size), masked)
 

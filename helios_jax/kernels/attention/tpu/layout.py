@@ -38,12 +38,12 @@ def operands(q: Array, k: Array, v: Array) -> tuple[Array, Array, Array]:
 
 
 def heads_first(x: Array, K: int = 0) -> Array:
-    """[B T N H] → [B K G T H], or [B T K H] → [B K T H] where K is 0."""
+    """Turns [B T N H] into [B K G T H], or, where K is 0, [B T K H] into [B K T H]."""
     B, T, N, H = x.shape
     return jnp.moveaxis(x.reshape(B, T, K, N // K, H) if K else x, 1, -2)
 
 
 def tokens_first(x: Array, T: int) -> Array:
-    """The inverse of `heads_first`."""
+    """Inverts `heads_first`."""
     x = jnp.moveaxis(x[..., :T, :], -2, 1)
     return x.reshape(*x.shape[:2], -1, x.shape[-1])

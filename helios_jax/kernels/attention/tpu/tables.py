@@ -1,4 +1,4 @@
-"""The tables that the kernels read of where queries and keys stand."""
+"""Tables of the positions and segments of queries and keys, which the kernels read."""
 
 from typing import Any
 
@@ -14,7 +14,7 @@ from helios_jax.kernels.attention.tpu.work import Blocks
 
 
 def mark(tokens: Tokens, T: int, S: int, blocks: Blocks) -> tuple[Any, Any]:
-    """Segments and positions of queries and keys: float32 [B 2 T or S], padded.
+    """Stacks segments and positions of queries and of keys: float32 [B 2 T or S], padded.
 
     In plain rows they are NumPy: the index alone says who sees whom, the list of work is then a
     constant, and the positions of padding at the end do no harm.
@@ -39,15 +39,17 @@ def mark(tokens: Tokens, T: int, S: int, blocks: Blocks) -> tuple[Any, Any]:
     )
 
 
-def tables(tokens: Tokens, frequencies: Array, q_marks: Any, k_marks: Any) -> tuple[Array, Array]:
+def position_tables(
+    tokens: Tokens, frequencies: Array, q_marks: Any, k_marks: Any
+) -> tuple[Array, Array]:
     return (
-        table(tokens.positions, q_marks, frequencies),
-        table(tokens.positions_of_keys, k_marks, frequencies),
+        position_table(tokens.positions, q_marks, frequencies),
+        position_table(tokens.positions_of_keys, k_marks, frequencies),
     )
 
 
-def table(positions: Array, marks: Any, frequencies: Array) -> Array:
-    """float32 [B H+MARKS T]: cosines, sines, segment ids, positions, zeros."""
+def position_table(positions: Array, marks: Any, frequencies: Array) -> Array:
+    """Builds float32 [B H+MARKS T]: cosines, sines, segment ids, positions, zeros."""
     at = positions.astype(jnp.float32)
     at = jnp.pad(at, [(0, 0), (0, marks.shape[-1] - at.shape[-1])])
     angles = at[:, None] * frequencies.astype(jnp.float32)[None, :, None]

@@ -1,4 +1,4 @@
-"""What both kernels do to a tile, and where the tiles of a work item lie.
+"""Operations of both kernels on tiles, and the block specs of a work item's tiles.
 
 Arrays are [B heads T H], tokens along the sublanes, as projections make them. Kernels transpose
 blocks in registers where that helps: to rotate, so that the halves that mix are whole registers,
@@ -26,18 +26,18 @@ MARKS = 8  # rows of the tables below the rotation's: segment, position, and pad
 
 
 class Static(NamedTuple):
-    """What one kernel is compiled for."""
+    """Static settings of one kernel."""
 
     blocks: Blocks
     window: int
     softcap: float
     segmented: bool  # there is more than one segment, or padding between tokens
-    residuals: str = ''  # what the forward kernel keeps q, k and v as: '' | fp8 | int8
+    residuals: str = ''  # form in which forward keeps q, k and v: '' | fp8 | int8
     cached: bool = True  # all rotated keys of a head stay in VMEM, and are fetched only once
 
 
 def dot(a: Array, b: Array, contract: tuple[int, int]) -> Array:
-    """Float32 product of two matrices over one axis of each."""
+    """Multiplies two matrices over one axis of each, in float32."""
     precision = jax.lax.Precision.HIGHEST if a.dtype == jnp.float32 else None
     dims = (((contract[0],), (contract[1],)), ((), ()))
     return jax.lax.dot_general(a, b, dims, precision, preferred_element_type=jnp.float32)
@@ -52,13 +52,13 @@ def rotate(x: Array, table: Any, sign: int = 1) -> Array:
 
 
 def diagonal() -> Array:
-    """bool [LANES LANES]. Sums over it turn rows into columns, which costs less than transposes."""
+    """Identity, bool [LANES LANES]; sums over it turn rows to columns, cheaper than transposes."""
     rows, columns = (jax.lax.broadcasted_iota(jnp.int32, (LANES, LANES), i) for i in (0, 1))
     return rows == columns
 
 
 def column(row: Array) -> Array:
-    """[1 n] → [n LANES], each value along its own sublane."""
+    """Turns [1 n] into [n LANES], each value along its own sublane."""
     squares = (
         jnp.where(diagonal(), row[:, i : i + LANES], 0) for i in range(0, row.shape[1], LANES)
     )
@@ -67,12 +67,12 @@ def column(row: Array) -> Array:
 
 
 def spread(x: Array, width: int) -> Array:
-    """[n LANES] of equal lanes → [n width]."""
+    """Widens [n LANES] of equal lanes to [n width]."""
     return jnp.tile(x, (1, -(-width // LANES)))[:, :width]
 
 
 def swapped(x: Array) -> Array:
-    """[n H] with the halves of H exchanged."""
+    """Exchanges the halves of H in [n H]."""
     H = x.shape[1]
     if H != LANES:
         return jnp.concatenate([x[:, H // 2 :], x[:, : H // 2]], axis=1)
@@ -83,7 +83,7 @@ def swapped(x: Array) -> Array:
 
 
 def inverse(x: Array, steps: int) -> Array:
-    """1 / x of positive float32: two of Newton's steps are exact, and cost less than a division."""
+    """Inverts positive float32: two of Newton's steps are exact, and cost less than a division."""
     guess = pl.reciprocal(x, approx=True)
     for _ in range(steps):
         guess = guess * (2 - x * guess)
@@ -91,7 +91,7 @@ def inverse(x: Array, steps: int) -> Array:
 
 
 def compact(x: Array) -> Array:
-    """[n LANES] of equal lanes → [1 n]: the inverse of `column`."""
+    """Turns [n LANES] of equal lanes into [1 n]: the inverse of `column`."""
     squares = (jnp.where(diagonal(), x[i : i + LANES], 0) for i in range(0, len(x), LANES))
     return jnp.concatenate([jnp.sum(s, axis=0, keepdims=True) for s in squares], axis=1)
 
@@ -124,9 +124,9 @@ def walk(word: Any, blocks: Blocks, attend: Callable[[Any, int, bool], None]) ->
 
 
 def visible(q: tuple[Array, Array], k: tuple[Array, Array], static: Static) -> Array:
-    """Which logits count, given (segments, positions) that broadcast to the logits' shape.
+    """Mask of the logits that count; (segments, positions) broadcast to the logits' shape.
 
-    Padding needs no test of its own: its keys lie beyond every position, and the segments of its
+    Padding needs no test of its own: its keys lie after every position, and the segments of its
     queries are those of no key.
     """
     seen = k[1] <= q[1]
@@ -136,13 +136,13 @@ def visible(q: tuple[Array, Array], k: tuple[Array, Array], static: Static) -> A
 
 
 def capped(logits: Array, softcap: float) -> Array:
-    """Soft cap of base-2 logits; `softcap` is in natural units."""
+    """Caps base-2 logits softly; `softcap` is in natural units."""
     limit = softcap * LOG2E
     return limit * jnp.tanh(logits * (1 / limit)) if softcap else logits
 
 
 class Specs(NamedTuple):
-    """Where each array's block of a work item lies."""
+    """Block specs of the arrays: the block of each that a work item needs."""
 
     queries: pl.BlockSpec  # [B K G T H]
     rows: pl.BlockSpec  # [B K G T]
@@ -165,7 +165,7 @@ def low(word: Any) -> Any:
 
 
 def specs(q: Array, static: Static) -> Specs:
-    """Index maps take (key head, index of the item, the items' words, what else is prefetched)."""
+    """Makes index maps of (key head, index of the item, the items' words, other prefetched)."""
     (G, _, H), blocks, cached = q.shape[2:], static.blocks, static.cached
 
     def queries(head: Any, i: Any, items: Items, _: Any) -> tuple[Any, ...]:

@@ -1,4 +1,4 @@
-"""Which blocks of queries meet which blocks of keys: the list that the kernels' grid walks.
+"""Lists which blocks of queries meet which blocks of keys; the kernels' grid walks the list.
 
 Visibility depends on segments and positions alone, so a block is summarised by the range of
 (segment, position) that it holds, in lexicographic order. Two blocks whose ranges cannot meet are
@@ -60,13 +60,13 @@ FIRST_Q, LAST_Q, FIRST_K, LAST_K = (1 << bit for bit in range(24, 28))
 
 
 class Blocks(NamedTuple):
-    """How a kernel cuts its work, in tokens."""
+    """Sizes of the blocks that a kernel cuts its work into, in tokens."""
 
-    q: int  # of each head
+    q: int  # queries of each head
     k: int  # fetched at once: a multiple of `strip`, fewer than 64 of them
     strip: int  # granularity at which keys are skipped or masked
     run: int  # strips computed at once where nothing needs a mask
-    width: int  # of one product: keys in the forward kernel, rows of all heads in the backward
+    width: int  # size of one product: keys in forward, rows of all heads in backward
 
 
 class Items(NamedTuple):
@@ -100,7 +100,7 @@ def spans(word: Any) -> Spans:
 
 
 class Ranges(NamedTuple):
-    """What the tokens of each block span, padding left out. Arrays [B blocks]."""
+    """Range of (segment, position) in each block, padding left out. Arrays [B blocks]."""
 
     low: tuple[Any, Any]  # least (segment, position)
     high: tuple[Any, Any]
@@ -126,12 +126,12 @@ def ranges(marks: Any, block: int) -> Ranges:
 
 
 def not_after(a: tuple[Any, Any], b: tuple[Any, Any]) -> Any:
-    """a ≤ b, lexicographically."""
+    """True where a ≤ b, lexicographically."""
     return (a[0] < b[0]) | ((a[0] == b[0]) & (a[1] <= b[1]))
 
 
 def meet(q: Ranges, k: Ranges, window: int) -> tuple[Any, Any]:
-    """(may some query see some key, does every query see every key): bool [B nq nk]."""
+    """Tells if some query may see some key, and if every query sees every key: bool [B nq nk]."""
     q = jax.tree.map(lambda x: x[:, :, None], q)
     k = jax.tree.map(lambda x: x[:, None], k)
     oldest = q.low[1] - (window - 1) if window else -FAR
@@ -146,7 +146,7 @@ def meet(q: Ranges, k: Ranges, window: int) -> tuple[Any, Any]:
 def make(q_marks: Any, k_marks: Any, blocks: Blocks, window: int, ordered: bool) -> Work:
     """Lists the pairs of blocks that meet.
 
-    Each block of queries and of keys is listed once at least, with no strips to compute if it meets
+    Each block of queries and of keys is listed at least once, with no strips to compute if it meets
     nothing, so that the kernels write all of their outputs.
 
     Args:

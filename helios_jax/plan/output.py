@@ -1,4 +1,4 @@
-"""A plan as aligned lines for people, or as one JSON object."""
+"""Writes a plan as aligned lines for people, or as one JSON object."""
 
 import collections
 import dataclasses
@@ -12,7 +12,7 @@ from helios_jax.plan.planning import Plan
 
 
 def as_dict(made: Plan, topology: Topology) -> dict[str, Any]:
-    """Everything that the text says; bytes are one device's."""
+    """Returns everything that the text says; bytes are one device's."""
     counted, memory, cfg = made.memory, made.config.memory, made.config
     given = counted.arguments
     saved: dict[str, dict[str, Any]] = {}
@@ -55,7 +55,7 @@ def as_dict(made: Plan, topology: Topology) -> dict[str, Any]:
 
 
 def limits(made: Plan, topology: Topology) -> dict[str, int]:
-    """How far rows and their length could go with all else as it is."""
+    """Finds the most rows and the longest row that fit with all else as it is."""
     arguments = (made.config, topology.chip, topology.num_devices)
     return {
         'largest_rows_per_device': planning.largest_rows(*arguments),
@@ -143,7 +143,7 @@ def _seconds(made: Plan) -> list[str]:
 
 
 def changes_text(changes: Sequence[Change]) -> str:
-    """One line a change: what it costs in time, and the override."""
+    """Writes one line a change: its step time, its peak and the override."""
     if not changes:
         return 'No one or two changes would make it fit: take more devices or a smaller model.'
     lines = ['What would fit, fastest first:']
@@ -155,7 +155,7 @@ def changes_text(changes: Sequence[Change]) -> str:
 
 
 def ranking_text(found: Sequence[Change]) -> str:
-    """Lines of a search, by tokens/s."""
+    """Writes the lines of a search, by tokens/s."""
     lines = [f'{"tokens/s":>12} {"MFU":>6} {"GiB":>8} {"bound":8} overrides']
     for change in found:
         s = change.plan.seconds
