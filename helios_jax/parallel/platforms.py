@@ -1,4 +1,4 @@
-"""What differs between the platforms that a program is compiled for: 'tpu', 'gpu', 'cpu'."""
+"""Differences between the platforms that a program is compiled for: tpu, gpu, cpu."""
 
 from typing import Any
 

@@ -36,7 +36,7 @@ Pair = tuple[Arrays, Arrays]  # both
 Updated = tuple[PyTree, PyTree]  # new parameters and optimizer state, each where it was
 
 
-class Group(NamedTuple):
+class ParameterGroup(NamedTuple):
     """Parameters that are updated together."""
 
     keys: list[optimizer.Key]
@@ -75,7 +75,7 @@ def in_one_program(
       norm: of all of them together.
     """
 
-    def run(group: Group, change: Callable[..., Any]) -> Callable[..., Pair]:
+    def run(group: ParameterGroup, change: Callable[..., Any]) -> Callable[..., Pair]:
         return partial(layer_by_layer if group.stacked else at_once, change)
 
     return updated(setup, gradients, norm, state, run)
@@ -92,7 +92,7 @@ class Programs:
         """`in_one_program`'s arguments and results; the state is used up."""
         return updated(self.setup, gradients, norm, state, self.program)
 
-    def program(self, group: Group, change: Callable[..., Any]) -> Callable[..., Pair]:
+    def program(self, group: ParameterGroup, change: Callable[..., Any]) -> Callable[..., Pair]:
         if group.keys[0] not in self.compiled:
             transfers = policy.uses_host(self.setup.config.memory)
             run = jax.jit(
@@ -109,7 +109,7 @@ def updated(
     gradients: PyTree,
     norm: Float[Array, ''],
     state: TrainState,
-    run: Callable[[Group, Callable[..., Any]], Callable[..., Pair]],
+    run: Callable[[ParameterGroup, Callable[..., Any]], Callable[..., Pair]],
 ) -> Updated:
     """New parameters and optimizer state, group after group.
 
@@ -137,16 +137,16 @@ def updated(
     )
 
 
-def groups(axes: Mapping[optimizer.Key, Axes]) -> Iterator[Group]:
+def groups(axes: Mapping[optimizer.Key, Axes]) -> Iterator[ParameterGroup]:
     """Every array that no layers share alone, then each run of scanned layers."""
     stacked: dict[optimizer.Key, list[optimizer.Key]] = {}
     for key, names in axes.items():
         if names[0] == 'layers':
             stacked.setdefault(key[:2], []).append(key)  # such as periods, layer_0
         else:
-            yield Group([key], False)
+            yield ParameterGroup([key], False)
     for keys in stacked.values():
-        yield Group(keys, True)
+        yield ParameterGroup(keys, True)
 
 
 def changed(
