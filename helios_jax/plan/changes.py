@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 from helios_jax import config
 from helios_jax.chips import Chip
+from helios_jax.errors import UserError
 from helios_jax.memory import policy
 from helios_jax.plan.planning import Plan, plan
 
@@ -48,7 +49,7 @@ def memories(memory: config.Memory) -> list[config.Memory]:
         changed = dataclasses.replace(memory, policy=preset, backward_parts=parts)
         try:
             policy.actions(changed)
-        except config.UserError:
+        except UserError:
             continue
         found.append(changed)
     return found
@@ -85,7 +86,7 @@ def _try(
             changed_section = dataclasses.replace(getattr(cfg, section), **{field: value})
             cfg = dataclasses.replace(cfg, **{section: changed_section})
         changed = plan(cfg, chip, num_devices)
-    except config.UserError:
+    except UserError:
         return None
     overrides = tuple(f'--config.{section}.{field}={value}' for section, field, value in changes)
     return Change(overrides, changed) if changed.fits else None

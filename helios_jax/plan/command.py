@@ -9,6 +9,7 @@ from typing import Any
 from absl import flags
 
 from helios_jax import chips, config, options
+from helios_jax.errors import require
 from helios_jax.plan import changes, planning, report, search
 
 BYTE_VOCABULARY = 256  # of data.tokenizer=bytes, without loading the tokenizers' libraries
@@ -109,7 +110,7 @@ def searched(
     cfg: config.Config, topology: chips.Topology, compile_too: bool, as_json: bool
 ) -> dict[str, Any]:
     best = search.search(cfg, topology.chip, topology.num_devices)[:10]
-    config.require(
+    require(
         bool(best),
         f'nothing fits {topology.name}, not even one row a device under memory.policy=fp8_offload; '
         'take more devices or a smaller model.',

@@ -13,7 +13,7 @@ from jax.sharding import NamedSharding, PartitionSpec, SingleDeviceSharding
 
 from helios_jax import checkpoint
 from helios_jax.checkpoint import layout, manifest
-from helios_jax.config import UserError
+from helios_jax.errors import UserError
 
 
 def params(seed: int = 0) -> dict:

@@ -12,6 +12,7 @@ import pytest
 
 from helios_jax import config
 from helios_jax.arch import rules
+from helios_jax.errors import UserError
 from helios_jax.memory import policy
 from helios_jax.memory.linearized import inner_jaxprs
 from helios_jax.memory.parts import Cut, Parts, in_parts
@@ -174,16 +175,16 @@ def test_a_models_gradient_in_parts_is_its_gradient(model, gmu, sizes):
 
 @pytest.mark.parametrize('preset', ['minimal', 'fp8'])
 def test_what_is_saved_is_not_recomputed_in_parts(preset):
-    with pytest.raises(config.UserError, match=r'backward_parts=3.*gate_up is saved.*full'):
+    with pytest.raises(UserError, match=r'backward_parts=3.*gate_up is saved.*full'):
         policy.actions(config.Memory(preset, backward_parts=3))
     recomputed = config.Memory(preset, backward_parts=3, actions=config.Actions(gate_up='remat'))
     assert policy.actions(recomputed)['gate_up'] == 'remat'
 
 
 def test_parts_of_nothing_are_refused():
-    with pytest.raises(config.UserError, match=r"backward_parts=2.*'none'.*full"):
+    with pytest.raises(UserError, match=r"backward_parts=2.*'none'.*full"):
         config.Memory('none', backward_parts=2)
-    with pytest.raises(config.UserError, match=r'memory.backward_parts'):
+    with pytest.raises(UserError, match=r'memory.backward_parts'):
         config.Memory('full', backward_parts=0)
 
 
@@ -203,5 +204,5 @@ def test_sizes_that_do_not_divide_are_refused(parts, message):
         mesh=config.Mesh(fsdp=2, tensor=2, context=2),
     )
     mesh = meshes.make(cfg.mesh, jax.devices()[:8])
-    with pytest.raises(config.UserError, match=message):
+    with pytest.raises(UserError, match=message):
         rules.check_parts(cfg, mesh)

@@ -7,6 +7,7 @@ import jax
 import pytest
 
 from helios_jax import chips, config
+from helios_jax.errors import UserError
 from helios_jax.parallel import mesh as meshes
 from helios_jax.plan import changes, planning, search
 from helios_jax.plan.compiler import compiled
@@ -68,11 +69,11 @@ def test_arguments_are_the_shards_of_state_and_batch(mesh, optimizer, moments):
 
 
 def test_a_plan_refuses_what_a_run_would():
-    with pytest.raises(config.UserError, match='does not fit 6 devices'):
+    with pytest.raises(UserError, match='does not fit 6 devices'):
         plan(dataclasses.replace(SMALL, mesh=config.Mesh(fsdp=4)), V5E, 6)
-    with pytest.raises(config.UserError, match='kv_heads=4 is not divisible'):
+    with pytest.raises(UserError, match='kv_heads=4 is not divisible'):
         plan(dataclasses.replace(SMALL, mesh=config.Mesh(tensor=8)), V5E, 8)
-    with pytest.raises(config.UserError, match='batch_rows=48'):
+    with pytest.raises(UserError, match='batch_rows=48'):
         plan(dataclasses.replace(SMALL, mesh=config.Mesh(data=32)), V5E, 32)
 
 
@@ -152,7 +153,7 @@ def test_auto_is_the_fastest_preset_that_fits():
         other = plan(large(policy=preset), V5E, 16)
         assert not other.fits or made.seconds.step <= other.seconds.step
     assert search.resolve_auto(cfg, chips.CHIPS['v5p'], 16).policy in ('minimal', 'fp8')
-    with pytest.raises(config.UserError, match=r"'auto'.*no preset fits 1 v5e.*GiB"):
+    with pytest.raises(UserError, match=r"'auto'.*no preset fits 1 v5e.*GiB"):
         search.resolve_auto(cfg, V5E, 1)
 
 

@@ -21,6 +21,7 @@ from helios_jax import checkpoint, cli, config
 from helios_jax.checkpoint import manifest
 from helios_jax.data import pipeline
 from helios_jax.data import tokenizer as tokenizers
+from helios_jax.errors import UserError
 from helios_jax.parallel import mesh as meshes
 from helios_jax.train import lock, loop, resume
 from helios_jax.train import state as states
@@ -173,7 +174,7 @@ def test_resuming_with_another_setting_is_refused_before_data_is_prepared_and_wr
     cfg, workdir, _ = finished
     before = entries(workdir)
     monkeypatch.setattr(pipeline, 'prepare', lambda *_: pytest.fail('data is prepared'))
-    with pytest.raises(config.UserError, match=named):
+    with pytest.raises(UserError, match=named):
         loop.train(having(having(cfg, train__num_steps=20), **settings), workdir)
     assert entries(workdir) == before
 
@@ -185,7 +186,7 @@ def test_second_run_in_a_workdir_is_refused_before_data_is_prepared_and_writes_n
     monkeypatch.setattr(pipeline, 'prepare', lambda *_: pytest.fail('data is prepared'))
     with lock.hold(epath.Path(workdir)):
         before = entries(workdir)
-        with pytest.raises(config.UserError, match=f'by process {os.getpid()} on host .*, since'):
+        with pytest.raises(UserError, match=f'by process {os.getpid()} on host .*, since'):
             loop.train(having(cfg, train__num_steps=20), workdir)
         assert entries(workdir) == before
 
@@ -209,7 +210,7 @@ def test_steps_copied_without_manifests_are_named_and_nothing_is_written_over(
     monkeypatch.setattr(pipeline, 'prepare', lambda *_: pytest.fail('data is prepared'))
     begin = 0 if 7 in which else 7
     message = rf'{which[0]} is in the way .*no manifest.json.* would begin at step {begin}\.'
-    with pytest.raises(config.UserError, match=message):
+    with pytest.raises(UserError, match=message):
         loop.train(cfg, workdir)
     assert entries(workdir) == before
 
@@ -227,7 +228,7 @@ def test_samples_that_are_not_the_steps_are_refused(copied):
     path = workdir / 'checkpoints/10/metadata/metadata'
     path.write_text(json.dumps(json.loads(path.read_text()) | {'samples': 72}))
     manifest.write(epath.Path(workdir / 'checkpoints/10'))
-    with pytest.raises(config.UserError, match=r'consumed 72 samples.* 10 steps of 8 rows make 80'):
+    with pytest.raises(UserError, match=r'consumed 72 samples.* 10 steps of 8 rows make 80'):
         loop.train(cfg, workdir)
 
 
@@ -262,11 +263,11 @@ def test_what_is_refused_after_preparing_data_writes_nothing_either(copied, brok
     else:
 
         def refuse(*_):
-            raise config.UserError('no json: memory.actions did not take effect')
+            raise UserError('no json: memory.actions did not take effect')
 
         monkeypatch.setattr(loop, 'proven_step', refuse)
     before = entries(workdir)
-    with pytest.raises(config.UserError, match='no json'):
+    with pytest.raises(UserError, match='no json'):
         loop.train(having(cfg, train__num_steps=20), workdir)
     assert entries(workdir) == before
 
@@ -275,7 +276,7 @@ def test_refused_first_run_leaves_no_workdir(small, tmp_path):
     (tmp_path / 'text').mkdir()
     (tmp_path / 'text/a.txt').write_text('one document cannot be split')
     cfg = having(small, data__corpus=str(tmp_path / 'text/*.txt'))
-    with pytest.raises(config.UserError, match='split'):
+    with pytest.raises(UserError, match='split'):
         loop.train(cfg, tmp_path / 'runs/new')
     assert [path.name for path in tmp_path.iterdir()] == ['text']
 
@@ -294,7 +295,7 @@ def test_resuming_with_changed_data_is_refused_and_writes_nothing(finished):
     text = changed.read_text()
     try:
         changed.write_text(text + ' and more')
-        with pytest.raises(config.UserError, match=r'the data of corpus=.* has changed'):
+        with pytest.raises(UserError, match=r'the data of corpus=.* has changed'):
             loop.train(having(cfg, train__num_steps=20), workdir)
     finally:
         changed.write_text(text)
@@ -321,7 +322,7 @@ def test_a_figure_that_is_not_finite_stops_the_run_and_spares_the_checkpoint(
 
     monkeypatch.setattr(steps, 'make_train_step', breaking)
     cfg = having(small, train__log_every=100)  # the checkpoint at 10 is first to look
-    with pytest.raises(config.UserError, match=f'{figure} is nan at step 10.*since step 7'):
+    with pytest.raises(UserError, match=f'{figure} is nan at step 10.*since step 7'):
         loop.train(cfg, tmp_path)
     rows = checkpoint.list_steps(tmp_path / 'checkpoints')
     assert [row['step'] for row in rows] == [5, 7]
@@ -352,7 +353,7 @@ def test_fine_tuning_with_another_tokenizer_is_refused(small, finished, tmp_path
     path = str(tmp_path / 'tokenizer.json')
     pipeline.train_tokenizer(small.data.corpus, 300, path)
     tuned = having(small, train__init_from=str(workdir), data__tokenizer=path)
-    with pytest.raises(config.UserError, match=r'another tokenizer \(256 tokens\).*300'):
+    with pytest.raises(UserError, match=r'another tokenizer \(256 tokens\).*300'):
         loop.train(tuned, tmp_path / 'run')
     assert not (tmp_path / 'run' / 'metrics.jsonl').exists()
 

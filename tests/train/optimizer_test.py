@@ -10,6 +10,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from optax.contrib import MuonDimensionNumbers
 
 from helios_jax import config
+from helios_jax.errors import UserError
 from helios_jax.train import optimizer
 
 L, D, N, K, H, F, E, V, R = 2, 12, 3, 1, 4, 10, 5, 14, 7
@@ -212,7 +213,7 @@ def test_bfloat16_moments_round_the_stored_value_and_nothing_else():
 
 
 def test_decay_that_bfloat16_rounds_away_is_refused():
-    with pytest.raises(config.UserError, match='beta2'):
+    with pytest.raises(UserError, match='beta2'):
         optimizer.make(config.Optimizer(moments_dtype='bfloat16', beta2=0.999), 9, AXES)
 
 
