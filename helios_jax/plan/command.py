@@ -65,8 +65,7 @@ def prepared(cfg: config.Config, topology: chips.Topology, batch_rows: int = 0) 
         vocab_size = tokenizer.load(cfg.data.tokenizer).vocab_size
     cfg = cfg.resolve(vocab_size)
     if batch_rows:
-        train = dataclasses.replace(cfg.train, batch_rows=batch_rows)
-        cfg = dataclasses.replace(cfg, train=train)
+        cfg = config.replace(cfg, {'train.batch_rows': batch_rows})
     if cfg.memory.policy == 'auto':
         memory = search.resolve_auto(cfg, topology.chip, topology.num_devices)
         cfg = dataclasses.replace(cfg, memory=memory)

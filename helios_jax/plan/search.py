@@ -85,17 +85,15 @@ def _rows(
     """Rows of a device's microbatch: powers of two up to the most that fit, and the most itself."""
     shape = mesh_shape(cfg, num_devices)
     sharded = math.prod(shape[axis] for axis in BATCH_AXES)
-    train = dataclasses.replace(
-        cfg.train, microbatches=microbatches, batch_rows=microbatches * sharded
-    )
-    cfg = dataclasses.replace(cfg, train=train)
+    start = {'train.microbatches': microbatches, 'train.batch_rows': microbatches * sharded}
+    cfg = config.replace(cfg, start)
     try:
         most = min(largest_rows(cfg, chip, num_devices), 64)
     except UserError:
         return
     for rows in {2**i for i in range(7) if 2**i <= most} | ({most} if most else set()):
-        train = dataclasses.replace(cfg.train, batch_rows=rows * microbatches * sharded)
-        made = plan(dataclasses.replace(cfg, train=train), chip, num_devices)
+        grown = config.replace(cfg, {'train.batch_rows': rows * microbatches * sharded})
+        made = plan(grown, chip, num_devices)
         yield Change(_overrides(original, made), made)
 
 

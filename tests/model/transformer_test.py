@@ -367,12 +367,11 @@ def test_dropped_flops_are_those_of_the_visits_that_were_left_out(pattern, num_e
     model = dataclasses.replace(MIXED, **PATTERNS[pattern])
 
     def active(num_experts_per_token):
-        moe = dataclasses.replace(model.moe, num_experts_per_token=num_experts_per_token)
-        return flops.active_matmul(dataclasses.replace(model, moe=moe))
+        chosen = {'moe.num_experts_per_token': num_experts_per_token}
+        return flops.active_matmul(config.replace(model, chosen))
 
     a_visit = 6 * (active(2) - active(1))  # of one expert in each MoE layer
-    moe = dataclasses.replace(model.moe, num_experts_per_token=num_experts_per_token)
-    model = dataclasses.replace(model, moe=moe)
+    model = config.replace(model, {'moe.num_experts_per_token': num_experts_per_token})
     assert flops.dropped_flops(model, 0.0) == 0
     for share in (0.25, 1.0):
         expected = share * num_experts_per_token * a_visit

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import operator
 
 import jax
 import pytest
@@ -109,9 +110,7 @@ def test_state_on_the_host_leaves_the_device():
 
 def test_accumulating_takes_fewer_activations_and_float32_sums_of_gradients():
     one = plan(large(), V5E, 16).memory
-    cfg = large()
-    cfg = dataclasses.replace(cfg, train=dataclasses.replace(cfg.train, microbatches=2))
-    two = plan(cfg, V5E, 16).memory
+    two = plan(config.replace(large(), {'train.microbatches': 2}), V5E, 16).memory
     assert 2 * two.saved_device == one.saved_device
     # Of one microbatch in bfloat16, but for norms and the head; their sums in float32.
     assert (two.gradients, one.accumulated) == (one.gradients, 0)
@@ -159,12 +158,10 @@ def test_auto_is_the_fastest_preset_that_fits():
 
 @pytest.mark.parametrize(('kind', 'again'), [('residual', False), ('convex', True)])
 def test_parts_free_memory_and_cost_a_gated_layer_its_mlp_again(kind, again):
-    cfg = large(policy='full')
-    cfg = dataclasses.replace(cfg, model=dataclasses.replace(cfg.model, gmu=config.GMU(kind=kind)))
+    cfg = config.replace(large(policy='full'), {'model.gmu.kind': kind})
     peaks, flops, seconds = [], [], []
     for parts in (1, 2, 4):
-        memory = dataclasses.replace(cfg.memory, backward_parts=parts)
-        made = plan(dataclasses.replace(cfg, memory=memory), V5E, 16)
+        made = plan(config.replace(cfg, {'memory.backward_parts': parts}), V5E, 16)
         peaks.append(made.memory.peak)
         flops.append(made.seconds.flops)
         seconds.append(made.seconds.compute + made.seconds.memory)
@@ -194,10 +191,6 @@ def test_a_search_is_sorted_and_its_overrides_make_its_plans():
     cfg = large()
     for override in best.overrides:
         name, value = override.removeprefix('--config.').split('=')
-        section, field = name.split('.')
-        part = getattr(cfg, section)
-        kind = type(getattr(part, field))
-        cfg = dataclasses.replace(
-            cfg, **{section: dataclasses.replace(part, **{field: kind(value)})}
-        )
+        kind = type(operator.attrgetter(name)(cfg))
+        cfg = config.replace(cfg, {name: kind(value)})
     assert plan(cfg, chip, 4).memory.peak == best.plan.memory.peak

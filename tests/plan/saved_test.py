@@ -91,8 +91,7 @@ def test_what_cudnn_saves_is_what_is_traced(packing, preset, monkeypatch):
     monkeypatch.setattr(cudnn, 'check_cudnn_version', lambda: gpu.PACKED_CUDNN)
     monkeypatch.setattr(cudnn, 'check_compute_capability', lambda _: True)
     model = dataclasses.replace(MODEL, gmu=CONVEX, attention='cudnn')
-    cfg = make(model, config.Memory(preset))
-    cfg = dataclasses.replace(cfg, data=dataclasses.replace(cfg.data, packing=packing))
+    cfg = config.replace(make(model, config.Memory(preset)), {'data.packing': packing})
     compare(cfg, 8, 'gpu')
 
 
@@ -115,8 +114,8 @@ def test_any_table_of_actions_saves_what_is_traced(gmu, skipped):
 
 
 def test_shared_experts_and_bounded_buffers_are_counted():
-    moe = dataclasses.replace(MODEL.moe, num_shared_experts=2, capacity_factor=1.5)
-    model = dataclasses.replace(MODEL, moe=moe, attention='reference')
+    bounded = {'moe.num_shared_experts': 2, 'moe.capacity_factor': 1.5}
+    model = config.replace(MODEL, {'attention': 'reference'} | bounded)
     compare(make(model, config.Memory('fp8')), 8, 'gpu')
 
 

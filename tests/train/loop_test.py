@@ -63,15 +63,6 @@ def small(tmp_path_factory) -> config.Config:
     return small_run.make_config(tmp_path_factory.mktemp('small'))
 
 
-def having(cfg: config.Config, **settings) -> config.Config:
-    """The config with settings such as train__num_steps=3 replaced."""
-    for name, value in settings.items():
-        section, field = name.split('__')
-        part = dataclasses.replace(getattr(cfg, section), **{field: value})
-        cfg = dataclasses.replace(cfg, **{section: part})
-    return cfg
-
-
 def recorded(workdir: Path) -> list[dict]:
     """The metric lines without what the clock says."""
     lines = [json.loads(line) for line in (workdir / 'metrics.jsonl').read_text().splitlines()]
@@ -107,7 +98,9 @@ def files(directory: Path) -> dict[str, bytes]:
 def finished(small, tmp_path_factory) -> tuple[config.Config, Path, dict]:
     """A run of ten steps in this process, on eight devices."""
     workdir = tmp_path_factory.mktemp('run')
-    cfg = having(small, train__num_steps=10, train__tensorboard=True, train__log_every=2)
+    cfg = config.replace(
+        small, {'train.num_steps': 10, 'train.tensorboard': True, 'train.log_every': 2}
+    )
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr('helios_jax.train.finish.SAMPLE_TOKENS', 3)
         return cfg, workdir, loop.train(cfg, workdir)
@@ -161,10 +154,10 @@ def test_starting_a_finished_run_again_changes_nothing_but_the_report_it_may_lac
 @pytest.mark.parametrize(
     ('settings', 'named'),
     [
-        ({'optimizer__learning_rate': 2e-2}, r'optimizer\.learning_rate=0\.02.*0\.01'),
-        ({'model__mlp_dim': 32}, r'model\.mlp_dim=32.*24'),
-        ({'train__seed': 1}, r'train\.seed=1.*0'),
-        ({'train__num_steps': 9}, r'train\.num_steps=9.*step 10'),
+        ({'optimizer.learning_rate': 2e-2}, r'optimizer\.learning_rate=0\.02.*0\.01'),
+        ({'model.mlp_dim': 32}, r'model\.mlp_dim=32.*24'),
+        ({'train.seed': 1}, r'train\.seed=1.*0'),
+        ({'train.num_steps': 9}, r'train\.num_steps=9.*step 10'),
     ],
     ids=str,
 )
@@ -175,7 +168,7 @@ def test_resuming_with_another_setting_is_refused_before_data_is_prepared_and_wr
     before = entries(workdir)
     monkeypatch.setattr(pipeline, 'prepare', lambda *_: pytest.fail('data is prepared'))
     with pytest.raises(UserError, match=named):
-        loop.train(having(having(cfg, train__num_steps=20), **settings), workdir)
+        loop.train(config.replace(cfg, {'train.num_steps': 20} | settings), workdir)
     assert entries(workdir) == before
 
 
@@ -187,7 +180,7 @@ def test_second_run_in_a_workdir_is_refused_before_data_is_prepared_and_writes_n
     with lock.hold(epath.Path(workdir)):
         before = entries(workdir)
         with pytest.raises(UserError, match=f'by process {os.getpid()} on host .*, since'):
-            loop.train(having(cfg, train__num_steps=20), workdir)
+            loop.train(config.replace(cfg, {'train.num_steps': 20}), workdir)
         assert entries(workdir) == before
 
 
@@ -237,7 +230,7 @@ def test_run_falls_back_where_only_the_optimizer_is_damaged(copied, caplog):
     files = (workdir / 'checkpoints/10/optimizer/d').iterdir()
     path = max(files, key=lambda p: p.stat().st_size)
     path.write_bytes(path.read_bytes()[:-1] + b'!')
-    loop.train(having(cfg, train__num_steps=10), workdir)
+    loop.train(config.replace(cfg, {'train.num_steps': 10}), workdir)
     assert '10 IS DAMAGED: optimizer' in caplog.text
     names = {p.name for p in (workdir / 'checkpoints').iterdir()}
     assert names >= {'7', '10', '10.damaged'}
@@ -251,7 +244,7 @@ def test_setting_that_a_checkpoint_is_too_old_to_have_counts_as_its_default(copi
     del metadata['config']['model']['rope'], metadata['config']['train']['seed']
     path.write_text(json.dumps(metadata))
     manifest.write(epath.Path(workdir / 'checkpoints/10'))
-    own = resume.own_step(epath.Path(workdir), having(cfg, model__vocab_size=256))
+    own = resume.own_step(epath.Path(workdir), config.replace(cfg, {'model.vocab_size': 256}))
     assert own.step == 10
 
 
@@ -268,22 +261,22 @@ def test_what_is_refused_after_preparing_data_writes_nothing_either(copied, brok
         monkeypatch.setattr(loop, 'proven_step', refuse)
     before = entries(workdir)
     with pytest.raises(UserError, match='no json'):
-        loop.train(having(cfg, train__num_steps=20), workdir)
+        loop.train(config.replace(cfg, {'train.num_steps': 20}), workdir)
     assert entries(workdir) == before
 
 
 def test_refused_first_run_leaves_no_workdir(small, tmp_path):
     (tmp_path / 'text').mkdir()
     (tmp_path / 'text/a.txt').write_text('one document cannot be split')
-    cfg = having(small, data__corpus=str(tmp_path / 'text/*.txt'))
+    cfg = config.replace(small, {'data.corpus': str(tmp_path / 'text/*.txt')})
     with pytest.raises(UserError, match='split'):
         loop.train(cfg, tmp_path / 'runs/new')
     assert [path.name for path in tmp_path.iterdir()] == ['text']
 
 
 def test_notebook_may_train_twice_in_one_workdir(small, tmp_path):
-    loop.train(having(small, train__num_steps=1), tmp_path)
-    assert loop.train(having(small, train__num_steps=2), tmp_path)
+    loop.train(config.replace(small, {'train.num_steps': 1}), tmp_path)
+    assert loop.train(config.replace(small, {'train.num_steps': 2}), tmp_path)
     assert [line['step'] for line in recorded(tmp_path) if 'loss' in line] == [1, 2]
     assert (tmp_path / lock.NAME).read_text() == ''
 
@@ -296,7 +289,7 @@ def test_resuming_with_changed_data_is_refused_and_writes_nothing(finished):
     try:
         changed.write_text(text + ' and more')
         with pytest.raises(UserError, match=r'the data of corpus=.* has changed'):
-            loop.train(having(cfg, train__num_steps=20), workdir)
+            loop.train(config.replace(cfg, {'train.num_steps': 20}), workdir)
     finally:
         changed.write_text(text)
     assert entries(workdir) == before
@@ -321,7 +314,7 @@ def test_a_figure_that_is_not_finite_stops_the_run_and_spares_the_checkpoint(
         return train_step
 
     monkeypatch.setattr(steps, 'make_train_step', breaking)
-    cfg = having(small, train__log_every=100)  # the checkpoint at 10 is first to look
+    cfg = config.replace(small, {'train.log_every': 100})  # the checkpoint at 10 is first to look
     with pytest.raises(UserError, match=f'{figure} is nan at step 10.*since step 7'):
         loop.train(cfg, tmp_path)
     rows = checkpoint.list_steps(tmp_path / 'checkpoints')
@@ -336,10 +329,15 @@ def test_fine_tuning_starts_from_another_runs_parameters(small, finished, tmp_pa
     cfg, workdir, _ = finished
     parent = files(workdir)
     # Steps too small to move: what the checkpoint holds is what the run began with.
-    tuned = having(
-        small, train__init_from=str(workdir), train__num_steps=1, train__seed=5,
-        optimizer__learning_rate=1e-30,
-    )  # fmt: skip
+    tuned = config.replace(
+        small,
+        {
+            'train.init_from': str(workdir),
+            'train.num_steps': 1,
+            'train.seed': 5,
+            'optimizer.learning_rate': 1e-30,
+        },
+    )
     loop.train(tuned, tmp_path)
     theirs, ours = saved(cfg, workdir, 10), saved(tuned, tmp_path, 1)
     jax.tree.map(np.testing.assert_array_equal, ours['params'], theirs['params'])
@@ -352,7 +350,7 @@ def test_fine_tuning_with_another_tokenizer_is_refused(small, finished, tmp_path
     _, workdir, _ = finished
     path = str(tmp_path / 'tokenizer.json')
     pipeline.train_tokenizer(small.data.corpus, 300, path)
-    tuned = having(small, train__init_from=str(workdir), data__tokenizer=path)
+    tuned = config.replace(small, {'train.init_from': str(workdir), 'data.tokenizer': path})
     with pytest.raises(UserError, match=r'another tokenizer \(256 tokens\).*300'):
         loop.train(tuned, tmp_path / 'run')
     assert not (tmp_path / 'run' / 'metrics.jsonl').exists()
@@ -360,7 +358,7 @@ def test_fine_tuning_with_another_tokenizer_is_refused(small, finished, tmp_path
 
 def test_a_run_ends_with_its_report_on_a_mesh_that_splits_the_sequence(small, tmp_path):
     mesh = config.Mesh(fsdp=2, context=2, tensor=1, expert=2)
-    cfg = dataclasses.replace(having(small, train__num_steps=2), mesh=mesh)
+    cfg = config.replace(small, {'train.num_steps': 2, 'mesh': mesh})
     held_out = loop.train(cfg, tmp_path)
     assert (tmp_path / 'report.md').exists()
     assert 0 < held_out['bits_per_byte'] < 16
@@ -371,7 +369,7 @@ class Programs:
 
     def __init__(self, cfg: config.Config, root: Path):
         self.root = root
-        cfg = having(cfg, train__compilation_cache=str(root / 'xla'))
+        cfg = config.replace(cfg, {'train.compilation_cache': str(root / 'xla')})
         small_run.write_config(cfg, root / 'small.py')
         pipeline.prepare(cfg.data, tokenizers.load('bytes'))
 
