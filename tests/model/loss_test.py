@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from helios_jax import config
 from helios_jax.arch import buffers
+from helios_jax.memory.linearized import inner_jaxprs
 from helios_jax.model import loss
 from helios_jax.parallel import mesh as meshes
 
@@ -117,12 +118,6 @@ def test_bfloat16_hidden_states_keep_a_float32_head():
         np.testing.assert_allclose(
             np.asarray(got, np.float64), want, rtol=0, atol=1e-2 * np.abs(want).max()
         )
-
-
-def inner_jaxprs(equation):
-    is_jaxpr = lambda x: hasattr(x, 'eqns') or hasattr(x, 'jaxpr')  # noqa: E731
-    leaves = jax.tree.leaves(list(equation.params.values()), is_leaf=is_jaxpr)
-    return [getattr(x, 'jaxpr', x) for x in leaves if is_jaxpr(x)]
 
 
 def largest_array(jaxpr):
