@@ -13,6 +13,7 @@ import time
 import fsspec
 import pytest
 from etils import epath
+from folders import entries
 
 from helios_jax.errors import UserError
 from helios_jax.train import lock, remote_lock
@@ -26,14 +27,6 @@ with lock.hold(epath.Path(sys.argv[1])) as held:
     print('held', flush=True)
     time.sleep(600)
 """
-
-
-def entries(folder) -> dict[str, tuple]:
-    """Everything below a folder and itself, with contents, sizes and times of change."""
-    return {
-        str(path): (path.stat().st_mtime_ns, path.read_bytes() if path.is_file() else b'')
-        for path in (folder, *sorted(folder.rglob('*')))
-    }
 
 
 @pytest.fixture
@@ -138,7 +131,7 @@ def test_file_system_without_locks_is_refused_in_one_line(tmp_path, monkeypatch)
     def no_locks(*_):
         raise OSError(38, 'Function not implemented')
 
-    monkeypatch.setattr('filelock._unix.lock_fd_nonblocking', no_locks)
+    monkeypatch.setattr('fcntl.flock', no_locks)
     with (
         pytest.raises(UserError, match=r'cannot lock files .Function not implemented.; mount it'),
         lock.hold(epath.Path(tmp_path / 'run')),
