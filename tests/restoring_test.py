@@ -20,6 +20,8 @@ from helios_jax.errors import UserError
 from helios_jax.parallel import mesh as meshes
 from helios_jax.train import state as states
 
+pytestmark = pytest.mark.usefixtures('quick_compilation')
+
 CONFIG = config.Config(
     model=config.Model(
         num_layers=3, embed_dim=24, num_heads=4, num_kv_heads=2, head_dim=6, mlp_dim=40,

@@ -15,6 +15,8 @@ from helios_jax import checkpoint
 from helios_jax.checkpoint import layout, manifest
 from helios_jax.errors import UserError
 
+pytestmark = pytest.mark.usefixtures('quick_compilation')
+
 
 def params(seed: int = 0) -> dict:
     rng = np.random.default_rng(seed)

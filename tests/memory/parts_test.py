@@ -4,11 +4,11 @@ import contextlib
 import dataclasses
 from functools import partial
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from random_weights import random_weights
 
 from helios_jax import config
 from helios_jax.arch import rules
@@ -17,8 +17,10 @@ from helios_jax.memory import policy
 from helios_jax.memory.linearized import inner_jaxprs
 from helios_jax.memory.parts import Cut, Parts, in_parts
 from helios_jax.model.moe import swiglu
-from helios_jax.model.transformer import Transformer
+from helios_jax.model.transformer import Transformer, abstract_variables
 from helios_jax.parallel import mesh as meshes
+
+pytestmark = pytest.mark.usefixtures('quick_compilation')
 
 B, T, D, F = 2, 24, 6, 16
 TOKENS = Cut(1, 'length')
@@ -133,12 +135,7 @@ def of_a_model(model: config.Model, memory: config.Memory, mesh: jax.sharding.Me
     """Hidden states' loss and its gradient; no parameter is at its start."""
     tokens = jnp.asarray(np.random.default_rng(0).integers(0, 64, (4, T)), jnp.int32)
     positions = jnp.broadcast_to(jnp.arange(T)[None], tokens.shape)
-    init = jax.jit(Transformer(model).init)
-    variables = nn.unbox(init(jax.random.key(0), tokens, positions))
-    keys = iter(jax.random.split(jax.random.key(1), 100))
-    moved = jax.tree.map(
-        lambda a: a + 0.1 * jax.random.normal(next(keys), a.shape), variables['params']
-    )
+    variables = random_weights(abstract_variables(Transformer(model)))
 
     def loss(params):
         given = variables | {'params': params}
@@ -146,7 +143,7 @@ def of_a_model(model: config.Model, memory: config.Memory, mesh: jax.sharding.Me
         return jnp.mean(jnp.square(hidden * jnp.arange(24.0).reshape(1, 1, 24)))
 
     with jax.set_mesh(mesh) if mesh else contextlib.nullcontext():
-        return jax.jit(jax.value_and_grad(loss))(moved)
+        return jax.jit(jax.value_and_grad(loss))(variables['params'])
 
 
 @pytest.mark.parametrize(

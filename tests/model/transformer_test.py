@@ -8,9 +8,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from packed_rows import packed_rows
 
 from helios_jax import config
 from helios_jax.arch import flops, weights
+from helios_jax.memory.linearized import inner_jaxprs
 from helios_jax.model.gmu import input_eps
 from helios_jax.model.layers import RMSNorm
 from helios_jax.model.loss import cross_entropy
@@ -55,14 +57,7 @@ GMUS = [
 def packed():
     """Distinct tokens; documents of 9, 4 and 2 tokens and padding, then one of 13 and padding."""
     tokens = np.random.default_rng(0).permutation(V)[: 2 * T].reshape(2, T).astype(np.int32)
-    positions, ids = np.zeros((2, T), np.int32), np.zeros((2, T), np.int32)
-    for row, documents in enumerate(([9, 4, 2], [13])):
-        start = 0
-        for document, length in enumerate(documents, start=1):
-            positions[row, start : start + length] = np.arange(length)
-            ids[row, start : start + length] = document
-            start += length
-    return tokens, positions, ids
+    return tokens, *packed_rows([[9, 4, 2], [13]], T)
 
 
 @pytest.fixture(scope='module')
@@ -153,16 +148,18 @@ def test_the_scan_stands_for_its_layers_one_by_one(random_variables):
     tokens, positions, ids = (jnp.asarray(a) for a in packed())
     assert config_.layer_kinds == ('moe', 'dense_window', *['dense', 'moe_window'] * 2)
 
+    blocks = {kind: jax.jit(Block(config_, kind).apply) for kind in set(config_.layer_kinds)}
+
     def unrolled(variables):
         x = variables['params']['embed']['w'][tokens]
         for index, kind in enumerate(config_.layer_kinds):
             layer = of_layer(config_, variables, index)
-            x, _ = Block(config_, kind).apply(layer, x, index, positions, ids)
+            x, _ = blocks[kind](layer, x, jnp.int32(index), positions, ids)
         norm = {'params': variables['params']['final_norm']}
         return RMSNorm().apply(norm, x, input_eps(config_, 2 * config_.num_layers + 1))
 
     hidden, reported = jax.jit(model.apply)(variables, tokens, positions, ids)
-    np.testing.assert_allclose(hidden, jax.jit(unrolled)(variables), rtol=0, atol=2e-5)
+    np.testing.assert_allclose(hidden, unrolled(variables), rtol=0, atol=2e-5)
     shapes = {group: {n: x.load.shape for n, x in of.items()} for group, of in reported.items()}
     assert shapes == {'prefix': {'layer_0': (E,)}, 'periods': {'layer_1': (2, E)}}
     for group in reported.values():
@@ -172,7 +169,12 @@ def test_the_scan_stands_for_its_layers_one_by_one(random_variables):
 
 
 @pytest.mark.parametrize(
-    ('pattern', 'policy'), [('mixed', 'none'), ('dense', 'full'), ('mixed', 'fp8_offload')]
+    ('pattern', 'policy'),
+    [
+        ('dense', 'full'),
+        pytest.param('mixed', 'none', marks=pytest.mark.slow),
+        pytest.param('mixed', 'fp8_offload', marks=pytest.mark.slow),
+    ],
 )
 def test_the_gates_of_every_layer_can_be_looked_at_under_every_policy(
     random_variables, pattern, policy
@@ -308,12 +310,6 @@ def test_bfloat16_computes_on_float32_parameters(random_variables):
     exact = jax.jit(functools.partial(evaluate, wide))(variables['params'])[0]
     np.testing.assert_allclose(loss, exact, rtol=1e-2)
     assert loss != exact
-
-
-def inner_jaxprs(equation):
-    is_jaxpr = lambda x: hasattr(x, 'eqns') or hasattr(x, 'jaxpr')  # noqa: E731
-    leaves = jax.tree.leaves(list(equation.params.values()), is_leaf=is_jaxpr)
-    return [getattr(x, 'jaxpr', x) for x in leaves if is_jaxpr(x)]
 
 
 def num_equations(jaxpr):

@@ -11,6 +11,8 @@ from helios_jax import config
 from helios_jax.parallel import experts
 from helios_jax.parallel import mesh as meshes
 
+pytestmark = pytest.mark.usefixtures('quick_compilation')
+
 B, T, D, F, E, X = 8, 6, 10, 14, 12, 3
 plan = jax.jit(experts.plan, static_argnums=(1, 2))
 choices = st.lists(st.integers(0, 5), min_size=12, max_size=12)  # 5: none of ours

@@ -75,8 +75,16 @@ def compare(cfg: config.Config, num_devices: int, platform: str) -> None:
     assert planned_bytes(cfg, num_devices, platform) == stored_bytes(cfg, num_devices, platform)
 
 
-@pytest.mark.parametrize('platform', ['gpu', 'tpu'])
-@pytest.mark.parametrize('gmu', [CONVEX, RESIDUAL], ids=lambda gmu: gmu.kind)
+@pytest.mark.parametrize(
+    ('gmu', 'platform'),
+    [
+        (CONVEX, 'gpu'),
+        (RESIDUAL, 'tpu'),
+        pytest.param(CONVEX, 'tpu', marks=pytest.mark.slow),
+        pytest.param(RESIDUAL, 'gpu', marks=pytest.mark.slow),
+    ],
+    ids=lambda value: getattr(value, 'kind', value),
+)
 @pytest.mark.parametrize('preset', policy.PRESETS)
 def test_what_each_preset_saves_is_what_is_traced(preset, gmu, platform):
     # On a GPU the reference stands in: the kernel there is another library's.

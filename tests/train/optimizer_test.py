@@ -13,6 +13,8 @@ from helios_jax import config
 from helios_jax.errors import UserError
 from helios_jax.train import optimizer
 
+pytestmark = pytest.mark.usefixtures('quick_compilation')
+
 L, D, N, K, H, F, E, V, R = 2, 12, 3, 1, 4, 10, 5, 14, 7
 LEAVES = {  # name: axes, shape, decay, Muon's rows and columns
     'embedding': (('vocab', 'embed'), (V, D), False, None),

@@ -78,7 +78,7 @@ def assert_placed(setup, state):
     assert all(jax.tree.leaves(places)), 'some of the state has moved elsewhere'
 
 
-@pytest.mark.parametrize('pattern', PATTERNS)
+@pytest.mark.parametrize('pattern', [pytest.param('dense', marks=pytest.mark.slow), 'moe'])
 def test_two_steps_change_every_parameter_by_more_than_meshes_may_differ(pattern):
     # Without this, agreement below could be the agreement of parameters that never moved.
     start, (_, (end, _)) = begun(pattern), on_one_device(pattern)
@@ -130,7 +130,7 @@ def logits_and_load(pattern: str):
     return jax.device_get(forward(variables))
 
 
-@pytest.mark.parametrize('pattern', PATTERNS)
+@pytest.mark.parametrize('pattern', [pytest.param('dense', marks=pytest.mark.slow), 'moe'])
 def test_the_loss_is_the_mean_over_the_next_tokens_that_count(pattern):
     batch, (logits, _) = random_batch(0), logits_and_load(pattern)
     assert np.isneginf(logits[..., V:]).all()
@@ -177,6 +177,7 @@ def test_other_ways_to_balance_leave_the_bias_alone(balance):
     assert steps.balance(moe, router, load) is router
 
 
+@pytest.mark.slow
 def test_one_stream_a_row_equals_one_segment_a_row():
     full = random_batch(0)._replace(
         segment_ids=np.ones((B, T), np.int32),
