@@ -20,7 +20,7 @@ pytestmark = pytest.mark.usefixtures('quick_compilation')
 
 def params(seed: int = 0) -> dict:
     rng = np.random.default_rng(seed)
-    draw = lambda *shape: jnp.asarray(rng.standard_normal(shape, np.float32))  # noqa: E731
+    draw = lambda *shape: jnp.asarray(rng.standard_normal(shape, np.float32))
     return {
         'layers': {'q': draw(8, 16, 3), 'gate': draw(8, 5).astype(jnp.bfloat16)},
         'ids': jnp.arange(24, dtype=jnp.int32).reshape(8, 3),
@@ -36,7 +36,7 @@ def abstract(tree, sharding=None):
 
 def same(a, b) -> bool:
     """Equal in structure, dtype and every bit."""
-    bits = lambda x, y: x.dtype == y.dtype and np.asarray(x).tobytes() == np.asarray(y).tobytes()  # noqa: E731
+    bits = lambda x, y: x.dtype == y.dtype and np.asarray(x).tobytes() == np.asarray(y).tobytes()
     return jax.tree.structure(a) == jax.tree.structure(b) and jax.tree.all(jax.tree.map(bits, a, b))
 
 

@@ -112,7 +112,7 @@ def test_decoding_is_recomputation_at_every_length_and_across_every_boundary(
     logits, cache = prefill(model, variables, [tokens()[:start].tolist()], 16)
     for t in range(start, LENGTH):
         close(logits[0, :256], whole[t - 1, :256])
-        column = lambda x: np.full((1, 1), x, np.int32)  # noqa: E731
+        column = lambda x: np.full((1, 1), x, np.int32)
         cache = generating.with_room(cache, t + 1)
         logits, cache = extend(
             variables, cache, column(tokens()[t]), column(t), column(1), model=model

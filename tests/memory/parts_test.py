@@ -43,7 +43,7 @@ FUNCTIONS = {
 
 def arguments(name: str, dtype=jnp.float32):
     draw = np.random.default_rng(5)
-    normal = lambda *shape: jnp.asarray(draw.standard_normal(shape) / 2, dtype)  # noqa: E731
+    normal = lambda *shape: jnp.asarray(draw.standard_normal(shape) / 2, dtype)
     if name == 'hidden':
         return normal(B, T, D), normal(D, F), normal(D, F), normal(F, D)
     return (normal(D, 3), normal(3, D), normal(D)), normal(B, T, D), normal(B, T, D)
@@ -82,7 +82,7 @@ def test_parts_over_a_mesh_are_those_of_one_device(name):
     function, parts = FUNCTIONS[name]
     given = arguments(name)
     cut = partial(in_parts, function, parts(2))
-    run = lambda *a: value_and_gradients(cut, a)  # noqa: E731
+    run = lambda *a: value_and_gradients(cut, a)
     alone = jax.jit(run)(*given)
     mesh = meshes.make(config.Mesh(fsdp=2, context=2, tensor=2), jax.devices()[:8])
     with jax.set_mesh(mesh):

@@ -77,7 +77,7 @@ def test_the_users_action_overrides_the_presets():
 
 
 def test_a_kernel_keeps_queries_keys_and_values_in_the_form_they_share():
-    of = lambda **actions: policy.kernel_form(  # noqa: E731
+    of = lambda **actions: policy.kernel_form(
         policy.actions(config.Memory('full', actions=config.Actions(**actions)))
     )
     assert of(q='fp8', k='fp8', v='fp8+offload') == 'fp8'

@@ -15,7 +15,7 @@ def random_variables():
     """Variables of a module's shapes in which nothing is zero or one, gates and scales included."""
 
     def make(module, *args, seed=0, **kwargs):
-        init = lambda *args: module.init(jax.random.key(0), *args, **kwargs)  # noqa: E731
+        init = lambda *args: module.init(jax.random.key(0), *args, **kwargs)
         return random_weights(jax.eval_shape(init, *args), seed)
 
     return make

@@ -89,7 +89,7 @@ def loop(moe, variables, x, real):
         y = y + jnp.where(kept[..., [e]], weights[..., [e]] * out, 0)
     if moe.num_shared_experts:
         y = y + swiglu(x, *(p['shared'][name]['w'] for name in ('gate', 'up', 'down')))
-    mean = lambda a: a[real].mean(axis=0)  # noqa: E731
+    mean = lambda a: a[real].mean(axis=0)
     shares = scores / scores.sum(-1, keepdims=True)
     load = chosen.sum((0, 1))
     return y, {

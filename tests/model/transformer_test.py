@@ -222,7 +222,7 @@ def covering():
 def test_parameters_are_counted_and_their_axes_known(model):
     boxed = abstract_variables(Transformer(model))
     shapes, axes = nn.unbox(boxed), sharding.logical_axes(boxed)
-    size = lambda tree: sum(leaf.size for leaf in jax.tree.leaves(tree))  # noqa: E731
+    size = lambda tree: sum(leaf.size for leaf in jax.tree.leaves(tree))
     assert weights.count(model) == size(shapes['params'])
     matrices = jax.tree_util.tree_map_with_path(
         lambda path, leaf: leaf.size if path[-1].key == 'w' else 0, shapes['params']
@@ -321,7 +321,7 @@ def test_the_program_does_not_grow_with_depth():
     def size(num_layers, **changes):
         model = Transformer(dataclasses.replace(MIXED, num_layers=num_layers, **changes))
         shapes = nn.unbox(abstract_variables(model))
-        run = lambda v, t: model.apply(v, t, t, t)[0]  # noqa: E731
+        run = lambda v, t: model.apply(v, t, t, t)[0]
         return num_equations(jax.make_jaxpr(run)(shapes, TOKENS).jaxpr)
 
     assert size(3) == size(41) > 100

@@ -122,11 +122,11 @@ def test_accumulating_takes_fewer_activations_and_float32_sums_of_gradients():
 def test_the_most_rows_and_the_longest_row_are_really_the_most(policy):
     cfg = large(policy=policy)
     rows = planning.largest_rows(cfg, V5E, 16)
-    fits = lambda n: plan(planning.with_rows(cfg, 16, n), V5E, 16).fits  # noqa: E731
+    fits = lambda n: plan(planning.with_rows(cfg, 16, n), V5E, 16).fits
     assert fits(rows)
     assert not fits(rows + 1)
     length = planning.longest_row(cfg, V5E, 16)
-    fits = lambda n: plan(planning.with_length(cfg, n), V5E, 16).fits  # noqa: E731
+    fits = lambda n: plan(planning.with_length(cfg, n), V5E, 16).fits
     assert fits(length)
     assert not fits(length + planning.LENGTH_STEP)
 

@@ -133,7 +133,7 @@ def test_rows_split_over_devices_are_counted():
 
 def test_a_tensor_that_backward_never_reads_costs_nothing():
     model = dataclasses.replace(MODEL, gmu=RESIDUAL)
-    names = lambda preset: {  # noqa: E731
+    names = lambda preset: {
         t.name for t in saved.saved_tensors(place(make(model, config.Memory(preset)), 8, 'tpu'))
     }
     assert 'mlp_update' not in names('minimal')
@@ -143,6 +143,6 @@ def test_a_tensor_that_backward_never_reads_costs_nothing():
 
 def test_offload_stays_on_the_device_where_there_is_no_host_memory_space():
     cfg = make(MODEL, config.Memory('offload'))
-    on = lambda platform: {place for _, place in planned_bytes(cfg, 8, platform)}  # noqa: E731
+    on = lambda platform: {place for _, place in planned_bytes(cfg, 8, platform)}
     assert on('cpu') == {'device'}
     assert on('tpu') == {'device', 'host'}

@@ -39,7 +39,7 @@ NAMES = ('adamw', 'muon')
 
 def tree(seed: int) -> dict:
     rng = np.random.default_rng(seed)
-    draw = lambda shape: rng.standard_normal(shape, np.float32)  # noqa: E731
+    draw = lambda shape: rng.standard_normal(shape, np.float32)
     return {'model': {name: draw(leaf[1]) for name, leaf in LEAVES.items()}}
 
 
@@ -207,7 +207,7 @@ def test_bfloat16_moments_round_the_stored_value_and_nothing_else():
     first, second = {'w': jnp.array([0.3, -1.7, 5.1])}, {'w': jnp.array([1.1, 0.2, -0.7])}
     _, state = tx.update(first, tx.init(params), params)
     update, _ = tx.update(second, state, params)
-    rounded = lambda x: np.asarray(jnp.asarray(x, jnp.float32).astype(jnp.bfloat16), np.float32)  # noqa: E731
+    rounded = lambda x: np.asarray(jnp.asarray(x, jnp.float32).astype(jnp.bfloat16), np.float32)
     mu = 0.9 * rounded(0.1 * first['w']) + 0.1 * np.asarray(second['w'])
     nu = 0.95 * rounded(0.05 * first['w'] ** 2) + 0.05 * np.asarray(second['w']) ** 2
     expected = -(mu / (1 - 0.9**2)) / (np.sqrt(nu / (1 - 0.95**2)) + 1e-8)
