@@ -117,7 +117,7 @@ def trained(cfg: config.Config, sizes: dict[str, int], num_devices: int):
 @pytest.mark.parametrize(
     ('pattern', 'rule', 'sizes', 'num_devices'),
     [
-        ('dense', LINEAR, {}, 1),
+        pytest.param('dense', LINEAR, {}, 1, marks=pytest.mark.slow),
         pytest.param('moe', LINEAR, SPLIT, 8, marks=pytest.mark.long),
         pytest.param('moe', MUON, {}, 1, marks=pytest.mark.long),
         pytest.param('dense', MUON, {'fsdp': 4, 'tensor': 2}, 8, marks=pytest.mark.slow),
