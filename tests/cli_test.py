@@ -19,7 +19,7 @@ from refusals import refused
 from helios_jax import checkpoint, cli, config, options
 from helios_jax.data import pipeline
 
-pytestmark = pytest.mark.usefixtures('quick_compilation')
+pytestmark = pytest.mark.usefixtures('quick_runs')
 
 
 def test_a_tokenizer_of_another_vocabulary_than_the_checkpoints_is_refused(root, capsys, tmp_path):
@@ -69,7 +69,7 @@ def test_generate_continues_each_prompt(root, capsys):
 
 def test_ckpt_lists_the_steps(root, capsys):
     rows = run_json(capsys, 'ckpt', 'ls', f'{root}/run')
-    assert [row['step'] for row in rows] == [3, 6]
+    assert [row['step'] for row in rows] == [5, 10]
     assert all(row['bytes'] > 0 and row['metrics']['bits_per_byte'] > 0 for row in rows)
     # The directory of the checkpoints themselves will do.
     assert run_json(capsys, 'ckpt', 'ls', f'{root}/run/checkpoints') == rows

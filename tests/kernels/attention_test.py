@@ -134,8 +134,12 @@ IMPLEMENTED = {
     'cudnn_emulated': ('cudnn', '', 293, 'bfloat16', 4e-2, INDEXED | CAPPED),
 }
 EMULATES = ('packed', 'packed_window', 'many_documents', 'bucket', 'everything', 'cache')
+# The quick tier has these together, in 'everything'.
+SLOW = ('window', 'softcap', 'scales', 'packed_window')
 ALL_CASES = [
-    pytest.param(name, case, G, id=f'{name}-{case}-{G}')
+    pytest.param(
+        name, case, G, id=f'{name}-{case}-{G}', marks=[pytest.mark.slow] if case in SLOW else []
+    )
     for name in IMPLEMENTED
     for case in (EMULATES if name == 'cudnn_emulated' else CASES)
     for G in ([1, 3] if case == 'packed' else [3])

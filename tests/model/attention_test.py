@@ -146,7 +146,11 @@ def test_a_query_depends_on_what_it_sees_and_on_nothing_else(case, random_variab
         np.testing.assert_array_equal(np.abs(of_row).max(-1) > 0, seen)
 
 
-@pytest.mark.parametrize('chunks', [(T,), (1, 7, 16), (5, 1, 1, 1, 11, 5)], ids=str)
+@pytest.mark.parametrize(
+    'chunks',
+    [(T,), pytest.param((1, 7, 16), marks=pytest.mark.slow), (5, 1, 1, 1, 11, 5)],
+    ids=str,
+)
 @pytest.mark.parametrize('case', ['norms', 'dynamic_yarn'])
 def test_the_cache_changes_nothing(case, chunks, random_variables):
     """Chunks of any size cross the boundaries of dynamic YaRN; the cache is longer than the row."""

@@ -226,7 +226,15 @@ def fresh_gates(model):
     return jax.jit(make)()
 
 
-@pytest.mark.parametrize(('sublayers', 'moe'), [(4, False), (16, False), (48, False), (48, True)])
+@pytest.mark.parametrize(
+    ('sublayers', 'moe'),
+    [
+        (4, False),
+        (48, False),
+        pytest.param(16, False, marks=pytest.mark.slow),
+        pytest.param(48, True, marks=pytest.mark.slow),
+    ],
+)
 def test_fresh_convex_network_is_the_residual_network(sublayers, moe, random_variables):
     """With u instead of û the stream is the residual stream divided by l, which a norm hides."""
     convex, residual = (transformer(k, sublayers // 2, moe) for k in ('convex', 'residual'))

@@ -79,9 +79,10 @@ def compare(cfg: config.Config, num_devices: int, platform: str) -> None:
     ('gmu', 'platform'),
     [
         (CONVEX, 'gpu'),
-        (RESIDUAL, 'tpu'),
-        pytest.param(CONVEX, 'tpu', marks=pytest.mark.slow),
-        pytest.param(RESIDUAL, 'gpu', marks=pytest.mark.slow),
+        *(
+            pytest.param(*other, marks=pytest.mark.slow)
+            for other in ((CONVEX, 'tpu'), (RESIDUAL, 'gpu'), (RESIDUAL, 'tpu'))
+        ),
     ],
     ids=lambda value: getattr(value, 'kind', value),
 )
@@ -94,7 +95,9 @@ def test_what_each_preset_saves_is_what_is_traced(preset, gmu, platform):
 
 
 @pytest.mark.parametrize('preset', ['minimal', 'fp8', 'full'])
-@pytest.mark.parametrize('packing', ['best_fit', 'concatenate'])
+@pytest.mark.parametrize(
+    'packing', ['best_fit', pytest.param('concatenate', marks=pytest.mark.slow)]
+)
 def test_what_cudnn_saves_is_what_is_traced(packing, preset, monkeypatch):
     monkeypatch.setattr(cudnn, 'check_cudnn_version', lambda: gpu.PACKED_CUDNN)
     monkeypatch.setattr(cudnn, 'check_compute_capability', lambda _: True)

@@ -12,9 +12,8 @@ from helios_jax.train import finish
 def make(root: Path) -> Path:
     """Fills the directory with a config, a finished run, and files that are not what they seem."""
     cfg = small_run.make_config(root)
-    cfg = config.replace(
-        cfg, {'train.num_steps': 6, 'train.eval_every': 3, 'train.checkpoint_every': 0}
-    )
+    changes = {'train.num_steps': 10, 'train.eval_every': 5, 'train.checkpoint_every': 0}
+    cfg = config.replace(cfg, changes)
     small_run.write_config(cfg, root / 'small.py')
     (root / 'empty').mkdir()
     (root / 'empty' / 'nothing.txt').write_text('')
