@@ -120,7 +120,8 @@ def test_decoding_is_recomputation_at_every_length_and_across_every_boundary(
     assert generating.num_slots(cache) == 4 * SMALL_CACHE
 
 
-@pytest.mark.parametrize('pattern', ['full', slow('mixed')])
+@pytest.mark.slow
+@pytest.mark.parametrize('pattern', PATTERNS)
 def test_greedy_tokens_are_those_of_recomputation_for_ragged_prompts(pattern, growing_cache):
     lengths = (3, 14, 31)
     prompts = [

@@ -284,6 +284,7 @@ def test_tied_embeddings_are_one_matrix(random_variables):
     assert np.isneginf(logits[..., V:]).all()
 
 
+@pytest.mark.slow
 def test_bfloat16_computes_on_float32_parameters(random_variables):
     narrow, wide = (
         Transformer(dataclasses.replace(MIXED, compute_dtype=dtype, period='dense', prefix=''))
