@@ -179,7 +179,7 @@ def _print(console: rich.console.Console, line: str) -> None:
 def _phase_bar(
     console: rich.console.Console, total: int | None, unit: str
 ) -> rich.progress.Progress:
-    text = lambda template: rich.progress.TextColumn(template, markup=False)  # noqa: E731
+    text = lambda template: rich.progress.TextColumn(template, markup=False)
     columns: list[rich.progress.ProgressColumn] = [text('{task.description}')]
     if unit:
         of_total = '/{task.total:,.0f}' if total is not None else ''

@@ -20,6 +20,8 @@ from helios_jax.errors import UserError
 from helios_jax.parallel import mesh as meshes
 from helios_jax.train import state as states
 
+pytestmark = pytest.mark.usefixtures('quick_compilation')
+
 CONFIG = config.Config(
     model=config.Model(
         num_layers=3, embed_dim=24, num_heads=4, num_kv_heads=2, head_dim=6, mlp_dim=40,
@@ -86,8 +88,7 @@ def test_without_a_mesh_all_devices_share_the_weights(tmp_path):
 
 
 def test_weights_that_the_devices_do_not_divide_are_copied_to_each(tmp_path):
-    model = dataclasses.replace(CONFIG.model, embed_dim=20)
-    shapes = setup_on('one', dataclasses.replace(CONFIG, model=model))
+    shapes = setup_on('one', config.replace(CONFIG, {'model.embed_dim': 20}))
     where = shapes.state.params, shapes.axes
     mesh = restoring.default_mesh(where[1], where[0])
     assert (mesh.shape['data'], mesh.shape['fsdp']) == (8, 1)
@@ -125,8 +126,7 @@ def with_tokenizer(tmp_path_factory):
     path = folder / 'tokenizer.json'
     texts = [f'{n} quick brown foxes jump over lazy dogs' for n in range(300)]
     tokenizers.train_bpe(texts, 290, path)
-    cfg = dataclasses.replace(CONFIG, model=dataclasses.replace(CONFIG.model, vocab_size=0))
-    cfg = cfg.resolve(290)
+    cfg = config.replace(CONFIG, {'model.vocab_size': 290})
     state = states.initialize(setup_on('one', cfg))
     with contextlib.closing(checkpoint.Checkpoints(workdir / 'checkpoints', keep=3)) as writer:
         metadata = {

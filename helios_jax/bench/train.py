@@ -127,11 +127,7 @@ def compare_training(
 
 def variant(cfg: config.Config, kind: str, packing: str) -> config.Config:
     """Gives a config another GMU kind and packing."""
-    gmu = dataclasses.replace(cfg.model.gmu, kind=kind)
-    model = dataclasses.replace(cfg.model, gmu=gmu)
-    return dataclasses.replace(
-        cfg, model=model, data=dataclasses.replace(cfg.data, packing=packing)
-    )
+    return config.replace(cfg, {'model.gmu.kind': kind, 'data.packing': packing})
 
 
 def describe(row: dict[str, Any], peer: dict[str, Any]) -> str:

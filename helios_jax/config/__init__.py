@@ -20,7 +20,7 @@ import ml_collections
 
 from helios_jax.config.model import GMU, Model, MoE, Rope
 from helios_jax.config.run import Actions, Data, Memory, Mesh, Optimizer, Train
-from helios_jax.errors import UserError, nearest, require, within_int32
+from helios_jax.errors import nearest, require, within_int32
 
 __all__ = [
     'GMU',
@@ -34,12 +34,9 @@ __all__ = [
     'Optimizer',
     'Rope',
     'Train',
-    'UserError',
     'describe',
     'from_dict',
-    'nearest',
     'replace',
-    'require',
     'to_dict',
 ]
 

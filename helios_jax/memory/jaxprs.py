@@ -50,7 +50,7 @@ def made_by(jaxpr: Any) -> dict[int, tuple[Any, int]]:
 
 def inner_jaxprs(equation: Any) -> list[Any]:
     """The jaxprs among an equation's parameters."""
-    is_jaxpr = lambda x: hasattr(x, 'eqns') or hasattr(x, 'jaxpr')  # noqa: E731
+    is_jaxpr = lambda x: hasattr(x, 'eqns') or hasattr(x, 'jaxpr')
     leaves = jax.tree.leaves(list(equation.params.values()), is_leaf=is_jaxpr)
     return [getattr(x, 'jaxpr', x) for x in leaves if is_jaxpr(x)]
 

@@ -57,7 +57,7 @@ def _forward(
 def _backward(
     function: Callable[..., Array], parts: Parts, arguments: tuple[PyTree, ...], d_out: Array
 ) -> tuple[PyTree, ...]:
-    each = lambda f, *trees: [  # noqa: E731
+    each = lambda f, *trees: [
         jax.tree.map(partial(f, cut), *own)
         for cut, *own in zip(parts.arguments, *trees, strict=True)
     ]
@@ -69,7 +69,7 @@ def _backward(
         return each(partial(_add, i), totals, vjp(_take(i, parts.result, d_views)))
 
     totals = jax.lax.fori_loop(0, parts.number, step, each(_zeros, views))
-    whole = lambda _, total, a: total.reshape(a.shape).astype(a.dtype)  # noqa: E731
+    whole = lambda _, total, a: total.reshape(a.shape).astype(a.dtype)
     return tuple(each(whole, totals, arguments))
 
 

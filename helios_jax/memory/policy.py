@@ -19,6 +19,7 @@ from typing import NamedTuple
 
 from helios_jax import config
 from helios_jax.arch.tensors import NAMES
+from helios_jax.errors import require
 
 # Tensors of the functions whose backward pass memory.backward_parts cuts.
 IN_PARTS = ('attention_gate', 'gate_up', 'mlp_gate')
@@ -58,24 +59,24 @@ def actions(memory: config.Memory) -> dict[str, str]:
         saved that is to be recomputed in parts, or a policy that is still to be resolved.
     """
     chosen = chosen_actions(memory)
-    config.require(
+    require(
         memory.policy != 'auto',
         "memory.policy='auto' is for `helios train` and `helios plan`, which know the device; here "
         f'choose one of none, {", ".join(PRESETS)}.',
     )
-    config.require(
+    require(
         not chosen or memory.policy in PRESETS,
         f'memory.policy={memory.policy!r} has no named tensors, but memory.actions sets '
         f'{", ".join(chosen)}; choose one of {", ".join(PRESETS)}.',
     )
-    config.require(
+    require(
         chosen.get('block_input') != 'remat',
         "memory.actions.block_input='remat', but a layer is recomputed from its input; choose "
         'device, fp8 or offload.',
     )
     table = _completed(chosen, memory.policy)
     in_parts = [name for name in IN_PARTS if table[name] != 'remat']
-    config.require(
+    require(
         memory.backward_parts == 1 or not in_parts,
         f'memory.backward_parts={memory.backward_parts} recomputes {", ".join(IN_PARTS)} in parts, '
         f'but {in_parts[0] if in_parts else ""} is saved; choose a policy such as full, or '

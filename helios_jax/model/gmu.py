@@ -206,7 +206,7 @@ class GatedMemoryUnit(nn.Module):
             init: Any = nn.initializers.constant(first)
             return Weights(vector=self.vector(rows['scale'], init), scale=scale)
         if gmu.bias == 'depth':
-            init = lambda key, shape, dtype: jnp.full(shape, -jnp.log(index), dtype)  # noqa: E731
+            init = lambda key, shape, dtype: jnp.full(shape, -jnp.log(index), dtype)
         else:
             init = nn.initializers.constant(float(gmu.bias))
         names = ('from_input', 'from_output', 'out')

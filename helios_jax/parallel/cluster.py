@@ -14,7 +14,7 @@ from etils import epath
 from jax.experimental import multihost_utils
 
 from helios_jax.chips import host_memory
-from helios_jax.config import UserError
+from helios_jax.errors import UserError
 
 log = logging.getLogger(__name__)
 

@@ -130,9 +130,9 @@ def _local(
     if capacity:
         rows = rows.reshape(ours, capacity, -1)
         exact = jax.lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
-        matmul = lambda x, w: jnp.einsum('ecd,edf->ecf', x, w, precision=exact)  # noqa: E731
+        matmul = lambda x, w: jnp.einsum('ecd,edf->ecf', x, w, precision=exact)
     else:
-        matmul = lambda x, w: grouped_matmul(x, w, p.group_sizes)  # noqa: E731
+        matmul = lambda x, w: grouped_matmul(x, w, p.group_sizes)
     gate = checkpoint_name(matmul(rows, w_gate), 'gate_up')
     up = checkpoint_name(matmul(rows, w_up), 'gate_up')
     wide = gate.astype(jnp.promote_types(gate.dtype, jnp.float32))
@@ -168,7 +168,7 @@ def apply_experts(
         return _local(x, choices, weights, w_gate, w_up, w_down, 0, num_experts, capacity_factor)
 
     def on_device(x, choices, weights, w_gate, w_up, w_down):
-        gather = lambda a: jax.lax.all_gather(a, 'expert', axis=0, tiled=True)  # noqa: E731
+        gather = lambda a: jax.lax.all_gather(a, 'expert', axis=0, tiled=True)
         first = jax.lax.axis_index('expert') * w_gate.shape[0]
         tokens = checkpoint_name(gather(x), 'dispatched')
         y, dropped = _local(

@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 from helios_jax import config
 from helios_jax.chips import Chip
+from helios_jax.errors import UserError
 from helios_jax.memory import policy
 from helios_jax.plan.planning import Plan, plan
 
@@ -48,44 +49,42 @@ def memories(memory: config.Memory) -> list[config.Memory]:
         changed = dataclasses.replace(memory, policy=preset, backward_parts=parts)
         try:
             policy.actions(changed)
-        except config.UserError:
+        except UserError:
             continue
         found.append(changed)
     return found
 
 
-def _single(cfg: config.Config, num_devices: int) -> Iterator[tuple[str, str, object]]:
-    """Yields (section, field, value) of each setting worth trying."""
+def _single(cfg: config.Config, num_devices: int) -> Iterator[tuple[str, object]]:
+    """Yields (dotted name, value) of each setting worth trying."""
     for preset in PRESETS:
         if preset != cfg.memory.policy and not policy.chosen_actions(cfg.memory):
-            yield 'memory', 'policy', preset
+            yield 'memory.policy', preset
     if cfg.memory.backward_parts == 1:
-        yield 'memory', 'backward_parts', PARTS
+        yield 'memory.backward_parts', PARTS
     for times in (2, 4, 8, 16):
-        yield 'train', 'microbatches', cfg.train.microbatches * times
+        yield 'train.microbatches', cfg.train.microbatches * times
     if cfg.memory.optimizer == 'device':
-        yield 'memory', 'optimizer', 'host'
+        yield 'memory.optimizer', 'host'
     if cfg.memory.parameters == 'device':
-        yield 'memory', 'parameters', 'host'
+        yield 'memory.parameters', 'host'
     for axis, other in itertools.permutations(('data', 'fsdp', 'expert', 'context', 'tensor'), 2):
         # One axis takes what another has; the other becomes what is left.
         size = getattr(cfg.mesh, axis)
         if size == 1 and getattr(cfg.mesh, other) == -1:
-            yield from (('mesh', axis, n) for n in (2, 4, 8, 16) if num_devices % n == 0)
+            yield from ((f'mesh.{axis}', n) for n in (2, 4, 8, 16) if num_devices % n == 0)
 
 
 def _try(
-    cfg: config.Config, changes: list[tuple[str, str, object]], chip: Chip, num_devices: int
+    cfg: config.Config, changes: list[tuple[str, object]], chip: Chip, num_devices: int
 ) -> Change | None:
     """Makes the plan with these changes; None if it is refused or does not fit."""
-    if len({change[:2] for change in changes}) < len(changes):
+    values = dict(changes)
+    if len(values) < len(changes):
         return None
     try:
-        for section, field, value in changes:
-            changed_section = dataclasses.replace(getattr(cfg, section), **{field: value})
-            cfg = dataclasses.replace(cfg, **{section: changed_section})
-        changed = plan(cfg, chip, num_devices)
-    except config.UserError:
+        changed = plan(config.replace(cfg, values), chip, num_devices)
+    except UserError:
         return None
-    overrides = tuple(f'--config.{section}.{field}={value}' for section, field, value in changes)
+    overrides = tuple(f'--config.{name}={value}' for name, value in changes)
     return Change(overrides, changed) if changed.fits else None

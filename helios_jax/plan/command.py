@@ -9,6 +9,7 @@ from typing import Any
 from absl import flags
 
 from helios_jax import chips, config, options
+from helios_jax.errors import require
 from helios_jax.plan import changes, output, planning, search
 
 BYTE_VOCABULARY = 256  # V of data.tokenizer=bytes, without loading tokenizers
@@ -64,8 +65,7 @@ def prepared(cfg: config.Config, topology: chips.Topology, batch_rows: int = 0) 
         vocab_size = tokenizer.load(cfg.data.tokenizer).vocab_size
     cfg = cfg.resolve(vocab_size)
     if batch_rows:
-        train = dataclasses.replace(cfg.train, batch_rows=batch_rows)
-        cfg = dataclasses.replace(cfg, train=train)
+        cfg = config.replace(cfg, {'train.batch_rows': batch_rows})
     if cfg.memory.policy == 'auto':
         memory = search.resolve_auto(cfg, topology.chip, topology.num_devices)
         cfg = dataclasses.replace(cfg, memory=memory)
@@ -109,7 +109,7 @@ def searched(
     cfg: config.Config, topology: chips.Topology, compile_too: bool, as_json: bool
 ) -> dict[str, Any]:
     best = search.search(cfg, topology.chip, topology.num_devices)[:10]
-    config.require(
+    require(
         bool(best),
         f'nothing fits {topology.name}, not even one row a device under memory.policy=fp8_offload; '
         'take more devices or a smaller model.',

@@ -88,7 +88,7 @@ def text(made: Plan, topology: Topology, most: dict[str, int]) -> str:
 def _memory(made: Plan) -> list[str]:
     counted, memory = made.memory, made.config.memory
     given, phase = counted.arguments, counted.peak_phase
-    line = lambda name, device, host=0: (  # noqa: E731
+    line = lambda name, device, host=0: (
         f'{name:38} {device / GIB:9.3f}' + (f' {host / GIB:9.3f}' if host else '')
     )
 
@@ -129,7 +129,7 @@ def _memory(made: Plan) -> list[str]:
 
 def _seconds(made: Plan) -> list[str]:
     s = made.seconds
-    one = lambda name, amount, unit, seconds: (  # noqa: E731
+    one = lambda name, amount, unit, seconds: (
         f'{name:12} {amount:12.4g} {unit:6} {1e3 * seconds:10.1f} ms'
     )
     return [

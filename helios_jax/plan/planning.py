@@ -67,8 +67,7 @@ def with_rows(cfg: config.Config, num_devices: int, rows: int) -> config.Config:
     total = rows * cfg.train.microbatches
     for axis in rules.BATCH_AXES:
         total *= shape[axis]
-    train = dataclasses.replace(cfg.train, batch_rows=total)
-    return dataclasses.replace(cfg, train=train)
+    return config.replace(cfg, {'train.batch_rows': total})
 
 
 def mesh_shape(cfg: config.Config, num_devices: int) -> dict[str, int]:
@@ -77,12 +76,10 @@ def mesh_shape(cfg: config.Config, num_devices: int) -> dict[str, int]:
 
 def with_length(cfg: config.Config, length: int) -> config.Config:
     """Returns the config with rows of this many tokens, as if it had been trained at them."""
-    rope = cfg.model.rope
+    changes = {'data.row_length': length}
     if cfg.model.rope.scaling == 'dynamic':
-        rope = dataclasses.replace(rope, trained_length=max(rope.trained_length, length))
-    model = dataclasses.replace(cfg.model, rope=rope)
-    data = dataclasses.replace(cfg.data, row_length=length)
-    return dataclasses.replace(cfg, model=model, data=data)
+        changes['model.rope.trained_length'] = max(cfg.model.rope.trained_length, length)
+    return config.replace(cfg, changes)
 
 
 def largest_rows(cfg: config.Config, chip: Chip, num_devices: int) -> int:

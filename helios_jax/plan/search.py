@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from helios_jax import config
 from helios_jax.arch.rules import BATCH_AXES
 from helios_jax.chips import GIB, Chip
+from helios_jax.errors import UserError, require
 from helios_jax.plan.changes import Change, memories
 from helios_jax.plan.planning import Plan, largest_rows, mesh_shape, plan
 
@@ -45,13 +46,13 @@ def resolve_auto(cfg: config.Config, chip: Chip, num_devices: int) -> config.Mem
     for memory in memories(cfg.memory):
         try:
             tried.append(plan(dataclasses.replace(cfg, memory=memory), chip, num_devices))
-        except config.UserError as error:
+        except UserError as error:
             refused = error
     if refused and not tried:
         raise refused
     fitting = [made for made in tried if made.fits]
     least = min(made.memory.peak for made in tried)
-    config.require(
+    require(
         bool(fitting),
         f"memory.policy='auto': no preset fits {num_devices} {chip.name}; the smallest needs "
         f'{least / GIB:.1f} of {chip.hbm_bytes / GIB:.1f} GiB a device. Take fewer rows, more '
@@ -84,17 +85,15 @@ def _rows(
     """Yields plans by rows of a device's microbatch: powers of two that fit, and the most."""
     shape = mesh_shape(cfg, num_devices)
     sharded = math.prod(shape[axis] for axis in BATCH_AXES)
-    train = dataclasses.replace(
-        cfg.train, microbatches=microbatches, batch_rows=microbatches * sharded
-    )
-    cfg = dataclasses.replace(cfg, train=train)
+    start = {'train.microbatches': microbatches, 'train.batch_rows': microbatches * sharded}
+    cfg = config.replace(cfg, start)
     try:
         most = min(largest_rows(cfg, chip, num_devices), 64)
-    except config.UserError:
+    except UserError:
         return
     for rows in {2**i for i in range(7) if 2**i <= most} | ({most} if most else set()):
-        train = dataclasses.replace(cfg.train, batch_rows=rows * microbatches * sharded)
-        made = plan(dataclasses.replace(cfg, train=train), chip, num_devices)
+        grown = config.replace(cfg, {'train.batch_rows': rows * microbatches * sharded})
+        made = plan(grown, chip, num_devices)
         yield Change(_overrides(original, made), made)
 
 

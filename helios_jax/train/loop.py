@@ -115,7 +115,7 @@ def run_steps(
             # What is due at this step is done before stopping: the resumed run starts behind it.
             stopping = stop.agreed()
             run.lock.check()
-            due = lambda every: step == cfg.num_steps or (every and step % every == 0)  # noqa: E731, B023
+            due = lambda every: step == cfg.num_steps or (every and step % every == 0)  # noqa: B023
             if due(cfg.log_every):
                 writer.write(step, progress.figures(step, reported))
             scores: dict[str, float] = {}

@@ -9,6 +9,7 @@ from typing import Any
 import jax
 
 from helios_jax import config, display
+from helios_jax.errors import UserError
 from helios_jax.train import throughput
 from helios_jax.train.run import Run
 
@@ -94,7 +95,7 @@ def check_finite(run: Run, step: int, reported: Mapping[str, Any]) -> None:
     if not broken:
         return
     run.checkpoints.wait()
-    raise config.UserError(
+    raise UserError(
         f'the {broken} is {figures[broken]} at step {step}; nothing was saved since step '
         f'{max(run.checkpoints.steps(), default=0)}. Lower optimizer.learning_rate (now '
         f'{run.config.optimizer.learning_rate}) or raise optimizer.warmup_steps, and start again.'

@@ -61,7 +61,7 @@ def create(
     of_moments = optimizer.state_shardings(
         moments, in_memory(cfg.memory.optimizer, shardings['params'])
     )
-    place = lambda shape, where: jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=where)  # noqa: E731
+    place = lambda shape, where: jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=where)
     state = TrainState(
         step=place(jax.ShapeDtypeStruct((), jnp.int32), sharding.sharding(mesh, ())),
         params=jax.tree.map(place, variables['params'], of_params),

@@ -194,7 +194,7 @@ def loss(
     layers = [stats for group in reported.values() for stats in group.values()]
     if layers:
         moe = cfg.model.moe
-        of = lambda name: jnp.sum(jnp.stack([getattr(s, name).sum() for s in layers]))  # noqa: E731
+        of = lambda name: jnp.sum(jnp.stack([getattr(s, name).sum() for s in layers]))
         auxiliary = moe.router_z_loss * of('z_loss')
         if moe.balance in ('aux', 'both'):
             auxiliary += moe.aux_loss * of('balance_loss')

@@ -7,6 +7,7 @@ import jax
 from helios_jax import chips, config
 from helios_jax.arch import tensors, weights
 from helios_jax.bench.tpu.timing import CHIPS
+from helios_jax.errors import UserError
 from helios_jax.kernels.attention import gpu
 from helios_jax.memory import policy
 from helios_jax.parallel import mesh as meshes
@@ -36,7 +37,7 @@ up = rules['periods.layer_0.mlp.up.w']
 described = dry_run.describe(cfg, 4).splitlines()
 try:
     refused = str(config.Actions(**{'invented': 'fp8'}))
-except (config.UserError, TypeError) as error:
+except (UserError, TypeError) as error:
     refused = str(error)
 
 found = {

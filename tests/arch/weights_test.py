@@ -40,7 +40,7 @@ GMUS = [
 def test_every_parameter_has_the_models_shape_and_axes(model):
     variables = abstract_variables(Transformer(model))
     made = {}
-    is_boxed = lambda x: hasattr(x, 'names')  # noqa: E731
+    is_boxed = lambda x: hasattr(x, 'names')
     leaves = jax.tree.leaves_with_path(variables['params'], is_leaf=is_boxed)
     for path, leaf in leaves:
         # A path ends at the box, whose attribute is no part of a name.

@@ -8,6 +8,7 @@ import re
 import shlex
 
 import pytest
+from refusals import refused
 
 from helios_jax import cli, config
 from helios_jax.bench import process
@@ -77,8 +78,5 @@ def test_help_of_a_measurement_has_no_hidden_flag(name, capsys):
     ],
 )
 def test_bad_flags_are_one_line(flag, message, capsys):
-    with pytest.raises(SystemExit) as caught:
-        cli.main(['bench', 'attention', flag])
-    assert caught.value.code == 2
-    (line,) = capsys.readouterr().err.splitlines()
+    line = refused(capsys, 'bench', 'attention', flag, alone=True)
     assert re.search(message, line), line

@@ -68,8 +68,7 @@ def test_without_the_peer_a_line_says_nothing_of_it():
 
 @pytest.mark.slow
 def test_a_measurement_counts_the_steps_on_the_clock(tmp_path):
-    cfg = small_run.make_config(tmp_path)
-    cfg = dataclasses.replace(cfg, train=dataclasses.replace(cfg.train, num_steps=3))
+    cfg = config.replace(small_run.make_config(tmp_path), {'train.num_steps': 3})
     row = train.measure_training(dataclasses.asdict(cfg), 2, 1)
     assert len(row['losses']) == 2 + 3 + 1
     assert row['losses'][-1] < row['losses'][0]

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
+from random_weights import random_weights
 
 from helios_jax import config
 from helios_jax.data.tokenizer import ByteTokenizer
@@ -20,17 +21,12 @@ from helios_jax.parallel import mesh as meshes
 from helios_jax.parallel import sharding
 from helios_jax.restoring import Restored, mesh_of
 
+pytestmark = pytest.mark.usefixtures('quick_compilation')
+
 TRAINED, LENGTH = 16, 56  # tokens; more than 3 × the trained length
 SMALL_CACHE = 16  # slots: one that is doubled twice for LENGTH tokens
 NO_EOS = 999
 PATTERNS = {'full': 'dense', 'mixed': 'dense,dense_window,moe'}
-
-
-@pytest.fixture(autouse=True, scope='module')
-def quick_compilation():
-    jax.config.update('jax_disable_most_optimizations', True)
-    yield
-    jax.config.update('jax_disable_most_optimizations', False)
 
 
 @functools.cache
@@ -51,17 +47,7 @@ def model_of(pattern: str) -> Transformer:
 @functools.cache
 def variables_of(pattern: str):
     """Random weights in which no gate, scale or bias is at its start."""
-    rng = np.random.default_rng(11)
-
-    def draw(path, leaf):
-        value = rng.standard_normal(leaf.shape)
-        if path[-1].key == 'scale':
-            value = 1 + value / 5
-        elif path[-2].key != 'embed':
-            value = value / 4
-        return jnp.asarray(value, leaf.dtype)
-
-    return jax.tree.map_with_path(draw, nn.unbox(abstract_variables(model_of(pattern))))
+    return random_weights(abstract_variables(model_of(pattern)), seed=11)
 
 
 @functools.cache
@@ -83,12 +69,22 @@ def recompute(pattern: str):
     return lambda rows: np.asarray(logits(variables_of(pattern), jnp.asarray(rows, jnp.int32)))
 
 
+def slow(*case):
+    return pytest.param(*case, marks=pytest.mark.slow)
+
+
 def close(actual, expected):
     np.testing.assert_allclose(actual, expected, rtol=2e-4, atol=2e-4)
 
 
-@pytest.mark.parametrize('chunk', [1, 7, LENGTH])
-@pytest.mark.parametrize('pattern', PATTERNS)
+@pytest.mark.parametrize(
+    ('pattern', 'chunk'),
+    [
+        ('full', 1),
+        ('mixed', 7),
+        *(slow('full', 7), slow('full', LENGTH), slow('mixed', 1), slow('mixed', LENGTH)),
+    ],
+)
 def test_prefill_in_chunks_is_the_plain_computation(pattern, chunk):
     whole = recompute(pattern)(tokens()[None])[0]
     assert np.std(whole[:, :256]) > 0.3
@@ -105,7 +101,7 @@ def growing_cache(monkeypatch):
     monkeypatch.setattr(generating, 'SMALLEST_CACHE', SMALL_CACHE)
 
 
-@pytest.mark.parametrize('pattern', PATTERNS)
+@pytest.mark.parametrize('pattern', ['full', slow('mixed')])
 def test_decoding_is_recomputation_at_every_length_and_across_every_boundary(
     pattern, growing_cache
 ):
@@ -115,7 +111,7 @@ def test_decoding_is_recomputation_at_every_length_and_across_every_boundary(
     logits, cache = prefill(model, variables, [tokens()[:start].tolist()], 16)
     for t in range(start, LENGTH):
         close(logits[0, :256], whole[t - 1, :256])
-        column = lambda x: np.full((1, 1), x, np.int32)  # noqa: E731
+        column = lambda x: np.full((1, 1), x, np.int32)
         cache = generating.with_room(cache, t + 1)
         logits, cache = extend(
             variables, cache, column(tokens()[t]), column(t), column(1), model=model
@@ -124,6 +120,7 @@ def test_decoding_is_recomputation_at_every_length_and_across_every_boundary(
     assert generating.num_slots(cache) == 4 * SMALL_CACHE
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('pattern', PATTERNS)
 def test_greedy_tokens_are_those_of_recomputation_for_ragged_prompts(pattern, growing_cache):
     lengths = (3, 14, 31)
@@ -286,13 +283,15 @@ def test_a_stop_text_that_is_empty_is_refused():
 
 @pytest.fixture
 def calls(monkeypatch) -> list[tuple[int, int]]:
-    """Tokens read and slots attended to, of each call of the model."""
+    """Tokens read and slots attended to, of each call of the model, which computes nothing."""
     made: list[tuple[int, int]] = []
     real = generating.extend
 
     def extend(variables, cache, tokens, *args, **settings):
         made.append((tokens.shape[1], generating.num_slots(cache)))
-        return real(variables, cache, tokens, *args, **settings)
+        computed = functools.partial(real, **settings)
+        shapes = jax.eval_shape(computed, variables, cache, tokens, *args)
+        return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
 
     monkeypatch.setattr(generating, 'extend', extend)
     return made
@@ -312,17 +311,19 @@ def test_a_call_attends_to_little_more_than_what_the_cache_holds(calls, growing_
     assert calls == [*prompt, *[(1, 64)] * (64 - 37), *[(1, 128)] * 5]
 
 
-def warnings(caplog, prompt, max_tokens, **rope) -> list[str]:
+def warnings(caplog, monkeypatch, prompt, max_tokens, **rope) -> list[str]:
+    monkeypatch.setattr(generating, 'generate', lambda *_, **__: [[]])
     model = config.replace(model_of('full').model, {f'rope.{n}': v for n, v in rope.items()})
     caplog.clear()
     complete(restored()._replace(model=Transformer(model)), [prompt], max_tokens=max_tokens)
     return [record.getMessage() for record in caplog.records if record.levelname == 'WARNING']
 
 
-def test_a_text_that_reaches_past_the_trained_length_is_warned_of(caplog):
-    (line,) = warnings(caplog, 'a' * 12, 4, scaling='none')  # and BOS
+def test_a_text_that_reaches_past_the_trained_length_is_warned_of(caplog, monkeypatch):
+    warned = functools.partial(warnings, caplog, monkeypatch)
+    (line,) = warned('a' * 12, 4, scaling='none')  # and BOS
     assert re.search(r'13 tokens.*max_tokens=4 .*past the 16 tokens.*--yarn=dynamic', line)
-    assert not warnings(caplog, 'a' * 11, 4, scaling='none')
-    assert not warnings(caplog, 'a' * 12, 4, scaling='dynamic')
-    assert not warnings(caplog, 'a' * 12, 4, scaling='static', factor=2.0)
-    assert warnings(caplog, 'a' * 12, 20, scaling='static', factor=2.0)
+    assert not warned('a' * 11, 4, scaling='none')
+    assert not warned('a' * 12, 4, scaling='dynamic')
+    assert not warned('a' * 12, 4, scaling='static', factor=2.0)
+    assert warned('a' * 12, 20, scaling='static', factor=2.0)

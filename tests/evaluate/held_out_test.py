@@ -1,14 +1,12 @@
-import dataclasses
 import functools
 from pathlib import Path
 
-import flax.linen as nn
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 import tokenizers
 from jax.sharding import NamedSharding, PartitionSpec
+from random_weights import random_weights
 
 from helios_jax import config
 from helios_jax.data import pipeline, tokenizer
@@ -18,15 +16,10 @@ from helios_jax.model.transformer import Transformer, abstract_variables
 from helios_jax.parallel import mesh as meshes
 from helios_jax.restoring import Restored
 
+pytestmark = pytest.mark.usefixtures('quick_compilation')
+
 TEXTS = [f'{number} alpha beta gamma ' * (number % 7 + 1) for number in range(37)]
 VOCABULARY = 256
-
-
-@pytest.fixture(autouse=True, scope='module')
-def quick_compilation():
-    jax.config.update('jax_disable_most_optimizations', True)
-    yield
-    jax.config.update('jax_disable_most_optimizations', False)
 
 
 @functools.cache
@@ -36,10 +29,8 @@ def model_and_variables():
         mlp_dim=20, compute_dtype='float32',
     )  # fmt: skip
     transformer = Transformer(model)
-    rng = np.random.default_rng(0)
     two = NamedSharding(meshes.make(config.Mesh(), jax.devices()[:2]), PartitionSpec())
-    draw = lambda x: jax.device_put(jnp.asarray(rng.standard_normal(x.shape) / 4, x.dtype), two)  # noqa: E731
-    return transformer, jax.tree.map(draw, nn.unbox(abstract_variables(transformer)))
+    return transformer, jax.device_put(random_weights(abstract_variables(transformer)), two)
 
 
 @pytest.fixture
@@ -134,6 +125,6 @@ def test_lost_bytes_are_refused_or_told_and_left_out(restored, tmp_path):
     total = sum(map(len, TEXTS))
     assert figures['bytes'] == total - digits
     assert figures['lost_fraction'] == digits / total
-    allowed = dataclasses.replace(restored.config.data, allow_lossy_tokenizer=True)
-    run = restored._replace(config=dataclasses.replace(restored.config, data=allowed))
+    allowed = config.replace(restored.config, {'data.allow_lossy_tokenizer': True})
+    run = restored._replace(config=allowed)
     assert held_out(run, text=f'{tmp_path}/text/*.txt') == figures

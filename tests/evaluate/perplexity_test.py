@@ -1,11 +1,11 @@
 import functools
 import math
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from random_weights import random_weights
 
 from helios_jax import config
 from helios_jax.data.pipeline import Batch
@@ -13,14 +13,9 @@ from helios_jax.errors import UserError
 from helios_jax.evaluate.perplexity import evaluate
 from helios_jax.model.transformer import Transformer, abstract_variables
 
+pytestmark = pytest.mark.usefixtures('quick_compilation')
+
 B, T, V, EOS = 5, 12, 300, 7
-
-
-@pytest.fixture(autouse=True, scope='module')
-def quick_compilation():
-    jax.config.update('jax_disable_most_optimizations', True)
-    yield
-    jax.config.update('jax_disable_most_optimizations', False)
 
 
 @functools.cache
@@ -31,9 +26,7 @@ def model_and_variables():
         moe=config.MoE(num_experts=3),
     )  # fmt: skip
     transformer = Transformer(model)
-    rng = np.random.default_rng(0)
-    draw = lambda x: jnp.asarray(rng.standard_normal(x.shape) / 3, x.dtype)  # noqa: E731
-    return transformer, jax.tree.map(draw, nn.unbox(abstract_variables(transformer)))
+    return transformer, random_weights(abstract_variables(transformer))
 
 
 def batch(seed: int = 0) -> Batch:

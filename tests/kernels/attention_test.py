@@ -10,12 +10,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax._src.cudnn import fused_attention_stablehlo as private
+from packed_rows import packed_rows
 
 from helios_jax import config
 from helios_jax.kernels import attention as door
 from helios_jax.kernels.attention import IMPLEMENTATIONS, Setting, Tokens, attention, gpu, reference
 from helios_jax.kernels.attention.rotation import rotate
 from helios_jax.verify.oracle import oracle
+
+pytestmark = pytest.mark.usefixtures('quick_compilation')
 
 B, K = 2, 2
 H = 8 if jax.default_backend() == 'cpu' else 64  # accelerators' kernels want some width
@@ -38,15 +41,7 @@ def setting(**options):
 
 def packed(T, lengths=((97, 41, 23), (2, 131))):
     """Rows of documents, then padding; positions restart with each document."""
-    ids, positions = np.zeros((B, T), np.int32), np.zeros((B, T), np.int32)
-    for row in range(B):
-        start = 0
-        for index, length in enumerate(lengths[row % len(lengths)], start=1):
-            length = min(length, T - start)
-            ids[row, start : start + length] = index
-            positions[row, start : start + length] = np.arange(length)
-            start += length
-    return Tokens(positions, ids)
+    return Tokens(*packed_rows(lengths, T))
 
 
 def plain(T):
@@ -139,8 +134,12 @@ IMPLEMENTED = {
     'cudnn_emulated': ('cudnn', '', 293, 'bfloat16', 4e-2, INDEXED | CAPPED),
 }
 EMULATES = ('packed', 'packed_window', 'many_documents', 'bucket', 'everything', 'cache')
+# The quick tier has these together, in 'everything'.
+SLOW = ('window', 'softcap', 'scales', 'packed_window')
 ALL_CASES = [
-    pytest.param(name, case, G, id=f'{name}-{case}-{G}')
+    pytest.param(
+        name, case, G, id=f'{name}-{case}-{G}', marks=[pytest.mark.slow] if case in SLOW else []
+    )
     for name in IMPLEMENTED
     for case in (EMULATES if name == 'cudnn_emulated' else CASES)
     for G in ([1, 3] if case == 'packed' else [3])

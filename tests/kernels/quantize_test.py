@@ -14,6 +14,8 @@ import pytest
 
 from helios_jax.kernels.quantize import LARGEST, LOST, dequantize, store
 
+pytestmark = pytest.mark.usefixtures('quick_compilation')
+
 
 def rows(dtype='float32'):
     """[5 7 96]: rows of all magnitudes."""

@@ -108,7 +108,7 @@ def equations(jaxpr):
 @pytest.mark.parametrize('model', [DENSE, MOE, MIXED], ids=['dense', 'moe', 'mixed'])
 def test_every_policy_computes_the_same_jaxpr(model):
     args = jax.eval_shape(lambda: arguments(model))
-    of = lambda memory: list(equations(jax.make_jaxpr(loss_of(model, memory))(*args).jaxpr))  # noqa: E731
+    of = lambda memory: list(equations(jax.make_jaxpr(loss_of(model, memory))(*args).jaxpr))
     plain = of(config.Memory('none'))
     assert len(plain) > 20
     for preset in policy.PRESETS:
@@ -151,7 +151,7 @@ EXACT = ('minimal', 'full', 'offload')  # policies that round nothing
 
 def assert_near(results, expected, rounding):
     """Gradients under the exact policies, within a share of the largest value of each."""
-    near = lambda g, e: np.testing.assert_allclose(g, e, rtol=0, atol=rounding * abs(e).max())  # noqa: E731
+    near = lambda g, e: np.testing.assert_allclose(g, e, rtol=0, atol=rounding * abs(e).max())
     for preset in EXACT:
         jax.tree.map(near, results[preset][1], expected)
 
@@ -194,15 +194,22 @@ def saved(model, memory, platform=''):
     return traced.saved(jaxpr, 1)
 
 
-def test_every_setting_names_a_tensor_and_saves_it_alone():
-    plain = {(a.name, a.shape) for a in saved(MIXED, config.Memory('full'))}
-    assert {name for name, _ in plain} == {'block_input', 'router_choices', 'final_hidden'}
+def test_every_setting_has_a_tensor():
     assert set(KEPT) | ELSEWHERE == set(policy.NAMES)
-    for name, shapes in KEPT.items():
-        actions = config.Actions(**{name: 'device'})
-        found = saved(MIXED, config.Memory('full', actions=actions))
-        assert sorted(a.shape for a in found if a.name == name) == sorted(shapes), name
-        assert {a.name for a in found} == {name, *(n for n, _ in plain)}
+
+
+@pytest.mark.parametrize(
+    'name',
+    [
+        name if name in ('q', 'gate_up') else pytest.param(name, marks=pytest.mark.slow)
+        for name in KEPT
+    ],
+)
+def test_a_setting_saves_its_tensor_alone(name):
+    actions = config.Actions(**{name: 'device'})
+    found = saved(MIXED, config.Memory('full', actions=actions))
+    assert sorted(a.shape for a in found if a.name == name) == sorted(KEPT[name])
+    assert {a.name for a in found} == {name, 'block_input', 'router_choices', 'final_hidden'}
 
 
 def test_presets_save_less_and_less():
@@ -231,9 +238,9 @@ def test_a_large_array_that_nobody_named_is_an_error():
 
 
 @pytest.mark.parametrize('preset', policy.PRESETS)
-@pytest.mark.parametrize('platform', ['cpu', 'tpu'])
-def test_no_preset_saves_an_array_without_a_name(preset, platform):
-    assert all(array.name for array in saved(MIXED, config.Memory(preset), platform))
+def test_no_preset_saves_an_array_without_a_name(preset):
+    """Not even with the kernel for TPUs, which has more to save than the reference."""
+    assert all(array.name for array in saved(MIXED, config.Memory(preset), 'tpu'))
 
 
 def program(*loops: list[str], entry: str = '') -> str:
@@ -301,7 +308,7 @@ def test_what_a_prefix_saves_is_not_stacked_by_a_scan_around_it(microbatches):
 
     def mean(params, router, tokens):
         run = jax.grad(loss_of(MOE, config.Memory('full')))
-        add = lambda total, t: (jax.tree.map(jnp.add, total, run(params, router, t)), None)  # noqa: E731
+        add = lambda total, t: (jax.tree.map(jnp.add, total, run(params, router, t)), None)
         return jax.lax.scan(add, params, jnp.stack([tokens] * microbatches))[0]
 
     arrays = traced.saved(jax.jit(mean).trace(*args).jaxpr, 1)
@@ -355,7 +362,7 @@ def test_actions_take_effect_on_a_tpu(memory, shape):
     boxed = abstract_variables(Transformer(model))
     shapes = nn.unbox(boxed)
     places = sharding.tree_shardings(mesh, sharding.logical_axes(boxed), shapes)
-    place = lambda leaf, where: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where)  # noqa: E731
+    place = lambda leaf, where: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where)
     tokens = place(
         jax.ShapeDtypeStruct((4, 256), jnp.int32), sharding.sharding(mesh, ('batch', 'length'))
     )

@@ -11,7 +11,7 @@ from helios_jax.memory.hlo import HloArray
 
 def test_a_loop_carries_what_its_tuple_holds():
     def run(x):
-        step = lambda c, row: (jnp.sin(c) + row, jnp.cos(c * row))  # noqa: E731
+        step = lambda c, row: (jnp.sin(c) + row, jnp.cos(c * row))
         return jax.lax.scan(step, jnp.ones(3), x)
 
     (loop,) = hlo.loops(hlo.text(jax.jit(run).lower(jnp.ones((5, 3))).compile()))

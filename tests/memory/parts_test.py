@@ -4,20 +4,23 @@ import contextlib
 import dataclasses
 from functools import partial
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from random_weights import random_weights
 
 from helios_jax import config
 from helios_jax.arch import rules
+from helios_jax.errors import UserError
 from helios_jax.memory import policy
 from helios_jax.memory.jaxprs import equations
 from helios_jax.memory.parts import Cut, Parts, in_parts
 from helios_jax.model.moe import swiglu
-from helios_jax.model.transformer import Transformer
+from helios_jax.model.transformer import Transformer, abstract_variables
 from helios_jax.parallel import mesh as meshes
+
+pytestmark = pytest.mark.usefixtures('quick_compilation')
 
 B, T, D, F = 2, 24, 6, 16
 TOKENS = Cut(1, 'length')
@@ -40,7 +43,7 @@ FUNCTIONS = {
 
 def arguments(name: str, dtype=jnp.float32):
     draw = np.random.default_rng(5)
-    normal = lambda *shape: jnp.asarray(draw.standard_normal(shape) / 2, dtype)  # noqa: E731
+    normal = lambda *shape: jnp.asarray(draw.standard_normal(shape) / 2, dtype)
     if name == 'hidden':
         return normal(B, T, D), normal(D, F), normal(D, F), normal(F, D)
     return (normal(D, 3), normal(3, D), normal(D)), normal(B, T, D), normal(B, T, D)
@@ -78,7 +81,7 @@ def test_parts_over_a_mesh_are_those_of_one_device(name):
     function, parts = FUNCTIONS[name]
     given = arguments(name)
     cut = partial(in_parts, function, parts(2))
-    run = lambda *a: value_and_gradients(cut, a)  # noqa: E731
+    run = lambda *a: value_and_gradients(cut, a)
     alone = jax.jit(run)(*given)
     mesh = meshes.make(config.Mesh(fsdp=2, context=2, tensor=2), jax.devices()[:8])
     with jax.set_mesh(mesh):
@@ -131,12 +134,7 @@ def of_a_model(model: config.Model, memory: config.Memory, mesh: jax.sharding.Me
     """Hidden states' loss and its gradient; no parameter is at its start."""
     tokens = jnp.asarray(np.random.default_rng(0).integers(0, 64, (4, T)), jnp.int32)
     positions = jnp.broadcast_to(jnp.arange(T)[None], tokens.shape)
-    init = jax.jit(Transformer(model).init)
-    variables = nn.unbox(init(jax.random.key(0), tokens, positions))
-    keys = iter(jax.random.split(jax.random.key(1), 100))
-    moved = jax.tree.map(
-        lambda a: a + 0.1 * jax.random.normal(next(keys), a.shape), variables['params']
-    )
+    variables = random_weights(abstract_variables(Transformer(model)))
 
     def loss(params):
         given = variables | {'params': params}
@@ -144,7 +142,7 @@ def of_a_model(model: config.Model, memory: config.Memory, mesh: jax.sharding.Me
         return jnp.mean(jnp.square(hidden * jnp.arange(24.0).reshape(1, 1, 24)))
 
     with jax.set_mesh(mesh) if mesh else contextlib.nullcontext():
-        return jax.jit(jax.value_and_grad(loss))(moved)
+        return jax.jit(jax.value_and_grad(loss))(variables['params'])
 
 
 @pytest.mark.parametrize(
@@ -173,16 +171,16 @@ def test_a_models_gradient_in_parts_is_its_gradient(model, gmu, sizes):
 
 @pytest.mark.parametrize('preset', ['minimal', 'fp8'])
 def test_what_is_saved_is_not_recomputed_in_parts(preset):
-    with pytest.raises(config.UserError, match=r'backward_parts=3.*gate_up is saved.*full'):
+    with pytest.raises(UserError, match=r'backward_parts=3.*gate_up is saved.*full'):
         policy.actions(config.Memory(preset, backward_parts=3))
     recomputed = config.Memory(preset, backward_parts=3, actions=config.Actions(gate_up='remat'))
     assert policy.actions(recomputed)['gate_up'] == 'remat'
 
 
 def test_parts_of_nothing_are_refused():
-    with pytest.raises(config.UserError, match=r"backward_parts=2.*'none'.*full"):
+    with pytest.raises(UserError, match=r"backward_parts=2.*'none'.*full"):
         config.Memory('none', backward_parts=2)
-    with pytest.raises(config.UserError, match=r'memory.backward_parts'):
+    with pytest.raises(UserError, match=r'memory.backward_parts'):
         config.Memory('full', backward_parts=0)
 
 
@@ -202,5 +200,5 @@ def test_sizes_that_do_not_divide_are_refused(parts, message):
         mesh=config.Mesh(fsdp=2, tensor=2, context=2),
     )
     mesh = meshes.make(cfg.mesh, jax.devices()[:8])
-    with pytest.raises(config.UserError, match=message):
+    with pytest.raises(UserError, match=message):
         rules.check_parts(cfg, mesh)

@@ -64,7 +64,7 @@ TABLES = {
 
 @pytest.mark.parametrize('table', TABLES.values(), ids=TABLES)
 def test_value_is_the_functions_own(table, arguments):
-    run = lambda *args: stored(NONE | table, *args)  # noqa: E731
+    run = lambda *args: stored(NONE | table, *args)
     for got, expected in zip(jax.jit(run)(*arguments), jax.jit(plain)(*arguments), strict=True):
         np.testing.assert_array_equal(got, expected)
     value, _ = jax.jit(jax.value_and_grad(loss_of(run), argnums=(0, 1)))(*arguments)
@@ -73,7 +73,7 @@ def test_value_is_the_functions_own(table, arguments):
 
 @pytest.mark.parametrize('name', ['nothing', 'device', 'offload'])
 def test_actions_that_keep_every_bit_keep_the_gradient(name, arguments):
-    run = lambda *args: stored(NONE | TABLES[name], *args)  # noqa: E731
+    run = lambda *args: stored(NONE | TABLES[name], *args)
     got = jax.jit(jax.grad(loss_of(run), argnums=(0, 1)))(*arguments)
     expected = jax.jit(jax.grad(loss_of(plain), argnums=(0, 1)))(*arguments)
     jax.tree.map(lambda g, e: np.testing.assert_allclose(g, e, rtol=2e-5, atol=1e-6), got, expected)
@@ -83,7 +83,7 @@ def test_the_gradient_is_of_the_function_at_the_restored_tensors(arguments):
     """One layer, one name: what a plain vjp gives where the tensor is replaced by its rounding."""
     params, x, *_ = arguments
     up = params['up'][0]
-    run = lambda up: store.apply(  # noqa: E731
+    run = lambda up: store.apply(
         lambda up, x: jnp.sin(checkpoint_name(x @ up, 'gate_up')),
         table=NONE | {'gate_up': 'fp8'}, params=up, x=x, input_name='block_input',
     ).sum()  # fmt: skip
@@ -145,7 +145,7 @@ def test_what_backward_does_not_read_is_not_stored():
         return x + checkpoint_name(x @ params, 'mlp_update'), None
 
     table = NONE | {'mlp_update': 'device'}
-    run = lambda p, x: store.scan(  # noqa: E731
+    run = lambda p, x: store.scan(
         [lambda p, x, _: linear(p, x)], table=table, params=[p], x=x, scanned=[()],
         input_name='block_input',
     )[0].sum()  # fmt: skip
@@ -161,7 +161,7 @@ def test_integers_and_what_has_no_name_stay_as_they_are():
         return jnp.take_along_axis(x * params[None], choices, axis=-1).sum()
 
     table = NONE | {'router_choices': 'device', 'block_input': 'int8'}
-    run = lambda p, x: store.apply(route, table=table, params=p, x=x, input_name='block_input')  # noqa: E731
+    run = lambda p, x: store.apply(route, table=table, params=p, x=x, input_name='block_input')
     found = traced.saved(jax.jit(jax.grad(run)).trace(jnp.ones(D), jnp.ones((B, D))).jaxpr, 1)
     # The payload is int8, and so are the exponents.
     assert {(a.name, a.dtype) for a in found} == {
@@ -192,7 +192,7 @@ def test_two_functions_take_turns(arguments):
 
 def test_nan_infinity_and_zero_survive_storage():
     x = jnp.asarray([[1.0, -jnp.inf, 2.0], [0.0, 0.0, 0.0], [1.0, jnp.nan, 2.0], [3.0, 4.0, 5.0]])
-    run = lambda p: store.apply(  # noqa: E731
+    run = lambda p: store.apply(
         lambda p, x: p * x, table=NONE | {'block_input': 'fp8'}, params=p, x=x,
         input_name='block_input',
     ).sum()  # fmt: skip

@@ -24,12 +24,13 @@ STEPS, LAST, SEEDS = 300, 50, (0, 1, 2)
 def tiny(policy: str = 'minimal', seed: int = 0) -> config.Config:
     """The shipped config in bfloat16."""
     shipped = config.from_dict(importlib.import_module('helios_jax.configs.tiny').get_config())
-    return dataclasses.replace(
-        shipped,
-        model=dataclasses.replace(shipped.model, compute_dtype='bfloat16'),
-        train=dataclasses.replace(shipped.train, seed=seed, num_steps=STEPS),
-        memory=config.Memory(policy),
-    )
+    changes = {
+        'model.compute_dtype': 'bfloat16',
+        'train.seed': seed,
+        'train.num_steps': STEPS,
+        'memory': config.Memory(policy),
+    }
+    return config.replace(shipped, changes)
 
 
 @contextlib.contextmanager

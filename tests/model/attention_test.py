@@ -62,7 +62,7 @@ def direct(model, window, params, x, positions, segment_ids):
     k = np.einsum('btd,dkh->btkh', x.astype(np.float64), p['k']['w'])
     v = np.einsum('btd,dkh->btkh', x.astype(np.float64), p['v']['w'])
     if model.qk_norm:
-        norm = lambda a: a / np.sqrt((a**2).mean(-1, keepdims=True) + model.norm_eps)  # noqa: E731
+        norm = lambda a: a / np.sqrt((a**2).mean(-1, keepdims=True) + model.norm_eps)
         q, k = norm(q) * p['q_norm']['scale'], norm(k) * p['k_norm']['scale']
 
     def turn(a, at, table):
@@ -128,7 +128,7 @@ def test_equals_a_loop_over_queries(case, packed, random_variables):
 def test_a_query_depends_on_what_it_sees_and_on_nothing_else(case, random_variables):
     module, variables = build(case, random_variables)
     positions, ids = rows(packed=True)
-    run = lambda x: module.apply(variables, x, jnp.asarray(positions), jnp.asarray(ids))  # noqa: E731
+    run = lambda x: module.apply(variables, x, jnp.asarray(positions), jnp.asarray(ids))
 
     @jax.jit
     @functools.partial(jax.vmap, in_axes=(None, 0))
@@ -146,7 +146,11 @@ def test_a_query_depends_on_what_it_sees_and_on_nothing_else(case, random_variab
         np.testing.assert_array_equal(np.abs(of_row).max(-1) > 0, seen)
 
 
-@pytest.mark.parametrize('chunks', [(T,), (1, 7, 16), (5, 1, 1, 1, 11, 5)], ids=str)
+@pytest.mark.parametrize(
+    'chunks',
+    [(T,), pytest.param((1, 7, 16), marks=pytest.mark.slow), (5, 1, 1, 1, 11, 5)],
+    ids=str,
+)
 @pytest.mark.parametrize('case', ['norms', 'dynamic_yarn'])
 def test_the_cache_changes_nothing(case, chunks, random_variables):
     """Chunks of any size cross the boundaries of dynamic YaRN; the cache is longer than the row."""
@@ -185,7 +189,7 @@ def whole(request, random_variables):
     weight = jnp.asarray(np.random.default_rng(6).normal(size=(B, T, D)), jnp.float32)
 
     def value_and_gradients(variables, x, positions, ids):
-        run = lambda variables, x: module.apply(variables, x, positions, ids)  # noqa: E731
+        run = lambda variables, x: module.apply(variables, x, positions, ids)
         out, vjp = jax.vjp(run, variables, x)
         return out, vjp(weight)
 

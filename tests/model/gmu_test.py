@@ -45,7 +45,7 @@ def arrays():
 def initialize(model, index=INDEX):
     """A unit's parameters at sublayer `index`, which may be an array of them."""
     module = GatedMemoryUnit(model, 'mlp')
-    init = lambda index: nn.unbox(module.init(jax.random.key(1), *arrays(), index))  # noqa: E731
+    init = lambda index: nn.unbox(module.init(jax.random.key(1), *arrays(), index))
     made = jax.jit(jax.vmap(init) if np.ndim(index) else init)(index)
     return module, made.get('params', {})
 
@@ -81,7 +81,7 @@ def test_computes_its_formula_and_learns(kind, gate, normalize, random_variables
     model = shape(kind=kind, gate=gate, normalize_output=normalize)
     module = GatedMemoryUnit(model, 'mlp')
     variables = random_variables(module, *arrays(), INDEX)
-    run = lambda variables, *arrays: module.apply(variables, *arrays, INDEX)  # noqa: E731
+    run = lambda variables, *arrays: module.apply(variables, *arrays, INDEX)
     y, vjp = jax.vjp(run, variables, *arrays())
     gradients = vjp(jnp.asarray(np.random.default_rng(4).normal(size=y.shape), y.dtype))
 
@@ -114,7 +114,7 @@ def test_backward_reads_the_stream_and_the_update_and_no_float32_of_their_size(g
 
     def read_by_backward(backward_parts):
         module = GatedMemoryUnit(model, 'mlp', backward_parts)
-        run = lambda params, *arrays: module.apply({'params': params}, *arrays, INDEX)  # noqa: E731
+        run = lambda params, *arrays: module.apply({'params': params}, *arrays, INDEX)
         _, vjp = jax.vjp(run, params, x, x_hat, update)
         return [leaf for leaf in jax.tree.leaves(vjp) if leaf.shape == (B, T, D)]
 
@@ -160,7 +160,7 @@ def test_initial_values_of_the_baselines():
 @pytest.mark.parametrize('gate', ['low_rank', 'full', 'per_head', 'scalar'])
 def test_the_last_matrix_starts_at_zero_and_moves_first(gate):
     module, params = initialize(shape(gate=gate))
-    loss = lambda p: jnp.sum(jnp.sin(module.apply({'params': p}, *arrays(), INDEX)))  # noqa: E731
+    loss = lambda p: jnp.sum(jnp.sin(module.apply({'params': p}, *arrays(), INDEX)))
     gradients = jax.grad(loss)(params)
     last = {'out'} if gate == 'low_rank' else {'from_input', 'from_output'}
     for name in {'from_input', 'from_output', 'out'} & set(params):
@@ -222,11 +222,19 @@ TOKENS = jax.ShapeDtypeStruct((1, 2), jnp.int32)
 
 def fresh_gates(model):
     zeros = jnp.zeros(TOKENS.shape, TOKENS.dtype)
-    make = lambda: split_gates(nn.unbox(model.init(jax.random.key(0), zeros, zeros)['params']))[1]  # noqa: E731
+    make = lambda: split_gates(nn.unbox(model.init(jax.random.key(0), zeros, zeros)['params']))[1]
     return jax.jit(make)()
 
 
-@pytest.mark.parametrize(('sublayers', 'moe'), [(4, False), (16, False), (48, False), (48, True)])
+@pytest.mark.parametrize(
+    ('sublayers', 'moe'),
+    [
+        (4, False),
+        (48, False),
+        pytest.param(16, False, marks=pytest.mark.slow),
+        pytest.param(48, True, marks=pytest.mark.slow),
+    ],
+)
 def test_fresh_convex_network_is_the_residual_network(sublayers, moe, random_variables):
     """With u instead of û the stream is the residual stream divided by l, which a norm hides."""
     convex, residual = (transformer(k, sublayers // 2, moe) for k in ('convex', 'residual'))

@@ -130,7 +130,7 @@ def largest_array(jaxpr):
 
 
 def test_no_array_holds_the_logits_of_all_tokens(chunks):
-    run = lambda *a: evaluate(*a, 0.1)  # noqa: E731
+    run = lambda *a: evaluate(*a, 0.1)
     largest = largest_array(jax.make_jaxpr(run)(*arrays()).jaxpr)
     # One chunk's logits, or the head and its gradient.
     assert largest == max(B * T * PADDED // chunks, D * PADDED)

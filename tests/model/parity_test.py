@@ -136,8 +136,8 @@ def ours(name):
 
 def layer(weights, model, index):
     """One layer's parameters: their matrices are [out, in], ours [in, …, out]."""
-    get = lambda label: weights[f'model.layers.{index}.{label}'].astype(np.float32)  # noqa: E731
-    heads = lambda label: get(f'self_attn.{label}_proj.weight').T.reshape(D, -1, H)  # noqa: E731
+    get = lambda label: weights[f'model.layers.{index}.{label}'].astype(np.float32)
+    heads = lambda label: get(f'self_attn.{label}_proj.weight').T.reshape(D, -1, H)
     params = {
         'attention_norm': {'scale': get('input_layernorm.weight')},
         'mlp_norm': {'scale': get('post_attention_layernorm.weight')},

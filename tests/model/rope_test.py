@@ -26,7 +26,7 @@ def ramp(setting, H):
     length, fast, slow = setting.trained_length, setting.beta_fast, setting.beta_slow
     gammas = []
     # The (fractional) index whose frequency turns this often over the trained length.
-    index = lambda turns: H / 2 * math.log(length / (2 * math.pi * turns), setting.base)  # noqa: E731
+    index = lambda turns: H / 2 * math.log(length / (2 * math.pi * turns), setting.base)
     low, high = max(math.floor(index(fast)), 0), min(math.ceil(index(slow)), H - 1)
     for i, theta in enumerate(plain(setting.base, H)):
         if setting.ramp == 'linear_in_rotations':

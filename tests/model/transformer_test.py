@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from packed_rows import packed_rows
 
 from helios_jax import config
 from helios_jax.arch import flops, weights
@@ -57,14 +58,7 @@ GMUS = [
 def packed():
     """Distinct tokens; documents of 9, 4 and 2 tokens and padding, then one of 13 and padding."""
     tokens = np.random.default_rng(0).permutation(V)[: 2 * T].reshape(2, T).astype(np.int32)
-    positions, ids = np.zeros((2, T), np.int32), np.zeros((2, T), np.int32)
-    for row, documents in enumerate(([9, 4, 2], [13])):
-        start = 0
-        for document, length in enumerate(documents, start=1):
-            positions[row, start : start + length] = np.arange(length)
-            ids[row, start : start + length] = document
-            start += length
-    return tokens, positions, ids
+    return tokens, *packed_rows([[9, 4, 2], [13]], T)
 
 
 @pytest.fixture(scope='module')
@@ -146,6 +140,7 @@ def of_layer(model: config.Model, collections, index: int):
     }
 
 
+@pytest.mark.slow
 def test_the_scan_stands_for_its_layers_one_by_one(random_variables):
     config_ = dataclasses.replace(
         MIXED, num_layers=6, prefix='moe,dense_window', period='dense,moe_window'
@@ -174,7 +169,12 @@ def test_the_scan_stands_for_its_layers_one_by_one(random_variables):
 
 
 @pytest.mark.parametrize(
-    ('pattern', 'policy'), [('mixed', 'none'), ('dense', 'full'), ('mixed', 'fp8_offload')]
+    ('pattern', 'policy'),
+    [
+        ('dense', 'full'),
+        pytest.param('mixed', 'none', marks=pytest.mark.slow),
+        pytest.param('mixed', 'fp8_offload', marks=pytest.mark.slow),
+    ],
 )
 def test_the_gates_of_every_layer_can_be_looked_at_under_every_policy(
     random_variables, pattern, policy
@@ -222,7 +222,7 @@ def covering():
 def test_parameters_are_counted_and_their_axes_known(model):
     boxed = abstract_variables(Transformer(model))
     shapes, axes = nn.unbox(boxed), sharding.logical_axes(boxed)
-    size = lambda tree: sum(leaf.size for leaf in jax.tree.leaves(tree))  # noqa: E731
+    size = lambda tree: sum(leaf.size for leaf in jax.tree.leaves(tree))
     assert weights.count(model) == size(shapes['params'])
     matrices = jax.tree_util.tree_map_with_path(
         lambda path, leaf: leaf.size if path[-1].key == 'w' else 0, shapes['params']
@@ -285,6 +285,7 @@ def test_tied_embeddings_are_one_matrix(random_variables):
     assert np.isneginf(logits[..., V:]).all()
 
 
+@pytest.mark.slow
 def test_bfloat16_computes_on_float32_parameters(random_variables):
     narrow, wide = (
         Transformer(dataclasses.replace(MIXED, compute_dtype=dtype, period='dense', prefix=''))
@@ -316,61 +317,8 @@ def test_the_program_does_not_grow_with_depth():
     def size(num_layers, **changes):
         model = Transformer(dataclasses.replace(MIXED, num_layers=num_layers, **changes))
         shapes = nn.unbox(abstract_variables(model))
-        run = lambda v, t: model.apply(v, t, t, t)[0]  # noqa: E731
+        run = lambda v, t: model.apply(v, t, t, t)[0]
         return len(list(equations(jax.make_jaxpr(run)(shapes, TOKENS))))
 
     assert size(3) == size(41) > 100
     assert size(3) > 1.5 * size(3, prefix='', period='dense')
-
-
-@pytest.mark.parametrize(('length', 'window'), [(4096, 512), (1024, 1024), (1024, 5000), (300, 7)])
-def test_attention_flops_count_the_visible_keys(length, window):
-    model = dataclasses.replace(MIXED, window=window)  # two of five layers have a window
-    full = np.minimum(np.arange(1, length + 1), length).mean()
-    local = np.minimum(np.arange(1, length + 1), window).mean()
-    # Forward 2 · 2 FLOPs a key and channel (q·k and weights · v), backward twice that.
-    expected = 12 * N * H * (3 * full + 2 * local)
-    np.testing.assert_allclose(flops.attention_flops(model, length), expected, rtol=5e-3)
-    total = flops.flops_per_token(model, length)
-    assert total == 6 * flops.active_matmul(model) + flops.attention_flops(model, length)
-
-
-def test_flops_of_a_plain_network_are_the_textbooks():
-    model = dataclasses.replace(MIXED, prefix='', period='dense', gmu=config.GMU(kind='residual'))
-    layer = D * H * (2 * N + 2 * K) + 3 * D * F
-    wanted = 6 * (5 * layer + D * 256) + 6 * 5 * 1000 * N * H
-    assert flops.flops_per_token(model, 1000) == wanted
-    assert flops.segment_flops_per_token(model, 500.0) == wanted
-
-
-@pytest.mark.parametrize('window', [3, 20])
-def test_segment_flops_count_what_each_kind_of_layer_sees(window):
-    model = dataclasses.replace(MIXED, window=window)  # two of five layers have a window
-    seen = np.concatenate([np.arange(1, length + 1) for length in (64, 1, 7, 30)])
-    contexts = seen.mean(), np.minimum(seen, window).mean()
-    attention = 12 * N * H * (3 * seen + 2 * np.minimum(seen, window)).mean()
-    expected = 6 * flops.active_matmul(model) + attention
-    assert flops.segment_flops_per_token(model, *contexts) == pytest.approx(expected, rel=1e-12)
-
-
-@pytest.mark.parametrize(('pattern', 'num_experts_per_token'), [('mixed', 2), ('experts', 3)])
-def test_dropped_flops_are_those_of_the_visits_that_were_left_out(pattern, num_experts_per_token):
-    model = dataclasses.replace(MIXED, **PATTERNS[pattern])
-
-    def active(num_experts_per_token):
-        moe = dataclasses.replace(model.moe, num_experts_per_token=num_experts_per_token)
-        return flops.active_matmul(dataclasses.replace(model, moe=moe))
-
-    a_visit = 6 * (active(2) - active(1))  # of one expert in each MoE layer
-    moe = dataclasses.replace(model.moe, num_experts_per_token=num_experts_per_token)
-    model = dataclasses.replace(model, moe=moe)
-    assert flops.dropped_flops(model, 0.0) == 0
-    for share in (0.25, 1.0):
-        expected = share * num_experts_per_token * a_visit
-        assert flops.dropped_flops(model, share) == pytest.approx(expected)
-    assert a_visit > 0
-
-
-def test_a_dense_network_drops_nothing():
-    model = dataclasses.replace(MIXED, **PATTERNS['dense'])
-    assert flops.dropped_flops(model, 0.5) == 0

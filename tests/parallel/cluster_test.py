@@ -4,7 +4,7 @@ import signal
 import jax
 import pytest
 
-from helios_jax import config
+from helios_jax.errors import UserError
 from helios_jax.parallel import cluster
 
 
@@ -35,7 +35,7 @@ def test_a_coordinator_without_its_numbers_is_refused(missing, monkeypatch):
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
     monkeypatch.setenv(missing, 'two')
-    with pytest.raises(config.UserError, match=f"{missing}='two' must be a number"):
+    with pytest.raises(UserError, match=f"{missing}='two' must be a number"):
         cluster.start()
 
 

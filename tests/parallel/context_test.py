@@ -11,11 +11,14 @@ import numpy as np
 import pytest
 from jax.experimental import pallas as pl
 from jax.sharding import NamedSharding, PartitionSpec
+from packed_rows import packed_rows
 
 from helios_jax import config
 from helios_jax.kernels.attention import Blockwise, Setting, Tokens, reference
 from helios_jax.parallel import context
 from helios_jax.parallel import mesh as meshes
+
+pytestmark = pytest.mark.usefixtures('quick_compilation')
 
 B, T, N, K, H = 4, 72, 6, 2, 14
 KERNEL = Blockwise(reference.forward, reference.backward)
@@ -32,14 +35,7 @@ def inputs(length=T, dtype='float32'):
 
 
 def packed():
-    ids, positions = np.zeros((B, T), np.int32), np.zeros((B, T), np.int32)
-    for row, lengths in enumerate(LENGTHS):
-        start = 0
-        for document, length in enumerate(lengths, start=1):
-            ids[row, start : start + length] = document
-            positions[row, start : start + length] = np.arange(length)
-            start += length
-    return Tokens(positions, ids)
+    return Tokens(*packed_rows(LENGTHS, T))
 
 
 def plain(length=T):

@@ -11,6 +11,8 @@ from helios_jax import config
 from helios_jax.parallel import experts
 from helios_jax.parallel import mesh as meshes
 
+pytestmark = pytest.mark.usefixtures('quick_compilation')
+
 B, T, D, F, E, X = 8, 6, 10, 14, 12, 3
 assign_slots = jax.jit(experts.assign_slots, static_argnums=(1, 2))
 choices = st.lists(st.integers(0, 5), min_size=12, max_size=12)  # 5: none of ours
@@ -72,7 +74,7 @@ def test_dispatch_and_collect_are_indexing_with_its_gradient(chosen, capacity):
 def inputs() -> tuple[jax.Array, ...]:
     """x, choices (distinct in each token, some E: none), weights and the three matrices."""
     rng = np.random.default_rng(1)
-    draw = lambda *shape: jnp.array(rng.standard_normal(shape) / 3, jnp.float32)  # noqa: E731
+    draw = lambda *shape: jnp.array(rng.standard_normal(shape) / 3, jnp.float32)
     chosen = np.argsort(rng.random((B, T, E)), axis=-1)[..., :X]
     chosen[:2, :4] = np.array([7, 8, 11])  # crowded
     chosen[5, 3:] = E

@@ -5,6 +5,7 @@ import pytest
 
 from helios_jax import config
 from helios_jax.arch import rules
+from helios_jax.errors import UserError
 from helios_jax.parallel import mesh as meshes
 
 
@@ -44,13 +45,13 @@ def test_an_abstract_mesh_may_be_larger_than_any_machine():
 )
 def test_sizes_that_do_not_multiply_to_the_devices_are_refused(sizes):
     (axis, size) = next(iter(sizes.items()))
-    with pytest.raises(config.UserError, match=rf'{axis}={size}.*8 devices.*-1'):
+    with pytest.raises(UserError, match=rf'{axis}={size}.*8 devices.*-1'):
         meshes.make(config.Mesh(**sizes))
-    with pytest.raises(config.UserError, match='8 devices'):
+    with pytest.raises(UserError, match='8 devices'):
         meshes.abstract(config.Mesh(**sizes), 8)
 
 
 @pytest.mark.parametrize('sizes', [{'data': -1, 'fsdp': -1}, {'tensor': 0}, {'context': -2}])
 def test_sizes_that_mean_nothing_are_refused(sizes):
-    with pytest.raises(config.UserError, match='mesh'):
+    with pytest.raises(UserError, match='mesh'):
         config.Mesh(**sizes)

@@ -75,8 +75,17 @@ def compare(cfg: config.Config, num_devices: int, platform: str) -> None:
     assert planned_bytes(cfg, num_devices, platform) == stored_bytes(cfg, num_devices, platform)
 
 
-@pytest.mark.parametrize('platform', ['gpu', 'tpu'])
-@pytest.mark.parametrize('gmu', [CONVEX, RESIDUAL], ids=lambda gmu: gmu.kind)
+@pytest.mark.parametrize(
+    ('gmu', 'platform'),
+    [
+        (CONVEX, 'gpu'),
+        *(
+            pytest.param(*other, marks=pytest.mark.slow)
+            for other in ((CONVEX, 'tpu'), (RESIDUAL, 'gpu'), (RESIDUAL, 'tpu'))
+        ),
+    ],
+    ids=lambda value: getattr(value, 'kind', value),
+)
 @pytest.mark.parametrize('preset', policy.PRESETS)
 def test_what_each_preset_saves_is_what_is_traced(preset, gmu, platform):
     # On a GPU the reference stands in: the kernel there is another library's.
@@ -86,13 +95,14 @@ def test_what_each_preset_saves_is_what_is_traced(preset, gmu, platform):
 
 
 @pytest.mark.parametrize('preset', ['minimal', 'fp8', 'full'])
-@pytest.mark.parametrize('packing', ['best_fit', 'concatenate'])
+@pytest.mark.parametrize(
+    'packing', ['best_fit', pytest.param('concatenate', marks=pytest.mark.slow)]
+)
 def test_what_cudnn_saves_is_what_is_traced(packing, preset, monkeypatch):
     monkeypatch.setattr(cudnn, 'check_cudnn_version', lambda: gpu.PACKED_CUDNN)
     monkeypatch.setattr(cudnn, 'check_compute_capability', lambda _: True)
     model = dataclasses.replace(MODEL, gmu=CONVEX, attention='cudnn')
-    cfg = make(model, config.Memory(preset))
-    cfg = dataclasses.replace(cfg, data=dataclasses.replace(cfg.data, packing=packing))
+    cfg = config.replace(make(model, config.Memory(preset)), {'data.packing': packing})
     compare(cfg, 8, 'gpu')
 
 
@@ -115,8 +125,8 @@ def test_any_table_of_actions_saves_what_is_traced(gmu, skipped):
 
 
 def test_shared_experts_and_bounded_buffers_are_counted():
-    moe = dataclasses.replace(MODEL.moe, num_shared_experts=2, capacity_factor=1.5)
-    model = dataclasses.replace(MODEL, moe=moe, attention='reference')
+    bounded = {'moe.num_shared_experts': 2, 'moe.capacity_factor': 1.5}
+    model = config.replace(MODEL, {'attention': 'reference'} | bounded)
     compare(make(model, config.Memory('fp8')), 8, 'gpu')
 
 
@@ -126,7 +136,7 @@ def test_rows_split_over_devices_are_counted():
 
 def test_a_tensor_that_backward_never_reads_costs_nothing():
     model = dataclasses.replace(MODEL, gmu=RESIDUAL)
-    names = lambda preset: {  # noqa: E731
+    names = lambda preset: {
         t.name for t in saved.saved_tensors(place(make(model, config.Memory(preset)), 8, 'tpu'))
     }
     assert 'mlp_update' not in names('minimal')
@@ -136,6 +146,6 @@ def test_a_tensor_that_backward_never_reads_costs_nothing():
 
 def test_offload_stays_on_the_device_where_there_is_no_host_memory_space():
     cfg = make(MODEL, config.Memory('offload'))
-    on = lambda platform: {place for _, place in planned_bytes(cfg, 8, platform)}  # noqa: E731
+    on = lambda platform: {place for _, place in planned_bytes(cfg, 8, platform)}
     assert on('cpu') == {'device'}
     assert on('tpu') == {'device', 'host'}

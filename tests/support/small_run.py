@@ -1,9 +1,14 @@
-"""A config that trains in seconds, on text that it writes; shared by tests of whole runs."""
+"""A config that trains in seconds, on text that it writes, and what its runs leave."""
 
+import json
 import random
 from pathlib import Path
 
-from helios_jax import config
+import jax
+
+from helios_jax import checkpoint, config
+from helios_jax.parallel import mesh as meshes
+from helios_jax.train import state as states
 
 
 def write_corpus(directory: Path) -> str:
@@ -42,3 +47,21 @@ def write_config(cfg: config.Config, path: Path) -> Path:
         f'from helios_jax.config import *\n\ndef get_config():\n    return to_dict({cfg!r})\n'
     )
     return path
+
+
+def recorded(workdir: Path) -> list[dict]:
+    """The metric lines without what the clock says."""
+    lines = [json.loads(line) for line in (workdir / 'metrics.jsonl').read_text().splitlines()]
+    return [{n: v for n, v in line.items() if not n.startswith('time/')} for line in lines]
+
+
+def saved(cfg: config.Config, workdir: Path, step: int) -> dict:
+    """Parameters and optimizer state of a checkpoint, on the host."""
+    cfg = cfg.resolve(256)
+    setup = states.create(cfg, meshes.make(config.Mesh(), jax.devices()[:1]))
+    items = {'params': setup.state.params, 'optimizer': setup.state.optimizer}
+    directory = workdir / 'checkpoints'
+    return {
+        name: jax.device_get(checkpoint.open_step(directory, step).restore(name, tree))
+        for name, tree in items.items()
+    }

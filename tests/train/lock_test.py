@@ -13,6 +13,7 @@ import time
 import fsspec
 import pytest
 from etils import epath
+from folders import entries
 
 from helios_jax.errors import UserError
 from helios_jax.train import lock, remote_lock
@@ -26,14 +27,6 @@ with lock.hold(epath.Path(sys.argv[1])) as held:
     print('held', flush=True)
     time.sleep(600)
 """
-
-
-def entries(folder) -> dict[str, tuple]:
-    """Everything below a folder and itself, with contents, sizes and times of change."""
-    return {
-        str(path): (path.stat().st_mtime_ns, path.read_bytes() if path.is_file() else b'')
-        for path in (folder, *sorted(folder.rglob('*')))
-    }
 
 
 @pytest.fixture

@@ -1,14 +1,10 @@
-"""Whole runs of a very small model: in this process on eight devices, and as programs."""
+"""Whole runs of a very small model, in this process on eight devices."""
 
 import dataclasses
 import json
 import os
 import re
 import shutil
-import signal as signals
-import socket
-import subprocess
-import sys
 from pathlib import Path
 
 import jax
@@ -16,40 +12,17 @@ import numpy as np
 import pytest
 import small_run
 from etils import epath
+from folders import entries, files
+from small_run import recorded, saved
 
-from helios_jax import checkpoint, cli, config
+from helios_jax import checkpoint, config
 from helios_jax.checkpoint import manifest
 from helios_jax.data import pipeline
-from helios_jax.data import tokenizer as tokenizers
-from helios_jax.parallel import mesh as meshes
+from helios_jax.errors import UserError
 from helios_jax.train import lock, loop, resume
-from helios_jax.train import state as states
 from helios_jax.train import step as steps
 
-PROGRAM_SECONDS = 150
-TAKES_SIGNALS = """
-import os, signal, sys
-from helios_jax import cli
-from helios_jax.train import finish, metrics
-
-finish.SAMPLE_TOKENS = 3
-write, number, at_step = metrics.MetricWriter.write, int(sys.argv.pop(1)), int(sys.argv.pop(1))
-
-def write_and_signal(self, step, values):
-    write(self, step, values)
-    if step == at_step and 'loss' in values:
-        os.kill(os.getpid(), number)
-
-metrics.MetricWriter.write = write_and_signal
-cli.main(sys.argv[1:])
-"""
-
-
-@pytest.fixture(autouse=True, scope='module')
-def quick_compilation():
-    jax.config.update('jax_disable_most_optimizations', True)
-    yield
-    jax.config.update('jax_disable_most_optimizations', False)
+pytestmark = pytest.mark.usefixtures('quick_runs')
 
 
 @pytest.fixture(autouse=True)
@@ -62,51 +35,13 @@ def small(tmp_path_factory) -> config.Config:
     return small_run.make_config(tmp_path_factory.mktemp('small'))
 
 
-def having(cfg: config.Config, **settings) -> config.Config:
-    """The config with settings such as train__num_steps=3 replaced."""
-    for name, value in settings.items():
-        section, field = name.split('__')
-        part = dataclasses.replace(getattr(cfg, section), **{field: value})
-        cfg = dataclasses.replace(cfg, **{section: part})
-    return cfg
-
-
-def recorded(workdir: Path) -> list[dict]:
-    """The metric lines without what the clock says."""
-    lines = [json.loads(line) for line in (workdir / 'metrics.jsonl').read_text().splitlines()]
-    return [{n: v for n, v in line.items() if not n.startswith('time/')} for line in lines]
-
-
-def saved(cfg: config.Config, workdir: Path, step: int) -> dict:
-    """Parameters and optimizer state of a checkpoint, on the host."""
-    cfg = cfg.resolve(256)
-    setup = states.create(cfg, meshes.make(config.Mesh(), jax.devices()[:1]))
-    items = {'params': setup.state.params, 'optimizer': setup.state.optimizer}
-    directory = workdir / 'checkpoints'
-    return {
-        name: jax.device_get(checkpoint.open_step(directory, step).restore(name, tree))
-        for name, tree in items.items()
-    }
-
-
-def entries(*directories: Path) -> dict[str, tuple]:
-    """Everything in the directories, and they themselves, with contents and times of change."""
-    return {
-        str(path): (path.stat().st_mtime_ns, path.read_bytes() if path.is_file() else b'')
-        for directory in directories
-        for path in (directory, *sorted(directory.rglob('*')))
-    }
-
-
-def files(directory: Path) -> dict[str, bytes]:
-    return {str(p): p.read_bytes() for p in sorted(directory.rglob('*')) if p.is_file()}
-
-
 @pytest.fixture(scope='module')
 def finished(small, tmp_path_factory) -> tuple[config.Config, Path, dict]:
     """A run of ten steps in this process, on eight devices."""
     workdir = tmp_path_factory.mktemp('run')
-    cfg = having(small, train__num_steps=10, train__tensorboard=True, train__log_every=2)
+    cfg = config.replace(
+        small, {'train.num_steps': 10, 'train.tensorboard': True, 'train.log_every': 2}
+    )
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr('helios_jax.train.finish.SAMPLE_TOKENS', 3)
         return cfg, workdir, loop.train(cfg, workdir)
@@ -160,10 +95,10 @@ def test_starting_a_finished_run_again_changes_nothing_but_the_report_it_may_lac
 @pytest.mark.parametrize(
     ('settings', 'named'),
     [
-        ({'optimizer__learning_rate': 2e-2}, r'optimizer\.learning_rate=0\.02.*0\.01'),
-        ({'model__mlp_dim': 32}, r'model\.mlp_dim=32.*24'),
-        ({'train__seed': 1}, r'train\.seed=1.*0'),
-        ({'train__num_steps': 9}, r'train\.num_steps=9.*step 10'),
+        ({'optimizer.learning_rate': 2e-2}, r'optimizer\.learning_rate=0\.02.*0\.01'),
+        ({'model.mlp_dim': 32}, r'model\.mlp_dim=32.*24'),
+        ({'train.seed': 1}, r'train\.seed=1.*0'),
+        ({'train.num_steps': 9}, r'train\.num_steps=9.*step 10'),
     ],
     ids=str,
 )
@@ -173,8 +108,8 @@ def test_resuming_with_another_setting_is_refused_before_data_is_prepared_and_wr
     cfg, workdir, _ = finished
     before = entries(workdir)
     monkeypatch.setattr(pipeline, 'prepare', lambda *_: pytest.fail('data is prepared'))
-    with pytest.raises(config.UserError, match=named):
-        loop.train(having(having(cfg, train__num_steps=20), **settings), workdir)
+    with pytest.raises(UserError, match=named):
+        loop.train(config.replace(cfg, {'train.num_steps': 20} | settings), workdir)
     assert entries(workdir) == before
 
 
@@ -185,8 +120,8 @@ def test_second_run_in_a_workdir_is_refused_before_data_is_prepared_and_writes_n
     monkeypatch.setattr(pipeline, 'prepare', lambda *_: pytest.fail('data is prepared'))
     with lock.hold(epath.Path(workdir)):
         before = entries(workdir)
-        with pytest.raises(config.UserError, match=f'by process {os.getpid()} on host .*, since'):
-            loop.train(having(cfg, train__num_steps=20), workdir)
+        with pytest.raises(UserError, match=f'by process {os.getpid()} on host .*, since'):
+            loop.train(config.replace(cfg, {'train.num_steps': 20}), workdir)
         assert entries(workdir) == before
 
 
@@ -209,7 +144,7 @@ def test_steps_copied_without_manifests_are_named_and_nothing_is_written_over(
     monkeypatch.setattr(pipeline, 'prepare', lambda *_: pytest.fail('data is prepared'))
     begin = 0 if 7 in which else 7
     message = rf'{which[0]} is in the way .*no manifest.json.* would begin at step {begin}\.'
-    with pytest.raises(config.UserError, match=message):
+    with pytest.raises(UserError, match=message):
         loop.train(cfg, workdir)
     assert entries(workdir) == before
 
@@ -227,7 +162,7 @@ def test_samples_that_are_not_the_steps_are_refused(copied):
     path = workdir / 'checkpoints/10/metadata/metadata'
     path.write_text(json.dumps(json.loads(path.read_text()) | {'samples': 72}))
     manifest.write(epath.Path(workdir / 'checkpoints/10'))
-    with pytest.raises(config.UserError, match=r'consumed 72 samples.* 10 steps of 8 rows make 80'):
+    with pytest.raises(UserError, match=r'consumed 72 samples.* 10 steps of 8 rows make 80'):
         loop.train(cfg, workdir)
 
 
@@ -236,7 +171,7 @@ def test_run_falls_back_where_only_the_optimizer_is_damaged(copied, caplog):
     files = (workdir / 'checkpoints/10/optimizer/d').iterdir()
     path = max(files, key=lambda p: p.stat().st_size)
     path.write_bytes(path.read_bytes()[:-1] + b'!')
-    loop.train(having(cfg, train__num_steps=10), workdir)
+    loop.train(config.replace(cfg, {'train.num_steps': 10}), workdir)
     assert '10 IS DAMAGED: optimizer' in caplog.text
     names = {p.name for p in (workdir / 'checkpoints').iterdir()}
     assert names >= {'7', '10', '10.damaged'}
@@ -250,7 +185,7 @@ def test_setting_that_a_checkpoint_is_too_old_to_have_counts_as_its_default(copi
     del metadata['config']['model']['rope'], metadata['config']['train']['seed']
     path.write_text(json.dumps(metadata))
     manifest.write(epath.Path(workdir / 'checkpoints/10'))
-    own = resume.own_step(epath.Path(workdir), having(cfg, model__vocab_size=256))
+    own = resume.own_step(epath.Path(workdir), config.replace(cfg, {'model.vocab_size': 256}))
     assert own.step == 10
 
 
@@ -262,27 +197,28 @@ def test_what_is_refused_after_preparing_data_writes_nothing_either(copied, brok
     else:
 
         def refuse(*_):
-            raise config.UserError('no json: memory.actions did not take effect')
+            raise UserError('no json: memory.actions did not take effect')
 
         monkeypatch.setattr(loop, 'verified_step', refuse)
     before = entries(workdir)
-    with pytest.raises(config.UserError, match='no json'):
-        loop.train(having(cfg, train__num_steps=20), workdir)
+    with pytest.raises(UserError, match='no json'):
+        loop.train(config.replace(cfg, {'train.num_steps': 20}), workdir)
     assert entries(workdir) == before
 
 
 def test_refused_first_run_leaves_no_workdir(small, tmp_path):
     (tmp_path / 'text').mkdir()
     (tmp_path / 'text/a.txt').write_text('one document cannot be split')
-    cfg = having(small, data__corpus=str(tmp_path / 'text/*.txt'))
-    with pytest.raises(config.UserError, match='split'):
+    cfg = config.replace(small, {'data.corpus': str(tmp_path / 'text/*.txt')})
+    with pytest.raises(UserError, match='split'):
         loop.train(cfg, tmp_path / 'runs/new')
     assert [path.name for path in tmp_path.iterdir()] == ['text']
 
 
+@pytest.mark.slow
 def test_notebook_may_train_twice_in_one_workdir(small, tmp_path):
-    loop.train(having(small, train__num_steps=1), tmp_path)
-    assert loop.train(having(small, train__num_steps=2), tmp_path)
+    loop.train(config.replace(small, {'train.num_steps': 1}), tmp_path)
+    assert loop.train(config.replace(small, {'train.num_steps': 2}), tmp_path)
     assert [line['step'] for line in recorded(tmp_path) if 'loss' in line] == [1, 2]
     assert (tmp_path / lock.NAME).read_text() == ''
 
@@ -294,13 +230,14 @@ def test_resuming_with_changed_data_is_refused_and_writes_nothing(finished):
     text = changed.read_text()
     try:
         changed.write_text(text + ' and more')
-        with pytest.raises(config.UserError, match=r'the data of corpus=.* has changed'):
-            loop.train(having(cfg, train__num_steps=20), workdir)
+        with pytest.raises(UserError, match=r'the data of corpus=.* has changed'):
+            loop.train(config.replace(cfg, {'train.num_steps': 20}), workdir)
     finally:
         changed.write_text(text)
     assert entries(workdir) == before
 
 
+@pytest.mark.slow
 # A gradient that breaks at the step to be saved leaves that step's loss as it was.
 @pytest.mark.parametrize(('figure', 'first_bad'), [('loss', 8), ('gradient_norm', 10)])
 def test_a_figure_that_is_not_finite_stops_the_run_and_spares_the_checkpoint(
@@ -320,8 +257,8 @@ def test_a_figure_that_is_not_finite_stops_the_run_and_spares_the_checkpoint(
         return train_step
 
     monkeypatch.setattr(steps, 'make_train_step', breaking)
-    cfg = having(small, train__log_every=100)  # the checkpoint at 10 is first to look
-    with pytest.raises(config.UserError, match=f'{figure} is nan at step 10.*since step 7'):
+    cfg = config.replace(small, {'train.log_every': 100})  # the checkpoint at 10 is first to look
+    with pytest.raises(UserError, match=f'{figure} is nan at step 10.*since step 7'):
         loop.train(cfg, tmp_path)
     rows = checkpoint.list_steps(tmp_path / 'checkpoints')
     assert [row['step'] for row in rows] == [5, 7]
@@ -335,10 +272,15 @@ def test_fine_tuning_starts_from_another_runs_parameters(small, finished, tmp_pa
     cfg, workdir, _ = finished
     parent = files(workdir)
     # Steps too small to move: what the checkpoint holds is what the run began with.
-    tuned = having(
-        small, train__init_from=str(workdir), train__num_steps=1, train__seed=5,
-        optimizer__learning_rate=1e-30,
-    )  # fmt: skip
+    tuned = config.replace(
+        small,
+        {
+            'train.init_from': str(workdir),
+            'train.num_steps': 1,
+            'train.seed': 5,
+            'optimizer.learning_rate': 1e-30,
+        },
+    )
     loop.train(tuned, tmp_path)
     theirs, ours = saved(cfg, workdir, 10), saved(tuned, tmp_path, 1)
     jax.tree.map(np.testing.assert_array_equal, ours['params'], theirs['params'])
@@ -351,219 +293,16 @@ def test_fine_tuning_with_another_tokenizer_is_refused(small, finished, tmp_path
     _, workdir, _ = finished
     path = str(tmp_path / 'tokenizer.json')
     pipeline.train_tokenizer(small.data.corpus, 300, path)
-    tuned = having(small, train__init_from=str(workdir), data__tokenizer=path)
-    with pytest.raises(config.UserError, match=r'another tokenizer \(256 tokens\).*300'):
+    tuned = config.replace(small, {'train.init_from': str(workdir), 'data.tokenizer': path})
+    with pytest.raises(UserError, match=r'another tokenizer \(256 tokens\).*300'):
         loop.train(tuned, tmp_path / 'run')
     assert not (tmp_path / 'run' / 'metrics.jsonl').exists()
 
 
+@pytest.mark.slow
 def test_a_run_ends_with_its_report_on_a_mesh_that_splits_the_sequence(small, tmp_path):
     mesh = config.Mesh(fsdp=2, context=2, tensor=1, expert=2)
-    cfg = dataclasses.replace(having(small, train__num_steps=2), mesh=mesh)
+    cfg = config.replace(small, {'train.num_steps': 2, 'mesh': mesh})
     held_out = loop.train(cfg, tmp_path)
     assert (tmp_path / 'report.md').exists()
     assert 0 < held_out['bits_per_byte'] < 16
-
-
-class Programs:
-    """`helios train` as processes of one device each."""
-
-    def __init__(self, cfg: config.Config, root: Path):
-        self.root = root
-        cfg = having(cfg, train__compilation_cache=str(root / 'xla'))
-        small_run.write_config(cfg, root / 'small.py')
-        pipeline.prepare(cfg.data, tokenizers.load('bytes'))
-
-    def start(
-        self,
-        workdir: str,
-        signal: int = 0,
-        at_step: int = -1,
-        flags: tuple[str, ...] = (),
-        **environment: str,
-    ):
-        command = [sys.executable, '-c', TAKES_SIGNALS, str(signal), str(at_step), 'train']
-        environment = {
-            'JAX_PLATFORMS': 'cpu',
-            'JAX_DISABLE_MOST_OPTIMIZATIONS': '1',
-            'JAX_NUM_CPU_DEVICES': '1',
-            'JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS': '0',
-        } | environment
-        return subprocess.Popen(
-            [
-                *command,
-                f'--config={self.root}/small.py',
-                f'--workdir={self.root / workdir}',
-                *flags,
-            ],
-            env=os.environ | environment,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-
-
-def finish(process: subprocess.Popen) -> tuple[int, str]:
-    try:
-        output, _ = process.communicate(timeout=PROGRAM_SECONDS)
-    finally:
-        process.kill()
-    return process.returncode, output
-
-
-@pytest.fixture(scope='module')
-def programs(small, tmp_path_factory) -> Programs:
-    return Programs(small, tmp_path_factory.mktemp('programs'))
-
-
-@pytest.fixture(scope='module')
-def straight(programs) -> Path:
-    """30 steps without a stop."""
-    code, output = finish(programs.start('straight'))
-    assert code == 0, output
-    return programs.root / 'straight'
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(('signal', 'code'), [(15, 0), (9, -9)], ids=['SIGTERM', 'SIGKILL'])
-def test_a_run_that_was_interrupted_ends_bit_identical(small, programs, straight, signal, code):
-    workdir = programs.root / f'interrupted_{signal}'
-    first, output = finish(programs.start(workdir.name, signal, at_step=19))
-    assert first == code, output
-    assert not (workdir / 'report.md').exists()
-    (latest,) = [row['step'] for row in checkpoint.list_steps(workdir / 'checkpoints')][-1:]
-    if signal == 15:
-        assert 19 <= latest <= 20
-        assert 'SIGTERM: finishing this step' in output
-    else:
-        assert 10 <= latest <= 15
-        assert recorded(workdir)[-1]['step'] == 19  # to be dropped and written again
-    second, output = finish(programs.start(workdir.name))
-    assert second == 0, output
-    assert f'from step {latest}' in output
-
-    assert recorded(workdir) == recorded(straight)
-    jax.tree.map(
-        np.testing.assert_array_equal, saved(small, workdir, 30), saved(small, straight, 30)
-    )
-    of_clock = re.compile(r'.*(seconds|fraction|tokens/s|interrupted|straight).*\n')
-    reports = [of_clock.sub('', (d / 'report.md').read_text()) for d in (workdir, straight)]
-    assert reports[0] == reports[1]
-
-
-def refused(capsys, *arguments: str) -> str:
-    """The one line that a command is refused with."""
-    capsys.readouterr()
-    with pytest.raises(SystemExit) as caught:
-        cli.main(arguments)
-    lines = capsys.readouterr().err.splitlines()
-    assert caught.value.code == 2
-    assert [line for line in lines if line.startswith('helios: ')] == lines[-1:]
-    return lines[-1]
-
-
-@pytest.mark.slow
-def test_live_run_is_untouched_by_second_commands_and_can_be_read(
-    small, programs, straight, capsys
-):
-    workdir = programs.root / 'live'
-    process = programs.start('live', signals.SIGSTOP, at_step=12)
-    try:
-        os.waitid(os.P_PID, process.pid, os.WSTOPPED)
-        before = entries(workdir)
-        train = 'train', f'--config={programs.root}/small.py', f'--workdir={workdir}'
-        for _ in range(3):
-            assert 'train.seed=7, but' in refused(capsys, *train, '--config.train.seed=7')
-        line = refused(capsys, *train)
-        assert f'{workdir} is being written by process {process.pid} on host ' in line
-        # Readers need no lock.
-        assert entries(workdir) == before
-        cli.main(['ckpt', 'ls', str(workdir), '--json'])
-        assert json.loads(capsys.readouterr().out.splitlines()[-1])['step'] in (7, 10)
-        cli.main(['eval', f'--checkpoint={workdir}', '--rows=2', '--json'])
-        assert json.loads(capsys.readouterr().out)['bits_per_byte'] > 0
-        assert entries(workdir) == before
-    finally:
-        process.send_signal(signals.SIGCONT)
-        code, output = finish(process)
-    assert code == 0, output
-    assert recorded(workdir) == recorded(straight)
-    jax.tree.map(
-        np.testing.assert_array_equal, saved(small, workdir, 30), saved(small, straight, 30)
-    )
-
-
-def free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(('127.0.0.1', 0))
-        return listener.getsockname()[1]
-
-
-def run_two(programs: Programs, *flags: tuple[str, ...], workdir: str) -> list[tuple[int, str]]:
-    """Two processes as one run, each with flags of its own."""
-    address = f'127.0.0.1:{free_port()}'
-    processes = [
-        programs.start(
-            workdir, flags=own, JAX_COORDINATOR_ADDRESS=address, JAX_NUM_PROCESSES='2',
-            JAX_PROCESS_ID=str(number),
-        )
-        for number, own in enumerate(flags)
-    ]  # fmt: skip
-    return [finish(process) for process in processes]
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    ('flag', 'named'),
-    [
-        ('--config.train.seed=7', r'train\.seed is 7 and not 0'),
-        ('--config.optimizer.learning_rate=0.5', r'optimizer\.learning_rate is 0\.5 and not 0\.01'),
-        ('--config.model.mlp_dim=32', r'model\.mlp_dim is 32 and not 24'),
-        ('--config.data.corpus={root}/other/*.txt', r'training data is \'\w+\' and not \'\w+\''),
-        ('--config.data.corpus={root}/none/*.txt', r'none/\*\.txt.*no file'),
-    ],
-)
-def test_processes_that_differ_all_end_with_code_2_and_one_line(
-    small, programs, tmp_path, flag, named
-):
-    other = programs.root / 'other'
-    if not other.exists():
-        shutil.copytree(Path(small.data.corpus).parent, other)
-        (other / '03.txt').write_text('another text than that of process 0')
-    flags = flag.format(root=programs.root)
-    for code, output in run_two(programs, (), (flags,), workdir='differing'):
-        assert code == 2, output
-        (line,) = [line for line in output.splitlines() if line.startswith('helios: ')]
-        assert re.search(named, line), line
-        assert 'Traceback' not in output
-    assert not (programs.root / 'differing').exists()
-
-
-@pytest.mark.slow
-def test_two_processes_train_as_one_and_stop_together(small, programs, straight):
-    def run(first_signal: int) -> list[tuple[int, str]]:
-        address = f'127.0.0.1:{free_port()}'
-        processes = [
-            programs.start(
-                'two', signal if number else 0, at_step=8,
-                JAX_COORDINATOR_ADDRESS=address, JAX_NUM_PROCESSES='2', JAX_PROCESS_ID=str(number),
-            )
-            for number, signal in ((0, 0), (1, first_signal))
-        ]  # fmt: skip
-        return [finish(process) for process in processes]
-
-    workdir = programs.root / 'two'
-    # Only one of them is told to stop.
-    for code, output in run(15):
-        assert code == 0, output
-    (latest,) = [row['step'] for row in checkpoint.list_steps(workdir / 'checkpoints')][-1:]
-    assert 8 <= latest <= 9
-    for code, output in run(0):
-        assert code == 0, output
-    lines, expected = recorded(workdir), recorded(straight)
-    assert [line.keys() for line in lines] == [line.keys() for line in expected]
-    for line, other in zip(lines, expected, strict=True):
-        np.testing.assert_allclose(
-            list(line.values()), [other[name] for name in line], rtol=1e-3, err_msg=str(line)
-        )
-    assert (workdir / 'report.md').exists()

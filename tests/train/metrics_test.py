@@ -8,7 +8,7 @@ import screen
 from etils import epath
 from tensorboardX.proto import event_pb2
 
-from helios_jax.config import UserError
+from helios_jax.errors import UserError
 from helios_jax.train import metrics
 
 

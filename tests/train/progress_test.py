@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import pytest
 
 from helios_jax import config
+from helios_jax.errors import UserError
 from helios_jax.train import progress
 from helios_jax.train.run import Run
 
@@ -57,7 +58,7 @@ def test_a_line_counts_every_step_since_the_last(monkeypatch):
 @pytest.mark.parametrize('name', ['loss', 'gradient_norm'])
 def test_a_figure_that_is_not_finite_names_the_checkpoint_to_go_on_from(name):
     figures = {'loss': 2.0, 'gradient_norm': 1.0, name: math.inf}
-    with pytest.raises(config.UserError, match=f'the {name} is inf at step 9.*since step 7'):
+    with pytest.raises(UserError, match=f'the {name} is inf at step 9.*since step 7'):
         progress.check_finite(run(dense()), 9, figures)
 
 

@@ -7,7 +7,7 @@ import matplotlib.image
 import numpy as np
 import pytest
 
-from helios_jax.config import UserError
+from helios_jax.errors import UserError
 from helios_jax.train import report
 
 

@@ -3,7 +3,6 @@
 Each command is a fork of a process that has imported everything, so that it starts in a second.
 """
 
-import dataclasses
 import json
 import multiprocessing
 import os
@@ -57,13 +56,17 @@ class Commands:
     def __init__(self, root: Path):
         cfg = small_run.make_config(root)
         self.root = root
-        self.config = dataclasses.replace(
+        self.config = config.replace(
             cfg,
-            train=dataclasses.replace(
-                cfg.train, num_steps=STEPS, eval_every=40, eval_rows=3, checkpoint_every=3,
-                keep_checkpoints=KEEP, compilation_cache=str(root / 'xla'),
-            ),
-        )  # fmt: skip
+            {
+                'train.num_steps': STEPS,
+                'train.eval_every': 40,
+                'train.eval_rows': 3,
+                'train.checkpoint_every': 3,
+                'train.keep_checkpoints': KEEP,
+                'train.compilation_cache': str(root / 'xla'),
+            },
+        )
         small_run.write_config(self.config, root / 'small.py')
         self.forks = multiprocessing.get_context('forkserver')
         self.forks.set_forkserver_preload(['helios_jax.cli', 'helios_jax.train.loop'])

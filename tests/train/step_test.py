@@ -10,8 +10,11 @@ import pytest
 from train_steps import MUON, PATTERNS, B, T, V, assert_close, mesh_of, random_batch, settings
 
 from helios_jax import config
+from helios_jax.errors import UserError
 from helios_jax.train import state as states
 from helios_jax.train import step as steps
+
+pytestmark = pytest.mark.usefixtures('quick_compilation')
 
 MESHES = [
     {'fsdp': 8},
@@ -24,13 +27,6 @@ MESHES = [
 ]
 
 
-@pytest.fixture(autouse=True, scope='module')
-def quick_compilation():
-    jax.config.update('jax_disable_most_optimizations', True)
-    yield
-    jax.config.update('jax_disable_most_optimizations', False)
-
-
 @functools.cache
 def begun(pattern: str) -> states.TrainState:
     """Host copy of a state whose gates, norms and balance bias are no longer at their start."""
@@ -39,7 +35,7 @@ def begun(pattern: str) -> states.TrainState:
     with jax.set_mesh(setup.mesh):
         state = jax.device_get(states.initialize(setup))
     rng = np.random.default_rng(7)
-    shake = lambda x: x + rng.standard_normal(x.shape).astype(x.dtype) / 20  # noqa: E731
+    shake = lambda x: x + rng.standard_normal(x.shape).astype(x.dtype) / 20
     return state.replace(
         params=jax.tree.map(shake, state.params), router=jax.tree.map(shake, state.router)
     )
@@ -78,7 +74,7 @@ def assert_placed(setup, state):
     assert all(jax.tree.leaves(places)), 'some of the state has moved elsewhere'
 
 
-@pytest.mark.parametrize('pattern', PATTERNS)
+@pytest.mark.parametrize('pattern', [pytest.param('dense', marks=pytest.mark.slow), 'moe'])
 def test_two_steps_change_every_parameter_by_more_than_meshes_may_differ(pattern):
     # Without this, agreement below could be the agreement of parameters that never moved.
     start, (_, (end, _)) = begun(pattern), on_one_device(pattern)
@@ -130,7 +126,7 @@ def logits_and_load(pattern: str):
     return jax.device_get(forward(variables))
 
 
-@pytest.mark.parametrize('pattern', PATTERNS)
+@pytest.mark.parametrize('pattern', [pytest.param('dense', marks=pytest.mark.slow), 'moe'])
 def test_the_loss_is_the_mean_over_the_next_tokens_that_count(pattern):
     batch, (logits, _) = random_batch(0), logits_and_load(pattern)
     assert np.isneginf(logits[..., V:]).all()
@@ -154,7 +150,7 @@ def test_the_balance_bias_moves_by_its_rate_towards_the_mean_load():
     load = stats.load
     batch, moe = random_batch(0), settings('moe').model.moe
     assert load.sum() == (batch.segment_ids > 0).sum() * moe.num_experts_per_token
-    bias = lambda state: state.router['periods']['layer_0']['moe']['bias']  # noqa: E731
+    bias = lambda state: state.router['periods']['layer_0']['moe']['bias']
     (state, metrics), _ = on_one_device('moe')
     move = moe.bias_rate * np.sign(load.mean(axis=-1, keepdims=True) - load)
     assert np.abs(move).max() > 0
@@ -177,6 +173,7 @@ def test_other_ways_to_balance_leave_the_bias_alone(balance):
     assert steps.balance(moe, router, load) is router
 
 
+@pytest.mark.slow
 def test_one_stream_a_row_equals_one_segment_a_row():
     full = random_batch(0)._replace(
         segment_ids=np.ones((B, T), np.int32),
@@ -201,7 +198,7 @@ def test_muon_updates_alike_with_its_state_sharded_like_the_parameters():
     made = []
     for sizes, devices in (({}, 1), ({'fsdp': 2, 'expert': 2, 'tensor': 2}, 8)):
         setup = states.create(cfg, mesh_of(sizes, devices))
-        put = lambda tree: jax.tree.map(  # noqa: E731
+        put = lambda tree: jax.tree.map(
             lambda x, like: jax.device_put(x, like.sharding),
             tree,
             setup.state.params,  # noqa: B023
@@ -260,5 +257,5 @@ def test_master_weights_and_moments_stay_float32_in_bfloat16_compute():
 def test_what_a_mesh_does_not_divide_is_refused_before_compiling(sizes, microbatches, named):
     cfg = settings('moe')
     train = dataclasses.replace(cfg.train, microbatches=microbatches)
-    with pytest.raises(config.UserError, match=named):
+    with pytest.raises(UserError, match=named):
         states.create(dataclasses.replace(cfg, train=train), mesh_of(sizes, 8))

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from packed_rows import packed_rows
 
 from helios_jax import config
 from helios_jax.arch import flops
@@ -101,16 +102,9 @@ def test_a_device_of_unknown_peak_has_a_speed_but_no_mfu():
 
 def packed(lengths_of_rows: list[list[int]]) -> Batch:
     """Documents of these lengths in rows of T, whose padding has the row's own index."""
-    shape = (len(lengths_of_rows), T)
-    positions = np.tile(np.arange(T, dtype=np.int32), (shape[0], 1))
-    ids = np.zeros(shape, np.int32)
-    for row, lengths in enumerate(lengths_of_rows):
-        start = 0
-        for document, length in enumerate(lengths, start=1):
-            positions[row, start : start + length] = np.arange(length)
-            ids[row, start : start + length] = document
-            start += length
-    zeros = np.zeros(shape, np.int32)
+    positions, ids = packed_rows(lengths_of_rows, T)
+    positions = np.where(ids > 0, positions, np.arange(T, dtype=np.int32))
+    zeros = np.zeros_like(ids)
     return Batch(zeros, ids, positions, zeros > 0, zeros[:, 0])
 
 

@@ -19,16 +19,11 @@ from helios_jax.train import dry_run, loop, update
 from helios_jax.train import state as states
 from helios_jax.train import step as steps
 
+pytestmark = pytest.mark.usefixtures('quick_compilation')
+
 ON_DEVICE = config.Memory('none')
 ON_HOST = config.Memory('none', optimizer='host', parameters='host')
 SPLIT = {'fsdp': 2, 'expert': 2, 'tensor': 2}
-
-
-@pytest.fixture(autouse=True, scope='module')
-def quick_compilation():
-    jax.config.update('jax_disable_most_optimizations', True)
-    yield
-    jax.config.update('jax_disable_most_optimizations', False)
 
 
 def configured(pattern: str, memory: config.Memory, layers: int = 4, **replaced) -> config.Config:
@@ -64,7 +59,7 @@ def test_the_update_of_each_layer_alone_is_the_update_of_all(pattern, rule):
         cfg = dataclasses.replace(configured(pattern, memory, layers=3), optimizer=rule)
         setup = states.create(cfg, mesh_of({}, 1))
         rng = np.random.default_rng(3)
-        draw = lambda tree: jax.tree.map(  # noqa: E731
+        draw = lambda tree: jax.tree.map(
             lambda x: jnp.asarray(rng.standard_normal(x.shape, np.float32)),  # noqa: B023
             tree,
         )
@@ -117,7 +112,7 @@ def trained(cfg: config.Config, sizes: dict[str, int], num_devices: int):
 @pytest.mark.parametrize(
     ('pattern', 'rule', 'sizes', 'num_devices'),
     [
-        ('dense', LINEAR, {}, 1),
+        pytest.param('dense', LINEAR, {}, 1, marks=pytest.mark.slow),
         pytest.param('moe', LINEAR, SPLIT, 8, marks=pytest.mark.long),
         pytest.param('moe', MUON, {}, 1, marks=pytest.mark.long),
         pytest.param('dense', MUON, {'fsdp': 4, 'tensor': 2}, 8, marks=pytest.mark.slow),
@@ -184,7 +179,7 @@ def test_the_copys_gradient_is_that_of_the_weights(memory, parts, monkeypatch):
         state = states.initialize(setup)
         near = jax.device_put(state.params, jax.memory.Space.Device)
         copy = jax.jit(functools.partial(update.working_copy, setup))(state.params)
-        gradient = lambda params: jax.jit(functools.partial(steps.gradient, setup))(  # noqa: E731
+        gradient = lambda params: jax.jit(functools.partial(steps.gradient, setup))(
             state.replace(params=params), random_batch()
         )
         narrow = gradient(state.params)

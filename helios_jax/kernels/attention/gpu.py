@@ -52,7 +52,7 @@ def attention(
     if T % 2:
         # cuDNN has no backward for odd lengths. No query sees the key that is added: it comes after
         # them all, and is padding where there are segments.
-        pad: Any = lambda x: jnp.pad(x, [(0, 0), (0, 1)] + [(0, 0)] * (x.ndim - 2))  # noqa: E731
+        pad: Any = lambda x: jnp.pad(x, [(0, 0), (0, 1)] + [(0, 0)] * (x.ndim - 2))
         q, k, v, tokens = jax.tree.map(pad, (q, k, v, tokens))
     try:
         version = cudnn.check_cudnn_version()
@@ -123,7 +123,7 @@ def in_turns(call: Call, q: Array, k: Array, v: Array, runs: Array) -> Array:
     large as the whole result for every CUDNN_SEGMENTS tokens.
     """
     # A token is in one call alone, so that the sums are exact.
-    add = lambda i, total: total + some(call, q, k, v, runs - i * CUDNN_SEGMENTS)  # noqa: E731
+    add = lambda i, total: total + some(call, q, k, v, runs - i * CUDNN_SEGMENTS)
     return jax.lax.fori_loop(0, num_turns(runs), add, jnp.zeros_like(q))
 
 

@@ -112,7 +112,7 @@ def over_blocks(
         blocks = [None if x is None else blocks_of(x, axis) for x, axis in arrays]
         body = jax.checkpoint(attend_if_live, prevent_cse=False)
         results = jax.lax.map(lambda block: body(*block), blocks)
-        join = lambda x: jnp.moveaxis(x, 0, 3).reshape(*grouped, *x.shape[5:])[:, :, :, :T]  # noqa: E731
+        join = lambda x: jnp.moveaxis(x, 0, 3).reshape(*grouped, *x.shape[5:])[:, :, :, :T]
         out, sums = map(join, results)
     return out.reshape(B, N, T, H).swapaxes(1, 2), sums.reshape(B, N, T)
 

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from helios_jax import config
 from helios_jax.chips import GIB, topology
 from helios_jax.data.pipeline import Batch
+from helios_jax.errors import require
 from helios_jax.memory import evidence
 from helios_jax.parallel import mesh as meshes
 from helios_jax.parallel import sharding
@@ -28,7 +29,7 @@ def trace(cfg: config.Config, name: str) -> jax.stages.Traced:
     Raises:
       UserError: not a TPU topology, or one that libtpu does not know; what a run would refuse.
     """
-    config.require(
+    require(
         topology(name).chip.platform == 'tpu',
         f'--topology={name}: only TPUs can be compiled for without one; leave out --compile, or '
         'name a topology such as v5p:2x2x4.',

@@ -125,7 +125,7 @@ def line(row: dict[str, Any]) -> str:
 
 
 def summary(rows: list[dict[str, Any]]) -> Iterator[str]:
-    worst = lambda name: max(abs(row[f'{name}_error']) for row in rows)  # noqa: E731
+    worst = lambda name: max(abs(row[f'{name}_error']) for row in rows)
     yield (
         f'largest errors: arguments {100 * worst("arguments"):.1f}%, live temporary '
         f'{100 * worst("live_temp"):.1f}%, peak {100 * worst("peak"):.1f}%'
