@@ -1,7 +1,8 @@
 """helios eval, generate and ckpt: what reads checkpoints."""
 
+import functools
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from absl import flags
@@ -59,18 +60,13 @@ def generate_command(argv: Sequence[str]) -> None:
     flags.DEFINE_integer('seed', 0, 'Another seed draws another text.', flag_values=values)
     flags.DEFINE_multi_string('stop', [], 'Text to stop before; may repeat.', flag_values=values)
     options.parse(values, argv)
-    from helios_jax.evaluate.generate import complete
+    from helios_jax.evaluate.generate import compile_ahead, complete
 
-    texts = complete(
-        restore(values),
-        values.prompt,
-        stop=values.stop,
-        max_tokens=values.max_tokens,
-        temperature=values.temperature,
-        top_k=values.top_k,
-        top_p=values.top_p,
-        seed=values.seed,
-    )
+    settings: dict[str, Any] = {
+        name: values[name].value for name in ('max_tokens', 'temperature', 'top_k', 'top_p', 'seed')
+    }
+    compiled = functools.partial(compile_ahead, prompts=values.prompt, **settings)
+    texts = complete(restore(values, compiled), values.prompt, stop=values.stop, **settings)
     for prompt, text in zip(values.prompt, texts, strict=True):
         print(json.dumps({'prompt': prompt, 'text': text}) if values.json else prompt + text)
 
@@ -107,8 +103,8 @@ def checkpoint_flags(values: flags.FlagValues) -> None:
     flags.DEFINE_bool('json', False, 'Print JSON instead of text.', flag_values=values)
 
 
-def restore(values: flags.FlagValues) -> Any:
-    """Returns what `checkpoint_flags` name, ready to use."""
+def restore(values: flags.FlagValues, meanwhile: Callable[[Any], object] | None = None) -> Any:
+    """Returns what `checkpoint_flags` name, ready to use; `meanwhile` as in `restoring.restore`."""
     require(bool(values.checkpoint), "--checkpoint is missing; name a run's workdir.")
     paths.check('--checkpoint', values.checkpoint)
     scaling = yarn(values.yarn)
@@ -116,7 +112,7 @@ def restore(values: flags.FlagValues) -> Any:
     from helios_jax.parallel import cluster
 
     cluster.enable_compilation_cache(config.Train().compilation_cache)
-    return restoring.restore(values.checkpoint, values.step, rope=scaling)
+    return restoring.restore(values.checkpoint, values.step, rope=scaling, meanwhile=meanwhile)
 
 
 def yarn(value: str) -> dict[str, Any]:

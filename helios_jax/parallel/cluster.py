@@ -70,6 +70,8 @@ def enable_compilation_cache(directory: str) -> None:
     if directory:
         path = str(epath.Path(directory).expanduser())
         jax.config.update('jax_compilation_cache_dir', path)
+        # The small ones too: dozens of them start a program, and each takes a tenth of a second.
+        jax.config.update('jax_persistent_cache_min_compile_time_secs', 0)
 
 
 class StopRequest:
