@@ -1,7 +1,6 @@
 """helios eval, generate and ckpt: what reads checkpoints."""
 
 import functools
-import json
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -29,8 +28,10 @@ def eval_command(argv: Sequence[str]) -> None:
         flag_values=values,
     )  # fmt: skip
     options.parse(values, argv)
+    prepare(values)
     restored = restore(values)
-    from helios_jax import restoring
+    from helios_jax import display, restoring
+    from helios_jax.evaluate.figures import table
     from helios_jax.evaluate.held_out import held_out
 
     figures = held_out(
@@ -42,7 +43,13 @@ def eval_command(argv: Sequence[str]) -> None:
         allow_lossy_tokenizer=values.allow_lossy_tokenizer,
         trained_on=restoring.read_metadata(values.checkpoint, values.step).get('data'),
     )
-    options.show(figures, values.json)
+    if values.json:
+        print(options.to_json(figures))
+        return
+    rows = table(figures)
+    if values.text:
+        rows = [(label.removeprefix('held-out '), *rest) for label, *rest in rows]
+    display.table(rows)
 
 
 def generate_command(argv: Sequence[str]) -> None:
@@ -60,6 +67,7 @@ def generate_command(argv: Sequence[str]) -> None:
     flags.DEFINE_integer('seed', 0, 'Another seed draws another text.', flag_values=values)
     flags.DEFINE_multi_string('stop', [], 'Text to stop before; may repeat.', flag_values=values)
     options.parse(values, argv)
+    prepare(values)
     from helios_jax.evaluate.generate import compile_ahead, complete
 
     settings: dict[str, Any] = {
@@ -68,7 +76,7 @@ def generate_command(argv: Sequence[str]) -> None:
     compiled = functools.partial(compile_ahead, prompts=values.prompt, **settings)
     texts = complete(restore(values, compiled), values.prompt, stop=values.stop, **settings)
     for prompt, text in zip(values.prompt, texts, strict=True):
-        print(json.dumps({'prompt': prompt, 'text': text}) if values.json else prompt + text)
+        print(options.to_json({'prompt': prompt, 'text': text}) if values.json else prompt + text)
 
 
 def list_command(argv: Sequence[str]) -> None:
@@ -103,15 +111,26 @@ def checkpoint_flags(values: flags.FlagValues) -> None:
     flags.DEFINE_bool('json', False, 'Print JSON instead of text.', flag_values=values)
 
 
-def restore(values: flags.FlagValues, meanwhile: Callable[[Any], object] | None = None) -> Any:
-    """Returns what `checkpoint_flags` name, ready to use; `meanwhile` as in `restoring.restore`."""
+def prepare(values: flags.FlagValues) -> None:
+    """Readies the machine for `restore`, which takes as long as importing what it needs.
+
+    Raises:
+      UserError: a checkpoint or a scaling that cannot be.
+    """
     require(bool(values.checkpoint), "--checkpoint is missing; name a run's workdir.")
     paths.check('--checkpoint', values.checkpoint)
-    scaling = yarn(values.yarn)
-    from helios_jax import restoring
+    yarn(values.yarn)
     from helios_jax.parallel import cluster
 
     cluster.enable_compilation_cache(config.Train().compilation_cache)
+    cluster.wake()
+
+
+def restore(values: flags.FlagValues, meanwhile: Callable[[Any], object] | None = None) -> Any:
+    """Returns what `checkpoint_flags` name, ready to use; `meanwhile` as in `restoring.restore`."""
+    from helios_jax import restoring
+
+    scaling = yarn(values.yarn)
     return restoring.restore(values.checkpoint, values.step, rope=scaling, meanwhile=meanwhile)
 
 
