@@ -8,6 +8,7 @@ import json
 import os
 import re
 import resource
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -17,8 +18,10 @@ import numpy as np
 import pytest
 import small_run
 import tokenizers
+from etils import epath
 
 from helios_jax import checkpoint, cli, config, options
+from helios_jax.checkpoint import manifest
 from helios_jax.data import pipeline
 from helios_jax.train import finish
 
@@ -73,6 +76,14 @@ REFUSED = {
     'unknown section': (
         [*TRAIN, '--config.modle.num_layers=3'],
         'modle.num_layers.*model.num_layers',
+    ),
+    'attention of another machine': (
+        [*TRAIN, '--config.model.attention=cudnn'],
+        "model.attention=cudnn .*needs platform 'gpu', not 'cpu'; set it to auto",
+    ),
+    'attention that the planned machine lacks': (
+        ['plan', '--config=tiny', '--topology=v5e:2x2', '--config.model.attention=cudnn'],
+        "model.attention=cudnn .*needs platform 'gpu', not 'tpu'; set it to auto",
     ),
     'text for a number': ([*TRAIN, '--config.model.num_layers=four'], 'num_layers=four.*int'),
     'number for a switch': ([*TRAIN, '--config.train.tensorboard=7'], 'tensorboard=7.*oolean'),
@@ -298,7 +309,11 @@ def test_eval_repeats_the_runs_own_figures(root, capsys):
     text = b''.join(path.read_bytes() for path in (root / 'text').glob('1*.txt'))
     assert of_text['bytes'] == len(text)
     cli.main(['eval', f'--checkpoint={root}/run', '--rows=11'])
-    assert f'bits_per_byte={figures["bits_per_byte"]:.4f}' in capsys.readouterr().out
+    first, *_, last_line = capsys.readouterr().out.splitlines()
+    assert re.fullmatch(rf'held-out text +{figures["bits_per_byte"]:.4f}  bits/byte', first)
+    assert re.fullmatch(rf'held-out bytes +{figures["bytes"]:,.0f}', last_line)
+    cli.main(['eval', f'--checkpoint={root}/run', f'--text={root}/text/1*.txt', '--rows=1'])
+    assert 'held-out' not in capsys.readouterr().out
 
 
 def test_generate_continues_each_prompt(root, capsys):
@@ -308,6 +323,26 @@ def test_generate_continues_each_prompt(root, capsys):
     assert run_json(capsys, *arguments, '--prompt=alpha', '--prompt=beta ga') == made
     cli.main([*arguments, '--prompt=alpha', '--temperature=0'])
     assert capsys.readouterr().out.startswith('alpha')
+
+
+@pytest.mark.parametrize('command', ['eval', 'generate'])
+def test_attention_that_this_machine_lacks_is_one_line(
+    command, root, capsys, tmp_path, monkeypatch
+):
+    shutil.copytree(root / 'run', tmp_path / 'run')
+    folder = tmp_path / 'run/checkpoints/6'
+    metadata = json.loads((folder / 'metadata/metadata').read_text())
+    metadata['config']['model']['attention'] = 'tpu'
+    (folder / 'metadata/metadata').write_text(json.dumps(metadata))
+    manifest.write(epath.Path(folder))
+    monkeypatch.setattr(pipeline, 'prepare', lambda *_: pytest.fail('data was prepared'))
+    with pytest.raises(SystemExit) as ended:
+        cli.main([command, f'--checkpoint={tmp_path}/run'])
+    (line,) = capsys.readouterr().err.splitlines()
+    assert ended.value.code == 2
+    assert re.search(
+        r"model\.attention=tpu .*needs platform 'tpu', not 'cpu'; set it to auto", line
+    )
 
 
 def test_ckpt_lists_the_steps(root, capsys):
