@@ -10,10 +10,11 @@ import logging
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import rich.console
 import rich.progress
+import rich.text
 
 LINE_SECONDS = 30.0  # between two lines about a phase that goes on, where there is no bar
 
@@ -120,6 +121,16 @@ class Steps:
     def keep(self, line: str) -> None:
         """Prints a line that stays."""
         _print(self._console, line)
+
+
+def table(rows: Sequence[tuple[str, str, str]]) -> None:
+    """Prints label, number and unit of each row, in columns."""
+    console = rich.console.Console(file=sys.stdout, highlight=False, markup=False, emoji=False)
+    widths = [max(len(row[column]) for row in rows) for column in (0, 1)]
+    for label, number, unit in rows:
+        line = rich.text.Text(label.ljust(widths[0]) + '  ')
+        line.append(number.rjust(widths[1]), style='bold')
+        console.print(line.append(f'  {unit}'.rstrip()), soft_wrap=True)
 
 
 @contextlib.contextmanager

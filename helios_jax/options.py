@@ -7,6 +7,7 @@ belong together are a `Group`.
 import importlib.resources
 import inspect
 import json
+import math
 import re
 import sys
 import traceback
@@ -243,10 +244,23 @@ def explain_command(argv: Sequence[str]) -> None:
             print(f'{setting} = {default}\n    {comment}')
 
 
+def to_json(value: Any) -> str:
+    """A line of JSON, which has no NaN and no infinity: they are null in it."""
+
+    def finite(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {key: finite(item) for key, item in value.items()}
+        if isinstance(value, list | tuple):
+            return [finite(item) for item in value]
+        return None if isinstance(value, float) and not math.isfinite(value) else value
+
+    return json.dumps(finite(value), allow_nan=False)
+
+
 def show(values: dict[str, Any], as_json: bool) -> None:
     """Prints one line: a JSON object, or name=value pairs."""
     if as_json:
-        print(json.dumps(values))
+        print(to_json(values))
         return
     texts = (f'{v:.4f}' if isinstance(v, float) else str(v) for v in values.values())
     print('  '.join(f'{name}={text}' for name, text in zip(values, texts, strict=True)))

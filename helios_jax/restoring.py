@@ -1,6 +1,8 @@
 """Makes a model that is ready to use out of a checkpoint directory."""
 
+import concurrent.futures
 import logging
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -39,6 +41,7 @@ def restore(
     *,
     mesh: jax.sharding.Mesh | None = None,
     rope: dict[str, Any] | None = None,
+    meanwhile: Callable[[Restored], object] | None = None,
 ) -> Restored:
     """Reads a checkpoint onto this machine's devices, whatever mesh wrote it.
 
@@ -50,17 +53,39 @@ def restore(
       mesh: where the parameters go; all devices by default (`default_mesh`). Call the model under
         `jax.set_mesh` of it if it has several.
       rope: settings to replace, such as {'scaling': 'dynamic'} to read past the trained length.
+      meanwhile: what to do while the arrays are read, such as to compile what will take them: it
+        is given `jax.ShapeDtypeStruct`s in their place.
     Raises:
       UserError: no checkpoint there, no such step, damaged files, a config that this version
         refuses, or a tokenizer that is not the checkpoint's.
     """
-    opened = checkpoint.open_step(checkpoint_directory(directory), step, VARIABLES)
+    directory = checkpoint_directory(directory)
+    opened = checkpoint.open_step(directory, step)
+    try:
+        return _restored(opened, mesh, rope or {}, meanwhile)
+    except checkpoint.DamagedError:
+        if step not in ('latest', 'best'):
+            raise
+    # Hashed now before it is chosen: those that are damaged are named, and passed over.
+    opened = checkpoint.open_step(directory, step, VARIABLES)
+    return _restored(opened, mesh, rope or {}, meanwhile)
+
+
+def _restored(
+    opened: checkpoint.Opened,
+    mesh: jax.sharding.Mesh | None,
+    rope: dict[str, Any],
+    meanwhile: Callable[[Restored], object] | None,
+) -> Restored:
     cfg = saved_config(opened)
-    if rope:
-        cfg = config.replace(cfg, {f'model.rope.{name}': value for name, value in rope.items()})
-    tokenizer = load_tokenizer(opened)
-    model = Transformer(cfg.model)
-    return Restored(model, restore_variables(model, opened, mesh), tokenizer, cfg)
+    cfg = config.replace(cfg, {f'model.rope.{name}': value for name, value in rope.items()})
+    made = Restored(Transformer(cfg.model), None, load_tokenizer(opened), cfg)
+    shapes = abstract_arrays(made.model, mesh)
+    with concurrent.futures.ThreadPoolExecutor(1) as pool:
+        reading = pool.submit(read_arrays, opened, shapes)
+        if meanwhile:
+            meanwhile(made._replace(variables=shapes))
+        return made._replace(variables=reading.result())
 
 
 def read_metadata(directory: epath.PathLike, step: int | str = 'latest') -> dict[str, Any]:
@@ -113,19 +138,21 @@ def load_tokenizer(opened: checkpoint.Opened) -> tokenizers.Tokenizer:
     return tokenizer
 
 
-def restore_variables(
-    model: Transformer,
-    opened: checkpoint.Opened,
-    mesh: jax.sharding.Mesh | jax.sharding.AbstractMesh | None = None,
-) -> PyTree:
-    """Restores the model's variables from one step, sharded over `mesh`."""
+def abstract_arrays(
+    model: Transformer, mesh: jax.sharding.Mesh | None = None
+) -> PyTree[jax.ShapeDtypeStruct]:
+    """Shapes and shardings of the model's variables over `mesh`."""
     boxed = abstract_variables(model)
     shapes, axes = nn.unbox(boxed), sharding.logical_axes(boxed)
     mesh = default_mesh(axes, shapes) if mesh is None else mesh
     shardings = sharding.tree_shardings(mesh, axes, shapes)
-    abstract = jax.tree.map(
+    return jax.tree.map(
         lambda x, where: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where), shapes, shardings
     )
+
+
+def read_arrays(opened: checkpoint.Opened, abstract: PyTree[jax.ShapeDtypeStruct]) -> PyTree:
+    """The items of one step that are collections of variables, where `abstract` has them."""
     return {collection: opened.restore(collection, tree) for collection, tree in abstract.items()}
 
 

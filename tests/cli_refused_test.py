@@ -21,6 +21,14 @@ REFUSED = {
         [*TRAIN, '--config.modle.num_layers=3'],
         'modle.num_layers.*model.num_layers',
     ),
+    'attention of another machine': (
+        [*TRAIN, '--config.model.attention=cudnn'],
+        "model.attention=cudnn .*needs platform 'gpu', not 'cpu'; set it to auto",
+    ),
+    'attention that the planned machine lacks': (
+        ['plan', '--config=tiny', '--topology=v5e:2x2', '--config.model.attention=cudnn'],
+        "model.attention=cudnn .*needs platform 'gpu', not 'tpu'; set it to auto",
+    ),
     'text for a number': ([*TRAIN, '--config.model.num_layers=four'], 'num_layers=four.*int'),
     'number for a switch': ([*TRAIN, '--config.train.tensorboard=7'], 'tensorboard=7.*oolean'),
     'unknown choice': ([*TRAIN, '--config.optimizer.name=adam'], "'adam'.*'adamw'.*'muon'"),

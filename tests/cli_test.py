@@ -8,15 +8,18 @@ import json
 import os
 import re
 import resource
+import shutil
 import subprocess
 import sys
 
 import numpy as np
 import pytest
 import tokenizers
+from etils import epath
 from refusals import refused
 
 from helios_jax import checkpoint, cli, config, options
+from helios_jax.checkpoint import manifest
 from helios_jax.data import pipeline
 
 pytestmark = pytest.mark.usefixtures('quick_runs')
@@ -55,7 +58,11 @@ def test_eval_repeats_the_runs_own_figures(root, capsys):
     text = b''.join(path.read_bytes() for path in (root / 'text').glob('1*.txt'))
     assert of_text['bytes'] == len(text)
     cli.main(['eval', f'--checkpoint={root}/run', '--rows=11'])
-    assert f'bits_per_byte={figures["bits_per_byte"]:.4f}' in capsys.readouterr().out
+    first, *_, last_line = capsys.readouterr().out.splitlines()
+    assert re.fullmatch(rf'held-out text +{figures["bits_per_byte"]:.4f}  bits/byte', first)
+    assert re.fullmatch(rf'held-out bytes +{figures["bytes"]:,.0f}', last_line)
+    cli.main(['eval', f'--checkpoint={root}/run', f'--text={root}/text/1*.txt', '--rows=1'])
+    assert 'held-out' not in capsys.readouterr().out
 
 
 def test_generate_continues_each_prompt(root, capsys):
@@ -65,6 +72,26 @@ def test_generate_continues_each_prompt(root, capsys):
     assert run_json(capsys, *arguments, '--prompt=alpha', '--prompt=beta ga') == made
     cli.main([*arguments, '--prompt=alpha', '--temperature=0'])
     assert capsys.readouterr().out.startswith('alpha')
+
+
+@pytest.mark.parametrize('command', ['eval', 'generate'])
+def test_attention_that_this_machine_lacks_is_one_line(
+    command, root, capsys, tmp_path, monkeypatch
+):
+    shutil.copytree(root / 'run', tmp_path / 'run')
+    folder = tmp_path / 'run/checkpoints/10'
+    metadata = json.loads((folder / 'metadata/metadata').read_text())
+    metadata['config']['model']['attention'] = 'tpu'
+    (folder / 'metadata/metadata').write_text(json.dumps(metadata))
+    manifest.write(epath.Path(folder))
+    monkeypatch.setattr(pipeline, 'prepare', lambda *_: pytest.fail('data was prepared'))
+    with pytest.raises(SystemExit) as ended:
+        cli.main([command, f'--checkpoint={tmp_path}/run'])
+    (line,) = capsys.readouterr().err.splitlines()
+    assert ended.value.code == 2
+    assert re.search(
+        r"model\.attention=tpu .*needs platform 'tpu', not 'cpu'; set it to auto", line
+    )
 
 
 def test_ckpt_lists_the_steps(root, capsys):

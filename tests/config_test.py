@@ -280,6 +280,9 @@ def test_the_layer_pattern_is_a_prefix_and_whole_periods():
     )  # fmt: skip
     assert model.num_periods == 2
     assert model.layer_kinds == ('dense', *('moe', 'moe_window', 'dense') * 2)
+    assert model.kind_counts == {'dense': 3, 'moe': 2, 'moe_window': 2}
+    without_a_period = dataclasses.replace(model, num_layers=1)
+    assert without_a_period.kind_counts == {'dense': 1}
 
 
 def test_configs_are_frozen_and_hashable():

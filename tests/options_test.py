@@ -1,6 +1,7 @@
 """Commands' help, config files and flags: what is said, run and overridden, and what refused."""
 
 import inspect
+import json
 import re
 from pathlib import Path
 
@@ -215,3 +216,19 @@ def test_help_lists_flags_with_defaults_and_says_how_to_change_a_setting(capsys)
         r'--num_devices=INT \(default: 1\)\n      \w+',
     ):
         assert re.search(f'^  {line}', printed, re.M), line
+
+
+def test_json_has_no_number_that_is_none():
+    row = {'mfu': float('nan'), 'losses': [2.5, float('inf')], 'peak': {'gib': -float('inf')}}
+    text = options.to_json(row | {'name': 'NaN', 'pair': (3, 4.25), 'on': True})
+    assert json.loads(text, parse_constant=pytest.fail) == {
+        'mfu': None, 'losses': [2.5, None], 'peak': {'gib': None}, 'name': 'NaN', 'pair': [3, 4.25],
+        'on': True,
+    }  # fmt: skip
+
+
+def test_whatever_prints_json_prints_what_others_can_read():
+    for path in Path(options.__file__).parent.rglob('*.py'):
+        # bench/process.py prints for the Python process that started it.
+        if path.name != 'process.py':
+            assert 'print(json.dumps' not in path.read_text(), path

@@ -118,6 +118,35 @@ def test_a_step_is_chosen_by_number(tmp_path):
         restoring.restore(tmp_path / 'none')
 
 
+def test_a_damaged_step_is_passed_over_but_not_by_its_number(tmp_path, caplog):
+    for step in (3, 5):
+        write(tmp_path, 'one', step=step)
+    data = (tmp_path / 'checkpoints/5/params').rglob('d/*')
+    path = max(data, key=lambda path: path.stat().st_size)
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-1] + bytes([whole[-1] ^ 4]))
+    restored = restoring.restore(tmp_path, mesh=mesh_of('one'))
+    jax.tree.map(np.testing.assert_array_equal, restored.variables, numbers())
+    assert (
+        f'checkpoints/5 IS DAMAGED: params/{path.relative_to(tmp_path / "checkpoints/5/params")}'
+        in (caplog.text)
+    )
+    with pytest.raises(checkpoint.DamagedError, match=f'{path.name} has changed'):
+        restoring.restore(tmp_path, 5, mesh=mesh_of('one'))
+
+
+def test_what_is_done_meanwhile_knows_the_shapes(tmp_path):
+    write(tmp_path, 'one')
+    given: list[restoring.Restored] = []
+    restored = restoring.restore(tmp_path, mesh=mesh_of('eight'), meanwhile=given.append)
+    of = lambda x: (x.shape, x.dtype, x.sharding)
+    (early,) = given
+    assert jax.tree.map(of, early.variables) == jax.tree.map(of, restored.variables)
+    assert early._replace(variables=None) == restored._replace(variables=None)
+    with pytest.raises(ZeroDivisionError):
+        restoring.restore(tmp_path, mesh=mesh_of('one'), meanwhile=lambda early: 1 / 0)
+
+
 @pytest.fixture(scope='module')
 def with_tokenizer(tmp_path_factory):
     """A step with an optimizer's state, larger than the parameters, and a tokenizer's file."""

@@ -37,15 +37,15 @@ def context_flops(model: Model, keys: float, window_keys: float) -> float:
       window_keys: tokens that it sees in a layer with a window.
     """
     total = 0.0
-    for kind in model.layer_kinds:
+    for kind, layers in model.kind_counts.items():
         seen = window_keys if kind.endswith('window') else keys
-        total += 12 * seen * model.num_heads * model.head_dim
+        total += layers * 12 * seen * model.num_heads * model.head_dim
     return total
 
 
 def dropped_flops(model: Model, drop_fraction: float) -> float:
-    """FLOPs per token that are saved when experts drop this share of (token, expert) pairs."""
-    num_layers = sum(kind.startswith('moe') for kind in model.layer_kinds)
+    """FLOPs a token that are left out where experts drop this share of (token, expert) pairs."""
+    num_layers = sum(n for kind, n in model.kind_counts.items() if kind.startswith('moe'))
     num_pairs = drop_fraction * model.moe.num_experts_per_token * num_layers
     return 6 * num_pairs * 3 * model.embed_dim * model.expert_mlp_dim
 

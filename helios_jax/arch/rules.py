@@ -98,7 +98,7 @@ def check_parts(cfg: config.Config, mesh: Any) -> None:
       UserError: naming the setting and what it must be a multiple of.
     """
     parts = cfg.memory.backward_parts
-    dense = any(not kind.startswith('moe') for kind in cfg.model.layer_kinds)
+    dense = any(not kind.startswith('moe') for kind in cfg.model.kind_counts)
     for name, axis, size in (
         ('data.row_length', 'length', cfg.data.row_length),
         ('model.mlp_dim', 'mlp', cfg.model.mlp_dim if dense else 0),

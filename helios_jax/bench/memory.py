@@ -9,7 +9,6 @@ batch is the first of the config's data, the parameters are initial ones.
 """
 
 import dataclasses
-import json
 import tempfile
 import time
 from collections.abc import Sequence
@@ -21,7 +20,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from helios_jax import config
+from helios_jax import config, options
 from helios_jax.bench import process
 from helios_jax.data import pipeline, tokenizer
 from helios_jax.errors import UserError, require
@@ -168,7 +167,7 @@ def compare_policies(cfg: config.Config, policies: Sequence[str], *, as_json: bo
                 row |= process.run(measure_policy, values, directory, quiet=True)
             except UserError as error:
                 row['failed'] = str(error)[:300]
-            print(json.dumps(row) if as_json else describe(row), flush=True)
+            print(options.to_json(row) if as_json else describe(row), flush=True)
 
 
 def describe(row: dict[str, Any]) -> str:

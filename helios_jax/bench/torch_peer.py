@@ -8,7 +8,6 @@ nothing else here does. One H100 takes about a minute to compile, then half a se
 """
 
 import dataclasses
-import json
 import math
 import time
 from collections.abc import Iterator
@@ -17,6 +16,7 @@ from typing import Any
 import numpy as np
 from etils import epath
 
+from helios_jax import options
 from helios_jax.chips import peak_flops
 from helios_jax.errors import UserError, require
 
@@ -212,7 +212,7 @@ def print_measurement(peer: Peer, *, as_json: bool) -> None:
     """Measures the peer and prints the figures."""
     figures = measure_peer(dataclasses.asdict(peer))
     if as_json:
-        print(json.dumps(figures), flush=True)
+        print(options.to_json(figures), flush=True)
         return
     for name, value in figures.items():
         print(f'{name}: {value:.6g}' if isinstance(value, float) else f'{name}: {value}')

@@ -7,7 +7,6 @@ memory, and reports tokens/s, MFU, peak memory and where the time goes.
 """
 
 import dataclasses
-import json
 import tempfile
 import time
 from collections.abc import Sequence
@@ -16,7 +15,7 @@ from typing import Any
 
 import jax
 
-from helios_jax import config
+from helios_jax import config, options
 from helios_jax.bench import process, torch_peer, trace
 from helios_jax.data import pipeline, tokenizer
 from helios_jax.parallel import cluster, sharding
@@ -116,11 +115,11 @@ def compare_training(
     rows = []
     for values in map(dataclasses.asdict, variants):
         rows.append(process.run(measure_training, values, warmup_steps, profiled_steps))
-        print(json.dumps(rows[-1]), flush=True)
+        print(options.to_json(rows[-1]), flush=True)
     peer: dict[str, Any] = {}
     if with_peer:
         peer = process.run(torch_peer.measure_peer, dataclasses.asdict(torch_peer.Peer()))
-        print(json.dumps(peer), flush=True)
+        print(options.to_json(peer), flush=True)
     if not as_json:
         print('\n'.join(describe(row, peer) for row in rows))
 

@@ -25,12 +25,13 @@ from helios_jax.checkpoint.layout import (
     tokenizer_directory,
 )
 from helios_jax.checkpoint.manifest import sha256
-from helios_jax.checkpoint.read import Opened, list_steps, open_step
+from helios_jax.checkpoint.read import DamagedError, Opened, list_steps, open_step
 from helios_jax.checkpoint.write import Checkpoints
 
 __all__ = [
     'FORMAT_VERSION',
     'Checkpoints',
+    'DamagedError',
     'Opened',
     'absolute',
     'committed',

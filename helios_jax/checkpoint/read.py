@@ -1,5 +1,6 @@
 """Reads checkpoints: which steps there are, their metadata, and their arrays onto any mesh."""
 
+import concurrent.futures
 import dataclasses
 import json
 import logging
@@ -8,7 +9,6 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 import jax
-import orbax.checkpoint as ocp
 from etils import epath
 from jaxtyping import PyTree
 
@@ -20,6 +20,10 @@ from helios_jax.parallel import agreement
 log = logging.getLogger(__name__)
 
 BEST_METRIC = 'bits_per_byte'
+
+
+class DamagedError(UserError):
+    """An item's files are not what was written, or are not to be read."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,33 +80,43 @@ class Opened:
         Args:
           abstract: the tree to restore; each leaf has a sharding, on whichever mesh.
         Raises:
-          UserError: as `require_fit`; a damaged item, or one that cannot be read.
+          UserError: as `require_fit`.
+          DamagedError: a damaged item, or one that cannot be read.
         """
         self.require_fit(item, abstract)
         wanted = layout.flatten(abstract)
         if any(leaf.sharding is None for leaf in wanted.values()):
             raise ValueError(f'every leaf of abstract needs a sharding to restore {item!r}.')
-        if damage := self.damage(item):
-            raise UserError(_refusal(self.folder, damage))
-        try:
-            with ocp.Checkpointer(ocp.StandardCheckpointHandler()) as reader:
-                arrays = reader.restore(self.folder / item, args=ocp.args.StandardRestore(wanted))
-        except Exception as error:
-            cause = f'{type(error).__name__}: {str(error).partition(chr(10))[0][:160]}'
-            raise UserError(
-                _refusal(self.folder, f'{item} cannot be restored ({cause})')
-            ) from error
+        by_us = [item] if jax.process_index() == 0 else []
+        if damage := agreement.from_first(self._fault(by_us, hashed=False)):
+            raise DamagedError(_refusal(self.folder, damage))
+        arrays: dict[str, jax.Array] = {}
+        failure: Exception | None = None
+        # Hashed while it is read: neither holds Python's lock, and each takes about as long.
+        with concurrent.futures.ThreadPoolExecutor(1) as pool:
+            hashing = pool.submit(self._fault, by_us)
+            try:
+                arrays = _read(self.folder / item, wanted)
+            except Exception as error:
+                failure = error
+            damage = agreement.from_first(hashing.result())
+        if failure and not damage:
+            cause = f'{type(failure).__name__}: {str(failure).partition(chr(10))[0][:160]}'
+            damage = f'{item} cannot be restored ({cause})'
+        if damage:
+            raise DamagedError(_refusal(self.folder, damage)) from failure
         return jax.tree.unflatten(jax.tree.structure(abstract), [arrays[name] for name in wanted])
 
-    def _fault(self, items: Iterable[str]) -> str:
+    def _fault(self, items: Iterable[str], *, hashed: bool = True) -> str:
         for item in items:
             if item in self._intact:
                 continue
-            if damage := manifest.fault(self.folder, self.files, item):
+            if damage := manifest.fault(self.folder, self.files, item, hashed=hashed):
                 if not layout.is_committed(self.directory, self.step):
                     return f'{self.folder} was deleted while it was read'
                 return damage
-            self._intact.add(item)
+            if hashed:
+                self._intact.add(item)
         return ''
 
 
@@ -178,6 +192,13 @@ def damage_of(directory: epath.Path, step: int) -> str:
     except DamageError as error:
         return str(error)
     return opened._fault(opened.items)
+
+
+def _read(folder: epath.Path, wanted: dict[str, jax.ShapeDtypeStruct]) -> dict[str, jax.Array]:
+    import orbax.checkpoint as ocp  # half a second, for who reads arrays alone
+
+    with ocp.Checkpointer(ocp.StandardCheckpointHandler()) as reader:
+        return reader.restore(folder, args=ocp.args.StandardRestore(wanted))
 
 
 def _find(directory: epath.Path, step: int | str, items: Sequence[str]) -> Opened:

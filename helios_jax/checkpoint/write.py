@@ -6,7 +6,6 @@ import logging
 from typing import Any
 
 import jax
-import orbax.checkpoint as ocp
 from etils import epath
 from jaxtyping import PyTree
 
@@ -17,6 +16,10 @@ from helios_jax.parallel import agreement
 log = logging.getLogger(__name__)
 
 _COMMIT_SECONDS = 3600  # from the call of save to the commit, hashing included
+# Each chunk of an array is decompressed by one thread, each file hashed by one: many of either keep
+# all cores busy. By itself Orbax writes a whole array as one chunk, and files of 2 GB.
+_CHUNK_BYTES = 2**26
+_FILE_BYTES = 2**28
 
 
 class Checkpoints:
@@ -39,6 +42,8 @@ class Checkpoints:
         self._saving: int | None = None
         self._damaged: dict[int, str] = {}  # steps that were hashed and found so
         layout.require_ours(self.directory)
+        import orbax.checkpoint as ocp  # half a second, which who only reads need not wait for
+
         options = ocp.options.AsyncOptions(
             timeout_secs=_COMMIT_SECONDS, post_finalization_callback=self._write_manifest
         )
@@ -79,7 +84,16 @@ class Checkpoints:
             'metrics': metrics or {},
             'arrays': {name: layout.describe(leaves) for name, leaves in arrays.items()},
         }
-        saves = {name: ocp.args.StandardSave(leaves) for name, leaves in arrays.items()}
+        import orbax.checkpoint as ocp
+
+        saves = {
+            name: ocp.args.PyTreeSave(
+                leaves,
+                save_args={each: ocp.SaveArgs(chunk_byte_size=_CHUNK_BYTES) for each in leaves},
+                ocdbt_target_data_file_size=_FILE_BYTES,
+            )
+            for name, leaves in arrays.items()
+        }
         saves[layout.METADATA] = ocp.args.JsonSave(record)
         self._saving = step
         try:

@@ -2,10 +2,11 @@
 
 import dataclasses
 import math
+from collections import Counter
 
 from helios_jax.errors import at_least_zero, one_of, positive, require
 
-MOST_LAYERS = 10_000  # far above any model; a typing error beyond it would be counted for minutes
+MOST_LAYERS = 10_000  # far above any model: what lies beyond is a typing error
 LAYER_KINDS = ('dense', 'moe', 'dense_window', 'moe_window')
 ATTENTION = ('tpu', 'cudnn', 'reference')  # kernels/attention has a row for each
 
@@ -183,6 +184,14 @@ class Model:
     def layer_kinds(self) -> tuple[str, ...]:
         """Lists the kind of each of the L layers, bottom first."""
         return self.prefix_kinds + self.period_kinds * self.num_periods
+
+    @property
+    def kind_counts(self) -> dict[str, int]:
+        """How many of the L layers are of each kind that the model has."""
+        counts = Counter(self.prefix_kinds)
+        for kind in self.period_kinds:
+            counts[kind] += self.num_periods
+        return {kind: count for kind, count in counts.items() if count}
 
     @property
     def padded_vocab_size(self) -> int:

@@ -1,7 +1,7 @@
 """helios eval, generate and ckpt: the commands that read checkpoints."""
 
-import json
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from absl import flags
@@ -28,8 +28,10 @@ def eval_command(argv: Sequence[str]) -> None:
         flag_values=values,
     )  # fmt: skip
     options.parse(values, argv)
+    prepare(values)
     restored = restore(values)
-    from helios_jax import restoring
+    from helios_jax import display, restoring
+    from helios_jax.evaluate.figures import table
     from helios_jax.evaluate.held_out import held_out
 
     figures = held_out(
@@ -41,7 +43,13 @@ def eval_command(argv: Sequence[str]) -> None:
         allow_lossy_tokenizer=values.allow_lossy_tokenizer,
         trained_on=restoring.read_metadata(values.checkpoint, values.step).get('data'),
     )
-    options.show(figures, values.json)
+    if values.json:
+        print(options.to_json(figures))
+        return
+    rows = table(figures)
+    if values.text:
+        rows = [(label.removeprefix('held-out '), *rest) for label, *rest in rows]
+    display.table(rows)
 
 
 def generate_command(argv: Sequence[str]) -> None:
@@ -59,20 +67,16 @@ def generate_command(argv: Sequence[str]) -> None:
     flags.DEFINE_integer('seed', 0, 'Another seed draws another text.', flag_values=values)
     flags.DEFINE_multi_string('stop', [], 'Text to stop before; may repeat.', flag_values=values)
     options.parse(values, argv)
-    from helios_jax.evaluate.generate import complete
+    prepare(values)
+    from helios_jax.evaluate.generate import compile_ahead, complete
 
-    texts = complete(
-        restore(values),
-        values.prompt,
-        stop=values.stop,
-        max_tokens=values.max_tokens,
-        temperature=values.temperature,
-        top_k=values.top_k,
-        top_p=values.top_p,
-        seed=values.seed,
-    )
+    settings: dict[str, Any] = {
+        name: values[name].value for name in ('max_tokens', 'temperature', 'top_k', 'top_p', 'seed')
+    }
+    compiled = functools.partial(compile_ahead, prompts=values.prompt, **settings)
+    texts = complete(restore(values, compiled), values.prompt, stop=values.stop, **settings)
     for prompt, text in zip(values.prompt, texts, strict=True):
-        print(json.dumps({'prompt': prompt, 'text': text}) if values.json else prompt + text)
+        print(options.to_json({'prompt': prompt, 'text': text}) if values.json else prompt + text)
 
 
 def list_command(argv: Sequence[str]) -> None:
@@ -107,16 +111,27 @@ def checkpoint_flags(values: flags.FlagValues) -> None:
     flags.DEFINE_bool('json', False, 'Print JSON instead of text.', flag_values=values)
 
 
-def restore(values: flags.FlagValues) -> Any:
-    """Restores the checkpoint that `checkpoint_flags` name."""
+def prepare(values: flags.FlagValues) -> None:
+    """Readies the machine for `restore`, which takes as long as importing what it needs.
+
+    Raises:
+      UserError: a checkpoint or a scaling that cannot be.
+    """
     require(bool(values.checkpoint), "--checkpoint is missing; name a run's workdir.")
     paths.check('--checkpoint', values.checkpoint)
-    scaling = yarn(values.yarn)
-    from helios_jax import restoring
+    yarn(values.yarn)
     from helios_jax.parallel import cluster
 
     cluster.enable_compilation_cache(config.Train().compilation_cache)
-    return restoring.restore(values.checkpoint, values.step, rope=scaling)
+    cluster.wake()
+
+
+def restore(values: flags.FlagValues, meanwhile: Callable[[Any], object] | None = None) -> Any:
+    """Returns what `checkpoint_flags` name, ready to use; `meanwhile` as in `restoring.restore`."""
+    from helios_jax import restoring
+
+    scaling = yarn(values.yarn)
+    return restoring.restore(values.checkpoint, values.step, rope=scaling, meanwhile=meanwhile)
 
 
 def yarn(value: str) -> dict[str, Any]:

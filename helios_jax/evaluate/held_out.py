@@ -6,7 +6,7 @@ from typing import Any
 
 import jax
 
-from helios_jax.arch import rules
+from helios_jax.arch import attention, rules
 from helios_jax.data import pipeline
 from helios_jax.data.rows import changes
 from helios_jax.errors import require
@@ -43,6 +43,8 @@ def held_out(
     require(batch_rows > 0, f'batch_rows={batch_rows} must be above 0.')
     require(num_rows >= 0, f'rows={num_rows} must be 0 (all) or more.')
     model, variables, tokenizer, cfg = restored
+    mesh = mesh_of(variables)
+    attention.choose(cfg.model, jax.default_backend(), ring=mesh.shape['context'] > 1)
     data = dataclasses.replace(
         cfg.data,
         row_length=row_length or cfg.data.row_length,
@@ -59,7 +61,6 @@ def held_out(
             f'out ({changed}), and may hold what it was trained on; restore the files, or name '
             'what to read with --text.',
         )
-    mesh = mesh_of(variables)
     shards = rules.shards(mesh, 'batch')
     where = sharding.sharding(mesh, ('batch', 'length'))
     batch_rows = min(batch_rows, num_rows or len(mixture), len(mixture))

@@ -114,4 +114,5 @@ class Transformer(nn.Module):
 def abstract_variables(model: Transformer) -> Any:
     """Shapes and logical axes (boxed) of a model's variables, without computing anything."""
     tokens = jax.ShapeDtypeStruct((1, 2), jnp.int32)
-    return jax.eval_shape(model.init, jax.random.key(0), tokens, tokens)
+    key = jax.eval_shape(jax.random.key, 0)  # a key itself would wait for the device
+    return jax.eval_shape(model.init, key, tokens, tokens)

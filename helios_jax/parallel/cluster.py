@@ -1,8 +1,10 @@
 """Several processes as one run: start-up, agreement on when to stop, compiled programs kept."""
 
+import contextlib
 import logging
 import os
 import signal
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -70,6 +72,18 @@ def enable_compilation_cache(directory: str) -> None:
     if directory:
         path = str(epath.Path(directory).expanduser())
         jax.config.update('jax_compilation_cache_dir', path)
+        # The small ones too: dozens of them start a program, and each takes a tenth of a second.
+        jax.config.update('jax_persistent_cache_min_compile_time_secs', 0)
+
+
+def wake() -> None:
+    """Readies the devices in a thread: a GPU takes two seconds before it holds its first array."""
+
+    def first_array() -> None:
+        with contextlib.suppress(Exception):  # who comes next is told
+            jax.device_put(0)
+
+    threading.Thread(target=first_array).start()
 
 
 class StopRequest:

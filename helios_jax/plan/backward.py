@@ -27,7 +27,7 @@ from helios_jax.plan.saved import expert_slots, shapes
 def working_bytes(placement: Placement) -> int:
     """Counts the bytes that a layer's backward pass holds: the most over all kinds of layer."""
     model = placement.config.model
-    return max(_layer(placement, kind) for kind in set(model.layer_kinds))
+    return max(_layer(placement, kind) for kind in model.kind_counts)
 
 
 def _layer(placement: Placement, kind: str) -> int:

@@ -1,7 +1,6 @@
 """helios plan: what a run needs and what fits, before it runs."""
 
 import dataclasses
-import json
 import os
 from collections.abc import Sequence
 from typing import Any
@@ -47,7 +46,7 @@ def plan_command(argv: Sequence[str]) -> None:
         wanted = values.compile or values.explain
         found = planned(cfg, topology, wanted, values.json, values.explain)
     if values.json:
-        print(json.dumps(found))
+        print(options.to_json(found))
 
 
 def prepared(cfg: config.Config, topology: chips.Topology, batch_rows: int = 0) -> config.Config:

@@ -1,11 +1,12 @@
 """Places a config on a mesh of devices: the sizes of its arrays on one of them."""
 
 import dataclasses
+import functools
 import math
 from collections.abc import Mapping, Sequence
 
 from helios_jax import config
-from helios_jax.arch import rules
+from helios_jax.arch import attention, rules
 from helios_jax.arch.buffers import CUDNN_SEGMENTS
 
 DTYPE_BYTES = {'float32': 4, 'bfloat16': 2, 'int32': 4, 'uint8': 1, 'int8': 1, 'bool': 1}
@@ -49,23 +50,24 @@ class Placement:
     @property
     def attention_kernel(self) -> bool:
         """True if attention is one kernel that keeps its log-sum-exp, not the reference."""
-        model = self.config.model
-        if model.attention == 'auto':
-            return self.platform == 'gpu' or (self.platform == 'tpu' and model.head_dim % 32 == 0)
-        return model.attention != 'reference'
+        return self.attention != 'reference'
+
+    @functools.cached_property
+    def attention(self) -> str:
+        """The implementation that the model's attention takes."""
+        return attention.choose(self.config.model, self.platform, ring=self.shape['context'] > 1)
 
     @property
     def cudnn_sequences(self) -> int:
         """Sequences of each row that cuDNN's attention sizes its buffers for; 0 without cuDNN."""
-        if self.platform != 'gpu' or not self.attention_kernel or self.shape['context'] > 1:
+        if self.attention != 'cudnn':
             return 0
         return CUDNN_SEGMENTS if self.config.data.documents_apart else 1
 
     @property
     def keeps_quantised(self) -> bool:
         """True if the attention kernel itself can keep q, k and v in a byte a value."""
-        ours = self.config.model.attention in ('auto', 'tpu') and self.platform == 'tpu'
-        return ours and self.attention_kernel and self.shape['context'] == 1
+        return attention.ROWS[self.attention].quantises and self.shape['context'] == 1
 
     def elements(self, shape: Sequence[int], axes: rules.Axes) -> int:
         """Number of elements on one device of an array of this shape."""
@@ -79,9 +81,11 @@ def place(cfg: config.Config, num_devices: int, platform: str) -> Placement:
     """Places the config on its mesh.
 
     Raises:
-      UserError: the mesh does not fit the devices, or does not divide the batch.
+      UserError: the mesh does not fit the devices, or does not divide the batch; the attention
+        that is named cannot be used.
     """
     sizes = rules.sizes(cfg.mesh, num_devices)
     made = Placement(cfg, dict(zip(rules.MESH_AXES, sizes, strict=True)), platform)
     rules.check_batch(cfg, made)
+    attention.choose(cfg.model, platform, ring=made.shape['context'] > 1)
     return made

@@ -52,7 +52,7 @@ def saved_tensors(placement: Placement) -> list[SavedTensor]:
     """
     model = placement.config.model
     if placement.config.memory.policy == 'none':
-        return [t for kind in set(model.layer_kinds) for t in _everything(placement, kind)]
+        return [t for kind in model.kind_counts for t in _everything(placement, kind)]
     table = policy.actions(placement.config.memory)
     found = [
         tensor
@@ -61,7 +61,7 @@ def saved_tensors(placement: Placement) -> list[SavedTensor]:
     ]
     for kind in model.period_kinds:
         found += _of_layer(placement, kind, table, layers=model.num_periods)
-    return [*found, *_stored(placement, 'final_hidden', model.layer_kinds[-1], table, layers=1)]
+    return [*found, *_stored(placement, 'final_hidden', model.period_kinds[-1], table, layers=1)]
 
 
 def read_by_backward(placement: Placement, kind: str, table: dict[str, str]) -> list[str]:
@@ -224,7 +224,7 @@ def _everything(placement: Placement, kind: str) -> list[SavedTensor]:
     which norms, gates and SiLU are differentiated. The compiler does without a few of them.
     """
     model = placement.config.model
-    layers = model.layer_kinds.count(kind)
+    layers = model.kind_counts[kind]
     found = _of_layer(placement, kind, dict.fromkeys(NAMES, 'device'), layers)
     stream = placement.local_tokens * model.embed_dim
     inside = sum(s.elements for s in found if s.name == 'gate_up') // 2

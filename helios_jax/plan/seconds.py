@@ -100,9 +100,9 @@ def _recomputed(placement: Placement) -> tuple[float, float]:
     model, cfg = placement.config.model, placement.config
     tokens = cfg.train.batch_rows * cfg.data.row_length / placement.num_devices
     D, N, K, H = model.embed_dim, model.num_heads, model.num_kv_heads, model.head_dim
-    attention = flops.attention_flops(model, cfg.data.row_length) / 3 / len(model.layer_kinds)
+    attention = flops.attention_flops(model, cfg.data.row_length) / 3 / model.num_layers
     total, total_attention = 0.0, 0.0
-    for kind in set(model.layer_kinds):
+    for kind, layers in model.kind_counts.items():
         again = set(recomputed_by_backward(placement, kind, tensor_actions(placement)))
         moe = kind.startswith('moe')
         inside = model.expert_mlp_dim * model.moe.num_experts_per_token if moe else model.mlp_dim
@@ -118,7 +118,6 @@ def _recomputed(placement: Placement) -> tuple[float, float]:
         if cfg.memory.backward_parts > 1 and not moe:
             # The update whole, for its gate's backward pass; then the inside once more, in parts.
             of['mlp_update'] += of['gate_up']
-        layers = model.layer_kinds.count(kind)
         total += layers * sum(n for value, n in of.items() if value in again) * tokens
         if again.intersection(('attention_output', 'log_sum_exp')):
             total_attention += layers * attention * tokens
@@ -128,7 +127,7 @@ def _recomputed(placement: Placement) -> tuple[float, float]:
 def _dense_experts(placement: Placement) -> float:
     """Factor on the matmuls' FLOPs: outside TPUs XLA computes every expert for every row."""
     moe = placement.config.model.moe
-    kinds = placement.config.model.layer_kinds
+    kinds = placement.config.model.kind_counts
     if placement.platform == 'tpu' or not any(kind.startswith('moe') for kind in kinds):
         return 1.0
     return float(moe.num_experts // placement.shape['expert'])
@@ -143,13 +142,13 @@ def _memory_bytes(placement: Placement, planned: StepMemory) -> float:
     update = 8 * weights + 2 * moments + 8 * weights
     stream = placement.local_tokens * model.embed_dim * placement.dtype_bytes
     passes = STREAM_PASSES.value + (2 * GATE_PASSES.value if model.gmu.has_gate else 0)
-    inside = 0
-    for kind in model.layer_kinds:
+    inside, dense = 0, 0
+    for kind, number in model.kind_counts.items():
         shape, axes = shapes(placement, 'gate_up', kind)[0]
-        elements = placement.elements(shape, axes)
+        elements = number * placement.elements(shape, axes)
+        dense += 0 if kind.startswith('moe') else number
         inside += INSIDE_PASSES.value * elements * placement.dtype_bytes
     cut = placement.config.memory.backward_parts
-    dense = sum(not kind.startswith('moe') for kind in model.layer_kinds)
     # In parts the gradient of an MLP's input, a float32 sum, is read and written in each.
     summed = 4 * stream * cut * dense if cut > 1 else 0
     layers = passes * stream * model.num_layers + inside + summed
@@ -171,7 +170,7 @@ def _network_bytes(placement: Placement) -> float:
     stream = placement.local_tokens * model.embed_dim * width
     # Sums of both sublayers in each of forward, recomputation and backward; two passes a sum.
     sums = 2 * 3 * 2 * stream * (shape['tensor'] - 1) / shape['tensor'] * model.num_layers
-    routed = sum(kind.startswith('moe') for kind in model.layer_kinds)
+    routed = sum(n for kind, n in model.kind_counts.items() if kind.startswith('moe'))
     exchanged = 5 * stream * (shape['expert'] - 1) * routed
     keys = 2 * placement.local_tokens * model.num_kv_heads * model.head_dim * width
     keys //= rules.shards(placement, 'kv_heads')

@@ -10,11 +10,12 @@ from etils import epath
 
 from helios_jax import display
 from helios_jax.data import baselines, pipeline
+from helios_jax.evaluate import figures
 from helios_jax.evaluate.generate import generate
 from helios_jax.evaluate.perplexity import evaluate
 from helios_jax.model.transformer import Transformer
 from helios_jax.parallel import sharding
-from helios_jax.train import figures, metrics, report
+from helios_jax.train import metrics, report
 from helios_jax.train import state as states
 from helios_jax.train.run import Run, readable
 
@@ -72,12 +73,7 @@ def show(final: dict[str, float], prompt: str, sample: str, path: epath.Path) ->
     """Prints a table of the figures, the sample and where the report lies."""
     console = rich.console.Console(file=sys.stdout, highlight=False, markup=False, emoji=False)
     console.print()
-    rows = figures.labelled(final)
-    widths = [max(len(row[column]) for row in rows) for column in (0, 1)]
-    for label, number, unit in rows:
-        line = rich.text.Text(label.ljust(widths[0]) + '  ')
-        line.append(number.rjust(widths[1]), style='bold')
-        console.print(line.append(f'  {unit}'.rstrip()), soft_wrap=True)
+    display.table(figures.labelled(final))
     text = rich.text.Text(printable(prompt), style='dim')
     console.print('', text.append(printable(sample), style='not dim'), '', sep='\n', soft_wrap=True)
     console.print(f'Report: {path}', soft_wrap=True)

@@ -16,6 +16,7 @@ import jax
 from etils import epath
 
 from helios_jax import checkpoint, config, display
+from helios_jax.arch import attention
 from helios_jax.data import pipeline
 from helios_jax.data import tokenizer as tokenizers
 from helios_jax.memory import evidence
@@ -48,6 +49,7 @@ def train(cfg: config.Config, workdir: epath.PathLike) -> dict[str, float]:
         cfg = cfg.resolve(tokenizer.vocab_size)
         facts |= shared_facts(cfg, tokenizer)
     mesh = meshes.make(cfg.mesh)
+    attention.choose(cfg.model, jax.default_backend(), ring=mesh.shape['context'] > 1)
     setup = states.create(cfg, mesh)
     with jax.set_mesh(mesh), contextlib.ExitStack() as stack:
         own = resume.own_step(workdir, cfg)

@@ -14,9 +14,9 @@ from typing import Any
 import jax
 from etils import epath
 
-from helios_jax import display
+from helios_jax import display, options
 from helios_jax.errors import require
-from helios_jax.train import figures
+from helios_jax.evaluate import figures
 
 FILE = 'metrics.jsonl'
 REMOTE_SECONDS = 30  # object stores cannot append: between two rewrites of the whole file
@@ -133,7 +133,7 @@ def _is_remote(path: epath.Path) -> bool:
 
 
 def _dump(line: dict[str, Any]) -> str:
-    return json.dumps(line) + '\n'
+    return options.to_json(line) + '\n'
 
 
 def _number(value: Any) -> int | float:

@@ -66,7 +66,7 @@ def announce(run: Run, first: int) -> None:
 def router_warning(model: config.Model) -> str:
     """Text on how a router learns where a token has one expert; '' if it learns as usual."""
     moe = model.moe
-    has_router = any(kind.startswith('moe') for kind in model.layer_kinds) and moe.num_experts > 1
+    has_router = any(kind.startswith('moe') for kind in model.kind_counts) and moe.num_experts > 1
     if not has_router or moe.num_experts_per_token > 1:
         return ''
     sources = []

@@ -11,7 +11,8 @@ import jax
 from etils import epath
 from matplotlib.figure import Figure
 
-from helios_jax.train import figures, metrics
+from helios_jax.evaluate import figures
+from helios_jax.train import metrics
 
 PACKAGES = (
     'helios_jax', 'jax', 'jaxlib', 'flax', 'optax', 'orbax-checkpoint', 'tensorflow-datasets',

@@ -29,7 +29,7 @@ def mean_context(model: config.Model, batch: Batch) -> dict[str, Float[Array, ''
     seen = jnp.where(batch.segment_ids > 0, batch.positions + 1.0, 0)
     num_tokens = jnp.maximum((batch.segment_ids > 0).sum(dtype=jnp.int32), 1)
     means = {'mean_context': seen.sum() / num_tokens}
-    if any(kind.endswith('window') for kind in model.layer_kinds):
+    if any(kind.endswith('window') for kind in model.kind_counts):
         means['mean_window_context'] = jnp.minimum(seen, model.window).sum() / num_tokens
     return {name: mean.astype(jnp.float32) for name, mean in means.items()}
 

@@ -3,6 +3,7 @@
 import json
 import random
 import shutil
+import threading
 from pathlib import Path
 
 import jax
@@ -13,7 +14,7 @@ from etils import epath
 from jax.sharding import SingleDeviceSharding
 
 from helios_jax import checkpoint
-from helios_jax.checkpoint import manifest
+from helios_jax.checkpoint import manifest, read
 from helios_jax.errors import UserError
 
 STEPS = (3, 5)
@@ -159,7 +160,18 @@ def test_no_flipped_bit_of_a_steps_files_is_restored_silently(directory):
                 jax.tree.map(np.testing.assert_array_equal, restored(opened), expected)
             else:
                 assert path.name in damage, path
+            if part == 'params':
+                with pytest.raises(checkpoint.DamagedError, match=path.name):
+                    restored(checkpoint.open_step(directory, 5))
         path.write_bytes(whole)
+
+
+def test_arrays_are_read_while_they_are_hashed(directory, monkeypatch):
+    sha256, read_arrays, reading = manifest.sha256, read._read, threading.Event()
+    opened = checkpoint.open_step(directory, 5)
+    monkeypatch.setattr(manifest, 'sha256', lambda path: reading.wait(60) and sha256(path))
+    monkeypatch.setattr(read, '_read', lambda *args: reading.set() or read_arrays(*args))
+    jax.tree.map(np.testing.assert_array_equal, restored(opened), params(5))
 
 
 def test_damage_of_one_item_leaves_the_others_to_be_read(directory, caplog):
@@ -196,10 +208,10 @@ def test_arrays_that_do_not_fit_are_refused_before_any_is_read(directory, monkey
 def test_step_that_a_run_lets_go_meanwhile_is_no_damage(directory, monkeypatch, caplog):
     fault = manifest.fault
 
-    def let_go(folder, listed, part):
+    def let_go(folder, listed, part, **how):
         if folder.name == '5' and part == 'params' and folder.exists():
             folder.rename(folder.parent / '5.unfinished')
-        return fault(folder, listed, part)
+        return fault(folder, listed, part, **how)
 
     monkeypatch.setattr(manifest, 'fault', let_go)
     assert checkpoint.open_step(directory, 'latest', ['params']).step == 3

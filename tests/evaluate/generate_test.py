@@ -15,7 +15,7 @@ from helios_jax import config
 from helios_jax.data.tokenizer import ByteTokenizer
 from helios_jax.errors import UserError
 from helios_jax.evaluate import generate as generating
-from helios_jax.evaluate.generate import complete, extend, generate, prefill, sample
+from helios_jax.evaluate.generate import compile_ahead, complete, extend, generate, prefill, sample
 from helios_jax.model.transformer import Transformer, abstract_variables
 from helios_jax.parallel import mesh as meshes
 from helios_jax.parallel import sharding
@@ -311,8 +311,45 @@ def test_a_call_attends_to_little_more_than_what_the_cache_holds(calls, growing_
     assert calls == [*prompt, *[(1, 64)] * (64 - 37), *[(1, 128)] * 5]
 
 
-def warnings(caplog, monkeypatch, prompt, max_tokens, **rope) -> list[str]:
-    monkeypatch.setattr(generating, 'generate', lambda *_, **__: [[]])
+@pytest.fixture
+def compilations(caplog):
+    """The names of the programs that were compiled, in any thread, since it was last asked."""
+
+    def names() -> list[str]:
+        found = re.findall(r'Finished XLA compilation of jit\((\w+)\)', caplog.text)
+        caplog.clear()
+        return sorted(found)
+
+    jax.config.update('jax_log_compiles', True)  # jax.log_compiles() sees its own thread alone
+    yield names
+    jax.config.update('jax_log_compiles', False)
+
+
+def test_what_was_compiled_ahead_is_not_compiled_again(compilations):
+    of = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding)
+    early = restored()._replace(variables=jax.tree.map(of, restored().variables))
+    prompts = ['a', 'be', 'sea', 'deed', 'eagle']
+    settings = {'max_tokens': 3, 'temperature': 0.7, 'top_k': 6, 'seed': 2}
+    compilations()
+    compile_ahead(early, prompts, **settings)
+    assert compilations() == ['draw', 'empty_cache', 'extend', 'extend']
+    complete(restored(), prompts, **settings)
+    assert compilations() == []
+    with pytest.raises(UserError, match='top_k=-3'):
+        compile_ahead(early, prompts, max_tokens=1, top_k=-3)
+
+
+def test_ahead_on_several_devices_the_program_for_prompts_is_compiled(compilations):
+    mesh = meshes.make(config.Mesh(fsdp=2), jax.devices()[:2])
+    where = NamedSharding(mesh, PartitionSpec())
+    of = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where)
+    early = restored()._replace(variables=jax.tree.map(of, restored().variables))
+    compilations()
+    compile_ahead(early, ['a', 'b', 'c'], max_tokens=3)
+    assert compilations() == ['empty_cache', 'extend']
+
+
+def warnings(caplog, prompt, max_tokens, **rope) -> list[str]:
     model = config.replace(model_of('full').model, {f'rope.{n}': v for n, v in rope.items()})
     caplog.clear()
     complete(restored()._replace(model=Transformer(model)), [prompt], max_tokens=max_tokens)

@@ -3,6 +3,7 @@
 import inspect
 import logging
 import math
+import re
 import types
 
 import jax
@@ -13,6 +14,8 @@ from jax._src.cudnn import fused_attention_stablehlo as private
 from packed_rows import packed_rows
 
 from helios_jax import config
+from helios_jax.arch.attention import choose
+from helios_jax.errors import UserError
 from helios_jax.kernels import attention as door
 from helios_jax.kernels.attention import IMPLEMENTATIONS, Setting, Tokens, attention, gpu, reference
 from helios_jax.kernels.attention.rotation import rotate
@@ -326,15 +329,44 @@ def test_auto_warns_once_where_an_accelerator_gets_the_reference(platform, reaso
 @pytest.mark.parametrize(
     ('name', 'platform', 'reason'),
     [
-        ('tpu', 'tpu', 'tpu cannot take H=8: it must be a multiple of 32'),
-        ('cudnn', 'gpu', 'cudnn cannot take float32: only bfloat16, float16'),
-        ('tpu', 'cpu', "tpu needs platform 'tpu', not 'cpu'"),
+        (
+            'tpu',
+            'tpu',
+            'tpu .* cannot take H=8: it must be a multiple of 32; .* auto',
+        ),
+        (
+            'cudnn',
+            'gpu',
+            'cudnn .* cannot take float32: only bfloat16, float16; .* auto',
+        ),
+        ('tpu', 'cpu', r"model\.attention=tpu .* needs platform 'tpu', not 'cpu'; .* auto"),
     ],
 )
 def test_a_named_implementation_never_falls_back_and_says_why(name, platform, reason):
     arrays, tokens, setting = door_arguments()
-    with pytest.raises(NotImplementedError, match=reason):
+    with pytest.raises(door.RefusedError, match=reason):
         attention(*arrays, tokens, setting, implementation=name, platform=platform)
+
+
+@pytest.mark.parametrize('platform', ['tpu', 'gpu', 'cpu'])
+@pytest.mark.parametrize('dtype', ['bfloat16', 'float32'])
+@pytest.mark.parametrize(
+    ('H', 'softcap', 'ring'), [(64, 0.0, 0), (40, 0.0, 0), (64, 3.0, 0), (64, 0.0, 1)]
+)
+def test_a_config_tells_what_the_door_takes(platform, dtype, H, softcap, ring):
+    for name in ('auto', *IMPLEMENTATIONS):
+        model = config.Model(
+            head_dim=H, compute_dtype=dtype, attention_softcap=softcap, attention=name
+        )
+        how = {'softcap': softcap > 0, 'blockwise': ring > 0}
+        q = jnp.zeros((1, 2, 3, H), dtype)
+        try:
+            expected = door.first_able(lambda found: found, q, name, platform, **how)
+        except door.RefusedError as error:
+            with pytest.raises(UserError, match=re.escape(str(error))):
+                choose(model, platform, ring=ring > 0)
+        else:
+            assert IMPLEMENTATIONS[choose(model, platform, ring=ring > 0)] is expected
 
 
 @pytest.mark.parametrize(
@@ -368,7 +400,7 @@ def test_a_machine_that_a_kernel_does_not_know_gets_the_reference(monkeypatch, l
 
 
 def test_blockwise_refuses_what_cannot():
-    with pytest.raises(NotImplementedError, match='cudnn cannot attend to some of the keys'):
+    with pytest.raises(NotImplementedError, match=r'cudnn .* cannot attend to some'):
         door.blockwise(jnp.zeros((1, 2, 3, 32), jnp.bfloat16), 'cudnn', 'gpu')
 
 

@@ -78,6 +78,13 @@ def test_a_plan_refuses_what_a_run_would():
         plan(dataclasses.replace(SMALL, mesh=config.Mesh(data=32)), V5E, 32)
 
 
+def test_layers_are_counted_without_going_through_them(monkeypatch):
+    deep = config.replace(SMALL, {'model.num_layers': 9999})
+    expected = plan(deep, V5E, 1)
+    monkeypatch.setattr(config.Model, 'layer_kinds', property(lambda model: pytest.fail('asked')))
+    assert plan(deep, V5E, 1) == expected
+
+
 def test_policies_are_ordered_as_their_names_say():
     of = {p: plan(large(policy=p), V5E, 16) for p in changes.PRESETS}
     peak = {p: made.memory.peak for p, made in of.items()}

@@ -31,6 +31,7 @@ from pathlib import Path
 
 import jax
 
+from helios_jax import options
 from helios_jax.bench.attention import tokamax
 from helios_jax.bench.attention.problem import PASSES, Problem
 from helios_jax.bench.attention.task import IMPLEMENTATIONS, NOTHING, OURS, Row, Task, run
@@ -183,7 +184,7 @@ def compare_implementations(
         rows.sort(key=lambda row: PASSES.index(row['which']))
         if as_json:
             for row in rows:
-                print(json.dumps(row), flush=True)
+                print(options.to_json(row), flush=True)
             continue
         print(f'{target} ' + ' '.join(f'{name}={value}' for name, value in shape.items()))
         print('\n'.join(f'  {line}' for row in rows for line in describe(row).splitlines()))

@@ -17,8 +17,10 @@ import jax
 from jax import Array
 from jaxtyping import Float
 
+from helios_jax.arch.attention import ROWS, Row, refused
+from helios_jax.errors import UserError
 from helios_jax.kernels.attention import gpu, reference, tpu
-from helios_jax.kernels.attention.arguments import DTYPES, Setting, Tokens, check
+from helios_jax.kernels.attention.arguments import Setting, Tokens, check
 from helios_jax.kernels.attention.tpu import blocks
 from helios_jax.kernels.quantize import FORMATS
 
@@ -38,43 +40,39 @@ class Blockwise(NamedTuple):
 
 
 class Implementation(NamedTuple):
-    """One way to compute attention, and what it can do."""
+    """One way to compute attention; its row in arch.attention says what it can do."""
 
     attention: Callable[..., Array]  # (q, k, v, tokens, setting) → out, of one device's arrays
-    platform: str = ''  # the only one that it runs on; '': any
-    dtypes: tuple[str, ...] = DTYPES  # q's, k's and v's
-    head_multiple: int = 2  # H must be a multiple of it
+    row: Row
     ready: Callable[[], object] | None = None  # raises NotImplementedError on an unknown machine
     blockwise: Blockwise | None = None
-    quantises: bool = False  # takes `residuals`, and can keep q, k and v in a byte a value
     differentiable: bool = True  # has a backward pass
 
-    def check(self, q: Array) -> None:
-        """Raises NotImplementedError, saying why, if it cannot take arrays like q here."""
-        if q.dtype not in self.dtypes:
-            raise NotImplementedError(f'cannot take {q.dtype}: only {", ".join(self.dtypes)}.')
-        if q.shape[-1] % self.head_multiple:
-            raise NotImplementedError(
-                f'cannot take H={q.shape[-1]}: it must be a multiple of {self.head_multiple}.'
-            )
+    def check(self, q: Array, platform: str, *, softcap: bool, blockwise: bool) -> None:
+        """Raises NotImplementedError, saying why, if it cannot take arrays like q, or not here."""
+        how = {'softcap': softcap, 'blockwise': blockwise}
+        if reason := self.row.refusal(platform, str(q.dtype), q.shape[-1], **how):
+            raise NotImplementedError(reason)
         if self.ready:
             self.ready()
 
 
-# In the order in which `auto` tries those of a platform. config/model.py lists their names.
+class RefusedError(UserError, NotImplementedError):
+    """The implementation that was asked for by name cannot do this."""
+
+
 IMPLEMENTATIONS = {
     'tpu': Implementation(
         tpu.attention,
-        platform='tpu',
-        dtypes=('bfloat16', 'float32'),
-        head_multiple=32,
+        ROWS['tpu'],
         ready=blocks.generation,
         blockwise=Blockwise(tpu.forward, tpu.backward),
-        quantises=True,
     ),
-    'cudnn': Implementation(gpu.attention, platform='gpu', dtypes=('bfloat16', 'float16')),
+    'cudnn': Implementation(gpu.attention, ROWS['cudnn']),
     'reference': Implementation(
-        reference.attention, blockwise=Blockwise(reference.forward, reference.backward)
+        reference.attention,
+        ROWS['reference'],
+        blockwise=Blockwise(reference.forward, reference.backward),
     ),
 }
 
@@ -111,36 +109,41 @@ def attention(
       In q.dtype.
     Raises:
       ValueError: an argument is wrong.
-      NotImplementedError: the implementation that was asked for cannot do this.
+      RefusedError: the implementation that was asked for cannot do this.
     """
     check(q, k, v, tokens, setting)
     if residuals not in ('', *FORMATS):
         raise ValueError(f"residuals={residuals!r}: must be '' or one of {FORMATS}.")
 
     def run(chosen: Implementation) -> Array:
-        kept = {'residuals': residuals} if chosen.quantises else {}
+        kept = {'residuals': residuals} if chosen.row.quantises else {}
         return chosen.attention(q, k, v, tokens, setting, **kept)
 
-    return first_able(run, q, implementation, platform)
+    return first_able(run, q, implementation, platform, softcap=setting.softcap > 0)
 
 
 def blockwise(q: Array, implementation: str = 'auto', platform: str | None = None) -> Blockwise:
     """Returns an implementation's functions that attend to some of a row's keys at a time.
 
     Raises:
-      ValueError, NotImplementedError: as `attention`.
+      ValueError, RefusedError: as `attention`.
     """
 
     def functions(chosen: Implementation) -> Blockwise:
-        if chosen.blockwise is None:
-            raise NotImplementedError('cannot attend to some of the keys at a time.')
+        assert chosen.blockwise, 'its row says that it has none'
         return chosen.blockwise
 
-    return first_able(functions, q, implementation, platform)
+    return first_able(functions, q, implementation, platform, blockwise=True)
 
 
 def first_able(
-    use: Callable[[Implementation], Found], q: Array, implementation: str, platform: str | None
+    use: Callable[[Implementation], Found],
+    q: Array,
+    implementation: str,
+    platform: str | None,
+    *,
+    softcap: bool = False,
+    blockwise: bool = False,
 ) -> Found:
     """Calls `use` with the first implementation that can take q and that `use` does not refuse.
 
@@ -153,28 +156,28 @@ def first_able(
     platform = platform or jax.default_backend()
     names = [implementation]
     if implementation == 'auto':
-        names = [n for n, row in IMPLEMENTATIONS.items() if row.platform in ('', platform)]
+        names = [n for n, row in ROWS.items() if row.platform in ('', platform)]
     reasons = []
     for name in names:
         chosen = IMPLEMENTATIONS[name]
         try:
-            if chosen.platform not in ('', platform):
-                raise NotImplementedError(f'needs platform {chosen.platform!r}, not {platform!r}.')
-            chosen.check(q)
+            chosen.check(q, platform, softcap=softcap, blockwise=blockwise)
             found = use(chosen)
         except NotImplementedError as error:
+            if name == implementation:
+                raise RefusedError(refused(name, str(error))) from error
             reasons.append(f'{name} {error}')
             continue
         if implementation == 'auto':
             log_choice(name, platform, tuple(reasons))
         return found
-    raise NotImplementedError(f'attention: {" ".join(reasons)}')
+    raise AssertionError(f'the reference can do everything: {" ".join(reasons)}')
 
 
 @functools.cache
 def log_choice(name: str, platform: str, reasons: tuple[str, ...]) -> None:
     """Logs each choice once, however often the model is traced."""
-    slow = platform != 'cpu' and not IMPLEMENTATIONS[name].platform
+    slow = platform != 'cpu' and not ROWS[name].platform
     text = f'attention: {"SLOW " if slow else ""}{name} on {platform}'
     text = ': '.join((text, ' '.join(reasons))) if reasons else f'{text}.'
     logging.getLogger(__name__).log(logging.WARNING if slow else logging.INFO, text)

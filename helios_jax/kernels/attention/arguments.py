@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Int
 
-DTYPES = ('bfloat16', 'float16', 'float32', 'float64')
+from helios_jax.arch.attention import DTYPES
 
 
 class Tokens(NamedTuple):

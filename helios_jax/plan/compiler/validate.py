@@ -8,12 +8,11 @@ at the peak. A plan that is optimistic about the peak would let a run start that
 """
 
 import importlib.metadata
-import json
 import sys
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
-from helios_jax import config
+from helios_jax import config, options
 from helios_jax.chips import topology
 from helios_jax.plan import changes, measured, planning
 from helios_jax.plan.compiler import compiled
@@ -92,7 +91,7 @@ def compare_all(as_json: bool) -> None:
     rows = []
     for row in map(errors, CASES):
         rows.append(row)
-        print(json.dumps(row) if as_json else line(row), flush=True)
+        print(options.to_json(row) if as_json else line(row), flush=True)
     if not as_json:
         print('\n'.join(summary(rows)))
     if not all(row['within'] for row in rows):

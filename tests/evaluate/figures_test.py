@@ -2,7 +2,7 @@
 
 import pytest
 
-from helios_jax.train import figures
+from helios_jax.evaluate import figures
 
 
 def test_line_shows_what_is_there():
