@@ -23,7 +23,7 @@ class Row(NamedTuple):
     def refusal(
         self, platform: str, dtype: str, head_dim: int, *, softcap: bool, blockwise: bool
     ) -> str:
-        """Why it cannot be used so; '' if it can."""
+        """Reason why it cannot be used so; '' if it can."""
         if self.platform not in ('', platform):
             return f'needs platform {self.platform!r}, not {platform!r}.'
         if dtype not in self.dtypes:

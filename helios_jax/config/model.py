@@ -187,7 +187,7 @@ class Model:
 
     @property
     def kind_counts(self) -> dict[str, int]:
-        """How many of the L layers are of each kind that the model has."""
+        """Number of layers of each kind that the model has."""
         counts = Counter(self.prefix_kinds)
         for kind in self.period_kinds:
             counts[kind] += self.num_periods

@@ -31,7 +31,7 @@ def eval_command(argv: Sequence[str]) -> None:
     prepare(values)
     restored = restore(values)
     from helios_jax import display, restoring
-    from helios_jax.evaluate.figures import table
+    from helios_jax.evaluate.figures import labelled
     from helios_jax.evaluate.held_out import held_out
 
     figures = held_out(
@@ -46,7 +46,7 @@ def eval_command(argv: Sequence[str]) -> None:
     if values.json:
         print(options.to_json(figures))
         return
-    rows = table(figures)
+    rows = labelled(figures)
     if values.text:
         rows = [(label.removeprefix('held-out '), *rest) for label, *rest in rows]
     display.table(rows)
