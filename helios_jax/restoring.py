@@ -78,7 +78,10 @@ def _restored(
     meanwhile: Callable[[Restored], object] | None,
 ) -> Restored:
     cfg = saved_config(opened)
-    cfg = config.replace(cfg, {f'model.rope.{name}': value for name, value in rope.items()})
+    changes = {f'model.rope.{name}': value for name, value in rope.items()}
+    if cfg.model.attention != 'reference':
+        changes['model.attention'] = 'auto'  # the run named what its own machine has
+    cfg = config.replace(cfg, changes)
     made = Restored(Transformer(cfg.model), None, load_tokenizer(opened), cfg)
     shapes = abstract_arrays(made.model, mesh)
     with concurrent.futures.ThreadPoolExecutor(1) as pool:

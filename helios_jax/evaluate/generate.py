@@ -19,7 +19,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int, PyTree
 
 from helios_jax import config
-from helios_jax.arch import attention, rules
+from helios_jax.arch import rules
 from helios_jax.data.tokenizer import Tokenizer
 from helios_jax.errors import require, within_int32
 from helios_jax.model.loss import project
@@ -332,7 +332,6 @@ def compile_ahead(
     tokens = encoded(tokenizer, prompts)
     check(tokens, max_tokens, temperature, top_k, top_p, seed)
     mesh = mesh_of(variables)
-    attention.choose(model.model, jax.default_backend(), ring=False)
     with jax.set_mesh(mesh), concurrent.futures.ThreadPoolExecutor() as pool:
         rows, chunk = batched(tokens)
         longest = max(map(len, rows))

@@ -58,10 +58,13 @@ class Attention(nn.Module):
             slots = jnp.broadcast_to(slots, (x.shape[0], cache_length))
             # Every slot up to a query's position has been written; causality hides the others.
             tokens = Tokens(positions, tokens.ids_of_queries, slots, jnp.ones_like(slots))
+        implementation = model.attention
+        if cache_length and implementation != 'reference':
+            implementation = 'auto'  # the one that is named for training may take no cache
         # Initialising needs shapes alone, and its tiny batch fits neither mesh nor kernel.
         out = q
         if not self.is_initializing():
-            out = self.attend(q, k, v, tokens)
+            out = self.attend(q, k, v, tokens, implementation)
         return Einsum(rows['out'], dtype, name='out')('btnh,nhd->btd', out)
 
     @nn.nowrap
@@ -86,6 +89,7 @@ class Attention(nn.Module):
         k: Float[Array, 'B S K H'],
         v: Float[Array, 'B S K H'],
         tokens: Tokens,
+        implementation: str,
     ) -> Float[Array, 'B T N H']:
         """Calls the kernel once, or once for each bucket of dynamic YaRN that has queries."""
         tables = rope.tables(self.model.rope, self.model.head_dim, k.shape[1])
@@ -93,7 +97,7 @@ class Attention(nn.Module):
         def attend(tokens: Tokens, frequencies: ArrayLike, query_scale: ArrayLike) -> Array:
             turn = jnp.asarray(frequencies), jnp.asarray(query_scale)
             setting = Setting(*turn, window=self.window, softcap=self.model.attention_softcap)
-            where = self.model.attention, self.platform or None
+            where = implementation, self.platform or None
             return _attend_sharded(q, k, v, tokens, setting, self.residuals, *where)
 
         if len(tables.query_scale) == 1:

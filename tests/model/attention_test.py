@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from helios_jax import config
+from helios_jax.errors import UserError
 from helios_jax.model import rope
 from helios_jax.model.attention import Attention
 from helios_jax.parallel import mesh as meshes
@@ -195,6 +196,21 @@ def whole(request, random_variables):
 
     arguments = variables, jnp.asarray(stream()), jnp.asarray(positions), ids
     return value_and_gradients, arguments, jax.jit(value_and_gradients)(*arguments)
+
+
+@pytest.mark.parametrize('name', ['tpu', 'cudnn'])
+def test_with_a_cache_the_machine_chooses_whatever_is_named_for_training(name, random_variables):
+    """Or a run would fail at its last line, a sample, where the kernel takes no cache."""
+    made = []
+    for implementation in ('reference', name):
+        module = Attention(dataclasses.replace(MODEL, attention=implementation))
+        positions = np.tile(np.arange(T, dtype=np.int32), (B, 1))
+        variables = random_variables(module, stream(), positions, None)
+        out, _ = module.apply(variables, stream(), positions, None, T, mutable=['cache'])
+        made.append(out)
+    np.testing.assert_array_equal(*made)
+    with pytest.raises(UserError, match=f'model.attention={name} cannot be used'):
+        module.apply(variables, stream(), positions, None)
 
 
 @pytest.mark.slow
