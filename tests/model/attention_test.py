@@ -204,13 +204,14 @@ def test_with_a_cache_the_machine_chooses_whatever_is_named_for_training(name, r
     made = []
     for implementation in ('reference', name):
         module = Attention(dataclasses.replace(MODEL, attention=implementation))
-        positions = np.tile(np.arange(T, dtype=np.int32), (B, 1))
-        variables = random_variables(module, stream(), positions, None)
-        out, _ = module.apply(variables, stream(), positions, None, T, mutable=['cache'])
+        positions = jnp.tile(jnp.arange(T, dtype=jnp.int32), (B, 1))
+        x = jnp.asarray(stream())
+        variables = random_variables(module, x, positions, None)
+        out, _ = module.apply(variables, x, positions, None, T, mutable=['cache'])
         made.append(out)
     np.testing.assert_array_equal(*made)
     with pytest.raises(UserError, match=f'model.attention={name} cannot be used'):
-        module.apply(variables, stream(), positions, None)
+        module.apply(variables, x, positions, None)
 
 
 @pytest.mark.slow
