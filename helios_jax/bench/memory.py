@@ -24,11 +24,11 @@ from helios_jax import config, options
 from helios_jax.bench import process
 from helios_jax.data import pipeline, tokenizer
 from helios_jax.errors import UserError, require
-from helios_jax.memory import evidence, policy
+from helios_jax.memory import evidence
 from helios_jax.parallel import cluster, platforms, sharding
 from helios_jax.parallel import mesh as meshes
 from helios_jax.train import state as states
-from helios_jax.train.step import gradient
+from helios_jax.train.step import compiler_options_of, gradient
 
 WARMUP_STEPS, STEPS = 2, 5
 GIB = 2**30
@@ -51,7 +51,7 @@ def measure_policy(values: dict[str, Any], directory: str) -> dict[str, Any]:
         state = start(setup)
         batch = pipeline.to_global(first, sharding.sharding(mesh, ('batch', 'length')))
         traced = jax.jit(lambda state, batch: gradient(setup, state, batch)[:2]).trace(state, batch)
-        options = platforms.compiler_options(transfers=policy.uses_host(cfg.memory))
+        options = compiler_options_of(cfg, jax.devices()[0])
         begin = time.perf_counter()
         compiled = traced.lower().compile(options)
         seconds = time.perf_counter() - begin

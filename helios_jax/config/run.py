@@ -80,6 +80,7 @@ class Train:
     keep_checkpoints: int = 3  # the latest ones; the best is kept besides
     profile_steps: int = 0  # steps to profile, from the tenth on
     tensorboard: bool = True  # write TensorBoard events beside metrics.jsonl
+    compiler_options: str = ''  # changes to those of a step: NAME=VALUE sets, -NAME drops
     compilation_cache: str = '~/.cache/helios/xla'  # directory of compiled programs; '' is off
 
     def __post_init__(self) -> None:

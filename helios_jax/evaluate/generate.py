@@ -24,6 +24,7 @@ from helios_jax.data.tokenizer import Tokenizer
 from helios_jax.errors import require, within_int32
 from helios_jax.model.loss import project
 from helios_jax.model.transformer import Transformer
+from helios_jax.parallel import compiler_options
 from helios_jax.parallel.sharding import constrain
 from helios_jax.restoring import Restored, mesh_of
 
@@ -33,17 +34,18 @@ PREFILL_CHUNK = 256  # tokens
 SMALLEST_CACHE = 1024  # slots; attending to fewer would save less than compiling once more costs
 
 
-# Trying out matmuls takes a GPU 8 s of a program's 9, and a token is made in 4.0 ms instead of 3.6
-# without (1B, H200). No other platform reads these.
-COMPILER_OPTIONS: Any = {'xla_gpu_enable_triton_gemm': False, 'xla_gpu_autotune_level': 0}
+@functools.cache
+def extending() -> Any:
+    """`extend`, compiled as this machine's chips want it, for programs that start often."""
+    options = compiler_options.resolve(jax.devices()[0], compiler_options.DECODING)
+    return jax.jit(
+        extend,
+        static_argnames=('model',),
+        donate_argnames=('cache',),
+        compiler_options=options,
+    )
 
 
-@functools.partial(
-    jax.jit,
-    static_argnames=('model',),
-    donate_argnames=('cache',),
-    compiler_options=COMPILER_OPTIONS,
-)
 def extend(
     variables: PyTree,
     cache: PyTree,
@@ -176,7 +178,9 @@ def prefill(
         for row, prompt in enumerate(prompts):
             piece = prompt[start : start + chunk]
             tokens[row, : len(piece)] = piece
-        new, cache = extend(variables, cache, tokens, positions, real.astype(np.int32), model=model)
+        new, cache = extending()(
+            variables, cache, tokens, positions, real.astype(np.int32), model=model
+        )
         ends_here = real.any(axis=1)[:, None]
         logits = new if logits is None else jnp.where(ends_here, new, logits)
     assert logits is not None
@@ -225,7 +229,7 @@ def generate(
             break
         cache = with_room(cache, int(positions[alive].max()) + 1)
         arrays = (np.pad(x[:, None].astype(np.int32), padding) for x in (tokens, positions, alive))
-        logits, cache = extend(variables, cache, *arrays, model=model)
+        logits, cache = extending()(variables, cache, *arrays, model=model)
         positions += 1
     return output[:wanted]
 
@@ -344,7 +348,9 @@ def compile_ahead(
 
         def program(length: int, num_tokens: int) -> concurrent.futures.Future[Any]:
             arrays = [np.zeros((len(rows), length), np.int32)] * 3
-            lowered = extend.lower(variables, cache(slots_for(num_tokens)), *arrays, model=model)
+            lowered = extending().lower(
+                variables, cache(slots_for(num_tokens)), *arrays, model=model
+            )
             return pool.submit(lowered.compile)
 
         reads = program(chunk, min(chunk, longest))

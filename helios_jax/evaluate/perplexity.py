@@ -2,7 +2,7 @@
 
 import functools
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import jax
 import jax.numpy as jnp
@@ -12,10 +12,18 @@ from helios_jax.data.pipeline import Batch
 from helios_jax.errors import require
 from helios_jax.model.loss import cross_entropy, next_tokens
 from helios_jax.model.transformer import Transformer
+from helios_jax.parallel import compiler_options
 from helios_jax.parallel.context import zigzag_rows
 
 
-@functools.partial(jax.jit, static_argnames=('model', 'eos_id', 'documents_apart'))
+@functools.cache
+def summing() -> Callable[..., dict[str, Array]]:
+    """`batch_sums`, compiled as this machine's chips want it."""
+    options = compiler_options.resolve(jax.devices()[0], compiler_options.EVALUATION)
+    names = ('model', 'eos_id', 'documents_apart')
+    return jax.jit(batch_sums, static_argnames=names, compiler_options=options)
+
+
 def batch_sums(
     variables: PyTree, batch: Batch, *, model: Transformer, eos_id: int, documents_apart: bool
 ) -> dict[str, Float[Array, '']]:
@@ -58,7 +66,7 @@ def evaluate(
     """
     totals: dict[str, float] = {}
     for batch in batches:
-        sums = batch_sums(
+        sums = summing()(
             variables, batch, model=model, eos_id=eos_id, documents_apart=documents_apart
         )
         for name, value in jax.device_get(sums).items():

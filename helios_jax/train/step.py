@@ -14,7 +14,7 @@ from helios_jax.data.pipeline import Batch
 from helios_jax.memory import policy
 from helios_jax.model.layers import float32_or_wider
 from helios_jax.model.loss import cross_entropy, next_tokens
-from helios_jax.parallel import platforms
+from helios_jax.parallel import compiler_options
 from helios_jax.parallel.context import zigzag_rows
 from helios_jax.parallel.sharding import constrain
 from helios_jax.train import optimizer, throughput, update
@@ -43,15 +43,29 @@ class CompiledStep(NamedTuple):
 def compile_step(setup: Setup, state: TrainState, batch: Batch) -> CompiledStep:
     """The step compiled for these arrays, under the setup's mesh; it takes the state for itself."""
     memory = setup.config.memory
-    options = platforms.compiler_options(transfers=policy.uses_host(memory))
+    options = compiler_options_of(setup.config, jax.devices()[0])
     if memory.on_host and jax.default_backend() == 'gpu':
         traced = jax.jit(partial(begin, setup)).trace(state, batch)
         compiled = traced.lower().compile(options)
-        run = in_programs(compiled, update.Programs(setup))
+        run = in_programs(compiled, update.Programs(setup, options))
         return CompiledStep(run, 'gradient', traced, compiled)
     traced = jax.jit(make_train_step(setup), donate_argnums=0).trace(state, batch)
     compiled = traced.lower().compile(options)
     return CompiledStep(compiled, 'step', traced, compiled)
+
+
+def compiler_options_of(cfg: config.Config, device: jax.Device) -> dict[str, Any]:
+    """Options that the programs of a step are compiled with for a device.
+
+    Raises:
+      UserError: a word of train.compiler_options that cannot be used.
+    """
+    return compiler_options.resolve(
+        device,
+        compiler_options.STEP,
+        transfers=policy.uses_host(cfg.memory),
+        wanted=cfg.train.compiler_options,
+    )
 
 
 def make_train_step(setup: Setup) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:

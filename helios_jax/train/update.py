@@ -26,8 +26,6 @@ from jaxtyping import Array, Float, PyTree
 
 from helios_jax.arch.rules import Axes
 from helios_jax.arch.weights import read_in_compute_dtype
-from helios_jax.memory import policy
-from helios_jax.parallel import platforms
 from helios_jax.train import optimizer
 from helios_jax.train.state import Setup, TrainState
 
@@ -84,8 +82,8 @@ def in_one_program(
 class Programs:
     """The update as programs of their own: one for each group, run for each of its layers."""
 
-    def __init__(self, setup: Setup):
-        self.setup = setup
+    def __init__(self, setup: Setup, options: dict[str, Any]):
+        self.setup, self.options = setup, options  # for the compiler
         self.compiled: dict[optimizer.Key, Callable[..., Pair]] = {}  # by a group's first key
 
     def __call__(self, gradients: PyTree, norm: Float[Array, ''], state: TrainState) -> Updated:
@@ -94,11 +92,10 @@ class Programs:
 
     def program(self, group: ParameterGroup, change: Callable[..., Any]) -> Callable[..., Pair]:
         if group.keys[0] not in self.compiled:
-            transfers = policy.uses_host(self.setup.config.memory)
             run = jax.jit(
                 partial(one_layer if group.stacked else at_once, change),
                 donate_argnums=3,
-                compiler_options=platforms.compiler_options(transfers=transfers),
+                compiler_options=self.options,
             )
             self.compiled[group.keys[0]] = partial(each_layer, run) if group.stacked else run
         return self.compiled[group.keys[0]]

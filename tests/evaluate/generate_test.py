@@ -15,7 +15,14 @@ from helios_jax import config
 from helios_jax.data.tokenizer import ByteTokenizer
 from helios_jax.errors import UserError
 from helios_jax.evaluate import generate as generating
-from helios_jax.evaluate.generate import compile_ahead, complete, extend, generate, prefill, sample
+from helios_jax.evaluate.generate import (
+    compile_ahead,
+    complete,
+    extending,
+    generate,
+    prefill,
+    sample,
+)
 from helios_jax.model.transformer import Transformer, abstract_variables
 from helios_jax.parallel import mesh as meshes
 from helios_jax.parallel import sharding
@@ -113,7 +120,7 @@ def test_decoding_is_recomputation_at_every_length_and_across_every_boundary(
         close(logits[0, :256], whole[t - 1, :256])
         column = lambda x: np.full((1, 1), x, np.int32)
         cache = generating.with_room(cache, t + 1)
-        logits, cache = extend(
+        logits, cache = extending()(
             variables, cache, column(tokens()[t]), column(t), column(1), model=model
         )
     close(logits[0, :256], whole[-1, :256])
@@ -285,7 +292,7 @@ def test_a_stop_text_that_is_empty_is_refused():
 def calls(monkeypatch) -> list[tuple[int, int]]:
     """Tokens read and slots attended to, of each call of the model, which computes nothing."""
     made: list[tuple[int, int]] = []
-    real = generating.extend.__wrapped__  # options for the compiler are a whole program's alone
+    real = generating.extend
 
     def extend(variables, cache, tokens, *args, **settings):
         made.append((tokens.shape[1], generating.num_slots(cache)))
@@ -293,7 +300,7 @@ def calls(monkeypatch) -> list[tuple[int, int]]:
         shapes = jax.eval_shape(computed, variables, cache, tokens, *args)
         return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
 
-    monkeypatch.setattr(generating, 'extend', extend)
+    monkeypatch.setattr(generating, 'extending', lambda: extend)
     return made
 
 

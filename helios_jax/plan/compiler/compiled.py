@@ -20,7 +20,7 @@ from helios_jax.parallel import mesh as meshes
 from helios_jax.parallel import sharding
 from helios_jax.plan.planning import Plan
 from helios_jax.train import state as states
-from helios_jax.train.step import make_train_step
+from helios_jax.train.step import compiler_options_of, make_train_step
 
 
 def trace(cfg: config.Config, name: str) -> jax.stages.Traced:
@@ -71,7 +71,7 @@ def compiled_figures(cfg: config.Config, name: str) -> dict[str, Any]:
     """
     traced = trace(cfg, name)
     start = time.monotonic()
-    compiled = traced.lower().compile()
+    compiled = traced.lower().compile(compiler_options_of(cfg, meshes.topology_devices(name)[0]))
     seconds = time.monotonic() - start
     num_devices = topology(name).num_devices
     saved = evidence.verified(cfg.memory, traced, compiled, num_devices=num_devices, host=True)

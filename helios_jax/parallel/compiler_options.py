@@ -1,0 +1,154 @@
+"""Options that XLA compiles our programs with: a row each, with its reason and what it changed.
+
+They go with each program (`jax.jit(…, compiler_options=…)`, `lowered.compile(…)`), never through
+the environment, so that they are part of the key under which a compiled program is kept. What this
+libtpu or jaxlib does not know is named and left out. `train.compiler_options` adds to a train
+step's, changes or drops them.
+"""
+
+import functools
+import logging
+import re
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from helios_jax import chips
+from helios_jax.errors import UserError, require
+
+log = logging.getLogger(__name__)
+
+STEP, EVALUATION, DECODING = PROGRAMS = ('step', 'evaluation', 'decoding')
+TRANSFERS = 'transfers'  # a step that moves arrays to and from the host
+
+
+class Option(NamedTuple):
+    """One option of XLA's, and where it is set."""
+
+    name: str
+    value: str | int | bool
+    places: tuple[str, ...]  # chips (chips.py), or whole platforms
+    programs: tuple[str, ...]
+    reason: str
+    effect: str  # measured, with the versions
+
+
+_WHOLE = (STEP, EVALUATION, DECODING)
+OPTIONS = (
+    Option(
+        'xla_jf_spmd_threshold_for_windowed_einsum_mib', 1_000_000,
+        ('v5e', 'v5p', 'v6e', 'tpu7x'), _WHOLE,
+        'An FSDP matmul is one product of gathered weights. As a windowed einsum it adds up '
+        'partial results in bfloat16, in HBM.',
+        'helios_8b, full, cycles outside kernels: v5p 6,014 → 4,706 M, v6e 2,672 → 1,557 M '
+        '(libtpu 0.0.42)',
+    ),
+    Option(
+        'xla_tpu_scoped_vmem_limit_kib', 65_536, ('v5p', 'tpu7x'), _WHOLE,
+        'A fusion may hold 64 MiB of VMEM, all there is, and not 16: larger tiles, fewer passes.',
+        'helios_8b, full, v5p: 4,706 → 3,699 M cycles (libtpu 0.0.42)',
+    ),
+    Option(
+        'xla_tpu_scoped_vmem_limit_kib', 98_304, ('v5e', 'v6e'), _WHOLE,
+        'The same: 96 MiB of 128.',
+        'helios_8b, full, v6e: 1,557 → 1,190 M cycles (libtpu 0.0.42)',
+    ),
+    Option(
+        'xla_gpu_enable_command_buffer', '', ('gpu',), (TRANSFERS,),
+        "A GPU would record a loop's kernels and copies as one graph, and run them one by one.",
+        'bench_memory, fp8_offload, H100: transfers run beside the computation (jax 0.11.2)',
+    ),
+    Option(
+        'xla_gpu_enable_triton_gemm', False, ('gpu',), (DECODING,),
+        'Trying out matmuls takes a GPU 8 s of the 9 that a program takes to compile.',
+        'a first token of 1B comes 8 s sooner, the next take 4.0 ms, not 3.6 (H200, jax 0.11.2)',
+    ),
+    Option(
+        'xla_gpu_autotune_level', 0, ('gpu',), (DECODING,),
+        'The same.',
+        'the same',
+    ),
+)  # fmt: skip
+
+
+def of_table(chip: str, platform: str, *programs: str) -> dict[str, Any]:
+    """The table's options for programs of these kinds on a chip, or on one that it lacks ('')."""
+    return {
+        option.name: option.value
+        for option in OPTIONS
+        if {chip, platform} & set(option.places) and set(programs) & set(option.programs)
+    }
+
+
+def changed(options: dict[str, Any], wanted: str) -> dict[str, Any]:
+    """Options with a user's changes.
+
+    Args:
+      wanted: words such as 'xla_a=3 -xla_b': an option to set, an option to drop.
+    Raises:
+      UserError: a word of neither form, or an option dropped that is not set.
+    """
+    options = dict(options)
+    for word in wanted.split():
+        name, equals, value = word.removeprefix('-').partition('=')
+        drops = word.startswith('-')
+        require(
+            bool(re.fullmatch('[a-z0-9_]+', name)) and drops != bool(equals),
+            f'train.compiler_options: {word!r} is neither NAME=VALUE nor -NAME.',
+        )
+        require(
+            not drops or name in options,
+            f'train.compiler_options: -{name} drops what is not set; there are: '
+            f'{", ".join(options) or "none"}.',
+        )
+        if drops:
+            del options[name]
+        else:
+            options[name] = {'true': True, 'false': False}.get(value, value)
+    return options
+
+
+def resolve(
+    device: jax.Device, program: str, *, transfers: bool = False, wanted: str = ''
+) -> dict[str, Any]:
+    """Options for a program on a device, or on one like it that is compiled for.
+
+    Args:
+      device: of this machine or of a topology.
+      program: one of PROGRAMS.
+      transfers: True if the program moves arrays to and from the host.
+      wanted: the user's changes (`changed`).
+    Raises:
+      UserError: a change that cannot be understood.
+    """
+    chip = chips.find(device.device_kind)
+    kinds = (program, TRANSFERS) if transfers else (program,)
+    options = changed(of_table(chip.name if chip else '', device.platform, *kinds), wanted)
+    return dict(known(device, tuple(options.items())))
+
+
+@functools.cache
+def known(device: jax.Device, options: tuple[tuple[str, Any], ...]) -> tuple[tuple[str, Any], ...]:
+    """The options that the device's compiler knows; warns of the others, once.
+
+    Raises:
+      UserError: a value that it cannot read.
+    """
+    here = jax.sharding.SingleDeviceSharding(device)
+    nothing = jax.jit(lambda x: x).lower(jax.ShapeDtypeStruct((8,), jnp.float32, sharding=here))
+    left = dict(options)
+    while left:
+        try:
+            nothing.compile(left)
+            break
+        except jax.errors.JaxRuntimeError as error:
+            message = str(error).splitlines()[0]
+            found = re.search(r"No such compile option: '(\w+)'", message)
+            if found is None or found[1] not in left:
+                raise UserError(
+                    f'train.compiler_options: {message.removeprefix("INVALID_ARGUMENT: ")}'
+                ) from error
+            log.warning('This compiler has no option %s: it is left out.', found[1])
+            del left[found[1]]
+    return tuple(left.items())
