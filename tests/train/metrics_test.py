@@ -72,10 +72,12 @@ def test_only_the_last_line_may_be_torn(tmp_path):
 
 @pytest.mark.parametrize(
     'line',
-    [b'{"a": 1}', b'3', b'[]', b'null', b'{"step": "1"}', b'{"step": true}', b'{"step": \xff}']
-    + [b'[' * 100_000, b'{"step": ' + b'7' * 5000 + b'}', b''],
+    [
+        b'', b'3', b'[]', b'null', b'{"a": 1}', b'{"step": "1"}', b'{"step": true}',
+        b'{"step": \xff}', b'[' * 100_000, b'{"step": ' + b'7' * 5000 + b'}',
+    ],
     ids=lambda line: str(line[:16]),
-)
+)  # fmt: skip
 def test_a_line_that_no_run_wrote_is_named_and_the_file_left_alone(tmp_path, line):
     path = tmp_path / 'metrics.jsonl'
     whole = b'{"step": 1}\n' + line + b'\n{"step": 3}\n'
