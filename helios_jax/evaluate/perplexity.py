@@ -10,9 +10,8 @@ from jaxtyping import Array, Float, PyTree
 
 from helios_jax.data.pipeline import Batch
 from helios_jax.errors import require
-from helios_jax.model.loss import cross_entropy, next_tokens
+from helios_jax.model.loss import cross_entropy, with_targets
 from helios_jax.model.transformer import Transformer
-from helios_jax.parallel.context import zigzag_rows
 
 
 @functools.partial(jax.jit, static_argnames=('model', 'eos_id', 'documents_apart'))
@@ -20,9 +19,7 @@ def batch_sums(
     variables: PyTree, batch: Batch, *, model: Transformer, eos_id: int, documents_apart: bool
 ) -> dict[str, Float[Array, '']]:
     """Sums up a batch: nats of all targets, nats of text (not EOS), targets, bytes of text."""
-    targets, weights = next_tokens(batch.tokens, batch.segment_ids, batch.loss_mask)
-    # In each row's order the targets are its next tokens; from here on its positions tell.
-    batch, targets, weights = zigzag_rows((batch, targets, weights))
+    batch, targets, weights = with_targets(batch)
     segments = batch.attention_segments(documents_apart)
     hidden, _ = model.apply(variables, batch.tokens, batch.positions, segments)
     head = model.apply(variables, method='unembedding_weight')

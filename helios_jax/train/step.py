@@ -13,9 +13,8 @@ from helios_jax import config
 from helios_jax.data.pipeline import Batch
 from helios_jax.memory import policy
 from helios_jax.model.layers import float32_or_wider
-from helios_jax.model.loss import cross_entropy, next_tokens
+from helios_jax.model.loss import cross_entropy, with_targets
 from helios_jax.parallel import platforms
-from helios_jax.parallel.context import zigzag_rows
 from helios_jax.parallel.sharding import constrain
 from helios_jax.train import optimizer, throughput, update
 from helios_jax.train.state import Setup, TrainState
@@ -116,7 +115,8 @@ def gradient(
     Their balance loss, no such mean, is the microbatches' own, averaged by their tokens.
     """
     data, num_microbatches = setup.config.data, setup.config.train.microbatches
-    targets, weights = next_tokens(batch.tokens, batch.segment_ids, batch.loss_mask)
+    whole: Any = with_targets(batch)
+    weights = whole[2]
     num_targets = jnp.maximum(weights.sum(), 1)
     num_tokens = jnp.maximum(num_routed(data, batch), 1)
     params = update.working_copy(setup, state.params)
@@ -127,8 +127,6 @@ def gradient(
         share = num_routed(data, rows) / num_tokens
         return grad(setup, state.router, params, rows, targets, weights / num_targets, share)
 
-    # Targets were taken in document order. From here rows may be permuted: positions tell.
-    whole = zigzag_rows((batch, targets, weights))
     if num_microbatches == 1:
         gradients, (sums, load) = of(whole)
     else:
