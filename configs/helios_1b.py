@@ -3,7 +3,7 @@
 helios data tokenizer --corpus=python_stdlib --vocab_size=32768 --output=tokenizer.json
 helios train --config=helios_1b --workdir=runs/helios_1b --config.data.tokenizer=tokenizer.json
 
-One H100: 58,600 packed tokens a second, MFU 0.42, 52 GiB (README.md has the other variants).
+One H100: 58,600 packed tokens a second, MFU 0.42, 52 GiB (docs/results/ has the other variants).
 """
 
 import ml_collections

@@ -9,34 +9,13 @@ Compiled for 32 v5p chips: 16.3 GiB of state a chip, 25.2 GiB temporary, 34.3 Gi
 
 import ml_collections
 
-from helios_jax.config import Config, Data, Memory, Model, MoE, Optimizer, Rope, Train, to_dict
+from helios_jax.configs import helios_8b
 
 
 def get_config() -> ml_collections.ConfigDict:
-    return to_dict(
-        Config(
-            model=Model(
-                vocab_size=32_000,
-                num_layers=32,
-                embed_dim=4096,
-                num_heads=32,
-                num_kv_heads=8,
-                head_dim=128,
-                mlp_dim=14_336,
-                period='moe',
-                norm_eps=1e-5,
-                rope=Rope(base=1_000_000.0),
-                moe=MoE(num_experts=8, num_experts_per_token=2),
-            ),
-            data=Data(tokenizer='tokenizer.json', row_length=4096),
-            optimizer=Optimizer(learning_rate=3e-4, warmup_steps=2000),
-            train=Train(
-                num_steps=200_000,
-                batch_rows=128,
-                eval_every=2000,
-                eval_rows=1024,
-                checkpoint_every=1000,
-            ),
-            memory=Memory(policy='full'),
-        )
-    )
+    config = helios_8b.get_config()
+    config.model.update(vocab_size=32_000, period='moe')
+    config.model.rope.update(base=1_000_000.0)
+    config.model.moe.update(num_experts=8, num_experts_per_token=2)
+    config.train.update(batch_rows=128)
+    return config

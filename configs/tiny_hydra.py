@@ -3,7 +3,7 @@
 helios train --config=tiny_hydra --workdir=runs/tiny_hydra
 
 About 7 minutes on two cores (every expert is computed there): 1.79 held-out bits per byte over the
-run's 256 rows, where tiny reaches 1.83.
+run's 256 rows of Python 3.11's library, where tiny reaches 1.83.
 """
 
 import ml_collections

@@ -98,6 +98,14 @@ REFUSED = {
          '--output={root}/a_directory.json'],
         'a_directory.json.*irectory.*name a file',
     ),
+    'directory in the place of the config that a run writes': (
+        ['train', '--config={root}/small.py', '--workdir={root}/a_directory_for_config.json'],
+        'config.json/config.json is a directory.*move it away',
+    ),
+    'directory in the place of the metrics that a run writes': (
+        ['train', '--config={root}/small.py', '--workdir={root}/a_directory_for_metrics.jsonl'],
+        'metrics.jsonl/metrics.jsonl is a directory.*move it away',
+    ),
     'full disk': (
         ['data', 'tokenizer', '--corpus={root}/text/*.txt', '--vocab_size=280',
          '--output={root}/full.json'],

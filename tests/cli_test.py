@@ -230,7 +230,8 @@ def start(arguments, **settings) -> subprocess.CompletedProcess:
 def test_an_interrupt_while_importing_is_one_quiet_line(tmp_path):
     # In the place of a library that every command needs.
     (tmp_path / 'ml_collections.py').write_text(
-        'import os, signal\nos.kill(os.getpid(), signal.SIGINT)\n'
+        # Which the main thread notices a moment later.
+        'import os, signal, time\nos.kill(os.getpid(), signal.SIGINT)\ntime.sleep(30)\n'
     )
     done = start(['train', '--config=tiny', '--workdir=w'], env={'PYTHONPATH': str(tmp_path)})
     assert (done.returncode, done.stdout, done.stderr) == (130, '', 'helios: interrupted.\n')

@@ -213,11 +213,15 @@ def test_no_flipped_bit_of_the_tokenizer_is_loaded(workdir):
         path.write_bytes(bytes(changed))
         with pytest.raises(UserError, match=r'tokenizer\.json is not the one .* put that one back'):
             restoring.load_tokenizer(opened)
+    (row,) = checkpoint.list_steps(workdir / 'checkpoints')
+    assert 'tokenizer.json is not the one' in row['damage']
     path.unlink()
     with pytest.raises(UserError, match='put that one back'):
         restoring.restore(workdir)
     path.write_bytes(whole)
     assert restoring.load_tokenizer(opened).vocab_size == 290
+    (row,) = checkpoint.list_steps(workdir / 'checkpoints')
+    assert row['damage'] == ''
 
 
 @pytest.mark.parametrize(

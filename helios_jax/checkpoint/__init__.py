@@ -24,7 +24,6 @@ from helios_jax.checkpoint.layout import (
     require_ours,
     tokenizer_directory,
 )
-from helios_jax.checkpoint.manifest import sha256
 from helios_jax.checkpoint.read import DamagedError, Opened, list_steps, open_step
 from helios_jax.checkpoint.write import Checkpoints
 
@@ -40,6 +39,5 @@ __all__ = [
     'list_steps',
     'open_step',
     'require_ours',
-    'sha256',
     'tokenizer_directory',
 ]

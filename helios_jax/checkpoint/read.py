@@ -55,6 +55,19 @@ class Opened:
         found = self._fault(items) if jax.process_index() == 0 else ''
         return agreement.from_first(found)
 
+    def tokenizer_damage(self) -> str:
+        """Names the tokenizer's file that the step was not saved with; '' if there is none."""
+        hashes = self.metadata.get('tokenizer_files', {})  # format 1 has none
+        folder = layout.tokenizer_directory(self.directory)
+        for name, digest in hashes.items() if isinstance(hashes, dict) else ():
+            path = folder / str(name)
+            if path.name != name or not path.is_file() or manifest.sha256(path) != digest:
+                return (
+                    f'tokenizer file {path} is not the one that checkpoint {self.folder} was saved '
+                    'with; put that one back'
+                )
+        return ''
+
     def require_fit(self, item: str, abstract: PyTree[jax.ShapeDtypeStruct]) -> None:
         """Refuses a tree that the item cannot be restored to, reading none of its arrays.
 
@@ -145,7 +158,8 @@ def open_step(
 def list_steps(directory: epath.PathLike, *, verify: bool = True) -> list[dict[str, Any]]:
     """Lists each step's `step`, `bytes`, `time` (ISO, UTC), `metrics` and `damage` ('' if intact).
 
-    `damage` reads every byte; without `verify` it is left out. May be called while a run writes.
+    `damage` reads every byte, the tokenizer's too; without `verify` it is left out. May be called
+    while a run writes.
     """
     directory = layout.absolute(directory)
     layout.require_directory(directory)
@@ -158,7 +172,8 @@ def list_steps(directory: epath.PathLike, *, verify: bool = True) -> list[dict[s
             opened = _open(directory, step)
             row['bytes'] = sum(size for size, _ in opened.files.values())
             row |= {name: opened.metadata[name] for name in ('time', 'metrics')}
-            damage = opened._fault(opened.items) if verify else ''
+            if verify:
+                damage = opened._fault(opened.items) or opened.tokenizer_damage()
         except (DamageError, UserError) as error:
             damage = str(error)
         if layout.is_committed(directory, step):  # else a run has let it go

@@ -221,7 +221,7 @@ def _finished(path: epath.Path, stats_path: epath.Path) -> dict[str, Any]:
     """
     try:
         stats, digest = json.loads(stats_path.read_text())
-    except (OSError, ValueError):
+    except (OSError, ValueError, TypeError, RecursionError):  # whatever JSON else it may be
         return {}
     return stats if path.exists() and digest == records.digest(stats) else {}
 

@@ -37,7 +37,7 @@ SMALLEST_CACHE = 1024  # slots; attending to fewer would save less than compilin
 @functools.cache
 def extending() -> Any:
     """`extend`, compiled as this machine's chips want it, for programs that start often."""
-    options = compiler_options.resolve(jax.devices()[0], compiler_options.DECODING)
+    options = compiler_options.resolve(jax.local_devices()[0], compiler_options.DECODING)
     return jax.jit(
         extend,
         static_argnames=('model',),

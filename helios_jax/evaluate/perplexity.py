@@ -10,16 +10,15 @@ from jaxtyping import Array, Float, PyTree
 
 from helios_jax.data.pipeline import Batch
 from helios_jax.errors import require
-from helios_jax.model.loss import cross_entropy, next_tokens
+from helios_jax.model.loss import cross_entropy, with_targets
 from helios_jax.model.transformer import Transformer
 from helios_jax.parallel import compiler_options
-from helios_jax.parallel.context import zigzag_rows
 
 
 @functools.cache
 def summing() -> Callable[..., dict[str, Array]]:
     """`batch_sums`, compiled as this machine's chips want it."""
-    options = compiler_options.resolve(jax.devices()[0], compiler_options.EVALUATION)
+    options = compiler_options.resolve(jax.local_devices()[0], compiler_options.EVALUATION)
     names = ('model', 'eos_id', 'documents_apart')
     return jax.jit(batch_sums, static_argnames=names, compiler_options=options)
 
@@ -28,9 +27,7 @@ def batch_sums(
     variables: PyTree, batch: Batch, *, model: Transformer, eos_id: int, documents_apart: bool
 ) -> dict[str, Float[Array, '']]:
     """Sums up a batch: nats of all targets, nats of text (not EOS), targets, bytes of text."""
-    targets, weights = next_tokens(batch.tokens, batch.segment_ids, batch.loss_mask)
-    # In each row's order the targets are its next tokens; from here on its positions tell.
-    batch, targets, weights = zigzag_rows((batch, targets, weights))
+    batch, targets, weights = with_targets(batch)
     segments = batch.attention_segments(documents_apart)
     hidden, _ = model.apply(variables, batch.tokens, batch.positions, segments)
     head = model.apply(variables, method='unembedding_weight')

@@ -93,7 +93,7 @@ def source(variable: Any, jaxpr: Any) -> Any:
 
 
 def origin(variable: Any, jaxpr: Any) -> tuple[str, bool]:
-    """(the name under which `jaxpr` made the variable or '', True if inside a shard_map)."""
+    """Returns the name of a variable of `jaxpr`, or '', and whether it is inside a shard_map."""
     equation, place = made_by(jaxpr).get(id(variable), (None, 0))
     if equation is None:
         return '', False

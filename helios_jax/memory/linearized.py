@@ -31,7 +31,7 @@ class Leaf(NamedTuple):
 @jax.tree_util.register_static
 @dataclasses.dataclass(frozen=True, eq=False)
 class Linearized:
-    """function(params, x, *others), differentiable in params and x, ready to run forward."""
+    """Forward and backward pass of function(params, x, *others), for gradients in params and x."""
 
     jaxpr: jex.ClosedJaxpr  # arguments → the function's value, the leaves
     out_tree: Any
@@ -40,7 +40,7 @@ class Linearized:
     gradient_tree: Any
 
     def forward(self, *arguments: Any) -> tuple[Any, list[Any]]:
-        """(the function's value, the leaves of its vjp)."""
+        """Returns the function's value and the leaves of its vjp."""
         values = jex.jaxpr_as_fun(self.jaxpr)(*jax.tree.leaves(arguments))
         value = jax.tree.unflatten(self.out_tree, values[: self.out_tree.num_leaves])
         return value, [values[leaf.place] for leaf in self.leaves]

@@ -82,7 +82,7 @@ def apply(
     input_name: str,
     host: bool = True,
 ) -> Any:
-    """function(params, x, *others), whose gradient in params and x reads what the table says.
+    """Calls function(params, x, *others); its gradient in params and x reads what the table says.
 
     Args:
       table: tensor name → action, as of `policy.actions`; None: the gradient is JAX's own.

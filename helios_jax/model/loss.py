@@ -7,7 +7,7 @@ mesh and each chunk's tokens are gathered to it.
 """
 
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +15,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from helios_jax.arch.buffers import loss_chunks
 from helios_jax.model.layers import float32_or_wider, precision
+from helios_jax.parallel.context import zigzag_rows
 from helios_jax.parallel.sharding import constrain
 
 
@@ -34,6 +35,19 @@ def next_tokens(
     counts = same & jnp.roll(loss_mask, -1, axis=1)
     counts = counts & (jnp.arange(tokens.shape[1])[None] < tokens.shape[1] - 1)
     return target, counts.astype(jnp.float32)
+
+
+def with_targets(batch: Any) -> tuple[Any, Int[Array, 'B T'], Float[Array, 'B T']]:
+    """Returns a batch as the model takes it, and the target and the weight of each of its tokens.
+
+    Targets follow the order of the documents. Where the mesh cuts rows, tokens are permuted after
+    that (`zigzag_rows`): from here on `positions` alone tell their order.
+
+    Args:
+      batch: `data.pipeline.Batch`, or another tuple with `tokens`, `segment_ids`, `loss_mask`.
+    """
+    targets, weights = next_tokens(batch.tokens, batch.segment_ids, batch.loss_mask)
+    return zigzag_rows((batch, targets, weights))
 
 
 def project(

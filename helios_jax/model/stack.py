@@ -106,6 +106,6 @@ class Stack:
 
 
 def layer_variables(variables: Variables, i: int) -> tuple[Any, Any]:
-    """(parameters, router's variables) of layer i of a prefix or a period."""
+    """Returns the parameters and the router's variables of layer i of a prefix or a period."""
     name = f'layer_{i}'
     return variables['params'][name], variables.get('router', {}).get(name, {})

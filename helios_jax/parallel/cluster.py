@@ -33,7 +33,7 @@ def start() -> None:
     Raises:
       UserError: the peers did not all answer in time, or a variable is missing.
     """
-    # Of the host's memory XLA's GPU client takes 64 GB and no more unless it is told otherwise.
+    # By default XLA's GPU client caps pinned host memory at 64 GB.
     limit = int(HOST_SHARE * host_memory() / 2**30)
     os.environ.setdefault('XLA_PJRT_GPU_HOST_MEMORY_LIMIT_GB', str(limit))
     address = os.environ.get('JAX_COORDINATOR_ADDRESS', '')

@@ -34,26 +34,7 @@ class Option(NamedTuple):
     effect: str  # measured, with the versions
 
 
-_WHOLE = (STEP, EVALUATION, DECODING)
 OPTIONS = (
-    Option(
-        'xla_jf_spmd_threshold_for_windowed_einsum_mib', 1_000_000,
-        ('v5e', 'v5p', 'v6e', 'tpu7x'), _WHOLE,
-        'An FSDP matmul is one product of gathered weights. As a windowed einsum it adds up '
-        'partial results in bfloat16, in HBM.',
-        'helios_8b, full, cycles outside kernels: v5p 6,014 → 4,706 M, v6e 2,672 → 1,557 M '
-        '(libtpu 0.0.42)',
-    ),
-    Option(
-        'xla_tpu_scoped_vmem_limit_kib', 65_536, ('v5p', 'tpu7x'), _WHOLE,
-        'A fusion may hold 64 MiB of VMEM, all there is, and not 16: larger tiles, fewer passes.',
-        'helios_8b, full, v5p: 4,706 → 3,699 M cycles (libtpu 0.0.42)',
-    ),
-    Option(
-        'xla_tpu_scoped_vmem_limit_kib', 98_304, ('v5e', 'v6e'), _WHOLE,
-        'The same: 96 MiB of 128.',
-        'helios_8b, full, v6e: 1,557 → 1,190 M cycles (libtpu 0.0.42)',
-    ),
     Option(
         'xla_gpu_enable_command_buffer', '', ('gpu',), (TRANSFERS,),
         "A GPU would record a loop's kernels and copies as one graph, and run them one by one.",

@@ -16,7 +16,7 @@ PRESETS = ('minimal', 'fp8', 'full', 'offload', 'fp8_offload')
 assert set(PRESETS) == set(policy.PRESETS)
 
 
-PARTS = 4  # slices to try for memory.backward_parts: more of them free little
+PARTS = 4  # slices to try for memory.backward_parts; more than 4 save little
 
 
 class Change(NamedTuple):

@@ -30,7 +30,7 @@ class MetricWriter:
       resume_step: lines of later steps are dropped, as the run computes them again.
       num_steps: where the run ends, to be shown.
     Raises:
-      UserError: metrics.jsonl has a line that is no JSON, other than a torn last one.
+      UserError: as `read` says of lines.
     """
 
     def __init__(
@@ -104,7 +104,7 @@ def read(path: epath.PathLike) -> list[dict[str, Any]]:
     """Reads the objects of a metrics.jsonl; a torn last line is left out.
 
     Raises:
-      UserError: no such file, or another line is no JSON.
+      UserError: no such file, or another line that is no JSON object with its step.
     """
     path = epath.Path(path)
     require(path.exists(), f'{path} does not exist; give the metrics.jsonl of a run.')
@@ -114,18 +114,26 @@ def read(path: epath.PathLike) -> list[dict[str, Any]]:
 def _existing(path: epath.Path) -> list[dict[str, Any]]:
     if not path.exists():
         return []
-    lines = path.read_text().split('\n')
+    lines = path.read_bytes().split(b'\n')
     objects = []
     for number, line in enumerate(lines, 1):
         try:
-            objects.append(json.loads(line))
-        except ValueError:
+            objects.append(_parsed(line))
+        except (ValueError, RecursionError):  # the latter from deeply nested lists
             # A whole line ends with a newline, so that what follows the last one is torn or empty.
             require(
                 number == len(lines),
-                f'{path}, line {number} is no JSON: {line[:60]!r}; mend or remove the file.',
+                f'{path}, line {number} is no JSON object with its step: '
+                f'{line[:60].decode(errors="backslashreplace")!r}; mend or remove the file.',
             )
     return objects
+
+
+def _parsed(line: bytes) -> dict[str, Any]:
+    value = json.loads(line.decode())
+    if not isinstance(value, dict) or type(value.get('step')) is not int:
+        raise ValueError('no object with its step')
+    return value
 
 
 def _is_remote(path: epath.Path) -> bool:

@@ -16,7 +16,7 @@ from helios_jax.errors import require
 from helios_jax.parallel import agreement
 from helios_jax.train import metrics
 from helios_jax.train import state as states
-from helios_jax.train.run import flat_settings, variables
+from helios_jax.train.run import CONFIG_FILE, flat_settings, variables
 
 log = logging.getLogger(__name__)
 
@@ -42,13 +42,20 @@ def own_step(
       items: items that must be intact; steps where they are not are passed over.
     Raises:
       UserError: the run there has other settings or is further than this one is to go; something
-        without a manifest lies where this run will save; metrics.jsonl cannot be read.
+        without a manifest lies where this run will save, or a directory where it keeps a file;
+        metrics.jsonl cannot be read.
     """
     directory = checkpoint.absolute(workdir / 'checkpoints')
     with agreement.together():
         checkpoint.require_ours(directory)
-        if jax.process_index() == 0 and (workdir / metrics.FILE).exists():
-            metrics.read(workdir / metrics.FILE)
+        if jax.process_index() == 0:
+            for name in (CONFIG_FILE, metrics.FILE):
+                require(
+                    not (workdir / name).is_dir(),
+                    f'{workdir / name} is a directory, where a run keeps a file; move it away.',
+                )
+            if (workdir / metrics.FILE).exists():
+                metrics.read(workdir / metrics.FILE)
     opened = None
     if agreement.from_first(checkpoint.committed(directory)):
         opened = checkpoint.open_step(directory, 'latest', items)

@@ -22,6 +22,8 @@ from helios_jax.train import state as states
 
 log = logging.getLogger(__name__)
 
+CONFIG_FILE = 'config.json'
+
 # Settings that say where something lies on one host: of these the contents are compared instead.
 HOSTS_OWN = (
     'data.corpus', 'data.tokenizer', 'data.cache_dir', 'data.num_workers',
@@ -83,7 +85,7 @@ def save_inputs(run: Run) -> None:
     if jax.process_index() != 0:
         return
     text = json.dumps(dataclasses.asdict(run.config), indent=1)
-    (run.workdir / 'config.json').write_text(text)
+    (run.workdir / CONFIG_FILE).write_text(text)
     directory = checkpoint.tokenizer_directory(run.checkpoints.directory)
     directory.mkdir(parents=True, exist_ok=True)
     for name, content in run.tokenizer_files[1].items():

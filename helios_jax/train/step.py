@@ -13,9 +13,8 @@ from helios_jax import config
 from helios_jax.data.pipeline import Batch
 from helios_jax.memory import policy
 from helios_jax.model.layers import float32_or_wider
-from helios_jax.model.loss import cross_entropy, next_tokens
+from helios_jax.model.loss import cross_entropy, with_targets
 from helios_jax.parallel import compiler_options
-from helios_jax.parallel.context import zigzag_rows
 from helios_jax.parallel.sharding import constrain
 from helios_jax.train import optimizer, throughput, update
 from helios_jax.train.state import Setup, TrainState
@@ -43,7 +42,7 @@ class CompiledStep(NamedTuple):
 def compile_step(setup: Setup, state: TrainState, batch: Batch) -> CompiledStep:
     """The step compiled for these arrays, under the setup's mesh; it takes the state for itself."""
     memory = setup.config.memory
-    options = compiler_options_of(setup.config, jax.devices()[0])
+    options = compiler_options_of(setup.config, jax.local_devices()[0])
     if memory.on_host and jax.default_backend() == 'gpu':
         traced = jax.jit(partial(begin, setup)).trace(state, batch)
         compiled = traced.lower().compile(options)
@@ -130,7 +129,8 @@ def gradient(
     Their balance loss, no such mean, is the microbatches' own, averaged by their tokens.
     """
     data, num_microbatches = setup.config.data, setup.config.train.microbatches
-    targets, weights = next_tokens(batch.tokens, batch.segment_ids, batch.loss_mask)
+    whole: Any = with_targets(batch)
+    weights = whole[2]
     num_targets = jnp.maximum(weights.sum(), 1)
     num_tokens = jnp.maximum(num_routed(data, batch), 1)
     params = update.working_copy(setup, state.params)
@@ -141,8 +141,6 @@ def gradient(
         share = num_routed(data, rows) / num_tokens
         return grad(setup, state.router, params, rows, targets, weights / num_targets, share)
 
-    # Targets were taken in document order. From here rows may be permuted: positions tell.
-    whole = zigzag_rows((batch, targets, weights))
     if num_microbatches == 1:
         gradients, (sums, load) = of(whole)
     else:

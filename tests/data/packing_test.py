@@ -184,6 +184,18 @@ def test_an_interrupted_run_is_taken_up(corpus, cache_dir, monkeypatch):
     assert_same_rows(whole, directory)
 
 
+@pytest.mark.parametrize(
+    'content', [b'', b'3', b'null', b'[3, 4]', b'{"a": 1, "b": 2}', b'\xff', b'[' * 100_000]
+)
+def test_a_shards_numbers_that_are_none_are_made_again(tmp_path, content):
+    shard, stats = epath.Path(tmp_path) / 'shard', epath.Path(tmp_path) / 'shard.stats.json'
+    shard.touch()
+    stats.write_bytes(content)
+    assert packing._finished(shard, stats) == {}
+    stats.write_text(json.dumps([{'rows': 7}, records.digest({'rows': 7})]))
+    assert packing._finished(shard, stats) == {'rows': 7}
+
+
 def test_a_killed_run_is_taken_up(corpus, cache_dir, monkeypatch):
     """SIGKILL while a shard is half written: what has its name is whole, the rest is redone."""
     script = """

@@ -23,6 +23,8 @@ def make(root: Path) -> Path:
     (root / 'not_a_config.py').write_text('x = 1\n')
     (root / 'a_file').write_text('kept')
     (root / 'a_directory.json').mkdir()
+    for name in ('config.json', 'metrics.jsonl'):
+        (root / f'a_directory_for_{name}' / name).mkdir(parents=True)
     (root / 'full.json').symlink_to('/dev/full')
     (root / 'loop').symlink_to(root / 'loop')
     (root / 'broken.py').write_text('\n\ndef get_config():\n    return CONFIG\n')

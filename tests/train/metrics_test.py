@@ -70,6 +70,25 @@ def test_only_the_last_line_may_be_torn(tmp_path):
     assert path.read_text() == '{"ste\n{"step": 2}\n'
 
 
+@pytest.mark.parametrize(
+    'line',
+    [
+        b'', b'3', b'[]', b'null', b'{"a": 1}', b'{"step": "1"}', b'{"step": true}',
+        b'{"step": \xff}', b'[' * 100_000, b'{"step": ' + b'7' * 5000 + b'}',
+    ],
+    ids=lambda line: str(line[:16]),
+)  # fmt: skip
+def test_a_line_that_no_run_wrote_is_named_and_the_file_left_alone(tmp_path, line):
+    path = tmp_path / 'metrics.jsonl'
+    whole = b'{"step": 1}\n' + line + b'\n{"step": 3}\n'
+    path.write_bytes(whole)
+    for attempt in (lambda: metrics.read(path), lambda: write(tmp_path, [4], resume_step=3)):
+        with pytest.raises(UserError, match=r'metrics\.jsonl, line 2 is no JSON object') as caught:
+            attempt()
+        assert '\n' not in str(caught.value)
+    assert path.read_bytes() == whole
+
+
 def test_missing_file_is_an_error(tmp_path):
     with pytest.raises(UserError, match='does not exist'):
         metrics.read(tmp_path / 'metrics.jsonl')
