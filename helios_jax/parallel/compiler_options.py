@@ -116,8 +116,10 @@ def known(device: jax.Device, options: tuple[tuple[str, Any], ...]) -> tuple[tup
     Raises:
       UserError: a value that it cannot read.
     """
-    here = jax.sharding.SingleDeviceSharding(device)
-    nothing = jax.jit(lambda x: x).lower(jax.ShapeDtypeStruct((8,), jnp.float32, sharding=here))
+    mesh = jax.sharding.Mesh([device], 'alone')
+    here = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+    with jax.set_mesh(mesh):  # a run's mesh may be set, which has other devices
+        nothing = jax.jit(lambda x: x).lower(jax.ShapeDtypeStruct((), jnp.float32, sharding=here))
     left = dict(options)
     while left:
         try:

@@ -18,6 +18,7 @@ from helios_jax.parallel import sharding
 from helios_jax.train import metrics, report
 from helios_jax.train import state as states
 from helios_jax.train.run import Run, readable
+from helios_jax.train.step import compiler_options_of
 
 SAMPLE_TOKENS = 400
 
@@ -58,10 +59,13 @@ def write_report(run: Run, state: states.TrainState, held_out: dict[str, float])
     }
     yardsticks = baselines.bits_per_byte(validation, run.tokenizer)
     final = {**held_out, **yardsticks, **figures.speed(metrics.read(run.workdir / metrics.FILE))}
+    environment = report.environment()
+    if options := compiler_options_of(run.config, jax.local_devices()[0]):
+        environment['compiler options of the step'] = options
     path = report.write(
         run.workdir,
         config_dict=dataclasses.asdict(run.config),
-        environment=report.environment(),
+        environment=environment,
         data=data,
         final=final,
         sample=f'{prompt}⟦generated from here⟧{sample}',

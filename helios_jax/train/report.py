@@ -21,7 +21,7 @@ PACKAGES = (
 LOSS, HELD_OUT, LOST = 'loss', 'eval/bits_per_byte', 'eval/lost_fraction'
 
 
-def environment() -> dict[str, dict[str, str]]:
+def environment() -> dict[str, dict[str, Any]]:
     """Returns `versions` of Python and the packages, and the `hardware` of this process."""
     device = jax.devices()[0]
     return {

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from helios_jax import chips
+from helios_jax import chips, config
 from helios_jax.errors import UserError
 from helios_jax.parallel import compiler_options as options
 from helios_jax.parallel import mesh as meshes
@@ -56,10 +56,11 @@ def test_a_change_that_cannot_be_understood_is_refused(wanted, message):
 
 
 def test_what_this_compiler_does_not_know_is_named_and_left_out(caplog):
-    device = jax.devices()[0]
+    device = jax.devices()[3]
     wanted = 'xla_no_such_option=3 xla_cpu_enable_fast_math=false'
     for _ in range(2):
-        found = options.resolve(device, options.STEP, wanted=wanted)
+        with jax.set_mesh(meshes.make(config.Mesh())):  # as in a run
+            found = options.resolve(device, options.STEP, wanted=wanted)
     assert found == {'xla_cpu_enable_fast_math': False}
     assert [r.message for r in caplog.records if 'xla_no_such_option' in r.message] == [
         'This compiler has no option xla_no_such_option: it is left out.'

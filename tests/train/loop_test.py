@@ -40,7 +40,13 @@ def finished(small, tmp_path_factory) -> tuple[config.Config, Path, dict]:
     """A run of ten steps in this process, on eight devices."""
     workdir = tmp_path_factory.mktemp('run')
     cfg = config.replace(
-        small, {'train.num_steps': 10, 'train.tensorboard': True, 'train.log_every': 2}
+        small,
+        {
+            'train.num_steps': 10,
+            'train.tensorboard': True,
+            'train.log_every': 2,
+            'train.compiler_options': 'xla_cpu_enable_fast_min_max=false',
+        },
     )
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr('helios_jax.train.finish.SAMPLE_TOKENS', 3)
@@ -73,6 +79,7 @@ def test_a_run_leaves_metrics_checkpoints_config_and_a_report(finished):
     assert set(metadata['arrays']) == {'params', 'optimizer'}
 
     report = (workdir / 'report.md').read_text()
+    assert '| xla_cpu_enable_fast_min_max | False |' in report
     assert f'| held-out text | {held_out["bits_per_byte"]:.4f} bits/byte |' in report
     assert re.search(r'\| speed \| [\d,]+ tokens/s \|', report)
     assert '⟦generated from here⟧' in report and 'gzip' in report
@@ -85,6 +92,7 @@ def test_starting_a_finished_run_again_changes_nothing_but_the_report_it_may_lac
 ):
     cfg, workdir, held_out = finished
     report = (workdir / 'report.md').read_text()
+    assert '| xla_cpu_enable_fast_min_max | False |' in report
     before = {p: c for p, c in files(workdir).items() if 'tensorboard' not in p}
     (workdir / 'report.md').unlink()
     assert loop.train(cfg, workdir) == held_out
