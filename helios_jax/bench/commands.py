@@ -127,11 +127,31 @@ def torch_bench(argv: Sequence[str]) -> None:
     print_measurement(Peer(**given), as_json=values.json)
 
 
+def start_bench(argv: Sequence[str]) -> None:
+    """Measures how soon `helios generate` answers, with and without compiled programs.
+
+    helios bench start --checkpoint=runs/helios_1b --against=../before
+    """
+    values = flags.FlagValues()
+    flags.DEFINE_string('checkpoint', '', "A run's workdir.", flag_values=values)
+    flags.DEFINE_list('against', [], 'Other checkouts, in turns.', flag_values=values)
+    flags.DEFINE_integer('repeats', 3, 'Runs of each kind.', flag_values=values)
+    flags.DEFINE_bool('json', False, 'JSON lines.', flag_values=values)
+    options.parse(values, argv)
+    require(bool(values.checkpoint), "--checkpoint is missing; name a run's workdir.")
+    from helios_jax.bench import start
+
+    start.compare_starts(
+        values.checkpoint, values.against, repeats=values.repeats, as_json=values.json
+    )
+
+
 BENCHMARKS = options.Group(
     'Measures speed and memory.',
     {
         'attention': attention_bench,
         'memory': memory_bench,
+        'start': start_bench,
         'train': train_bench,
         'torch_peer': torch_bench,
     },

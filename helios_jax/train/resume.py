@@ -28,8 +28,8 @@ FREE_TO_CHANGE = (
     'train.num_steps', 'train.log_every', 'train.eval_every', 'train.eval_rows',
     'train.checkpoint_every', 'train.keep_checkpoints', 'train.profile_steps', 'train.tensorboard',
     'train.compilation_cache', 'train.compiler_options', 'train.microbatches', 'train.init_from',
-    'mesh.', 'memory.', 'data.cache_dir', 'data.num_workers', 'data.tokenizer', 'data.allow_lossy_tokenizer',
-    'model.attention',
+    'mesh.', 'memory.', 'data.cache_dir', 'data.num_workers', 'data.tokenizer',
+    'data.allow_lossy_tokenizer', 'model.attention',
 )  # fmt: skip
 
 
