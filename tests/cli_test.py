@@ -9,6 +9,7 @@ import os
 import re
 import resource
 import shutil
+import signal
 import subprocess
 import sys
 
@@ -233,7 +234,12 @@ def test_an_interrupt_while_importing_is_one_quiet_line(tmp_path):
         # Which the main thread notices a moment later.
         'import os, signal, time\nos.kill(os.getpid(), signal.SIGINT)\ntime.sleep(30)\n'
     )
-    done = start(['train', '--config=tiny', '--workdir=w'], env={'PYTHONPATH': str(tmp_path)})
+    done = start(
+        ['train', '--config=tiny', '--workdir=w'],
+        env={'PYTHONPATH': str(tmp_path)},
+        # Where the tests run in the background, a shell has switched it off.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+    )
     assert (done.returncode, done.stdout, done.stderr) == (130, '', 'helios: interrupted.\n')
 
 
