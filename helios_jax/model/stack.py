@@ -11,7 +11,7 @@ from helios_jax import config
 from helios_jax.memory import policy, store
 from helios_jax.model.block import Block, LayerStats
 from helios_jax.model.gmu import input_eps
-from helios_jax.model.layers import scaled
+from helios_jax.model.layers import RMSNorm
 from helios_jax.parallel import platforms
 
 Variables = Mapping[str, Any]  # collection → name of the layer → its variables
@@ -102,7 +102,8 @@ class Stack:
 
     def last_norm(self, params: Any, x: Array) -> Array:
         eps = input_eps(self.model, 2 * self.model.num_layers + 1)
-        return scaled(x, params['scale'], eps)
+        out: Any = RMSNorm(parent=None).apply({'params': params}, x, eps)  # unboxes the scale
+        return out
 
 
 def layer_variables(variables: Variables, i: int) -> tuple[Any, Any]:
