@@ -22,6 +22,7 @@ Ref = Any  # a reference to a block in VMEM or SMEM, which pallas has no public 
 LOG2E = math.log2(math.e)
 MASKED = -1e30  # finite, so that a row that has seen nothing yet has no infinity to subtract
 LANES = 128
+RECIPROCAL = getattr(pltpu, 'reciprocal', None) or pl.reciprocal  # jax 0.12 moved it
 MARKS = 8  # rows of the tables below the rotation's: segment, position, and padding to a tile
 
 
@@ -84,7 +85,7 @@ def swapped(x: Array) -> Array:
 
 def inverse(x: Array, steps: int) -> Array:
     """Inverts positive float32: two of Newton's steps are exact, and cost less than a division."""
-    guess = pl.reciprocal(x, approx=True)
+    guess = RECIPROCAL(x, approx=True)
     for _ in range(steps):
         guess = guess * (2 - x * guess)
     return guess
