@@ -54,18 +54,8 @@ def test_a_race_is_noticed(capsys):
     assert RACE in capsys.readouterr().out + message
 
 
-# Interpreted, a row of more than 1,000 tokens takes a minute: of these CI runs the rings.
-@pytest.mark.parametrize(
-    'case',
-    [
-        pytest.param(
-            case,
-            marks=pytest.mark.slow if case.T < 1024 or case.keys == 'ring' else pytest.mark.long,
-        )
-        for case in PAIRS
-    ],
-    ids=lambda case: case.name,
-)
+@pytest.mark.slow
+@pytest.mark.parametrize('case', PAIRS, ids=lambda case: case.name)
 def test_errors_stay_near_those_of_a_plain_computation(case):
     [check] = verify.check(verify.kernels(case), [case])
     assert not check.faults

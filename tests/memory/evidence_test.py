@@ -178,11 +178,12 @@ def test_no_policy_moves_a_bit_of_the_loss(model, dtype, devices):
 
 @pytest.mark.long
 @pytest.mark.parametrize(('model', 'dtype', 'devices'), RUNS)
-def test_fusion_moves_the_loss_by_its_last_bit_at_most(model, dtype, devices):
+def test_fusion_moves_the_loss_of_one_run_by_its_last_bit(model, dtype, devices):
     """Where XLA fuses otherwise what comes after the layers; gradients, by rounding."""
     (loss, gradient), results = by_policy(model, dtype, devices)
+    moves = (model, dtype, devices) == (MOE, 'float32', 1)
     for value, _ in results.values():
-        np.testing.assert_array_max_ulp(value, loss, 1)
+        np.testing.assert_array_max_ulp(value, loss, 1 if moves else 0)
     assert_near(results, results['minimal'][1], {'float32': 2e-5, 'bfloat16': 3e-2}[dtype])
     assert_near(results, gradient, ORDER[dtype])
 
