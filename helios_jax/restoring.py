@@ -63,7 +63,7 @@ def restore(
     opened = checkpoint.open_step(directory, step)
     try:
         return _restored(opened, mesh, rope or {}, meanwhile)
-    except checkpoint.DamagedError:
+    except checkpoint.DamageError:
         if step not in ('latest', 'best'):
             raise
     # Hashed now before it is chosen: those that are damaged are named, and passed over.

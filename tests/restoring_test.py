@@ -131,7 +131,7 @@ def test_a_damaged_step_is_passed_over_but_not_by_its_number(tmp_path, caplog):
         f'checkpoints/5 IS DAMAGED: params/{path.relative_to(tmp_path / "checkpoints/5/params")}'
         in (caplog.text)
     )
-    with pytest.raises(checkpoint.DamagedError, match=f'{path.name} has changed'):
+    with pytest.raises(checkpoint.DamageError, match=f'{path.name} has changed'):
         restoring.restore(tmp_path, 5, mesh=mesh_of('one'))
 
 

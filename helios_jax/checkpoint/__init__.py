@@ -24,13 +24,14 @@ from helios_jax.checkpoint.layout import (
     require_ours,
     tokenizer_directory,
 )
-from helios_jax.checkpoint.read import DamagedError, Opened, list_steps, open_step
+from helios_jax.checkpoint.manifest import DamageError
+from helios_jax.checkpoint.read import Opened, list_steps, open_step
 from helios_jax.checkpoint.write import Checkpoints
 
 __all__ = [
     'FORMAT_VERSION',
     'Checkpoints',
-    'DamagedError',
+    'DamageError',
     'Opened',
     'absolute',
     'committed',

@@ -18,12 +18,14 @@ from typing import Any
 
 from etils import epath
 
+from helios_jax.errors import UserError
+
 NAME = 'manifest.json'
 Files = dict[str, tuple[int, str]]  # size in bytes and SHA-256, by the path within the folder
 
 
-class DamageError(Exception):
-    """Files that were read are damaged; the message tells people what is wrong."""
+class DamageError(UserError):
+    """Files that were read are not what was written; the message tells people what is wrong."""
 
 
 def is_remote(path: epath.Path) -> bool:

@@ -22,10 +22,6 @@ log = logging.getLogger(__name__)
 BEST_METRIC = 'bits_per_byte'
 
 
-class DamagedError(UserError):
-    """An item's files are not what was written, or are not to be read."""
-
-
 @dataclasses.dataclass(frozen=True)
 class Opened:
     """One step, its metadata verified; an item's files are hashed when it is first asked for.
@@ -94,7 +90,7 @@ class Opened:
           abstract: the tree to restore; each leaf has a sharding, on whichever mesh.
         Raises:
           UserError: as `require_fit`.
-          DamagedError: a damaged item, or one that cannot be read.
+          DamageError: a damaged item, or one that cannot be read.
         """
         self.require_fit(item, abstract)
         wanted = layout.flatten(abstract)
@@ -102,7 +98,7 @@ class Opened:
             raise ValueError(f'every leaf of abstract needs a sharding to restore {item!r}.')
         by_us = [item] if jax.process_index() == 0 else []
         if damage := agreement.from_first(self._fault(by_us, hashed=False)):
-            raise DamagedError(_refusal(self.folder, damage))
+            raise DamageError(_refusal(self.folder, damage))
         arrays: dict[str, jax.Array] = {}
         failure: Exception | None = None
         # Hashed while it is read: neither holds Python's lock, and each takes about as long.
@@ -117,7 +113,7 @@ class Opened:
             cause = f'{type(failure).__name__}: {str(failure).partition(chr(10))[0][:160]}'
             damage = f'{item} cannot be restored ({cause})'
         if damage:
-            raise DamagedError(_refusal(self.folder, damage)) from failure
+            raise DamageError(_refusal(self.folder, damage)) from failure
         return jax.tree.unflatten(jax.tree.structure(abstract), [arrays[name] for name in wanted])
 
     def _fault(self, items: Iterable[str], *, hashed: bool = True) -> str:
@@ -174,7 +170,7 @@ def list_steps(directory: epath.PathLike, *, verify: bool = True) -> list[dict[s
             row |= {name: opened.metadata[name] for name in ('time', 'metrics')}
             if verify:
                 damage = opened._fault(opened.items) or opened.tokenizer_damage()
-        except (DamageError, UserError) as error:
+        except UserError as error:
             damage = str(error)
         if layout.is_committed(directory, step):  # else a run has let it go
             rows.append(row | ({'damage': damage} if verify else {}))

@@ -1,10 +1,4 @@
-"""Samples from a model with a cache of unrotated keys.
-
-Prompts of any lengths share a batch: each row has positions of its own, and padding writes
-nothing. A query attends to every slot of the cache, so the cache is made no larger than its content
-needs, and doubled when it is full. Two programs are compiled for each of its sizes, one for a chunk
-of the prompt and one for a single token, whatever the lengths.
-"""
+"""Samples text from a model (decoding.py), and compiles what that takes while it is being read."""
 
 import concurrent.futures
 import functools
@@ -19,56 +13,23 @@ import numpy as np
 from jaxtyping import Array, Float, Int, PyTree
 
 from helios_jax import config
-from helios_jax.arch import rules
 from helios_jax.data.tokenizer import Tokenizer
 from helios_jax.errors import require, within_int32
-from helios_jax.model.loss import project
+from helios_jax.evaluate.decoding import (
+    batched,
+    empty_cache,
+    extending,
+    num_shards,
+    prefill,
+    slots_for,
+    with_room,
+)
 from helios_jax.model.transformer import Transformer
 from helios_jax.parallel import compiler_options
 from helios_jax.parallel.sharding import constrain
 from helios_jax.restoring import Restored, mesh_of
 
 log = logging.getLogger(__name__)
-
-PREFILL_CHUNK = 256  # tokens
-SMALLEST_CACHE = 1024  # slots; attending to fewer would save less than compiling once more costs
-
-
-@functools.cache
-def extending() -> Any:
-    """`extend`, compiled as this machine's chips want it, for programs that start often."""
-    options = compiler_options.resolve(jax.local_devices()[0], compiler_options.DECODING)
-    return jax.jit(
-        extend,
-        static_argnames=('model',),
-        donate_argnames=('cache',),
-        compiler_options=options,
-    )
-
-
-def extend(
-    variables: PyTree,
-    cache: PyTree,
-    tokens: Int[Array, 'B T'],
-    positions: Int[Array, 'B T'],
-    real: Int[Array, 'B T'],
-    *,
-    model: Transformer,
-) -> tuple[Float[Array, 'B V'], PyTree]:
-    """Reads tokens into the cache; returns the logits after each row's last real token."""
-    output: Any = model.apply(
-        {**variables, 'cache': cache},
-        tokens,
-        positions,
-        real,
-        cache_length=num_slots(cache),
-        mutable=['cache'],
-    )
-    (hidden, _), written = output
-    last = jnp.maximum(real.sum(axis=1) - 1, 0)
-    hidden = jnp.take_along_axis(hidden, last[:, None, None], axis=1)
-    head: Any = model.apply(variables, method='unembedding_weight')
-    return project(hidden, head, model.model.vocab_size)[:, 0], written['cache']
 
 
 @functools.partial(jax.jit, static_argnames=('top_k',))
@@ -116,77 +77,6 @@ def draw(
     )
 
 
-@functools.partial(jax.jit, static_argnames=('model', 'batch_size', 'cache_length'))
-def empty_cache(
-    variables: PyTree, *, model: Transformer, batch_size: int, cache_length: int
-) -> PyTree:
-    """Makes zeroed keys and values, [B, cache_length, K, H] a layer, on the mesh that is set."""
-    tokens = jnp.zeros((batch_size, _num_shards('length')), jnp.int32)
-
-    def shapes() -> PyTree:
-        _, made = model.apply(
-            variables, tokens, tokens, tokens, cache_length=cache_length, mutable=['cache']
-        )
-        return made['cache']
-
-    return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(shapes))
-
-
-def num_slots(cache: PyTree) -> int:
-    """Number of positions that a cache has room for."""
-    return jax.tree.leaves(cache)[0].shape[-3]
-
-
-def slots_for(num_tokens: int) -> int:
-    """Number of cache slots for so many tokens: a power of two, so that few sizes are compiled."""
-    return max(SMALLEST_CACHE, 1 << (num_tokens - 1).bit_length())
-
-
-def with_room(cache: PyTree, num_tokens: int) -> PyTree:
-    """Returns the cache, grown to `slots_for` these tokens if it is smaller."""
-    missing = slots_for(num_tokens) - num_slots(cache)
-    if missing <= 0:
-        return cache
-
-    def grow(x: Array) -> Array:
-        widths = [(0, 0)] * x.ndim
-        widths[-3] = (0, missing)
-        return jnp.pad(x, widths)
-
-    return jax.tree.map(grow, cache)
-
-
-def prefill(
-    model: Transformer,
-    variables: PyTree,
-    prompts: Sequence[Sequence[int]],
-    chunk: int = PREFILL_CHUNK,
-) -> tuple[Float[Array, 'B V'], PyTree]:
-    """Reads prompts in chunks; returns the logits after each one, and the cache."""
-    lengths = np.array([len(p) for p in prompts])
-    longest = int(lengths.max())
-    slots = slots_for(min(chunk, longest))
-    cache = empty_cache(variables, model=model, batch_size=len(prompts), cache_length=slots)
-    logits = None
-    for start in range(0, longest, chunk):
-        cache = with_room(cache, min(start + chunk, longest))
-        positions = np.broadcast_to(
-            np.arange(start, start + chunk, dtype=np.int32), (len(prompts), chunk)
-        )
-        real = np.less(positions, lengths[:, None])
-        tokens = np.zeros_like(positions)
-        for row, prompt in enumerate(prompts):
-            piece = prompt[start : start + chunk]
-            tokens[row, : len(piece)] = piece
-        new, cache = extending()(
-            variables, cache, tokens, positions, real.astype(np.int32), model=model
-        )
-        ends_here = real.any(axis=1)[:, None]
-        logits = new if logits is None else jnp.where(ends_here, new, logits)
-    assert logits is not None
-    return logits, cache
-
-
 def generate(
     model: Transformer,
     variables: PyTree,
@@ -211,7 +101,7 @@ def generate(
     wanted = len(prompts)
     prompts, chunk = batched(prompts)
     # The mesh may divide the sequence: what a call reads is padded to what it divides.
-    padding = (0, 0), (0, _num_shards('length') - 1)
+    padding = (0, 0), (0, num_shards('length') - 1)
     logits, cache = prefill(model, variables, prompts, chunk)
     positions = np.array([len(p) for p in prompts], np.int32)
     output: list[list[int]] = [[] for _ in prompts]
@@ -229,7 +119,7 @@ def generate(
             break
         cache = with_room(cache, int(positions[alive].max()) + 1)
         arrays = (np.pad(x[:, None].astype(np.int32), padding) for x in (tokens, positions, alive))
-        logits, cache = extending()(variables, cache, *arrays, model=model)
+        logits, cache = extending(compiler_options.DECODING)(variables, cache, *arrays, model=model)
         positions += 1
     return output[:wanted]
 
@@ -251,19 +141,6 @@ def check(
     require(0 < top_p <= 1, f'top_p={top_p} must lie above 0 and at most 1.')
     require(top_k >= 0, f'top_k={top_k} must be 0 (all) or more.')
     within_int32('seed', seed)
-
-
-def batched(prompts: Sequence[Sequence[int]]) -> tuple[list[Sequence[int]], int]:
-    """The prompts and as many more as the mesh asks for, and how many tokens to read at a time."""
-    rows = [*prompts, *[prompts[0]] * (-len(prompts) % _num_shards('batch'))]
-    chunk = min(PREFILL_CHUNK, 1 << (max(map(len, rows)) - 1).bit_length())
-    return rows, chunk + -chunk % _num_shards('length')
-
-
-def _num_shards(name: str) -> int:
-    """Number of shards that the mesh that is set cuts a logical axis into."""
-    mesh = jax.sharding.get_abstract_mesh()
-    return 1 if mesh.empty else rules.shards(mesh, name)
 
 
 def complete(
@@ -346,18 +223,17 @@ def compile_ahead(
             lowered = empty_cache.lower(variables, model=model, **sizes)
             return jax.tree.map(placed, lowered.out_info, lowered.compile().output_shardings)
 
-        def program(length: int, num_tokens: int) -> concurrent.futures.Future[Any]:
+        def program(kind: str, length: int, num_tokens: int) -> concurrent.futures.Future[Any]:
             arrays = [np.zeros((len(rows), length), np.int32)] * 3
-            lowered = extending().lower(
-                variables, cache(slots_for(num_tokens)), *arrays, model=model
-            )
+            empty = cache(slots_for(num_tokens))
+            lowered = extending(kind).lower(variables, empty, *arrays, model=model)
             return pool.submit(lowered.compile)
 
-        reads = program(chunk, min(chunk, longest))
+        reads = program(compiler_options.PREFILL, chunk, min(chunk, longest))
         if mesh.size > 1:
             return
         if max_tokens > 1:
-            program(1, longest + 1)
+            program(compiler_options.DECODING, 1, longest + 1)
         compiled = reads.result()
         logits = placed(compiled.out_info[0], compiled.output_shardings[0])
         draw.lower(logits, seed, 0, temperature, top_k, top_p).compile()

@@ -22,8 +22,8 @@ log = logging.getLogger(__name__)
 
 ITEMS = ('params', 'optimizer', 'router')  # the items of the state in a checkpoint
 
-# Settings that may change when a run is resumed: none changes what a step computes, but for
-# num_steps, where the learning rate's schedule ends.
+# Settings that may change when a run is resumed: none changes what a step computes, but for its
+# rounding and for num_steps, where the learning rate's schedule ends.
 FREE_TO_CHANGE = (
     'train.num_steps', 'train.log_every', 'train.eval_every', 'train.eval_rows',
     'train.checkpoint_every', 'train.keep_checkpoints', 'train.profile_steps', 'train.tensorboard',

@@ -161,7 +161,7 @@ def test_no_flipped_bit_of_a_steps_files_is_restored_silently(directory):
             else:
                 assert path.name in damage, path
             if part == 'params':
-                with pytest.raises(checkpoint.DamagedError, match=path.name):
+                with pytest.raises(checkpoint.DamageError, match=path.name):
                     restored(checkpoint.open_step(directory, 5))
         path.write_bytes(whole)
 

@@ -14,18 +14,13 @@ from random_weights import random_weights
 from helios_jax import config
 from helios_jax.data.tokenizer import ByteTokenizer
 from helios_jax.errors import UserError
+from helios_jax.evaluate import decoding
 from helios_jax.evaluate import generate as generating
-from helios_jax.evaluate.generate import (
-    compile_ahead,
-    complete,
-    extending,
-    generate,
-    prefill,
-    sample,
-)
+from helios_jax.evaluate.decoding import prefill
+from helios_jax.evaluate.generate import compile_ahead, complete, generate, sample
 from helios_jax.model.transformer import Transformer, abstract_variables
+from helios_jax.parallel import compiler_options, sharding
 from helios_jax.parallel import mesh as meshes
-from helios_jax.parallel import sharding
 from helios_jax.restoring import Restored, mesh_of
 
 pytestmark = pytest.mark.usefixtures('quick_compilation')
@@ -105,7 +100,7 @@ def test_prefill_in_chunks_is_the_plain_computation(pattern, chunk):
 
 @pytest.fixture
 def growing_cache(monkeypatch):
-    monkeypatch.setattr(generating, 'SMALLEST_CACHE', SMALL_CACHE)
+    monkeypatch.setattr(decoding, 'SMALLEST_CACHE', SMALL_CACHE)
 
 
 @pytest.mark.parametrize('pattern', ['full', slow('mixed')])
@@ -119,12 +114,12 @@ def test_decoding_is_recomputation_at_every_length_and_across_every_boundary(
     for t in range(start, LENGTH):
         close(logits[0, :256], whole[t - 1, :256])
         column = lambda x: np.full((1, 1), x, np.int32)
-        cache = generating.with_room(cache, t + 1)
-        logits, cache = extending()(
+        cache = decoding.with_room(cache, t + 1)
+        logits, cache = decoding.extending(compiler_options.DECODING)(
             variables, cache, column(tokens()[t]), column(t), column(1), model=model
         )
     close(logits[0, :256], whole[-1, :256])
-    assert generating.num_slots(cache) == 4 * SMALL_CACHE
+    assert decoding.num_slots(cache) == 4 * SMALL_CACHE
 
 
 @pytest.mark.slow
@@ -292,15 +287,16 @@ def test_a_stop_text_that_is_empty_is_refused():
 def calls(monkeypatch) -> list[tuple[int, int]]:
     """Tokens read and slots attended to, of each call of the model, which computes nothing."""
     made: list[tuple[int, int]] = []
-    real = generating.extend
+    real = decoding.extend
 
     def extend(variables, cache, tokens, *args, **settings):
-        made.append((tokens.shape[1], generating.num_slots(cache)))
+        made.append((tokens.shape[1], decoding.num_slots(cache)))
         computed = functools.partial(real, **settings)
         shapes = jax.eval_shape(computed, variables, cache, tokens, *args)
         return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
 
-    monkeypatch.setattr(generating, 'extending', lambda: extend)
+    for module in (decoding, generating):
+        monkeypatch.setattr(module, 'extending', lambda program: extend)
     return made
 
 
@@ -312,7 +308,7 @@ def test_two_programs_serve_every_length(calls):
 
 
 def test_a_call_attends_to_little_more_than_what_the_cache_holds(calls, growing_cache, monkeypatch):
-    monkeypatch.setattr(generating, 'PREFILL_CHUNK', 8)
+    monkeypatch.setattr(decoding, 'PREFILL_CHUNK', 8)
     short([tokens()[:37].tolist(), tokens()[:9].tolist()], max_tokens=33)
     prompt = [(8, 16), (8, 16), (8, 32), (8, 32), (8, 64)]
     assert calls == [*prompt, *[(1, 64)] * (64 - 37), *[(1, 128)] * 5]
