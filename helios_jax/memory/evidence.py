@@ -5,8 +5,8 @@ tensor, XLA may keep a tensor on the device that was to be moved, a tensor may b
 named. So the stored arrays are read from the traced step (memory/traced.py) and looked for in the
 compiled program (memory/hlo.py). Those of scanned layers must be among what a loop carries, each in
 its dtype, its size and its place, as many as there are; of one on the host, no copy may be on the
-device. An array of a layer outside the scan has no loop to be found in: the program must hold one
-of that dtype, size and place.
+device. An array of a layer outside the scan, or of a scan so short that XLA writes it out, has no
+loop to be found in: the program must hold one of that dtype, size and place.
 """
 
 from collections import Counter
@@ -21,6 +21,7 @@ from helios_jax.memory.hlo import HloArray
 from helios_jax.memory.traced import SavedArray, saved
 
 UNNAMED_BYTES = 64 * 2**10  # what may be saved without a name
+WRITTEN_OUT = 2  # layers of a scan of which XLA may make no loop
 
 
 def verified(
@@ -70,11 +71,12 @@ def check_compiled(arrays: list[SavedArray], program: str, *, host: bool) -> Non
     """Refuses an array that the program lacks where it should be, or has where it should not."""
     anywhere = Counter({array.size: 1 for array in hlo.arrays(program)})
     carried = hlo.loops(program)
-    wanted = Counter(_expected(array, host).size for array in arrays if array.layers > 1)
+    looped = [array for array in arrays if array.layers > WRITTEN_OUT]
+    wanted = Counter(_expected(array, host).size for array in looped)
     for array in arrays:
         expected = _expected(array, host)
         number, found = 1, anywhere
-        if array.layers > 1:  # XLA has no loop for one
+        if array.layers > WRITTEN_OUT:
             number = wanted[expected.size]
             found = _most([Counter(_sizes(loop)) for loop in carried])
         elsewhere = expected.size._replace(host=not expected.host)

@@ -237,6 +237,10 @@ def keep(scheme: Scheme, linear: Linearized, leaves: list[Any], *, scanned: bool
         stored: Any = value
         if action.form and jnp.issubdtype(value.dtype, jnp.floating):
             stored = quantize.store(value, action.form)
+            if not scanned:
+                # A scan writes it to memory. Else XLA keeps the value, and quantises it where the
+                # backward pass reads it.
+                stored = jax.lax.optimization_barrier(stored)
         if leaf.name and not leaf.manual:
             stored = jax.tree.map(partial(_place, leaf.name), stored)
         stored = jax.tree.map(lambda a, mark=mark: checkpoint_name(a, mark), stored)

@@ -283,6 +283,15 @@ def test_a_program_with_an_array_out_of_place_is_refused(text, message, q_on_hos
         evidence.check_compiled(q_on_host, text, host=True)
 
 
+def test_a_scan_of_two_layers_may_have_been_written_out():
+    memory = config.Memory('full', actions=config.Actions(q='fp8+offload'))
+    arrays = saved(dataclasses.replace(DENSE, num_layers=2), memory)
+    text = ' '.join((FAR, *OTHER)).replace('[6,', '[2,')
+    evidence.check_compiled(arrays, program([], entry=text), host=True)
+    with pytest.raises(UserError, match=r"'q'.*on the host.* has 0 there, only on the other side"):
+        evidence.check_compiled(arrays, program([], entry=text.replace('S(5)', '')), host=True)
+
+
 def test_as_many_arrays_are_wanted_as_there_are():
     """Gate and up are two of one size: one of them in the program is not both."""
     memory = config.Memory('full', actions=config.Actions(gate_up='device'))
@@ -335,6 +344,34 @@ EVERYTHING = config.Actions(
 )  # fmt: skip
 
 
+def compiled_for_tpu(model, memory, shape):
+    """The gradient, traced and compiled for four chips."""
+    pytest.importorskip('libtpu', reason="needs libtpu: pip install 'helios_jax[tpu]'")
+    mesh = meshes.make(config.Mesh(**shape), meshes.topology_devices('v5e:2x2'))
+    boxed = abstract_variables(Transformer(model))
+    shapes = nn.unbox(boxed)
+    places = sharding.tree_shardings(mesh, sharding.logical_axes(boxed), shapes)
+    place = lambda leaf, where: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where)
+    tokens = place(
+        jax.ShapeDtypeStruct((4, 256), jnp.int32), sharding.sharding(mesh, ('batch', 'length'))
+    )
+    params = jax.tree.map(place, shapes, places)['params']
+    with jax.sharding.use_abstract_mesh(mesh.abstract_mesh), jax.numpy_rank_promotion('allow'):
+        step = jax.jit(jax.grad(loss_of(model, memory, 'tpu'))).trace(params, {}, tokens)
+    return step, step.lower().compile()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('preset', ['fp8', 'fp8_offload'])
+def test_actions_take_effect_on_a_tpu_where_no_loop_is(preset):
+    """In a layer before the scan, and in a scan of two layers, which XLA may write out."""
+    memory = config.Memory(preset)
+    model = dataclasses.replace(TPU, prefix='dense')
+    step, compiled = compiled_for_tpu(model, memory, {'fsdp': 4})
+    arrays = evidence.verified(memory, step, compiled, num_devices=4, host=True)
+    assert {a.layers for a in arrays if a.name == 'block_input'} == {0, 2}
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     'memory',
@@ -356,21 +393,9 @@ EVERYTHING = config.Actions(
 )
 def test_actions_take_effect_on_a_tpu(memory, shape):
     """By the compiled program for four chips; no TPU is needed."""
-    pytest.importorskip('libtpu', reason="needs libtpu: pip install 'helios_jax[tpu]'")
-    mesh = meshes.make(config.Mesh(**shape), meshes.topology_devices('v5e:2x2'))
     model = dataclasses.replace(TPU, num_kv_heads=2, num_heads=4) if 'tensor' in shape else TPU
-    boxed = abstract_variables(Transformer(model))
-    shapes = nn.unbox(boxed)
-    places = sharding.tree_shardings(mesh, sharding.logical_axes(boxed), shapes)
-    place = lambda leaf, where: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where)
-    tokens = place(
-        jax.ShapeDtypeStruct((4, 256), jnp.int32), sharding.sharding(mesh, ('batch', 'length'))
-    )
-    params = jax.tree.map(place, shapes, places)['params']
-    with jax.sharding.use_abstract_mesh(mesh.abstract_mesh), jax.numpy_rank_promotion('allow'):
-        step = jax.jit(jax.grad(loss_of(model, memory, 'tpu'))).trace(params, {}, tokens)
-    compiled = step.lower().compile()
-    arrays = evidence.verified(memory, step, compiled, num_devices=mesh.size, host=True)
+    step, compiled = compiled_for_tpu(model, memory, shape)
+    arrays = evidence.verified(memory, step, compiled, num_devices=4, host=True)
     # Each scanned array that was moved is there with its own dimensions, so that a copy of it on
     # the device would be seen.
     moved = [a for a in arrays if a.host and a.layers]

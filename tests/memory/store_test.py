@@ -170,6 +170,17 @@ def test_integers_and_what_has_no_name_stay_as_they_are():
     }
 
 
+def test_a_layer_outside_a_scan_quantises_where_it_stores():
+    """XLA may else keep the value, and quantise it where the backward pass reads it."""
+    table = NONE | {'block_input': 'fp8'}
+    run = lambda p, x: store.apply(
+        lambda p, x: jnp.sin(x @ p).sum(), table=table, params=p, x=x, input_name='block_input'
+    )
+    text = jax.jit(jax.grad(run)).lower(jnp.ones((D, F)), jnp.ones((B, D))).as_text()
+    held = [line for line in text.splitlines() if 'optimization_barrier' in line]
+    assert len(held) == 1 and f'tensor<{B}x{D}xui8>, tensor<{B}xi8>' in held[0], held
+
+
 def test_two_functions_take_turns(arguments):
     """A period of two layers: each recomputed on its own."""
     params, x, scales, ids = arguments

@@ -106,7 +106,11 @@ HEAD = (
 
 def ages() -> Iterator[str]:
     """Yields the day on which each figure of the predictions was last true, and versions now."""
-    now = ', '.join(f'{name} {importlib.metadata.version(name)}' for name in ('jax', 'libtpu'))
+    now = ', '.join(
+        f'{package.name} {package.version}'
+        for name in ('jax', 'libtpu')
+        for package in importlib.metadata.distributions(name=name)
+    )
     yield f'Figures that were read off, and the day on which each was last true; now {now}:'
     yield from measured.ages()
 
