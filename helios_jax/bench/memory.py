@@ -56,7 +56,7 @@ def measure_policy(values: dict[str, Any], directory: str) -> dict[str, Any]:
         compiled = traced.lower().compile(options)
         seconds = time.perf_counter() - begin
         host = platforms.has_host_memory()
-        saved = evidence.verified(cfg.memory, traced, compiled, num_devices=mesh.size, host=host)
+        saved = evidence.verified(cfg.memory, traced, compiled, host=host)
         row = {'device': jax.devices()[0].device_kind, 'jax': jax.__version__}
         row |= bytes_of(compiled, evidence.rows(saved, host=host)) | {'compile_seconds': seconds}
         try:

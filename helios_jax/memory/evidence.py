@@ -29,19 +29,17 @@ def verified(
     traced: jax.stages.Traced,
     compiled: jax.stages.Compiled,
     *,
-    num_devices: int,
     host: bool,
 ) -> list[SavedArray]:
     """The arrays that a step saves for its backward pass, found in the compiled program.
 
     Args:
-      num_devices: of the mesh.
       host: True if the platform has a host memory space.
     Raises:
       UserError: an action that did not take effect, or an array saved that nobody named, with the
         tensor and the reason.
     """
-    arrays = saved(traced.jaxpr, num_devices)
+    arrays = saved(traced.jaxpr)
     if memory.policy != 'none':
         check_traced(memory, arrays)
         check_compiled(arrays, hlo.text(compiled), host=host)

@@ -92,20 +92,22 @@ def source(variable: Any, jaxpr: Any) -> Any:
     return variable
 
 
-def origin(variable: Any, jaxpr: Any) -> tuple[str, bool]:
-    """Returns the name of a variable of `jaxpr`, or '', and whether it is inside a shard_map."""
+def origin(variable: Any, jaxpr: Any) -> tuple[str, tuple[int, ...] | None]:
+    """Returns the name of a variable of `jaxpr`, or '', and its shape in a shard_map, if any."""
     equation, place = made_by(jaxpr).get(id(variable), (None, 0))
     if equation is None:
-        return '', False
+        return '', None
     if name := given_name(equation):
-        return name, False
+        return name, None
     if primitive(equation) in KERNELS:
-        return KERNELS[primitive(equation)][place], False
+        return KERNELS[primitive(equation)][place], None
     if primitive(equation) in TRANSPARENT:
         return origin(equation.invars[0], jaxpr)
     for inner in inner_jaxprs(equation):
         if len(inner.outvars) == len(equation.outvars):
-            name, manual = origin(source(inner.outvars[place], inner), inner)
+            name, local = origin(source(inner.outvars[place], inner), inner)
+            if name and primitive(equation) == SHARD_MAP:
+                return name, tuple(inner.outvars[place].aval.shape)
             if name:
-                return name, manual or primitive(equation) == SHARD_MAP
-    return '', False
+                return name, local
+    return '', None

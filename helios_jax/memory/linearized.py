@@ -25,7 +25,7 @@ class Leaf(NamedTuple):
     argument: int  # which of the flat arguments other than x, −1 if it is none
     constant: int  # which of the jaxpr's constants, −1 if it is none
     name: str  # of the tensor, '' if it has none
-    manual: bool  # made inside a shard_map: its first axis is all devices', one after another
+    local: tuple[int, ...] | None  # its shape on one device, where a shard_map made it
 
 
 @jax.tree_util.register_static
@@ -118,9 +118,9 @@ def _leaves(
     places = [first + i for i, is_used in enumerate(used) if is_used]
     for i, place in enumerate(places):
         variable = jaxprs.source(jaxpr.outvars[place], jaxpr)
-        name, manual = jaxprs.origin(variable, jaxpr)
+        name, local = jaxprs.origin(variable, jaxpr)
         argument = arguments.get(id(variable), -1)
         if argument == place_of_x:
             argument, name = -1, input_name
         twin = seen.setdefault(id(variable), i)
-        yield Leaf(place, twin, argument, constants.get(id(variable), -1), name, manual)
+        yield Leaf(place, twin, argument, constants.get(id(variable), -1), name, local)

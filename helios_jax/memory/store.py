@@ -34,19 +34,21 @@ class Mark(NamedTuple):
 
     tensor: str
     action: str
-    manual: bool  # its first axis is all devices', one after another
+    local: tuple[int, ...] | None  # its shape on one device, where a shard_map made it
     scanned: bool  # a scan stacks it over the layers
 
     def text(self) -> str:
-        return f'stored/{self.tensor}/{self.action}/{self.manual:d}{self.scanned:d}'
+        local = '-' if self.local is None else 'x'.join(map(str, self.local))
+        return f'stored/{self.tensor}/{self.action}/{local}/{self.scanned:d}'
 
     @classmethod
     def read(cls, text: str) -> 'Mark | None':
         """The mark with this text; None if the text is another name."""
         if not text.startswith('stored/'):
             return None
-        _, tensor, action, flags = text.split('/')
-        return cls(tensor, action, manual=flags[0] == '1', scanned=flags[1] == '1')
+        _, tensor, action, local, scanned = text.split('/')
+        sizes = None if local == '-' else tuple(int(size) for size in local.split('x') if size)
+        return cls(tensor, action, sizes, scanned == '1')
 
 
 class Kept(NamedTuple):
@@ -232,7 +234,7 @@ def keep(scheme: Scheme, linear: Linearized, leaves: list[Any], *, scanned: bool
             continue
         action = scheme.action(leaf)
         action_name = scheme.table.get(leaf.name, KEPT)
-        mark = Mark(leaf.name, action_name, leaf.manual, scanned).text()
+        mark = Mark(leaf.name, action_name, leaf.local, scanned).text()
         # A kernel may have quantised it already, and integers are no numbers to be rounded.
         stored: Any = value
         if action.form and jnp.issubdtype(value.dtype, jnp.floating):
@@ -241,7 +243,7 @@ def keep(scheme: Scheme, linear: Linearized, leaves: list[Any], *, scanned: bool
                 # A scan writes it to memory. Else XLA keeps the value, and quantises it where the
                 # backward pass reads it.
                 stored = jax.lax.optimization_barrier(stored)
-        if leaf.name and not leaf.manual:
+        if leaf.name and leaf.local is None:
             stored = jax.tree.map(partial(_place, leaf.name), stored)
         stored = jax.tree.map(lambda a, mark=mark: checkpoint_name(a, mark), stored)
         if action.host and scheme.host:

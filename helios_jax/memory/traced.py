@@ -36,33 +36,29 @@ class SavedArray(NamedTuple):
         return policy.parse(self.action).host
 
 
-def saved(jaxpr: jex.ClosedJaxpr, num_devices: int) -> list[SavedArray]:
-    """The stored arrays of a traced step, in order.
-
-    Args:
-      num_devices: of the mesh.
-    """
-    return list(_walk(jaxpr.jaxpr, num_devices, 0))
+def saved(jaxpr: jex.ClosedJaxpr) -> list[SavedArray]:
+    """The stored arrays of a traced step, in order."""
+    return list(_walk(jaxpr.jaxpr, 0))
 
 
-def _walk(jaxpr: Any, num_devices: int, layers: int) -> Iterator[SavedArray]:
+def _walk(jaxpr: Any, layers: int) -> Iterator[SavedArray]:
     makers = jaxprs.made_by(jaxpr)
     for equation in jaxpr.eqns:
         if mark := Mark.read(jaxprs.given_name(equation)):
             aval = equation.outvars[0].aval
             maker, _ = makers.get(id(equation.invars[0]), (None, 0))
-            local = _local(aval.shape, mark, maker, num_devices)
+            local = _local(aval.shape, mark, maker)
             stacked = layers if mark.scanned else 0
             yield SavedArray(mark.tensor, mark.action, str(aval.dtype), aval.shape, local, stacked)
         # The innermost scan is that over layers; one over microbatches, around it, stacks nothing.
         inner_layers = jaxprs.scan_length(equation) or layers
         for inner in jaxprs.inner_jaxprs(equation):
-            yield from _walk(inner, num_devices, inner_layers)
+            yield from _walk(inner, inner_layers)
 
 
-def _local(shape: tuple[int, ...], mark: Mark, maker: Any, num_devices: int) -> tuple[int, ...]:
+def _local(shape: tuple[int, ...], mark: Mark, maker: Any) -> tuple[int, ...]:
     """Shape on one device, by the sharding constraint that made the array."""
-    if mark.manual:
-        return (shape[0] // num_devices, *shape[1:])
+    if mark.local is not None:
+        return mark.local[: len(shape)]  # exponents lack the last axis
     sharding = jaxprs.constraint(maker) if maker is not None else None
     return tuple(sharding.shard_shape(shape)) if sharding is not None else shape

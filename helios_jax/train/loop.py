@@ -141,12 +141,10 @@ def verified_step(run: Run, state: states.TrainState, batch: pipeline.Batch) -> 
     Raises:
       UserError: an action of memory.actions that did not take effect.
     """
-    host, num_devices = platforms.has_host_memory(), run.setup.mesh.size
+    host = platforms.has_host_memory()
     with display.phase('Compiling the training step'):
         made = compile_step(run.setup, state, batch)
-        saved = evidence.verified(
-            run.config.memory, made.traced, made.compiled, num_devices=num_devices, host=host
-        )
+        saved = evidence.verified(run.config.memory, made.traced, made.compiled, host=host)
     if jax.process_index() == 0 and saved:
         log.info(evidence.line(saved, host=host))
     return made.run

@@ -191,7 +191,7 @@ def test_fusion_moves_the_loss_of_one_run_by_its_last_bit(model, dtype, devices)
 def saved(model, memory, platform=''):
     args = jax.eval_shape(lambda: arguments(model))
     jaxpr = jax.jit(jax.grad(loss_of(model, memory, platform))).trace(*args).jaxpr
-    return traced.saved(jaxpr, 1)
+    return traced.saved(jaxpr)
 
 
 def test_every_setting_has_a_tensor():
@@ -320,7 +320,7 @@ def test_what_a_prefix_saves_is_not_stacked_by_a_scan_around_it(microbatches):
         add = lambda total, t: (jax.tree.map(jnp.add, total, run(params, router, t)), None)
         return jax.lax.scan(add, params, jnp.stack([tokens] * microbatches))[0]
 
-    arrays = traced.saved(jax.jit(mean).trace(*args).jaxpr, 1)
+    arrays = traced.saved(jax.jit(mean).trace(*args).jaxpr)
     found = sorted(a.layers for a in arrays if a.name == 'block_input')
     assert found == [0, MOE.num_layers - 1]
 
@@ -368,7 +368,7 @@ def test_actions_take_effect_on_a_tpu_where_no_loop_is(preset):
     memory = config.Memory(preset)
     model = dataclasses.replace(TPU, prefix='dense')
     step, compiled = compiled_for_tpu(model, memory, {'fsdp': 4})
-    arrays = evidence.verified(memory, step, compiled, num_devices=4, host=True)
+    arrays = evidence.verified(memory, step, compiled, host=True)
     assert {a.layers for a in arrays if a.name == 'block_input'} == {0, 2}
 
 
@@ -395,7 +395,7 @@ def test_actions_take_effect_on_a_tpu(memory, shape):
     """By the compiled program for four chips; no TPU is needed."""
     model = dataclasses.replace(TPU, num_kv_heads=2, num_heads=4) if 'tensor' in shape else TPU
     step, compiled = compiled_for_tpu(model, memory, shape)
-    arrays = evidence.verified(memory, step, compiled, num_devices=4, host=True)
+    arrays = evidence.verified(memory, step, compiled, host=True)
     # Each scanned array that was moved is there with its own dimensions, so that a copy of it on
     # the device would be seen.
     moved = [a for a in arrays if a.host and a.layers]

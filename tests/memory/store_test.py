@@ -118,7 +118,7 @@ def test_errors_do_not_compound_with_depth():
 
 
 def arrays(run, *args):
-    return traced.saved(jax.jit(jax.grad(loss_of(run), argnums=(0, 1))).trace(*args).jaxpr, 1)
+    return traced.saved(jax.jit(jax.grad(loss_of(run), argnums=(0, 1))).trace(*args).jaxpr)
 
 
 def test_what_is_stored_is_what_the_table_says_and_weights_are_not(arguments):
@@ -150,7 +150,7 @@ def test_what_backward_does_not_read_is_not_stored():
         input_name='block_input',
     )[0].sum()  # fmt: skip
     params, x = jnp.ones((L, D, D)), jnp.ones((B, D))
-    found = traced.saved(jax.jit(jax.grad(run)).trace(params, x).jaxpr, 1)
+    found = traced.saved(jax.jit(jax.grad(run)).trace(params, x).jaxpr)
     assert [a.name for a in found] == ['block_input']
 
 
@@ -162,7 +162,7 @@ def test_integers_and_what_has_no_name_stay_as_they_are():
 
     table = NONE | {'router_choices': 'device', 'block_input': 'int8'}
     run = lambda p, x: store.apply(route, table=table, params=p, x=x, input_name='block_input')
-    found = traced.saved(jax.jit(jax.grad(run)).trace(jnp.ones(D), jnp.ones((B, D))).jaxpr, 1)
+    found = traced.saved(jax.jit(jax.grad(run)).trace(jnp.ones(D), jnp.ones((B, D))).jaxpr)
     # The payload is int8, and so are the exponents.
     assert {(a.name, a.dtype) for a in found} == {
         ('router_choices', 'int32'),
@@ -197,7 +197,7 @@ def test_two_functions_take_turns(arguments):
     for got, expected in zip(run(even, odd, x), plain(*arguments), strict=True):
         np.testing.assert_allclose(got, expected, rtol=1e-6)
     gradient = jax.jit(jax.grad(lambda params: run((params, even[1]), odd, x)[0].sum()))
-    found = sorted((a.name, a.layers) for a in traced.saved(gradient.trace(even[0]).jaxpr, 1))
+    found = sorted((a.name, a.layers) for a in traced.saved(gradient.trace(even[0]).jaxpr))
     assert found == [('block_input', L // 2)] * 4 + [('gate_up', L // 2)] * 2
 
 

@@ -59,7 +59,7 @@ def stored_bytes(cfg: config.Config, num_devices: int, platform: str) -> Bytes:
             variables['params'], variables.get('router', {}), tokens
         )
     found: Bytes = collections.Counter()
-    for array in traced.saved(jaxpr, num_devices):
+    for array in traced.saved(jaxpr):
         found[array.name, 'host' if array.host else 'device'] += array.num_bytes
     return found
 

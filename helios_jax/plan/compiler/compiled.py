@@ -73,8 +73,7 @@ def compiled_figures(cfg: config.Config, name: str) -> dict[str, Any]:
     start = time.monotonic()
     compiled = traced.lower().compile(compiler_options_of(cfg, meshes.topology_devices(name)[0]))
     seconds = time.monotonic() - start
-    num_devices = topology(name).num_devices
-    saved = evidence.verified(cfg.memory, traced, compiled, num_devices=num_devices, host=True)
+    saved = evidence.verified(cfg.memory, traced, compiled, host=True)
     memory: Any = compiled.memory_analysis()
     arguments = memory.argument_size_in_bytes
     # XLA's peak counts arguments that lie on the host, though not what is offloaded there.
