@@ -22,10 +22,8 @@ from helios_jax.bench.tpu import schedule
 from helios_jax.bench.tpu.schedule import Schedule
 from helios_jax.chips import Chip
 from helios_jax.parallel import mesh as meshes
+from helios_jax.plan.compiler.program import INSTRUCTION, hbm_bytes, loop, split
 
-INSTRUCTION = re.compile(r'  (?:ROOT )?%([\w.\-]+) = (.*?) ([a-z][\w\-]*)\((.*)', re.DOTALL)
-COMPUTATION = re.compile(r'^(ENTRY )?%([\w.\-]+) \(.*\{$')
-SHAPE = re.compile(r'(\w+?)(\d+)?\[([\d,]*)\](?:\{([\d,]*)(:[^}]*)?\})?')
 FREE = ('parameter', 'constant', 'bitcast', 'tuple', 'get-tuple-element', 'while')
 
 
@@ -139,22 +137,6 @@ def read(hlo: str, schedules: dict[str, Schedule], chip: Chip) -> list[Operation
     return visit(entry, 1.0)
 
 
-def split(hlo: str) -> tuple[str, dict[str, list[str]]]:
-    """Finds the name of the entry computation, and each computation's instructions."""
-    entry, current = '', ''
-    computations: dict[str, list[str]] = {}
-    for line in hlo.splitlines():
-        if match := COMPUTATION.match(line):
-            current = match[2]
-            entry = current if match[1] else entry
-            computations[current] = []
-        elif INSTRUCTION.match(line):
-            computations[current].append(line)
-        elif current and line != '}' and computations[current]:
-            computations[current][-1] += line  # a kernel's metadata spans lines
-    return entry, computations
-
-
 def likeness(text: str) -> tuple[str, ...]:
     """Returns what an instruction shares with those that are compiled to the same code."""
     match = INSTRUCTION.match(text)
@@ -173,33 +155,3 @@ def turned(operation: Schedule, text: str) -> int:
     if grid is operation.code:
         return grid.total
     return operation.code.total + (turns - 1) * grid.total
-
-
-def loop(text: str, computations: dict[str, list[str]]) -> tuple[str, int]:
-    """Finds the body of a while instruction, and how often it turns."""
-    body, condition = (
-        re.search(rf'{role}=%([\w.\-]+)', text)[1]  # type: ignore[index]
-        for role in ('body', 'condition')
-    )
-    known = re.search(r'"known_trip_count":\{"n":"(\d+)"', text)
-    if known:
-        return body, int(known[1])
-    bounds = re.findall(r' constant\((\d+)\)', '\n'.join(computations[condition]))
-    return body, max(map(int, bounds), default=1)
-
-
-def hbm_bytes(shape: str) -> float:
-    """Adds up the bytes of a shape's arrays, or a tuple's, that are in HBM; tiles are padded."""
-    total = 0.0
-    for kind, bits, dims, layout, rest in SHAPE.findall(shape):
-        if 'S(' in rest:
-            continue
-        sizes = [int(dim) for dim in dims.split(',') if dim]
-        tile = re.search(r':T\((\d+),(\d+)\)', rest)
-        if tile and len(sizes) > 1:
-            minor, second = (int(index) for index in layout.split(',')[:2])
-            sizes[minor] = -(-sizes[minor] // int(tile[2])) * int(tile[2])
-            sizes[second] = -(-sizes[second] // int(tile[1])) * int(tile[1])
-        width = 8 if kind == 'pred' else int(bits)
-        total += math.prod(sizes) * width / 8
-    return total

@@ -15,9 +15,10 @@ from helios_jax import config
 from helios_jax.chips import GIB, topology
 from helios_jax.data.pipeline import Batch
 from helios_jax.errors import require
-from helios_jax.memory import evidence
+from helios_jax.memory import evidence, hlo
 from helios_jax.parallel import mesh as meshes
 from helios_jax.parallel import sharding
+from helios_jax.plan.compiler import step
 from helios_jax.plan.planning import Plan
 from helios_jax.train import state as states
 from helios_jax.train.step import compiler_options_of, make_train_step
@@ -36,9 +37,9 @@ def trace(cfg: config.Config, name: str) -> jax.stages.Traced:
     )
     mesh = meshes.make(cfg.mesh, meshes.topology_devices(name))
     setup = states.create(cfg.resolve(cfg.model.vocab_size), mesh, platform='tpu')
-    step = jax.jit(make_train_step(setup), donate_argnums=0)
+    run = jax.jit(make_train_step(setup), donate_argnums=0)
     with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
-        return step.trace(setup.state, abstract_batch(cfg, mesh))
+        return run.trace(setup.state, abstract_batch(cfg, mesh))
 
 
 def abstract_batch(
@@ -64,7 +65,7 @@ def compiled_figures(cfg: config.Config, name: str) -> dict[str, Any]:
     `peak_gib` is what has to fit: arguments and what is alive beside them at the worst moment, that
     is `live_temp_gib`. `temp_gib` is more than that: a program whose arguments and temp together
     exceed the device's memory compiles all the same, if its peak does not. `saved` has a row for
-    each tensor that is saved for the backward pass.
+    each tensor that is saved for the backward pass. What the step does is `step.figures`.
 
     Raises:
       UserError: as `trace`; an action of memory.actions that did not take effect.
@@ -95,7 +96,7 @@ def compiled_figures(cfg: config.Config, name: str) -> dict[str, Any]:
         'compile_seconds': seconds,
         'jax': jax.__version__,
         'saved': evidence.rows(saved, host=True),
-    }
+    } | step.figures(hlo.text(compiled))
 
 
 def predicted(made: Plan) -> dict[str, float]:
@@ -118,7 +119,7 @@ def comparison(made: Plan, measured: dict[str, Any]) -> str:
         error = f'{100 * (value / true - 1):+7.1f}%' if true > 1e-3 else ''
         lines.append(f'{name.removesuffix("_gib"):24} {value:10.3f} {true:10.3f} {error:>8}')
     lines.append(f'compiled in {measured["compile_seconds"]:.0f} s by jax {measured["jax"]}')
-    return '\n'.join(lines)
+    return '\n'.join([*lines, '', step.text(measured)])
 
 
 def explanation(measured: dict[str, Any]) -> str:

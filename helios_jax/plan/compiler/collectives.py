@@ -1,0 +1,105 @@
+"""Finds the collectives of a compiled step, and tells which of them the step waits for.
+
+libtpu has four ways to run one beside other work: a pair of `…-start` and `…-done`; a call on the
+SparseCore (`call-start`, `call-done`); inside a matmul's fusion, whose computation it names
+`async_collective_fusion`; and a custom call `AsyncCollectiveStart` or `…Done`, which begins or ends
+one of those. Whatever else holds a collective, the step waits for.
+"""
+
+import re
+from collections.abc import Iterator
+from typing import NamedTuple
+
+from helios_jax.plan.compiler.program import (
+    INSTRUCTION,
+    SHAPE,
+    Instruction,
+    hbm_bytes,
+    instructions,
+    split,
+)
+
+KINDS = ('all-gather', 'all-reduce', 'reduce-scatter', 'all-to-all', 'collective-permute')
+SCATTERED = 'calls=%all-reduce-scatter'  # a fusion that sends no more than a reduce-scatter
+BESIDE = ('async_collective_fusion', 'AsyncCollectiveStart', 'AsyncCollectiveDone')
+
+
+class Collective(NamedTuple):
+    """A collective of a compiled step."""
+
+    kind: str  # one of KINDS
+    num_bytes: float  # of the larger of its operands and its results, on one device
+    times: float  # number of runs in a step
+    looped: bool  # within a loop, such as that over layers
+    beside: bool  # other work goes on meanwhile
+    source: str  # name of the operation in the model that it was made for
+
+
+def collectives(hlo: str) -> list[Collective]:
+    """Lists the collectives of an optimised module, in the order in which they start."""
+    entry, computations = split(hlo)
+    found: dict[str, Collective] = {}
+    for instruction in instructions(entry, computations):
+        beside = instruction.opcode.endswith('-start') or _is_beside(instruction, computations)
+        for key, one in _inside(instruction, computations, beside):
+            before = found.setdefault(key, one)
+            found[key] = before._replace(beside=before.beside or one.beside)
+    return list(found.values())
+
+
+def _inside(
+    instruction: Instruction, computations: dict[str, list[str]], beside: bool
+) -> Iterator[tuple[str, Collective]]:
+    """Yields the collectives that an instruction is, or calls, each with what identifies it."""
+    kind = instruction.opcode.removesuffix('-start')
+    if kind in KINDS:
+        channel = re.search(r'channel_id=(\d+)', instruction.text)
+        yield channel[1] if channel else instruction.name, Collective(
+            kind, _size(instruction), instruction.times, instruction.looped, beside,
+            instruction.source,
+        )  # fmt: skip
+    for text in _called(instruction, computations):
+        if match := INSTRUCTION.match(text):
+            name, shape, opcode, rest = match.groups()
+            inner = instruction._replace(name=name, shape=shape, opcode=opcode, text=rest)
+            for key, one in _inside(inner, computations, beside):
+                fused = one.kind == 'all-reduce' and SCATTERED in instruction.text
+                yield key, one._replace(kind='reduce-scatter') if fused else one
+
+
+def _called(instruction: Instruction, computations: dict[str, list[str]]) -> list[str]:
+    names = re.findall(r'(?:calls|called_computation|to_apply)=%([\w.\-]+)', instruction.text)
+    return [text for name in names for text in computations.get(name, ())]
+
+
+def _is_beside(instruction: Instruction, computations: dict[str, list[str]]) -> bool:
+    texts = (instruction.text, *_called(instruction, computations))
+    return any(word in text for text in texts for word in BESIDE)
+
+
+def _size(instruction: Instruction) -> float:
+    """Bytes of what is gathered, reduced, exchanged or sent, whole, on one device.
+
+    A reduce-scatter prints its piece: the group's size times that is what is reduced. A start
+    prints its operands beside its results.
+    """
+    shape = instruction.shape.replace('S(1)', '')  # VMEM
+    if instruction.opcode.endswith('-start'):
+        return max(hbm_bytes(match[0]) for match in SHAPE.finditer(shape))
+    scattered = group_size(instruction.text) if instruction.opcode == 'reduce-scatter' else 1
+    return scattered * hbm_bytes(shape)
+
+
+def group_size(text: str) -> int:
+    """Number of devices that take part in a collective together; 1 where the text has no groups."""
+    if found := re.search(r'replica_groups=mesh\[([^\]]*)\] \{([^}]*)\}', text):
+        sizes = dict(re.findall(r"'([\w.]+)'=(\d+)", found[1]))
+        size = 1
+        for axis in re.findall(r"'([\w.]+)'", found[2]):
+            size *= int(sizes[axis])
+        return size
+    if found := re.search(r'replica_groups=\[\d+,(\d+)\]', text):
+        return int(found[1])
+    if found := re.search(r'replica_groups=\{\{([\d,]*)\}', text):
+        return found[1].count(',') + 1
+    return 1

@@ -1,0 +1,106 @@
+"""Reads the text of an optimised program: what a TPU runs, in order, loop by loop."""
+
+import math
+import re
+from collections.abc import Iterator
+from typing import NamedTuple
+
+INSTRUCTION = re.compile(r'  (?:ROOT )?%([\w.\-]+) = (.*?) ([a-z][\w\-]*)\((.*)', re.DOTALL)
+COMPUTATION = re.compile(r'^(ENTRY )?%([\w.\-]+) \(.*\{$')
+SHAPE = re.compile(r'(\w+?)(\d+)?\[([\d,]*)\](?:\{([\d,]*)(:[^}]*)?\})?')
+WINDOWED = 'windowed_dot_general'  # loops of XLA's, whose turns do two steps each
+
+
+class Instruction(NamedTuple):
+    """An instruction that the program runs, not one inside a fusion."""
+
+    name: str
+    shape: str
+    opcode: str
+    text: str  # operands and attributes
+    times: float  # number of runs in one run of the program
+    looped: bool
+
+    @property
+    def kernel(self) -> bool:
+        """True if Pallas made it."""
+        return 'custom_call_target="tpu_custom_call"' in self.text
+
+    @property
+    def cycles(self) -> int:
+        """Cycles that the compiler expects of one run; 0 for a Pallas kernel, or a transfer."""
+        found = re.search(r'"estimated_cycles":"(\d+)"', self.text)
+        return int(found[1]) if found else 0
+
+    @property
+    def source(self) -> str:
+        """Name of the operation in the model that it was made of."""
+        found = re.search(r'op_name="([^"]*)"', self.text)
+        return found[1] if found else ''
+
+
+def instructions(entry: str, computations: dict[str, list[str]]) -> Iterator[Instruction]:
+    """Yields the instructions that a program runs, those of its loops included, in order.
+
+    Args:
+      entry, computations: the program, as `split` returns it.
+    """
+
+    def visit(computation: str, times: float, looped: bool) -> Iterator[Instruction]:
+        for text in computations[computation]:
+            match = INSTRUCTION.match(text)
+            assert match
+            name, shape, opcode, rest = match.groups()
+            if opcode == 'while':
+                body, turns = loop(rest, computations)
+                yield from visit(body, times * turns / (2 if WINDOWED in body else 1), True)
+            else:
+                yield Instruction(name, shape, opcode, rest, times, looped)
+
+    yield from visit(entry, 1.0, False)
+
+
+def split(hlo: str) -> tuple[str, dict[str, list[str]]]:
+    """Finds the name of the entry computation, and each computation's instructions."""
+    entry, current = '', ''
+    computations: dict[str, list[str]] = {}
+    for line in hlo.splitlines():
+        if match := COMPUTATION.match(line):
+            current = match[2]
+            entry = current if match[1] else entry
+            computations[current] = []
+        elif INSTRUCTION.match(line):
+            computations[current].append(line)
+        elif current and line != '}' and computations[current]:
+            computations[current][-1] += line  # a kernel's metadata spans lines
+    return entry, computations
+
+
+def loop(text: str, computations: dict[str, list[str]]) -> tuple[str, int]:
+    """Finds the body of a while instruction, and how often it turns."""
+    body, condition = (
+        re.search(rf'{role}=%([\w.\-]+)', text)[1]  # type: ignore[index]
+        for role in ('body', 'condition')
+    )
+    known = re.search(r'"known_trip_count":\{"n":"(\d+)"', text)
+    if known:
+        return body, int(known[1])
+    bounds = re.findall(r' constant\((\d+)\)', '\n'.join(computations[condition]))
+    return body, max(map(int, bounds), default=1)
+
+
+def hbm_bytes(shape: str) -> float:
+    """Adds up the bytes of a shape's arrays, or a tuple's, that are in HBM; tiles are padded."""
+    total = 0.0
+    for kind, bits, dims, layout, rest in SHAPE.findall(shape):
+        if 'S(' in rest:
+            continue
+        sizes = [int(dim) for dim in dims.split(',') if dim]
+        tile = re.search(r':T\((\d+),(\d+)\)', rest)
+        if tile and len(sizes) > 1:
+            minor, second = (int(index) for index in layout.split(',')[:2])
+            sizes[minor] = -(-sizes[minor] // int(tile[2])) * int(tile[2])
+            sizes[second] = -(-sizes[second] // int(tile[1])) * int(tile[1])
+        width = 8 if kind == 'pred' else int(bits)
+        total += math.prod(sizes) * width / 8
+    return total
