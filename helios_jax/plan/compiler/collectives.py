@@ -38,23 +38,24 @@ class Collective(NamedTuple):
 def collectives(hlo: str) -> list[Collective]:
     """Lists the collectives of an optimised module, in the order in which they start."""
     entry, computations = split(hlo)
-    found: dict[str, Collective] = {}
+    found: dict[tuple[str, str], Collective] = {}
     for instruction in instructions(entry, computations):
         beside = instruction.opcode.endswith('-start') or _is_beside(instruction, computations)
-        for key, one in _inside(instruction, computations, beside):
-            before = found.setdefault(key, one)
-            found[key] = before._replace(beside=before.beside or one.beside)
+        for channel, one in _inside(instruction, computations, beside):
+            # Of one that runs beside others its start, its end and each of these tell.
+            key = (one.kind, channel) if beside else ('', instruction.name)
+            found.setdefault(key, one)
     return list(found.values())
 
 
 def _inside(
     instruction: Instruction, computations: dict[str, list[str]], beside: bool
 ) -> Iterator[tuple[str, Collective]]:
-    """Yields the collectives that an instruction is, or calls, each with what identifies it."""
+    """Yields the collectives that an instruction is, or calls, each with its channel."""
     kind = instruction.opcode.removesuffix('-start')
     if kind in KINDS:
-        channel = re.search(r'channel_id=(\d+)', instruction.text)
-        yield channel[1] if channel else instruction.name, Collective(
+        numbered = re.search(r'channel_id=(\d+)', instruction.text)
+        yield numbered[1] if numbered else instruction.name, Collective(
             kind, _size(instruction), instruction.times, instruction.looped, beside,
             instruction.source,
         )  # fmt: skip
@@ -62,9 +63,9 @@ def _inside(
         if match := INSTRUCTION.match(text):
             name, shape, opcode, rest = match.groups()
             inner = instruction._replace(name=name, shape=shape, opcode=opcode, text=rest)
-            for key, one in _inside(inner, computations, beside):
+            for channel, one in _inside(inner, computations, beside):
                 fused = one.kind == 'all-reduce' and SCATTERED in instruction.text
-                yield key, one._replace(kind='reduce-scatter') if fused else one
+                yield channel, one._replace(kind='reduce-scatter') if fused else one
 
 
 def _called(instruction: Instruction, computations: dict[str, list[str]]) -> list[str]:

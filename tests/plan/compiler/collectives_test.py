@@ -12,7 +12,8 @@ from helios_jax.plan.compiler import step
 from helios_jax.plan.compiler.collectives import Collective, collectives, group_size
 
 GROUPS = "replica_groups=mesh['axis_0'=4,'axis_1'=2] {'axis_0'}"
-# Three turns of a loop, and what is around it; bodies that say nothing more are left out.
+# Three turns of a loop, and what is around it; bodies that say nothing more are left out. One
+# channel may serve two collectives.
 PROGRAM = f"""
 %async_collective_fusion.9 (p: bf16[8,6]) -> bf16[32,6] {{
   %p = bf16[8,6]{{1,0}} parameter(0)
@@ -27,7 +28,7 @@ PROGRAM = f"""
 
 %all-reduce-scatter.1 (p: f32[40,6]) -> f32[5,6] {{
   %p = f32[40,6]{{1,0}} parameter(0)
-  %all-reduce.4 = f32[40,6]{{1,0}} all-reduce(%p), channel_id=3, {GROUPS}, to_apply=%add
+  %all-reduce.4 = f32[40,6]{{1,0}} all-reduce(%p), channel_id=1, {GROUPS}, to_apply=%add
 }}
 
 %called (p: bf16[64,6]) -> bf16[16,6] {{
