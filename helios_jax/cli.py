@@ -75,11 +75,14 @@ def quiet_failed_saves() -> None:
     from absl import logging as absl_logging
 
     absl_logging.get_absl_logger().addFilter(is_news)
+    logging.getLogger('asyncio').addFilter(is_news)
     sys.unraisablehook = report_unless_late
 
 
 def is_news(record: logging.LogRecord) -> bool:
-    return not (record.exc_info and 'orbax' in record.pathname)
+    # asyncio reports a task that nobody awaits any more, and names its coroutine's file.
+    teller = record.getMessage() if record.name == 'asyncio' else record.pathname
+    return not (record.exc_info and 'orbax' in teller)
 
 
 def report_unless_late(unraisable: 'sys.UnraisableHookArgs') -> None:

@@ -1,10 +1,13 @@
 """The command line: what each command prints, and what ends it."""
 
+import asyncio
 import contextlib
 import dataclasses
 import errno
+import gc
 import importlib
 import json
+import logging
 import os
 import re
 import resource
@@ -246,6 +249,34 @@ def test_a_terminal_that_lacks_letters_gets_all_the_others():
     done = start(['explain', 'model.rope.base'], env={'PYTHONIOENCODING': 'ascii'})
     assert (done.returncode, done.stderr) == (0, '')
     assert done.stdout.startswith('model.rope.base = 10000.0\n    \\u03b8_i')
+
+
+def test_what_asyncio_tells_of_a_failed_save_is_no_news_and_all_else_is():
+    def task_that_nobody_awaits(path):
+        code = compile('async def write():\n    raise OSError(28, "no space")', path, 'exec')
+        names = {}
+        exec(code, names)
+
+        async def leave():
+            await asyncio.wait([asyncio.create_task(names['write']())])
+
+        asyncio.run(leave())
+        gc.collect()
+
+    told = []
+    handler = logging.Handler()
+    handler.emit = lambda record: told.append(record.getMessage())
+    logger = logging.getLogger('asyncio')
+    logger.addHandler(handler)
+    logger.addFilter(cli.is_news)
+    try:
+        task_that_nobody_awaits('/x/orbax/checkpoint/serialization.py')
+        assert told == []
+        task_that_nobody_awaits('/x/mine.py')
+        assert 'never retrieved' in told[0]
+    finally:
+        logger.removeHandler(handler)
+        logger.removeFilter(cli.is_news)
 
 
 @pytest.mark.slow
