@@ -1,27 +1,28 @@
-"""Six of the cases that `helios plan --validate` compiles: minutes each on two cores."""
+"""Some of the cases that `helios plan --validate` compiles: minutes each on two cores."""
 
 import pytest
 
 from helios_jax.plan import measured
 from helios_jax.plan.compiler import validate
 
-SIX = [
+# Both kinds of layers, every policy, every topology, one in parts; .ci/release compiles all 30.
+SOME = [
     validate.StepCase('dense', 'full', 'v6e:2x2'),
-    validate.StepCase('dense', 'fp8', 'v5p:2x2x1'),
     validate.StepCase('dense', 'offload', 'v5e:2x2'),
     validate.StepCase('dense', 'fp8_offload', 'v5p:2x2x1', 4),
-    validate.StepCase('moe', 'full', 'v5p:2x2x1'),
     validate.StepCase('moe', 'fp8', 'v5e:2x2'),
 ]
 
 
 def test_the_cases_cover_layers_policies_and_topologies():
     assert len(set(validate.CASES)) == 30
-    assert set(SIX) < set(validate.CASES)
+    assert set(SOME) < set(validate.CASES)
+    for field in ('layers', 'policy', 'topology'):
+        assert {getattr(c, field) for c in SOME} == {getattr(c, field) for c in validate.CASES}
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize('case', SIX, ids=str)
+@pytest.mark.parametrize('case', SOME, ids=str)
 def test_the_closed_form_is_near_the_compiler(case):
     pytest.importorskip('libtpu')
     row = validate.errors(case)
