@@ -1,5 +1,8 @@
 """The table of compiler options, a user's changes to it, and what this compiler does not know."""
 
+import re
+from pathlib import Path
+
 import jax
 import jax.numpy as jnp
 import pytest
@@ -75,17 +78,22 @@ def test_a_value_that_the_compiler_cannot_read_is_one_line():
         )
 
 
-# What the guide to TPU pods names.
-GUIDE = 'xla_jf_spmd_threshold_for_windowed_einsum_mib=1000000 xla_tpu_scoped_vmem_limit_kib='
+GUIDE = Path(__file__).parents[2] / 'docs' / 'guides' / 'tpu_pods.md'
+ROW = re.compile(r'^\| (\w+) \| `(xla_[^`]+)` \|$', re.MULTILINE)
+
+
+def test_the_guide_has_a_row_for_each_tpu():
+    tpus = [chip.name for chip in chips.CHIPS.values() if chip.platform == 'tpu']
+    assert sorted(dict(ROW.findall(GUIDE.read_text()))) == sorted(tpus)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ('name', 'vmem_kib'), [('v5e', 98304), ('v5p', 65536), ('v6e', 98304), ('tpu7x', 65536)]
+    ('name', 'wanted'), [pytest.param(*row, id=row[0]) for row in ROW.findall(GUIDE.read_text())]
 )
-def test_libtpu_knows_the_options_of_the_guide(name, vmem_kib, caplog):
+def test_libtpu_knows_the_options_of_the_guide(name, wanted, caplog):
     pytest.importorskip('libtpu', reason="needs libtpu: pip install 'helios_jax[tpu]'")
     device = meshes.topology_devices(chips.CHIPS[name].topology)[0]
-    found = options.resolve(device, options.STEP, wanted=f'{GUIDE}{vmem_kib}')
-    assert [f'{name}={value}' for name, value in found.items()] == f'{GUIDE}{vmem_kib}'.split()
+    found = options.resolve(device, options.STEP, wanted=wanted)
+    assert [f'{name}={value}'.lower() for name, value in found.items()] == wanted.split()
     assert 'left out' not in caplog.text
