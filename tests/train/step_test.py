@@ -74,7 +74,8 @@ def assert_placed(setup, state):
     assert all(jax.tree.leaves(places)), 'some of the state has moved elsewhere'
 
 
-@pytest.mark.parametrize('pattern', [pytest.param('dense', marks=pytest.mark.slow), 'moe'])
+@pytest.mark.slow
+@pytest.mark.parametrize('pattern', PATTERNS)
 def test_two_steps_change_every_parameter_by_more_than_meshes_may_differ(pattern):
     # Without this, agreement below could be the agreement of parameters that never moved.
     start, (_, (end, _)) = begun(pattern), on_one_device(pattern)
