@@ -3,7 +3,8 @@
 libtpu has four ways to run one beside other work: a pair of `…-start` and `…-done`; a call on the
 SparseCore (`call-start`, `call-done`); inside a matmul's fusion, whose computation it names
 `async_collective_fusion`; and a custom call `AsyncCollectiveStart` or `…Done`, which begins or ends
-one of those. Whatever else holds a collective, the step waits for.
+one of those. Whatever else holds a collective, the step waits for. Whether the work
+beside one takes as long as it does is not told here.
 """
 
 import re
@@ -31,7 +32,7 @@ class Collective(NamedTuple):
     num_bytes: float  # of the larger of its operands and its results, on one device
     times: float  # number of runs in a step
     looped: bool  # within a loop, such as that over layers
-    beside: bool  # other work goes on meanwhile
+    beside: bool  # asynchronous: other work may go on meanwhile
     source: str  # name of the operation in the model that it was made for
 
 

@@ -2,6 +2,7 @@
 
 Cycles are the compiler's own estimates (`estimated_cycles`), by which it chooses. They compare two
 programs for one chip; they are no times, and on v6e twice the schedule's for a plain matmul.
+`waited for` counts the collectives that are not asynchronous.
 """
 
 import re
