@@ -22,9 +22,15 @@ from helios_jax.bench.tpu import schedule
 from helios_jax.bench.tpu.schedule import Schedule
 from helios_jax.chips import Chip
 from helios_jax.parallel import mesh as meshes
-from helios_jax.plan.compiler.program import INSTRUCTION, hbm_bytes, loop, split
+from helios_jax.plan.compiler.program import (
+    INSTRUCTION,
+    Instruction,
+    hbm_bytes,
+    instructions,
+    split,
+)
 
-FREE = ('parameter', 'constant', 'bitcast', 'tuple', 'get-tuple-element', 'while')
+FREE = ('parameter', 'constant', 'bitcast', 'tuple', 'get-tuple-element')
 
 
 class Operation(NamedTuple):
@@ -102,49 +108,41 @@ def read(hlo: str, schedules: dict[str, Schedule], chip: Chip) -> list[Operation
     entry, computations = split(hlo)
     # libtpu schedules one of several operations that are alike.
     twins = {
-        likeness(text): schedules[match[1]]
+        likeness(*match.groups()[1:]): schedules[match[1]]
         for texts in computations.values()
         for text in texts
         if (match := INSTRUCTION.match(text)) and match[1] in schedules
     }
-
-    def visit(computation: str, times: float) -> list[Operation]:
-        found = []
-        matches = [m for text in computations[computation] if (m := INSTRUCTION.match(text))]
-        shapes = {match[1]: match[2] for match in matches}
-        for match in matches:
-            name, shape, opcode, rest = match.groups()
-            if opcode == 'while':
-                body, turns = loop(rest, computations)
-                found += visit(body, times * turns)
-            if opcode in FREE or opcode.endswith('-done'):
-                continue
-            operands = re.findall(r'%([\w.\-]+)', rest[: rest.index(')')])
-            moved = hbm_bytes(shape) + sum(hbm_bytes(shapes.get(o, '')) for o in operands)
-            kernel = 'custom_call_target="tpu_custom_call"' in rest
-            seconds = 0.0
-            if not kernel and not opcode.endswith('-start'):
-                code = schedules.get(name) or twins.get(likeness(match[0]))
-                cores = chip.num_cores if 'megacore_split_dim' in rest else 1
-                cycles = turned(code, rest) / cores if code else 0.0
-                seconds = max(cycles / chip.clock, moved / chip.hbm_bytes_per_second)
-            scoped = re.search(r'"used_scoped_memory_configs":\[([^\]]*)\]', rest)
-            sizes = re.findall(r'"size":"(\d+)"', scoped[1]) if scoped else []
-            vmem = sum(map(int, sizes))
-            found.append(Operation(name, opcode, kernel, times, seconds, moved, vmem))
-        return found
-
-    return visit(entry, 1.0)
+    return [
+        operation(instruction, schedules, twins, chip)
+        for instruction in instructions(entry, computations)
+        if instruction.opcode not in FREE and not instruction.opcode.endswith('-done')
+    ]
 
 
-def likeness(text: str) -> tuple[str, ...]:
+def operation(
+    instruction: Instruction, schedules: dict[str, Schedule], twins: dict[Any, Schedule], chip: Chip
+) -> Operation:
+    """Predicts what one run of an instruction takes, by its own schedule or a twin's."""
+    name, shape, opcode, text = instruction[:4]
+    moved = hbm_bytes(shape) + sum(map(hbm_bytes, instruction.operands))
+    seconds = 0.0
+    if not instruction.kernel and not opcode.endswith('-start'):
+        code = schedules.get(name) or twins.get(likeness(shape, opcode, text))
+        cores = chip.num_cores if 'megacore_split_dim' in text else 1
+        cycles = turned(code, text) / cores if code else 0.0
+        seconds = max(cycles / chip.clock, moved / chip.hbm_bytes_per_second)
+    scoped = re.search(r'"used_scoped_memory_configs":\[([^\]]*)\]', text)
+    vmem = sum(map(int, re.findall(r'"size":"(\d+)"', scoped[1]))) if scoped else 0
+    return Operation(name, opcode, instruction.kernel, instruction.times, seconds, moved, vmem)
+
+
+def likeness(shape: str, opcode: str, text: str) -> tuple[str, ...]:
     """Returns what an instruction shares with those that are compiled to the same code."""
-    match = INSTRUCTION.match(text)
-    assert match
     bounds = re.search(r'"iteration_bounds":\[[^\]]*\]', text)
     estimate = re.search(r'"estimated_cycles":"\d+"', text)
-    shape = match[2].replace('S(1)', '')
-    return match[3], shape, bounds[0] if bounds else '', estimate[0] if estimate else ''
+    in_memory = shape.replace('S(1)', '')
+    return opcode, in_memory, bounds[0] if bounds else '', estimate[0] if estimate else ''
 
 
 def turned(operation: Schedule, text: str) -> int:

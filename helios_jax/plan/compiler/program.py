@@ -7,12 +7,12 @@ from typing import NamedTuple
 
 INSTRUCTION = re.compile(r'  (?:ROOT )?%([\w.\-]+) = (.*?) ([a-z][\w\-]*)\((.*)', re.DOTALL)
 COMPUTATION = re.compile(r'^(ENTRY )?%([\w.\-]+) \(.*\{$')
-SHAPE = re.compile(r'(\w+?)(\d+)?\[([\d,]*)\](?:\{([\d,]*)(:[^}]*)?\})?')
+SHAPE = re.compile(r'(\w+)\[([\d,]*)\](?:\{([\d,]*)(:[^}]*)?\})?')
 WINDOWED = 'windowed_dot_general'  # loops of XLA's, whose turns do two steps each
 
 
 class Instruction(NamedTuple):
-    """An instruction that the program runs, not one inside a fusion."""
+    """An instruction, and how often the program runs it."""
 
     name: str
     shape: str
@@ -20,6 +20,7 @@ class Instruction(NamedTuple):
     text: str  # operands and attributes
     times: float  # number of runs in one run of the program
     looped: bool
+    operands: tuple[str, ...] = ()  # their shapes, of those that the same computation makes
 
     @property
     def kernel(self) -> bool:
@@ -47,15 +48,17 @@ def instructions(entry: str, computations: dict[str, list[str]]) -> Iterator[Ins
     """
 
     def visit(computation: str, times: float, looped: bool) -> Iterator[Instruction]:
-        for text in computations[computation]:
-            match = INSTRUCTION.match(text)
-            assert match
+        matches = [m for text in computations[computation] if (m := INSTRUCTION.match(text))]
+        shapes = {match[1]: match[2] for match in matches}
+        for match in matches:
             name, shape, opcode, rest = match.groups()
             if opcode == 'while':
                 body, turns = loop(rest, computations)
                 yield from visit(body, times * turns / (2 if WINDOWED in body else 1), True)
-            else:
-                yield Instruction(name, shape, opcode, rest, times, looped)
+                continue
+            named = re.findall(r'%([\w.\-]+)', rest.partition(')')[0])
+            operands = tuple(shapes[operand] for operand in named if operand in shapes)
+            yield Instruction(name, shape, opcode, rest, times, looped, operands)
 
     yield from visit(entry, 1.0, False)
 
@@ -78,10 +81,8 @@ def split(hlo: str) -> tuple[str, dict[str, list[str]]]:
 
 def loop(text: str, computations: dict[str, list[str]]) -> tuple[str, int]:
     """Finds the body of a while instruction, and how often it turns."""
-    body, condition = (
-        re.search(rf'{role}=%([\w.\-]+)', text)[1]  # type: ignore[index]
-        for role in ('body', 'condition')
-    )
+    names = dict(re.findall(r'\b(body|condition)=%([\w.\-]+)', text))
+    body, condition = names['body'], names['condition']
     known = re.search(r'"known_trip_count":\{"n":"(\d+)"', text)
     if known:
         return body, int(known[1])
@@ -92,7 +93,8 @@ def loop(text: str, computations: dict[str, list[str]]) -> tuple[str, int]:
 def hbm_bytes(shape: str) -> float:
     """Adds up the bytes of a shape's arrays, or a tuple's, that are in HBM; tiles are padded."""
     total = 0.0
-    for kind, bits, dims, layout, rest in SHAPE.findall(shape):
+    for dtype, dims, layout, rest in SHAPE.findall(shape):
+        bits = 8 if dtype == 'pred' else int((re.search(r'\d+', dtype) or '0')[0])  # 0 of a token
         if 'S(' in rest:
             continue
         sizes = [int(dim) for dim in dims.split(',') if dim]
@@ -101,6 +103,5 @@ def hbm_bytes(shape: str) -> float:
             minor, second = (int(index) for index in layout.split(',')[:2])
             sizes[minor] = -(-sizes[minor] // int(tile[2])) * int(tile[2])
             sizes[second] = -(-sizes[second] // int(tile[1])) * int(tile[1])
-        width = 8 if kind == 'pred' else int(bits)
-        total += math.prod(sizes) * width / 8
+        total += math.prod(sizes) * bits / 8
     return total

@@ -10,6 +10,7 @@ from helios_jax import config
 from helios_jax.parallel import mesh as meshes
 from helios_jax.plan.compiler import step
 from helios_jax.plan.compiler.collectives import Collective, collectives, group_size
+from helios_jax.plan.compiler.program import hbm_bytes
 
 GROUPS = "replica_groups=mesh['axis_0'=4,'axis_1'=2] {'axis_0'}"
 # Three turns of a loop, and what is around it; bodies that say nothing more are left out. One
@@ -81,6 +82,19 @@ def test_each_form_is_found_once_with_what_it_moves():
 )
 def test_a_groups_size_is_read_in_every_notation(text, size):
     assert group_size(text) == size
+
+
+@pytest.mark.parametrize(
+    ('shape', 'size'),
+    [
+        ('(bf16[3,5]{1,0}, token[], pred[7]{0})', 3 * 5 * 2 + 7),
+        ('f8e4m3fn[3,5]{1,0:T(8,128)(4,1)}', 8 * 128),
+        ('(f32[3]{0:S(1)}, s4[10]{0})', 5),
+        ('()', 0),
+    ],
+)
+def test_bytes_of_every_kind_of_shape(shape, size):
+    assert hbm_bytes(shape) == size
 
 
 def test_figures_add_up_cycles_kernels_and_collectives_by_turns():
