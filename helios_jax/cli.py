@@ -9,6 +9,7 @@ import logging
 import os
 import select
 import sys
+import warnings
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, NoReturn
 
@@ -77,6 +78,8 @@ def quiet_failed_saves() -> None:
     absl_logging.get_absl_logger().addFilter(is_news)
     logging.getLogger('asyncio').addFilter(is_news)
     sys.unraisablehook = report_unless_late
+    # Coroutines are Orbax's alone: once one array has failed, it awaits none of the others.
+    warnings.filterwarnings('ignore', "coroutine '.*' was never awaited", RuntimeWarning)
 
 
 def is_news(record: logging.LogRecord) -> bool:

@@ -279,6 +279,19 @@ def test_what_asyncio_tells_of_a_failed_save_is_no_news_and_all_else_is():
         logger.removeFilter(cli.is_news)
 
 
+def test_coroutines_that_a_failed_save_leaves_behind_are_no_news():
+    script = (
+        'from helios_jax import cli\n'
+        'cli.quiet_failed_saves()\n'
+        'async def write(): pass\n'
+        'write()\n'
+        'import warnings; warnings.warn("of another kind", RuntimeWarning)'
+    )
+    done = subprocess.run([sys.executable, '-c', script], capture_output=True, text=True)
+    assert 'never awaited' not in done.stderr and 'tracemalloc' not in done.stderr
+    assert 'of another kind' in done.stderr
+
+
 @pytest.mark.slow
 def test_a_save_that_fails_is_one_line(root, tmp_path):
     limit = 20_000  # bytes of a file: less than the arrays take, more than all else

@@ -37,6 +37,7 @@ def here(tmp_path, monkeypatch) -> str:
     return str(tmp_path / 'run')
 
 
+@pytest.mark.slow
 def test_trees_take_turns_and_the_second_start_finds_what_the_first_left(here, tmp_path, capsys):
     other = checkout(tmp_path / 'other', KEEP)
     start.compare_starts(here, [other], repeats=1, as_json=True)

@@ -107,6 +107,7 @@ def error(depth: int) -> float:
     return float(max(jnp.linalg.norm(g - e) / jnp.linalg.norm(e) for g, e in top))
 
 
+@pytest.mark.slow
 def test_errors_do_not_compound_with_depth():
     """Every layer's tensors are those of the exact forward pass, rounded once.
 
