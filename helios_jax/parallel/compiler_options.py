@@ -21,6 +21,9 @@ log = logging.getLogger(__name__)
 
 STEP, EVALUATION, PREFILL, DECODING = PROGRAMS = ('step', 'evaluation', 'prefill', 'decoding')
 TRANSFERS = 'transfers'  # a step that moves arrays to and from the host
+MODEL = (STEP, EVALUATION)  # a whole batch through the model, its weights sharded
+TPUS = ('v5e', 'v5p', 'v6e', 'tpu7x')
+ON_SPARSE_CORES = 'xla_tpu_enable_sparse_core_collective_offload'
 
 
 class Option(NamedTuple):
@@ -34,7 +37,48 @@ class Option(NamedTuple):
     effect: str  # measured, with the versions
 
 
+# Where `effect` names no program: helios_8b, residual, memory.policy=full, T 4096, 16 chips, 4 rows a
+# chip on v5p and tpu7x and 2 on v5e and v6e (jax 0.10.2, libtpu 0.0.42; docs/results).
 OPTIONS = (
+    Option(
+        'xla_jf_spmd_threshold_for_windowed_einsum_mib', 1_000_000, TPUS, MODEL,
+        'A product with gathered weights is one matmul, not a loop that adds up partial results in '
+        'bfloat16 in HBM.',
+        'cycles outside kernels: v5p 6,014 to 4,706 M, v6e 2,672 to 1,557 M',
+    ),
+    Option(
+        'xla_tpu_scoped_vmem_limit_kib', 96 * 1024, ('v5e', 'v6e'), MODEL,
+        'A fusion may hold more VMEM than 16 MiB, and so reads its operands less often.',
+        'cycles outside kernels: v6e 1,557 to 1,193 M; v5e, with the row above, 6,086 to 3,821 M',
+    ),
+    Option(
+        'xla_tpu_scoped_vmem_limit_kib', 64 * 1024, ('v5p', 'tpu7x'), MODEL,
+        'The same; these choose no better with more.',
+        'cycles outside kernels: v5p 4,706 to 3,699 M; tpu7x, with the first row, 1,160 M',
+    ),
+    *(
+        Option(
+            f'{ON_SPARSE_CORES}_{gather}', True, places, MODEL,
+            "The SparseCores gather the next layer's weights, as tpu7x's do by default.",
+            'GiB that v5p waits for in loops: 42.9 to 14.9; no cycle more',
+        )
+        for gather, places in (
+            ('all_gather', ('v5p', 'v6e')),
+            ('2d_all_gather', ('v5p', 'v6e')),
+            ('3d_all_gather', ('v5p',)),
+        )
+    ),
+    Option(
+        f'{ON_SPARSE_CORES}_nd_reduce_scatter', True, ('v5e', 'v5p', 'v6e'), (STEP,),
+        "A gradient's sum over all of a torus is a reduce-scatter, also on v5e's TensorCores, and "
+        'not a sum that each device gets whole.',
+        'v5e: GiB of sums halved',
+    ),
+    Option(
+        f'{ON_SPARSE_CORES}_reduce_scatter', True, ('v5p', 'v6e'), (STEP,),
+        "The SparseCores sum a layer's gradients beside the next layer's.",
+        'GiB waited for in loops, with the row above: v5p 14.9 to 0.004, v6e to 0.002',
+    ),
     Option(
         'xla_gpu_enable_command_buffer', '', ('gpu',), (TRANSFERS,),
         "A GPU would record a loop's kernels and copies as one graph, and run them one by one.",

@@ -1,8 +1,5 @@
 """The table of compiler options, a user's changes to it, and what this compiler does not know."""
 
-import re
-from pathlib import Path
-
 import jax
 import jax.numpy as jnp
 import pytest
@@ -29,6 +26,14 @@ def test_every_row_is_for_chips_that_there_are_and_says_why():
     for row in options.OPTIONS:
         assert set(row.places) <= places
         assert row.reason and row.effect
+
+
+def test_every_tpu_has_options_for_a_step_and_for_evaluation():
+    assert {chip.name for chip in chips.CHIPS.values() if chip.platform == 'tpu'} == {*options.TPUS}
+    for name in options.TPUS:
+        step, evaluation = (options.of_table(name, 'tpu', program) for program in options.MODEL)
+        assert evaluation.items() <= step.items()
+        assert options.of_table(name, 'tpu', options.PREFILL, options.DECODING) == {}
 
 
 def test_a_chip_that_the_table_lacks_has_its_platforms_options():
@@ -78,22 +83,12 @@ def test_a_value_that_the_compiler_cannot_read_is_one_line():
         )
 
 
-GUIDE = Path(__file__).parents[2] / 'docs' / 'guides' / 'tpu_pods.md'
-ROW = re.compile(r'^\| (\w+) \| `(xla_[^`]+)` \|$', re.MULTILINE)
-
-
-def test_the_guide_has_a_row_for_each_tpu():
-    tpus = [chip.name for chip in chips.CHIPS.values() if chip.platform == 'tpu']
-    assert sorted(dict(ROW.findall(GUIDE.read_text()))) == sorted(tpus)
-
-
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ('name', 'wanted'), [pytest.param(*row, id=row[0]) for row in ROW.findall(GUIDE.read_text())]
-)
-def test_libtpu_knows_the_options_of_the_guide(name, wanted, caplog):
+@pytest.mark.parametrize('name', options.TPUS)
+def test_libtpu_knows_every_option_of_the_table(name, caplog):
     pytest.importorskip('libtpu', reason="needs libtpu: pip install 'helios_jax[tpu]'")
     device = meshes.topology_devices(chips.CHIPS[name].topology)[0]
-    found = options.resolve(device, options.STEP, wanted=wanted)
-    assert [f'{name}={value}'.lower() for name, value in found.items()] == wanted.split()
+    for program in options.PROGRAMS:
+        found = options.resolve(device, program, transfers=True)
+        assert found == options.of_table(name, 'tpu', program, options.TRANSFERS)
     assert 'left out' not in caplog.text
