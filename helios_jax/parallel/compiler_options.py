@@ -37,8 +37,8 @@ class Option(NamedTuple):
     effect: str  # measured, with the versions
 
 
-# Where `effect` names no program: helios_8b, residual, memory.policy=full, T 4096, 16 chips, 4 rows a
-# chip on v5p and tpu7x and 2 on v5e and v6e (jax 0.10.2, libtpu 0.0.42; docs/results).
+# Where `effect` names no program: helios_8b, residual, memory.policy=full, T 4096, 16 chips, 4 rows
+# a chip on v5p and tpu7x, 2 on v5e and v6e (jax 0.10.2, libtpu 0.0.42).
 OPTIONS = (
     Option(
         'xla_jf_spmd_threshold_for_windowed_einsum_mib', 1_000_000, TPUS, MODEL,

@@ -6,13 +6,13 @@ import jax
 
 from helios_jax import chips, config
 from helios_jax.arch import tensors, weights
-from helios_jax.bench.tpu.timing import CHIPS
 from helios_jax.errors import UserError
 from helios_jax.kernels.attention import gpu
 from helios_jax.memory import policy
 from helios_jax.parallel import mesh as meshes
 from helios_jax.parallel import sharding
 from helios_jax.plan import measured, planning
+from helios_jax.plan.compiler.timing import CHIPS
 from helios_jax.plan.placement import place
 from helios_jax.train import dry_run, optimizer
 from helios_jax.train import state as states

@@ -1,6 +1,6 @@
 """A program by hand: the text of its three files, and the schedule they make."""
 
-from helios_jax.bench.tpu import schedule
+from helios_jax.plan.compiler import schedule
 
 UNITS = ['MXU', 'XLU', 'VALU', 'VPOP', 'EUP', 'VLOAD', 'VLOAD:FILL', 'VSTORE', 'VSTORE:SPILL',
          'SALU']  # fmt: skip

@@ -35,8 +35,8 @@ from helios_jax import options
 from helios_jax.bench.attention import tokamax
 from helios_jax.bench.attention.problem import PASSES, Problem
 from helios_jax.bench.attention.task import IMPLEMENTATIONS, NOTHING, OURS, Row, Task, run
-from helios_jax.bench.tpu.timing import CHIPS
 from helios_jax.errors import require
+from helios_jax.plan.compiler.timing import CHIPS
 
 # TFLOP/s of tokamax's forward pass with residuals, causal, bfloat16, H = 128, by its authors.
 MEASURED = {

@@ -17,8 +17,8 @@ from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_ke
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
 
 from helios_jax.bench.attention.problem import Candidate, Problem, frequencies
-from helios_jax.bench.tpu.timing import FLOAT, HALF, Visits, changes, tally
 from helios_jax.kernels.attention.rotation import rotate
+from helios_jax.plan.compiler.timing import FLOAT, HALF, Visits, changes, tally
 
 Options = dict[str, Any]
 LANES = 128  # copies of a number that a peer keeps per query: log-sum-exp, segment id, position

@@ -7,12 +7,12 @@ import numpy as np
 from jax import Array
 
 from helios_jax.bench.attention.problem import Candidate, Problem, frequencies
-from helios_jax.bench.tpu.timing import FLOAT, HALF, Visits, changes, tally
 from helios_jax.kernels.attention import Setting, Tokens, tpu
 from helios_jax.kernels.attention.tpu import blocks, work
 from helios_jax.kernels.attention.tpu.blocks import Shape
 from helios_jax.kernels.attention.tpu.tiles import MARKS
 from helios_jax.kernels.attention.tpu.work import Blocks
+from helios_jax.plan.compiler.timing import FLOAT, HALF, Visits, changes, tally
 
 Options = dict[str, Any]
 

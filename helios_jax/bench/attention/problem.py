@@ -18,8 +18,8 @@ from jax import Array
 from jax.experimental import pallas as pl
 from jaxtyping import Float, Int
 
-from helios_jax.bench.tpu.timing import Visits
 from helios_jax.errors import require
+from helios_jax.plan.compiler.timing import Visits
 
 PASSES = ('forward', 'backward')
 ROPE_BASE = 10_000.0

@@ -8,12 +8,13 @@ from typing import Any, NamedTuple
 import jax
 
 from helios_jax.bench import process
-from helios_jax.bench.attention import jax_splash, ours, problem, tokamax
+from helios_jax.bench.attention import alone, jax_splash, ours, problem, tokamax
 from helios_jax.bench.attention.problem import Candidate, Problem
-from helios_jax.bench.tpu import program, timing
-from helios_jax.bench.tpu.schedule import Schedule
 from helios_jax.chips import Chip
 from helios_jax.errors import UserError
+from helios_jax.plan.compiler import timing
+from helios_jax.plan.compiler.operations import Operation
+from helios_jax.plan.compiler.schedule import Schedule
 
 MIB = 2**20
 Row = dict[str, Any]
@@ -68,7 +69,7 @@ def compile_task(fields: dict[str, Any]) -> Row:
     function, arguments = problem.program(shape, candidate, task.which, alone=task.alone)
     row: Row = {**task._asdict()}
     try:
-        compiled = program.compile_here(
+        compiled = alone.compile_here(
             function, arguments, chip, scoped_vmem_mib=task.options.get('scoped_vmem_mib', 0)
         )
     except jax.errors.JaxRuntimeError as error:
@@ -101,7 +102,7 @@ def compile_task(fields: dict[str, Any]) -> Row:
 
 
 def kernel_row(
-    operation: program.Operation,
+    operation: Operation,
     schedules: dict[str, Schedule],
     candidate: Candidate,
     chip: Chip,

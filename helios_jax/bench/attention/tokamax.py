@@ -18,7 +18,7 @@ from helios_jax.bench.attention.jax_splash import (
     rotated_attention,
 )
 from helios_jax.bench.attention.problem import Candidate, Problem
-from helios_jax.bench.tpu.timing import FLOAT, HALF, Visits, changes, tally
+from helios_jax.plan.compiler.timing import FLOAT, HALF, Visits, changes, tally
 
 VERSION = (0, 0, 17)  # older ones have other options
 

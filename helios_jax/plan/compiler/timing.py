@@ -5,8 +5,8 @@ from typing import NamedTuple
 import numpy as np
 
 from helios_jax import chips
-from helios_jax.bench.tpu.schedule import Schedule
 from helios_jax.chips import Chip
+from helios_jax.plan.compiler.schedule import Schedule
 
 # Those whose schedules can be read.
 CHIPS = {name: chip for name, chip in chips.CHIPS.items() if chip.platform == 'tpu'}

@@ -1,6 +1,6 @@
 """A kernel with everything that a schedule can hold, small; and how its dumps came to be.
 
-    python tests/bench/tpu/small_kernel.py TARGET DIRECTORY
+    python tests/plan/compiler/small_kernel.py TARGET DIRECTORY
 
 compiles it and leaves its three files there, shorn of what nobody reads.
 """
@@ -75,8 +75,8 @@ def shorn(bundles: str) -> str:
 
 def main(target: str, directory: Path) -> None:
     os.environ['JAX_PLATFORMS'] = 'cpu'
-    from helios_jax.bench.tpu import schedule, timing
     from helios_jax.parallel import mesh
+    from helios_jax.plan.compiler import schedule, timing
 
     os.environ['LIBTPU_INIT_ARGS'] = schedule.flags(directory)
     chip = timing.CHIPS[target]

@@ -23,8 +23,8 @@ from tpu_by_hand import (
     utilization,
 )
 
-from helios_jax.bench.tpu import schedule
-from helios_jax.bench.tpu.timing import CHIPS
+from helios_jax.plan.compiler import schedule
+from helios_jax.plan.compiler.timing import CHIPS
 
 DUMPS = Path(__file__).parent / 'dumps'
 

@@ -6,8 +6,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from helios_jax.bench.tpu import schedule, timing
-from helios_jax.bench.tpu.timing import CHIPS, Step, Visits
+from helios_jax.plan.compiler import schedule, timing
+from helios_jax.plan.compiler.timing import CHIPS, Step, Visits
 
 DUMPS = Path(__file__).parent / 'dumps'
 
