@@ -45,6 +45,7 @@ class Chip:
     # TPUs alone:
     dimensions: int = 1  # dimensions of a topology; GPUs are just counted
     topology: str = ''  # the smallest to compile for
+    torus: int = 0  # a slice whose dimensions are multiples of this has links around its ends
     num_cores: int = 0  # TensorCores that one kernel can be split over
     num_mxus: int = 0  # MXUs of a core
     macs: int = 0  # multiply-adds of an MXU a cycle
@@ -63,23 +64,24 @@ CHIPS: dict[str, Chip] = {
     for chip in (
         Chip(
             'v5e', 'tpu', ('TPU v5 lite', 'TPU v5e'), 197e12, 15.75 * GIB, 819e9, 200e9, 16e9, 48e9,
-            dimensions=2, topology='v5e:2x2', num_cores=1, num_mxus=4, macs=128 * 128,
+            dimensions=2, topology='v5e:2x2', torus=16, num_cores=1, num_mxus=4, macs=128 * 128,
             vmem_bytes=128 * MIB, kernel_vmem_bytes=100 * MIB, delay_slots=4,
         ),
         Chip(
             'v5p', 'tpu', ('TPU v5', 'TPU v5p'), 459e12, 95.73 * GIB, 2765e9, 600e9, 16e9, 112e9,
-            dimensions=3, topology='v5p:2x2x1', num_cores=2, num_mxus=4, macs=128 * 128,
+            dimensions=3, topology='v5p:2x2x1', torus=4, num_cores=2, num_mxus=4, macs=128 * 128,
             vmem_bytes=64 * MIB, kernel_vmem_bytes=56 * MIB, delay_slots=4,
         ),
         Chip(
             'v6e', 'tpu', ('TPU v6 lite', 'TPU v6e'), 918e12, 31.24 * GIB, 1638e9, 400e9, 32e9,
-            180e9, dimensions=2, topology='v6e:2x2', num_cores=1, num_mxus=2, macs=2 * 256 * 256,
-            vmem_bytes=128 * MIB, kernel_vmem_bytes=100 * MIB, delay_slots=4,
+            180e9, dimensions=2, topology='v6e:2x2', torus=16, num_cores=1, num_mxus=2,
+            macs=2 * 256 * 256, vmem_bytes=128 * MIB, kernel_vmem_bytes=100 * MIB, delay_slots=4,
         ),
         Chip(
             'tpu7x', 'tpu', ('TPU7x',), 2307e12 / 2, 94.74 * GIB, 7380e9 / 2, 300e9, 16e9, 120e9,
-            devices_per_chip=2, dimensions=3, topology='tpu7x:2x2x1', num_cores=1, num_mxus=2,
-            macs=2 * 256 * 256, vmem_bytes=64 * MIB, kernel_vmem_bytes=56 * MIB, delay_slots=1,
+            devices_per_chip=2, dimensions=3, topology='tpu7x:2x2x1', torus=4, num_cores=1,
+            num_mxus=2, macs=2 * 256 * 256, vmem_bytes=64 * MIB, kernel_vmem_bytes=56 * MIB,
+            delay_slots=1,
         ),
         Chip(
             'h100', 'gpu', ('NVIDIA H100 80GB HBM3',), 989e12, 0.93 * 80e9, 3350e9, 450e9, 64e9,
@@ -133,6 +135,8 @@ SOURCES: dict[tuple[str, str], Source] = {
     ),
     ('tpu', 'devices_per_chip'): _PAGES,
     ('tpu', 'dimensions'): _PAGES,
+    # v5e, v6e: whole pods of 16x16; v5p and tpu7x: cubes of 4x4x4 and what is made of them.
+    ('tpu', 'torus'): _PAGES._replace(checked='2026-11-29'),
     ('tpu', 'topology'): Source('what libtpu 0.0.50 describes', '2026-11-22'),
     ('tpu', 'num_cores'): _JAX,
     ('tpu', 'num_mxus'): _JAX,

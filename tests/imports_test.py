@@ -11,9 +11,10 @@ import helios_jax
 
 # A module imports from its own part and from parts to the left of it.
 ORDER = [
-    {'errors', 'display'}, {'chips', 'config', 'paths'}, {'options', 'arch'}, {'kernels'},
-    {'parallel'}, {'memory'}, {'model'}, {'data', 'checkpoint'}, {'restoring'}, {'evaluate'},
-    {'train'}, {'plan', 'convert', 'ablate', 'verify'}, {'bench'}, {'cli'}, {'__main__'},
+    {'errors', 'display'}, {'chips', 'config', 'paths', 'process'}, {'options', 'arch'},
+    {'kernels'}, {'parallel'}, {'memory'}, {'model'}, {'data', 'checkpoint'}, {'restoring'},
+    {'evaluate'}, {'train'}, {'plan', 'convert', 'ablate', 'verify'}, {'bench'}, {'cli'},
+    {'__main__'},
 ]  # fmt: skip
 RANKS = {part: rank for rank, parts in enumerate(ORDER) for part in parts}
 ROOT = Path(helios_jax.__file__).parent

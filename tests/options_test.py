@@ -229,6 +229,6 @@ def test_json_has_no_number_that_is_none():
 
 def test_whatever_prints_json_prints_what_others_can_read():
     for path in Path(options.__file__).parent.rglob('*.py'):
-        # bench/process.py prints for the Python process that started it.
+        # process.py prints for the Python process that started it.
         if path.name != 'process.py':
             assert 'print(json.dumps' not in path.read_text(), path

@@ -20,8 +20,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from helios_jax import config, options
-from helios_jax.bench import process
+from helios_jax import config, options, process
 from helios_jax.data import pipeline, tokenizer
 from helios_jax.errors import UserError, require
 from helios_jax.memory import evidence

@@ -17,8 +17,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from helios_jax import display
-from helios_jax.bench import process
+from helios_jax import display, process
 from helios_jax.errors import require
 
 PROMPT, TOKENS = 'def main(', 2  # of which the second shows that decoding is compiled

@@ -15,8 +15,8 @@ from typing import Any
 
 import jax
 
-from helios_jax import config, options
-from helios_jax.bench import process, torch_peer, trace
+from helios_jax import config, options, process
+from helios_jax.bench import torch_peer, trace
 from helios_jax.data import pipeline, tokenizer
 from helios_jax.parallel import cluster, sharding
 from helios_jax.parallel import mesh as meshes

@@ -129,7 +129,7 @@ def compiled(
     os.environ['JAX_PLATFORMS'] = 'cpu'
     from helios_jax.plan.compiler import compiled as compiling
 
-    measured = compiling.compiled_figures(made.config, topology.name)
+    measured = compiling.compiled_figures(made.config, topology.name, timed=True)
     if not as_json:
         print('\n' + compiling.comparison(made, measured))
         if explain:

@@ -78,6 +78,9 @@ STREAM_PASSES = Measured(
     120, "times that a layer's elementwise work reads or writes an array [B T D]", *_PROFILE
 )
 GATE_PASSES = Measured(35, 'more of them for each gated sublayer', *_PROFILE)
+HOP_SECONDS = Measured(
+    1e-6, 'seconds from a chip to the next', '2026-11-29', 'jax-ml.github.io/scaling-book/tpus'
+)
 INSIDE_PASSES = Measured(9, 'times that an MLP reads or writes an array [B T F]', *_PROFILE)
 
 

@@ -10,8 +10,7 @@ import shlex
 import pytest
 from refusals import refused
 
-from helios_jax import cli, config
-from helios_jax.bench import process
+from helios_jax import cli, config, process
 from helios_jax.config.run import POLICIES
 
 NAMES = sorted(

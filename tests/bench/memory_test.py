@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 import small_run
 
-from helios_jax import config
-from helios_jax.bench import memory, process
+from helios_jax import config, process
+from helios_jax.bench import memory
 from helios_jax.errors import UserError
 
 

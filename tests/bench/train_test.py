@@ -6,8 +6,8 @@ import json
 import pytest
 import small_run
 
-from helios_jax import config
-from helios_jax.bench import process, torch_peer, train
+from helios_jax import config, process
+from helios_jax.bench import torch_peer, train
 from helios_jax.errors import UserError
 
 ROW = {'kind': 'convex', 'packing': 'best_fit', 'tokens_per_second': 58_571.4, 'mfu': 0.42,

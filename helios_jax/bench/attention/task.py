@@ -7,12 +7,12 @@ from typing import Any, NamedTuple
 
 import jax
 
-from helios_jax.bench import process
-from helios_jax.bench.attention import alone, jax_splash, ours, problem, tokamax
+from helios_jax import process
+from helios_jax.bench.attention import jax_splash, ours, problem, tokamax
 from helios_jax.bench.attention.problem import Candidate, Problem
 from helios_jax.chips import Chip
 from helios_jax.errors import UserError
-from helios_jax.plan.compiler import timing
+from helios_jax.plan.compiler import alone, timing
 from helios_jax.plan.compiler.operations import Operation
 from helios_jax.plan.compiler.schedule import Schedule
 

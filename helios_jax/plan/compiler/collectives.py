@@ -7,9 +7,12 @@ one of those. Whatever else holds a collective, the step waits for. Whether the 
 beside one takes as long as it does is not told here.
 """
 
+import math
 import re
 from collections.abc import Iterator
 from typing import NamedTuple
+
+import numpy as np
 
 from helios_jax.plan.compiler.program import (
     INSTRUCTION,
@@ -34,6 +37,7 @@ class Collective(NamedTuple):
     looped: bool  # within a loop, such as that over layers
     beside: bool  # asynchronous: other work may go on meanwhile
     source: str  # name of the operation in the model that it was made for
+    group: tuple[int, ...]  # some devices that take part in it together; a pair of a permutation
 
 
 def collectives(hlo: str) -> list[Collective]:
@@ -41,24 +45,33 @@ def collectives(hlo: str) -> list[Collective]:
     entry, computations = split(hlo)
     found: dict[tuple[str, str], Collective] = {}
     for instruction in instructions(entry, computations):
-        beside = instruction.opcode.endswith('-start') or _is_beside(instruction, computations)
-        for channel, one in _inside(instruction, computations, beside):
+        for channel, one in inside(instruction, computations):
             # Of one that runs beside others its start, its end and each of these tell.
-            key = (one.kind, channel) if beside else ('', instruction.name)
+            key = (one.kind, channel) if one.beside else ('', instruction.name)
             found.setdefault(key, one)
     return list(found.values())
+
+
+def inside(
+    instruction: Instruction, computations: dict[str, list[str]]
+) -> Iterator[tuple[str, Collective]]:
+    """Yields the collectives that an instruction is, or calls, each with its channel."""
+    texts = (instruction.text, *_called(instruction, computations))
+    beside = instruction.opcode.endswith('-start') or any(
+        word in text for text in texts for word in BESIDE
+    )
+    yield from _inside(instruction, computations, beside)
 
 
 def _inside(
     instruction: Instruction, computations: dict[str, list[str]], beside: bool
 ) -> Iterator[tuple[str, Collective]]:
-    """Yields the collectives that an instruction is, or calls, each with its channel."""
     kind = instruction.opcode.removesuffix('-start')
     if kind in KINDS:
         numbered = re.search(r'channel_id=(\d+)', instruction.text)
         yield numbered[1] if numbered else instruction.name, Collective(
             kind, _size(instruction), instruction.times, instruction.looped, beside,
-            instruction.source,
+            instruction.source, group(instruction.text),
         )  # fmt: skip
     for text in _called(instruction, computations):
         if match := INSTRUCTION.match(text):
@@ -74,11 +87,6 @@ def _called(instruction: Instruction, computations: dict[str, list[str]]) -> lis
     return [text for name in names for text in computations.get(name, ())]
 
 
-def _is_beside(instruction: Instruction, computations: dict[str, list[str]]) -> bool:
-    texts = (instruction.text, *_called(instruction, computations))
-    return any(word in text for text in texts for word in BESIDE)
-
-
 def _size(instruction: Instruction) -> float:
     """Bytes of what is gathered, reduced, exchanged or sent, whole, on one device.
 
@@ -88,20 +96,24 @@ def _size(instruction: Instruction) -> float:
     shape = instruction.shape.replace('S(1)', '')  # VMEM
     if instruction.opcode.endswith('-start'):
         return max(hbm_bytes(match[0]) for match in SHAPE.finditer(shape))
-    scattered = group_size(instruction.text) if instruction.opcode == 'reduce-scatter' else 1
+    scattered = len(group(instruction.text)) if instruction.opcode == 'reduce-scatter' else 1
     return scattered * hbm_bytes(shape)
 
 
-def group_size(text: str) -> int:
-    """Number of devices that take part in a collective together; 1 where the text has no groups."""
+def group(text: str) -> tuple[int, ...]:
+    """Devices of the first group that a collective's text names; one where it names none."""
     if found := re.search(r'replica_groups=mesh\[([^\]]*)\] \{([^}]*)\}', text):
-        sizes = dict(re.findall(r"'([\w.]+)'=(\d+)", found[1]))
-        size = 1
-        for axis in re.findall(r"'([\w.]+)'", found[2]):
-            size *= int(sizes[axis])
-        return size
-    if found := re.search(r'replica_groups=\[\d+,(\d+)\]', text):
-        return int(found[1])
-    if found := re.search(r'replica_groups=\{\{([\d,]*)\}', text):
-        return found[1].count(',') + 1
-    return 1
+        sizes = {name: int(size) for name, size in re.findall(r"'([\w.]+)'=(\d+)", found[1])}
+        taken = re.findall(r"'([\w.]+)'", found[2])
+        devices = np.arange(math.prod(sizes.values())).reshape(tuple(sizes.values()))
+        return tuple(
+            devices[tuple(slice(None) if n in taken else 0 for n in sizes)].ravel().tolist()
+        )
+    if found := re.search(r'replica_groups=\[(\d+),(\d+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?', text):
+        dims = [int(size) for size in found[3].split(',')]
+        order = [int(axis) for axis in found[4].split(',')] if found[4] else range(len(dims))
+        devices = np.arange(math.prod(dims)).reshape(dims).transpose(order)
+        return tuple(devices.reshape(int(found[1]), int(found[2]))[0].tolist())
+    if found := re.search(r'(?:replica_groups|source_target_pairs)=\{\{([\d,]*)\}', text):
+        return tuple(int(device) for device in found[1].split(','))
+    return (0,)

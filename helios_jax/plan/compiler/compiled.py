@@ -18,7 +18,7 @@ from helios_jax.errors import require
 from helios_jax.memory import evidence, hlo
 from helios_jax.parallel import mesh as meshes
 from helios_jax.parallel import sharding
-from helios_jax.plan.compiler import step
+from helios_jax.plan.compiler import predicted, step
 from helios_jax.plan.planning import Plan
 from helios_jax.train import state as states
 from helios_jax.train.step import compiler_options_of, make_train_step
@@ -59,26 +59,33 @@ def abstract_batch(
     )
 
 
-def compiled_figures(cfg: config.Config, name: str) -> dict[str, Any]:
+def compiled_figures(cfg: config.Config, name: str, timed: bool = False) -> dict[str, Any]:
     """Compiles the step; returns GiB per device, and the seconds that compiling took here.
 
     `peak_gib` is what has to fit: arguments and what is alive beside them at the worst moment, that
     is `live_temp_gib`. `temp_gib` is more than that: a program whose arguments and temp together
     exceed the device's memory compiles all the same, if its peak does not. `saved` has a row for
-    each tensor that is saved for the backward pass. What the step does is `step.figures`.
+    each tensor that is saved for the backward pass. What the step does is `step.figures`, and the
+    time that it takes `predicted.figures`.
 
+    Args:
+      timed: predict the time too, which compiles the attention kernels once more, alone.
     Raises:
       UserError: as `trace`; an action of memory.actions that did not take effect.
     """
+    devices = meshes.topology_devices(name)
     traced = trace(cfg, name)
     start = time.monotonic()
-    compiled = traced.lower().compile(compiler_options_of(cfg, meshes.topology_devices(name)[0]))
+    compiled = traced.lower().compile(compiler_options_of(cfg, devices[0]))
     seconds = time.monotonic() - start
     saved = evidence.verified(cfg.memory, traced, compiled, host=True)
     memory: Any = compiled.memory_analysis()
     arguments = memory.argument_size_in_bytes
     # XLA's peak counts arguments that lie on the host, though not what is offloaded there.
     peak = memory.peak_memory_in_bytes - memory.host_argument_size_in_bytes
+    text = hlo.text(compiled)
+    mesh = meshes.make(cfg.mesh, devices)
+    times = predicted.figures(text, cfg, name, mesh) if timed else {}
     return {
         'topology': name,
         'kind': cfg.model.gmu.kind,
@@ -96,10 +103,12 @@ def compiled_figures(cfg: config.Config, name: str) -> dict[str, Any]:
         'compile_seconds': seconds,
         'jax': jax.__version__,
         'saved': evidence.rows(saved, host=True),
-    } | step.figures(hlo.text(compiled))
+        **step.figures(text),
+        **times,
+    }
 
 
-def predicted(made: Plan) -> dict[str, float]:
+def closed_form(made: Plan) -> dict[str, float]:
     """Returns the closed form's figures under the names of `compiled_figures`."""
     counted = made.memory
     return {
@@ -114,12 +123,13 @@ def predicted(made: Plan) -> dict[str, float]:
 def comparison(made: Plan, measured: dict[str, Any]) -> str:
     """Writes predicted beside compiled figures, line by line."""
     lines = [f'{"GiB a device":24} {"predicted":>10} {"compiled":>10} {"error":>8}']
-    for name, value in predicted(made).items():
+    for name, value in closed_form(made).items():
         true = measured[name]
         error = f'{100 * (value / true - 1):+7.1f}%' if true > 1e-3 else ''
         lines.append(f'{name.removesuffix("_gib"):24} {value:10.3f} {true:10.3f} {error:>8}')
     lines.append(f'compiled in {measured["compile_seconds"]:.0f} s by jax {measured["jax"]}')
-    return '\n'.join([*lines, '', step.text(measured)])
+    timed = ['', predicted.text(measured)] if 'step_seconds' in measured else []
+    return '\n'.join([*lines, '', step.text(measured), *timed])
 
 
 def explanation(measured: dict[str, Any]) -> str:

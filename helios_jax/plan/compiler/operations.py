@@ -39,18 +39,24 @@ class Operation(NamedTuple):
 def read(hlo: str, schedules: dict[str, Schedule], chip: Chip) -> list[Operation]:
     """Lists the operations that an optimised module runs, those of its loops included."""
     entry, computations = split(hlo)
-    # libtpu schedules one of several operations that are alike.
-    twins = {
-        likeness(*match.groups()[1:]): schedules[match[1]]
-        for texts in computations.values()
-        for text in texts
-        if (match := INSTRUCTION.match(text)) and match[1] in schedules
-    }
+    twins = alike(computations, schedules)
     return [
         operation(instruction, schedules, twins, chip)
         for instruction in instructions(entry, computations)
         if instruction.opcode not in FREE and not instruction.opcode.endswith('-done')
     ]
+
+
+def alike(
+    computations: dict[str, list[str]], schedules: dict[str, Schedule]
+) -> dict[tuple[str, ...], Schedule]:
+    """Finds schedules by likeness: libtpu schedules one of several operations that are alike."""
+    return {
+        likeness(*match.groups()[1:]): schedules[match[1]]
+        for texts in computations.values()
+        for text in texts
+        if (match := INSTRUCTION.match(text)) and match[1] in schedules
+    }
 
 
 def operation(
@@ -63,6 +69,7 @@ def operation(
     if not instruction.kernel and not opcode.endswith('-start'):
         code = schedules.get(name) or twins.get(likeness(shape, opcode, text))
         cores = chip.num_cores if 'megacore_split_dim' in text else 1
+        # What libtpu does not schedule, such as a copy by DMA, takes what its bytes take.
         cycles = turned(code, text) / cores if code else 0.0
         seconds = max(cycles / chip.clock, moved / chip.hbm_bytes_per_second)
     scoped = re.search(r'"used_scoped_memory_configs":\[([^\]]*)\]', text)

@@ -40,6 +40,28 @@ class Instruction(NamedTuple):
         return found[1] if found else ''
 
 
+class Loop(NamedTuple):
+    """A while instruction."""
+
+    body: str  # name of a computation
+    turns: float
+
+
+def content(name: str, computations: dict[str, list[str]]) -> Iterator[Instruction | Loop]:
+    """Yields what a computation runs, in order: each instruction once, and its loops as such."""
+    matches = [m for text in computations[name] if (m := INSTRUCTION.match(text))]
+    shapes = {match[1]: match[2] for match in matches}
+    for match in matches:
+        own, shape, opcode, rest = match.groups()
+        if opcode == 'while':
+            body, turns = loop(rest, computations)
+            yield Loop(body, turns / (2 if WINDOWED in body else 1))
+            continue
+        named = re.findall(r'%([\w.\-]+)', rest.partition(')')[0])
+        operands = tuple(shapes[operand] for operand in named if operand in shapes)
+        yield Instruction(own, shape, opcode, rest, 1.0, False, operands)
+
+
 def instructions(entry: str, computations: dict[str, list[str]]) -> Iterator[Instruction]:
     """Yields the instructions that a program runs, those of its loops included, in order.
 
@@ -47,18 +69,12 @@ def instructions(entry: str, computations: dict[str, list[str]]) -> Iterator[Ins
       entry, computations: the program, as `split` returns it.
     """
 
-    def visit(computation: str, times: float, looped: bool) -> Iterator[Instruction]:
-        matches = [m for text in computations[computation] if (m := INSTRUCTION.match(text))]
-        shapes = {match[1]: match[2] for match in matches}
-        for match in matches:
-            name, shape, opcode, rest = match.groups()
-            if opcode == 'while':
-                body, turns = loop(rest, computations)
-                yield from visit(body, times * turns / (2 if WINDOWED in body else 1), True)
-                continue
-            named = re.findall(r'%([\w.\-]+)', rest.partition(')')[0])
-            operands = tuple(shapes[operand] for operand in named if operand in shapes)
-            yield Instruction(name, shape, opcode, rest, times, looped, operands)
+    def visit(name: str, times: float, looped: bool) -> Iterator[Instruction]:
+        for found in content(name, computations):
+            if isinstance(found, Loop):
+                yield from visit(found.body, times * found.turns, True)
+            else:
+                yield found._replace(times=times, looped=looped)
 
     yield from visit(entry, 1.0, False)
 
@@ -88,6 +104,14 @@ def loop(text: str, computations: dict[str, list[str]]) -> tuple[str, int]:
         return body, int(known[1])
     bounds = re.findall(r' constant\((\d+)\)', '\n'.join(computations[condition]))
     return body, max(map(int, bounds), default=1)
+
+
+def multiplies(instruction: Instruction, computations: dict[str, list[str]]) -> bool:
+    """True if an instruction is a matmul, or a fusion around one."""
+    called = re.findall(r'calls=%([\w.\-]+)', instruction.text)
+    texts = (text for name in called for text in computations.get(name, ()))
+    fused = any(' convolution(' in text or ' dot(' in text for text in texts)
+    return fused or instruction.opcode in ('convolution', 'dot')
 
 
 def hbm_bytes(shape: str) -> float:

@@ -1,8 +1,8 @@
 """Reads the schedules that libtpu dumps: a compiled TPU kernel as a tree of regions and cycles.
 
 A TPU core issues one bundle a cycle and nothing in a kernel's timing depends on its data, so that
-the schedule is the time, but for memory. With `flags(directory)` in LIBTPU_INIT_ARGS before libtpu
-loads, libtpu writes three files per fusion and per Pallas kernel:
+the schedule is the time, but for memory. Within `dumped`, libtpu writes three files per fusion and
+per Pallas kernel:
   final_bundles: the program, a bundle a line, with its branches;
   final…utilization: busy units per bundle;
   pre-delay…utilization: busy units per cycle, the cycles in which the core waits for a result (of
@@ -15,8 +15,11 @@ branch nor in an inner loop run in every step, and so, for lack of a better gues
 without vector work (they start and await copies).
 """
 
+import contextlib
 import dataclasses
+import os
 import re
+import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -112,13 +115,23 @@ class Schedule:
         return self.grid.total - sum(region.cycles for region in self.bodies)
 
 
-def flags(directory: Path) -> str:
-    """Builds the LIBTPU_INIT_ARGS that make libtpu write its schedules, about 10 MB a kernel."""
+@contextlib.contextmanager
+def dumped() -> Iterator[Path]:
+    """Makes libtpu write the schedules of all that it compiles, up to 10 MB each.
+
+    Nothing in the process may have loaded libtpu before, which reads its flags but once.
+
+    Yields:
+      A directory that is removed at the end.
+    """
     passes = '(pre-delay|final)_(hlo|bundles)'
-    return (
-        f'--xla_jf_dump_to={directory} --xla_jf_dump_llo_text=true '
-        f'--xla_jf_dump_llo_pass_label_regex={passes}'
-    )
+    others = os.environ.get('LIBTPU_INIT_ARGS', '')
+    with tempfile.TemporaryDirectory(prefix='helios_schedules_') as directory:
+        os.environ['LIBTPU_INIT_ARGS'] = (
+            f'{others} --xla_jf_dump_to={directory} --xla_jf_dump_llo_text=true '
+            f'--xla_jf_dump_llo_pass_label_regex={passes}'
+        )
+        yield Path(directory)
 
 
 def read(directory: Path, delay_slots: int) -> dict[str, Schedule]:

@@ -66,7 +66,7 @@ def errors(case: StepCase) -> dict[str, Any]:
     """Predicts and compiles one case: GiB of both, and the relative errors of the prediction."""
     where = topology(case.topology)
     made = planning.plan(case.config, where.chip, where.num_devices)
-    predicted = compiled.predicted(made)
+    predicted = compiled.closed_form(made)
     found = compiled.compiled_figures(case.config, case.topology)
     row = {**case._asdict(), 'compile_seconds': found['compile_seconds']}
     for name in ('arguments', 'live_temp', 'peak', 'host_temp'):

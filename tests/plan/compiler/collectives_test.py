@@ -9,9 +9,10 @@ from jax.sharding import PartitionSpec as P
 from helios_jax import config
 from helios_jax.parallel import mesh as meshes
 from helios_jax.plan.compiler import step
-from helios_jax.plan.compiler.collectives import Collective, collectives, group_size
+from helios_jax.plan.compiler.collectives import Collective, collectives, group
 from helios_jax.plan.compiler.program import hbm_bytes
 
+FOUR = (0, 2, 4, 6)
 GROUPS = "replica_groups=mesh['axis_0'=4,'axis_1'=2] {'axis_0'}"
 # Three turns of a loop, and what is around it; bodies that say nothing more are left out. One
 # channel may serve two collectives.
@@ -62,26 +63,29 @@ ENTRY %main (x: f32[2]) -> f32[2] {{
 def test_each_form_is_found_once_with_what_it_moves():
     found = collectives(PROGRAM)
     assert found == [
-        Collective('collective-permute', 9 * 4, 1, False, True, ''),
-        Collective('all-gather', 24 * 6 * 2, 3, True, False, 'step/Block/q'),
-        Collective('all-gather', 32 * 6 * 2, 3, True, True, ''),
-        Collective('reduce-scatter', 40 * 6 * 4, 3, True, False, ''),
-        Collective('reduce-scatter', 4 * 16 * 6 * 2, 3, True, True, ''),
+        Collective('collective-permute', 9 * 4, 1, False, True, '', (0, 1)),
+        Collective('all-gather', 24 * 6 * 2, 3, True, False, 'step/Block/q', FOUR),
+        Collective('all-gather', 32 * 6 * 2, 3, True, True, '', FOUR),
+        Collective('reduce-scatter', 40 * 6 * 4, 3, True, False, '', FOUR),
+        Collective('reduce-scatter', 4 * 16 * 6 * 2, 3, True, True, '', FOUR),
     ]
 
 
 @pytest.mark.parametrize(
-    ('text', 'size'),
+    ('text', 'devices'),
     [
-        ("replica_groups=mesh['axis_0'=4,'axis_1'=6] {'axis_0','axis_1'}, x", 24),
-        ("replica_groups=mesh['axis_0'=4,'axis_1'=6] {'axis_1'}, x", 6),
-        ('replica_groups=[2,8]<=[16], x', 8),
-        ('replica_groups={{0,1,2},{3,4,5}}, x', 3),
-        ('x', 1),
+        ("replica_groups=mesh['axis_0'=2,'axis_1'=3] {'axis_0','axis_1'}, x", (0, 1, 2, 3, 4, 5)),
+        ("replica_groups=mesh['axis_0'=4,'axis_1'=3] {'axis_1'}, x", (0, 1, 2)),
+        ("replica_groups=mesh['axis_0'=2,'axis_1'=5] {'axis_0'}, x", (0, 5)),
+        ('replica_groups=[2,3]<=[6], x', (0, 1, 2)),
+        ('replica_groups=[5,2]<=[2,5]T(1,0), x', (0, 5)),
+        ('replica_groups={{0,4,8},{1,5,9}}, x', (0, 4, 8)),
+        ('source_target_pairs={{3,4},{4,3}}, x', (3, 4)),
+        ('x', (0,)),
     ],
 )
-def test_a_groups_size_is_read_in_every_notation(text, size):
-    assert group_size(text) == size
+def test_a_group_is_read_in_every_notation(text, devices):
+    assert group(text) == devices
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,6 @@
 """One measurement in a fresh process, which inherits no memory and no loaded compiler.
 
-    python -m helios_jax.bench.process MODULE:FUNCTION ARGUMENTS
+    python -m helios_jax.process MODULE:FUNCTION ARGUMENTS
 
 calls a function with the arguments of a JSON list, and prints what it returns as JSON on the last
 line of its output: `run` by hand, where a debugger or a profiler can be attached.

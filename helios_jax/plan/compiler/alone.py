@@ -1,9 +1,6 @@
 """Compiles a function alone for a TPU, with the schedules of all that it runs."""
 
-import os
-import tempfile
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -47,7 +44,7 @@ def compile_here(
 ) -> Program:
     """Compiles for one device; layouts of arguments and results are the compiler's choice.
 
-    Must be called once in a process, before anything else loads libtpu, which then reads its flags.
+    Must be called once in a process, before anything else loads libtpu (`schedule.dumped`).
 
     Args:
       arguments: arrays or their shapes and dtypes.
@@ -55,9 +52,7 @@ def compile_here(
     Raises:
       UserError: libtpu is missing.
     """
-    with tempfile.TemporaryDirectory(prefix='helios_schedules_') as directory:
-        others = os.environ.get('LIBTPU_INIT_ARGS', '')
-        os.environ['LIBTPU_INIT_ARGS'] = f'{others} {schedule.flags(Path(directory))}'
+    with schedule.dumped() as directory:
         mesh = jax.sharding.Mesh(meshes.topology_devices(chip.topology)[:1], 'x')
         whole = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
         anyhow: Any = Format(Layout.AUTO, whole)
@@ -68,7 +63,7 @@ def compile_here(
         with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
             lowered = jitted.lower(*shapes)
         compiled = lowered.compile(limit if scoped_vmem_mib else None)
-        schedules = schedule.read(Path(directory), chip.delay_slots)
+        schedules = schedule.read(directory, chip.delay_slots)
     memory: Any = compiled.memory_analysis()
     found = operations.read(compiled.as_text() or '', schedules, chip)
     return Program(found, schedules, memory.temp_size_in_bytes)

@@ -7,8 +7,7 @@ import signal
 
 import pytest
 
-from helios_jax import config
-from helios_jax.bench import process
+from helios_jax import config, process
 from helios_jax.errors import UserError
 
 

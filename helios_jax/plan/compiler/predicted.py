@@ -1,0 +1,109 @@
+"""Predicts the time of a compiled step, and says where it goes."""
+
+from collections import Counter
+from typing import Any
+
+import jax
+import numpy as np
+
+from helios_jax import config, process
+from helios_jax.arch import flops
+from helios_jax.chips import Chip, topology
+from helios_jax.plan.compiler import attention, operations
+from helios_jax.plan.compiler.links import Slice
+from helios_jax.plan.compiler.program import Instruction, hbm_bytes, multiplies, split
+from helios_jax.plan.compiler.timeline import HOST, NETWORK, Timeline
+
+LARGEST = 10  # items that are listed
+
+
+class Clock:
+    """Times the instructions of a step.
+
+    A matmul takes the cycles that the compiler expects, which are its schedule's to 3%; all else of
+    XLA's takes what its bytes in HBM take, for there the compiler expects four times the schedule.
+    An attention kernel takes what it takes alone.
+    """
+
+    def __init__(self, hlo: str, chip: Chip, window: int) -> None:
+        self._computations = split(hlo)[1]
+        self._chip, self._window = chip, window
+        self._kernels: dict[attention.Heads, dict[str, float]] = {}
+
+    def __call__(self, instruction: Instruction) -> float | None:
+        """Predicts one run of what is no transfer; None for a kernel that cannot be timed."""
+        if instruction.opcode in operations.FREE:
+            return 0.0
+        if instruction.kernel:
+            return self._kernel(instruction)
+        cycles = instruction.cycles / self._chip.clock
+        if multiplies(instruction, self._computations):
+            return cycles
+        moved = hbm_bytes(instruction.shape) + sum(map(hbm_bytes, instruction.operands))
+        passing = moved / self._chip.hbm_bytes_per_second
+        return min(cycles, passing) if cycles else passing
+
+    def _kernel(self, kernel: Instruction) -> float | None:
+        sizes = attention.heads(kernel)
+        if sizes is None:
+            return None
+        if sizes not in self._kernels:
+            self._kernels[sizes] = process.run(
+                attention.seconds_alone, self._chip.name, sizes._asdict(), self._window
+            )
+        return self._kernels[sizes].get(
+            attention.BACKWARD if attention.BACKWARD in kernel.name else attention.FORWARD
+        )
+
+
+def figures(hlo: str, cfg: config.Config, name: str, mesh: jax.sharding.Mesh) -> dict[str, Any]:
+    """Plays a compiled step (timeline.py).
+
+    Args:
+      name: the topology.
+    Returns:
+      `step_seconds` and `step_mfu`. `step_by_kind`: seconds of each kind of operation, and of
+      waiting for the links and for the host. `largest`: items, the largest first. `left_out`:
+      kernels whose time is not known, with the number of their runs in a step.
+    """
+    where = topology(name)
+    sizes = tuple(int(size) for size in name.partition(':')[2].split('x'))
+    places = tuple(tuple(device.coords) for device in mesh.devices.flat)
+    clock = Clock(hlo, where.chip, cfg.model.window)
+    played = Timeline(hlo, Slice(where.chip, sizes, places), clock)
+    by_kind: Counter[str] = Counter()
+    for item, seconds in played.spent.items():
+        by_kind[item.kind] += seconds
+    tokens = cfg.train.batch_rows * cfg.data.row_length
+    counted = flops.flops_per_token(cfg.model, cfg.data.row_length) * tokens
+    peak = where.chip.peak_flops * np.size(mesh.devices)
+    return {
+        'step_seconds': played.seconds,
+        'step_mfu': counted / played.seconds / peak,
+        'step_by_kind': dict(by_kind.most_common()),
+        'largest': [
+            item._asdict() | {'seconds': seconds}
+            for item, seconds in played.spent.most_common(LARGEST)
+        ],
+        'left_out': dict(played.unknown),
+    }
+
+
+def text(found: dict[str, Any]) -> str:
+    """Writes the figures as lines."""
+    total = found['step_seconds']
+    exposed = sum(found['step_by_kind'].get(link, 0.0) for link in (NETWORK, HOST))
+    lines = [
+        f'{total:.3f} s a step by its schedule, MFU {100 * found["step_mfu"]:.1f}%, '
+        f'{100 * exposed / total:.1f}% of it waiting for links',
+        *(f'{kind:24} {seconds:9.4f} s' for kind, seconds in found['step_by_kind'].items()),
+        'the largest:',
+    ]
+    for item in found['largest']:
+        lines.append(
+            f'{item["seconds"]:9.4f} s  {item["kind"]:10} {item["line"]:20} {item["source"]}'
+        )
+    if found['left_out']:
+        kernels = ', '.join(f'{name} × {runs}' for name, runs in found['left_out'].items())
+        lines.append(f'not counted, because their visits are not known: {kernels}')
+    return '\n'.join(lines)

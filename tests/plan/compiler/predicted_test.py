@@ -1,0 +1,103 @@
+"""The time of a compiled step: what an instruction takes, and a whole step on a TPU."""
+
+import pytest
+
+from helios_jax import config
+from helios_jax.chips import CHIPS
+from helios_jax.plan.compiler import attention, compiled, predicted
+from helios_jax.plan.compiler.program import Instruction
+
+CHIP = CHIPS['v5p']
+B, K, G, T, H = 3, 2, 4, 4096, 128
+PROGRAM = """
+%product (p: bf16[4,4]) -> bf16[4,4] {
+  ROOT %convolution.1 = bf16[4,4] convolution(%p, %p)
+}
+
+%sum (p: bf16[4,4]) -> bf16[4,4] {
+  ROOT %add.1 = bf16[4,4] add(%p, %p)
+}
+"""
+
+
+def clock() -> predicted.Clock:
+    return predicted.Clock(PROGRAM, CHIP, 0)
+
+
+def instruction(called: str, cycles: int, shape: str = 'bf16[1024,1024]') -> Instruction:
+    text = f'%p), calls=%{called}, backend_config={{"estimated_cycles":"{cycles}"}}'
+    return Instruction('fusion.1', shape, 'fusion', text, 1.0, False, ('bf16[512,1024]',))
+
+
+def test_a_matmul_takes_its_cycles_and_other_work_its_bytes():
+    assert clock()(instruction('product', 7_000)) == 7_000 / CHIP.clock
+    passing = 1.5 * 2**20 * 2 / CHIP.hbm_bytes_per_second
+    assert clock()(instruction('sum', 70_000)) == passing
+    assert clock()(instruction('sum', 7)) == 7 / CHIP.clock  # what little there is, is in VMEM
+    assert clock()(instruction('sum', 0)._replace(opcode='bitcast')) == 0.0
+
+
+def kernel(name: str, results: str, *operands: str) -> Instruction:
+    text = (
+        '%x), custom_call_target="tpu_custom_call", operand_layout_constraints={s32[], s32[32]{0}, '
+        f'{", ".join(operands)}}}, frontend_attributes={{}}'
+    )
+    return Instruction(name, results, 'custom-call', text, 1.0, True)
+
+
+Q, KEYS, LSE = (f'bf16[{B},{K},{G},{T},{H}]', f'bf16[{B},{K},{T},{H}]', f'f32[{B},{K},{G},{T}]')
+
+
+def test_sizes_of_a_kernel_are_read_off_its_operands():
+    forward = kernel('helios_attention_forward.3', f'({Q}, {LSE})', Q, KEYS, KEYS)
+    backward = kernel('helios_attention_backward.1', f'({Q}, {KEYS}, {KEYS})', Q, LSE, KEYS)
+    assert attention.heads(forward) == attention.heads(backward) == (B, K, G, T, H)
+    # Keys in pieces: fewer than queries, or a sum that is carried on.
+    assert attention.heads(kernel(forward.name, Q, Q, f'bf16[{B},{K},{T // 4},{H}]')) is None
+    assert attention.heads(backward._replace(shape=f'(f32[{B},{K},{G},{T},{H}])')) is None
+    assert attention.heads(kernel('ragged-dot.4', Q, Q, KEYS)) is None
+
+
+def test_a_kernel_is_timed_alone_once_for_each_of_its_sizes(monkeypatch):
+    asked = []
+
+    def alone(function, *arguments):
+        asked.append((function, *arguments))
+        return {attention.FORWARD: 0.25}
+
+    monkeypatch.setattr(predicted.process, 'run', alone)
+    timed = clock()
+    forward = kernel('helios_attention_forward.3', Q, Q, KEYS)
+    assert timed(forward) == timed(forward._replace(name='helios_attention_forward.4')) == 0.25
+    assert timed(kernel('helios_attention_backward.3', Q, Q, KEYS)) is None
+    assert asked == [
+        (
+            attention.seconds_alone,
+            'v5p',
+            {'batch': B, 'kv_heads': K, 'group': G, 'length': T, 'head_dim': H},
+            0,
+        )
+    ]
+    assert timed(kernel('ragged-dot.3', Q, Q, KEYS)) is None
+
+
+@pytest.mark.slow
+def test_a_steps_time_is_the_sum_of_its_parts_and_more_than_its_flops_take():
+    pytest.importorskip('libtpu', reason="needs libtpu: pip install 'helios_jax[tpu]'")
+    model = config.Model(
+        vocab_size=4096, num_layers=4, embed_dim=1024, num_heads=8, num_kv_heads=2, head_dim=128,
+        mlp_dim=4096,
+    )  # fmt: skip
+    cfg = config.Config(
+        model=model, data=config.Data(row_length=1024), train=config.Train(batch_rows=8),
+        memory=config.Memory('full'),
+    ).resolve(4096)  # fmt: skip
+    found = compiled.compiled_figures(cfg, 'v5p:2x2x1', timed=True)
+    assert found['left_out'] == {}
+    assert sum(found['step_by_kind'].values()) == pytest.approx(found['step_seconds'])
+    assert found['step_by_kind']['attention'] > 0
+    # Full rematerialisation: a third of the FLOPs is not counted.
+    assert 0.2 < found['step_mfu'] < 0.75
+    assert {'line', 'source', 'kind', 'seconds'} == found['largest'][0].keys()
+    assert found['largest'][0]['line'].endswith(tuple('0123456789'))
+    assert 'MFU' in predicted.text(found)
