@@ -1,5 +1,6 @@
 """Predicts our attention kernels: how often their regions run, and the time that takes."""
 
+import functools
 import re
 from typing import Any, NamedTuple
 
@@ -123,7 +124,9 @@ def seconds_alone(target: str, sizes: dict[str, int], window: int) -> dict[str, 
     angles = jnp.zeros(H // 2, jnp.float32)
 
     def gradients(q: Array, k: Array, v: Array, positions: Array, cotangent: Array) -> Any:
-        attend = lambda *x: tpu.attention(*x, Tokens(positions), Setting(angles, window=window))
+        attend = functools.partial(
+            tpu.attention, tokens=Tokens(positions), setting=Setting(angles, window=window)
+        )
         _, backward = jax.vjp(attend, q, k, v)
         return backward(cotangent)
 

@@ -1,7 +1,9 @@
 """Predicts the time of a compiled step, and says where it goes."""
 
-from collections import Counter
-from typing import Any
+import functools
+from collections import defaultdict
+from collections.abc import Mapping
+from typing import Any, TypeVar
 
 import jax
 import numpy as np
@@ -15,6 +17,7 @@ from helios_jax.plan.compiler.program import Instruction, hbm_bytes, multiplies,
 from helios_jax.plan.compiler.timeline import HOST, NETWORK, Timeline
 
 LARGEST = 10  # items that are listed
+Cause = TypeVar('Cause')
 
 
 class Clock:
@@ -28,7 +31,6 @@ class Clock:
     def __init__(self, hlo: str, chip: Chip, window: int) -> None:
         self._computations = split(hlo)[1]
         self._chip, self._window = chip, window
-        self._kernels: dict[attention.Heads, dict[str, float]] = {}
 
     def __call__(self, instruction: Instruction) -> float | None:
         """Predicts one run of what is no transfer; None for a kernel that cannot be timed."""
@@ -47,13 +49,15 @@ class Clock:
         sizes = attention.heads(kernel)
         if sizes is None:
             return None
-        if sizes not in self._kernels:
-            self._kernels[sizes] = process.run(
-                attention.seconds_alone, self._chip.name, sizes._asdict(), self._window
-            )
-        return self._kernels[sizes].get(
-            attention.BACKWARD if attention.BACKWARD in kernel.name else attention.FORWARD
-        )
+        alone = kernels_alone(self._chip.name, sizes, self._window)
+        backward = attention.BACKWARD in kernel.name
+        return alone.get(attention.BACKWARD if backward else attention.FORWARD)
+
+
+@functools.cache
+def kernels_alone(target: str, sizes: attention.Heads, window: int) -> dict[str, float]:
+    """Times the attention kernels (`attention.seconds_alone`) in a process of their own."""
+    return process.run(attention.seconds_alone, target, sizes._asdict(), window)
 
 
 def figures(hlo: str, cfg: config.Config, name: str, mesh: jax.sharding.Mesh) -> dict[str, Any]:
@@ -71,7 +75,7 @@ def figures(hlo: str, cfg: config.Config, name: str, mesh: jax.sharding.Mesh) ->
     places = tuple(tuple(device.coords) for device in mesh.devices.flat)
     clock = Clock(hlo, where.chip, cfg.model.window)
     played = Timeline(hlo, Slice(where.chip, sizes, places), clock)
-    by_kind: Counter[str] = Counter()
+    by_kind: defaultdict[str, float] = defaultdict(float)
     for item, seconds in played.spent.items():
         by_kind[item.kind] += seconds
     tokens = cfg.train.batch_rows * cfg.data.row_length
@@ -80,13 +84,17 @@ def figures(hlo: str, cfg: config.Config, name: str, mesh: jax.sharding.Mesh) ->
     return {
         'step_seconds': played.seconds,
         'step_mfu': counted / played.seconds / peak,
-        'step_by_kind': dict(by_kind.most_common()),
+        'step_by_kind': largest_first(by_kind),
         'largest': [
             item._asdict() | {'seconds': seconds}
-            for item, seconds in played.spent.most_common(LARGEST)
+            for item, seconds in list(largest_first(played.spent).items())[:LARGEST]
         ],
         'left_out': dict(played.unknown),
     }
+
+
+def largest_first(seconds: Mapping[Cause, float]) -> dict[Cause, float]:
+    return dict(sorted(seconds.items(), key=lambda pair: -pair[1]))
 
 
 def text(found: dict[str, Any]) -> str:

@@ -11,7 +11,7 @@ kernels whose visits are not known, the start of a program, and its input.
 """
 
 import re
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -63,7 +63,7 @@ class Timeline:
         self._free = {NETWORK: 0.0, HOST: 0.0}  # when each link is free
         self._ends: dict[str, tuple[float, str]] = {}  # by a start's name or channel
         self.seconds = 0.0
-        self.spent: Counter[Item] = Counter()
+        self.spent: defaultdict[Item, float] = defaultdict(float)
         self.unknown: Counter[str] = Counter()
         self._play(entry)
 

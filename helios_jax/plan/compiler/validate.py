@@ -67,8 +67,11 @@ def errors(case: StepCase) -> dict[str, Any]:
     where = topology(case.topology)
     made = planning.plan(case.config, where.chip, where.num_devices)
     predicted = compiled.closed_form(made)
-    found = compiled.compiled_figures(case.config, case.topology)
+    found = compiled.compiled_figures(case.config, case.topology, timed=True)
     row = {**case._asdict(), 'compile_seconds': found['compile_seconds']}
+    row |= {'seconds_predicted': made.seconds.step, 'seconds_compiled': found['step_seconds']}
+    row['seconds_error'] = made.seconds.step / found['step_seconds'] - 1
+    row['step_by_kind'] = found['step_by_kind']
     for name in ('arguments', 'live_temp', 'peak', 'host_temp'):
         guess, true = predicted[f'{name}_gib'], found[f'{name}_gib']
         row |= {f'{name}_predicted': guess, f'{name}_compiled': true}

@@ -61,6 +61,8 @@ def test_sizes_of_a_kernel_are_read_off_its_operands():
 def test_a_kernel_is_timed_alone_once_for_each_of_its_sizes(monkeypatch):
     asked = []
 
+    predicted.kernels_alone.cache_clear()
+
     def alone(function, *arguments):
         asked.append((function, *arguments))
         return {attention.FORWARD: 0.25}
