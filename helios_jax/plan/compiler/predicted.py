@@ -23,8 +23,9 @@ Cause = TypeVar('Cause')
 class Clock:
     """Times the instructions of a step.
 
-    A matmul takes the cycles that the compiler expects, which are its schedule's to 3%; all else of
-    XLA's takes what its bytes in HBM take, for there the compiler expects four times the schedule.
+    A matmul takes the cycles that the compiler expects, which are its schedule's to 3% on v5e and
+    v5p; all else of XLA's takes what its bytes in HBM take, for there the compiler expects four
+    times the schedule.
     An attention kernel takes what it takes alone.
     """
 

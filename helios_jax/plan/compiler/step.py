@@ -11,7 +11,7 @@ from typing import Any
 
 from helios_jax.chips import GIB
 from helios_jax.plan.compiler.collectives import Collective, collectives
-from helios_jax.plan.compiler.program import instructions, split
+from helios_jax.plan.compiler.program import WINDOWED, instructions, split
 
 
 def figures(hlo: str) -> dict[str, Any]:
@@ -19,11 +19,13 @@ def figures(hlo: str) -> dict[str, Any]:
 
     Returns:
       `cycles`: number outside Pallas kernels in a step. `kernels`: name → number of runs in a step.
+      `partial_sums`: loops of XLA's that add up a product piece by piece, rounded each time.
       `collectives`: rows with kind, place (layers and other loops, or outside), number, gib that a
       step moves of them, gib that it waits for, and the largest that it waits for, in MiB.
     """
     cycles, kernels = 0.0, Counter[str]()
-    for instruction in instructions(*split(hlo)):
+    entry, computations = split(hlo)
+    for instruction in instructions(entry, computations):
         if instruction.kernel:
             kernels[re.sub(r'[.\d]+$', '', instruction.name)] += round(instruction.times)
         else:
@@ -34,6 +36,7 @@ def figures(hlo: str) -> dict[str, Any]:
     return {
         'cycles': cycles,
         'kernels': dict(kernels),
+        'partial_sums': sum(WINDOWED in name for name in computations),
         'collectives': [_row(kind, looped, group) for (kind, looped), group in groups.items()],
     }
 
@@ -56,7 +59,7 @@ def text(found: dict[str, Any]) -> str:
     kernels = ', '.join(f'{name} × {runs}' for name, runs in found['kernels'].items()) or 'none'
     lines = [
         f'{found["cycles"] / 1e6:,.0f} M cycles outside Pallas kernels, by the compiler; kernels: '
-        f'{kernels}',
+        f'{kernels}; loops of partial sums: {found["partial_sums"]}',
         f'{"collectives, GiB a step":24} {"where":8} {"number":>6} {"moved":>9} {"waited for":>10} '
         f'{"largest waited for, MiB":>24}',
     ]

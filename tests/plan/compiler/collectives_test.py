@@ -105,6 +105,9 @@ def test_figures_add_up_cycles_kernels_and_collectives_by_turns():
     found = step.figures(PROGRAM)
     assert found['cycles'] == 3 * 700 + 11
     assert found['kernels'] == {'kernel': 3}
+    assert found['partial_sums'] == 0
+    windowed = PROGRAM.replace('%body', '%windowed_dot_general_body')
+    assert step.figures(windowed)['partial_sums'] == 1
     rows = {(row['kind'], row['place']): row for row in found['collectives']}
     gathers = rows['all-gather', 'loops']
     assert gathers['number'] == 2

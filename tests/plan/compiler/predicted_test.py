@@ -84,7 +84,8 @@ def test_a_kernel_is_timed_alone_once_for_each_of_its_sizes(monkeypatch):
 
 
 @pytest.mark.slow
-def test_a_steps_time_is_the_sum_of_its_parts_and_more_than_its_flops_take():
+@pytest.mark.parametrize('topology', ['v5e:2x2', 'v5p:2x2x1', 'v6e:2x2', 'tpu7x:2x2x1'])
+def test_a_small_step_on_every_tpu(topology):
     pytest.importorskip('libtpu', reason="needs libtpu: pip install 'helios_jax[tpu]'")
     model = config.Model(
         vocab_size=4096, num_layers=4, embed_dim=1024, num_heads=8, num_kv_heads=2, head_dim=128,
@@ -94,12 +95,18 @@ def test_a_steps_time_is_the_sum_of_its_parts_and_more_than_its_flops_take():
         model=model, data=config.Data(row_length=1024), train=config.Train(batch_rows=8),
         memory=config.Memory('full'),
     ).resolve(4096)  # fmt: skip
-    found = compiled.compiled_figures(cfg, 'v5p:2x2x1', timed=True)
+    found = compiled.compiled_figures(cfg, topology, timed=True)
     assert found['left_out'] == {}
     assert sum(found['step_by_kind'].values()) == pytest.approx(found['step_seconds'])
     assert found['step_by_kind']['attention'] > 0
     # Full rematerialisation: a third of the FLOPs is not counted.
-    assert 0.2 < found['step_mfu'] < 0.75
+    assert 0.1 < found['step_mfu'] < 0.75
     assert {'line', 'source', 'kind', 'seconds'} == found['largest'][0].keys()
     assert found['largest'][0]['line'].endswith(tuple('0123456789'))
     assert 'MFU' in predicted.text(found)
+    # No partial results of a product in HBM, and no collective of the layers that is waited for;
+    # but v5e has no SparseCores.
+    assert found['partial_sums'] == 0
+    for row in found['collectives']:
+        if row['place'] == 'loops' and (row['kind'] != 'reduce-scatter' or 'v5e' not in topology):
+            assert row['largest_waited_mib'] <= 1, row
