@@ -4,7 +4,7 @@ import pytest
 
 from helios_jax import config
 from helios_jax.chips import CHIPS
-from helios_jax.plan.compiler import attention, compiled, predicted
+from helios_jax.plan.compiler import attention, compiled, predicted, validate
 from helios_jax.plan.compiler.program import Instruction
 
 CHIP = CHIPS['v5p']
@@ -92,8 +92,8 @@ def test_a_small_step_on_every_tpu(topology):
         mlp_dim=4096,
     )  # fmt: skip
     cfg = config.Config(
-        model=model, data=config.Data(row_length=1024), train=config.Train(batch_rows=8),
-        memory=config.Memory('full'),
+        model=model, data=config.Data(row_length=1024), memory=config.Memory('full'),
+        train=config.Train(batch_rows=8, compiler_options=validate.LITTLE_VMEM),
     ).resolve(4096)  # fmt: skip
     found = compiled.compiled_figures(cfg, topology, timed=True)
     assert found['left_out'] == {}
