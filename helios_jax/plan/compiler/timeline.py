@@ -151,7 +151,7 @@ def _copied(instruction: Instruction) -> float:
 
 
 def source_lines(hlo: str) -> dict[int, str]:
-    """Maps stack frames to the line, 'file:line', of the innermost one: tables heading a module."""
+    """Maps stack frames to their lines, 'file:line' within the package, by a module's tables."""
 
     def table(name: str) -> dict[int, str]:
         found = re.search(rf'^{name}\n((?:\d+ .*\n)+)', hlo, re.MULTILINE)
@@ -163,7 +163,7 @@ def source_lines(hlo: str) -> dict[int, str]:
     for number, text in places.items():
         at = dict(re.findall(r'(\w+)=(\d+)', text))
         file = files.get(int(at['file_name_id']), '').strip('"')
-        lines[number] = f'{file.rpartition("/")[2]}:{at["line"]}'
+        lines[number] = f'{file.rpartition("helios_jax/")[2]}:{at["line"]}'
     frames = {
         number: dict(re.findall(r'(\w+)=(\d+)', text))
         for number, text in table('StackFrames').items()

@@ -19,8 +19,8 @@ TURNS = 5
 HEAD = """HloModule step, is_scheduled=true
 
 FileNames
-1 "/somewhere/model/layers.py"
-2 "/somewhere/model/loss.py"
+1 "/somewhere/helios_jax/model/layers.py"
+2 "/somewhere/helios_jax/model/loss.py"
 
 FileLocations
 1 {file_name_id=1 function_name_id=1 line=51 end_line=51 column=15 end_column=15}
@@ -102,9 +102,9 @@ def test_work_hides_a_collective_as_far_as_it_goes(share):
     found = played('\n'.join([START, WORK, DONE]), work=work, last=0.125)
     waited = max(0.0, GATHER - work)
     assert found.seconds == pytest.approx(TURNS * (work + waited) + 0.125)
-    assert found.spent[Item('matmuls', 'step/q', 'layers.py:51')] == pytest.approx(TURNS * work)
+    assert found.spent[Item('matmuls', 'step/q', 'model/layers.py:51')] == pytest.approx(TURNS * work)
     assert found.spent[Item('network', 'step/q', '')] == pytest.approx(TURNS * waited)
-    assert found.spent[Item('other', 'step/loss', 'loss.py:7')] == 0.125
+    assert found.spent[Item('other', 'step/loss', 'model/loss.py:7')] == 0.125
     assert sum(found.spent.values()) == pytest.approx(found.seconds)
 
 
@@ -150,4 +150,4 @@ def test_kernels_of_unknown_time_are_counted_and_left_out():
 
 def test_a_program_without_tables_has_no_lines():
     assert source_lines('HloModule x\n') == {}
-    assert source_lines(program('')) == {1: 'loss.py:7', 2: 'layers.py:51'}
+    assert source_lines(program('')) == {1: 'model/loss.py:7', 2: 'model/layers.py:51'}
