@@ -13,7 +13,7 @@ from helios_jax.arch import flops
 from helios_jax.chips import Chip, topology
 from helios_jax.plan.compiler import attention, operations
 from helios_jax.plan.compiler.links import Slice
-from helios_jax.plan.compiler.program import Instruction, hbm_bytes, multiplies, split
+from helios_jax.plan.compiler.program import Instruction, moved, multiplies, split
 from helios_jax.plan.compiler.timeline import HOST, NETWORK, Timeline
 
 LARGEST = 10  # items that are listed
@@ -42,8 +42,7 @@ class Clock:
         cycles = instruction.cycles / self._chip.clock
         if multiplies(instruction, self._computations):
             return cycles
-        moved = hbm_bytes(instruction.shape) + sum(map(hbm_bytes, instruction.operands))
-        passing = moved / self._chip.hbm_bytes_per_second
+        passing = moved(instruction, self._computations) / self._chip.hbm_bytes_per_second
         return min(cycles, passing) if cycles else passing
 
     def _kernel(self, kernel: Instruction) -> float | None:

@@ -8,6 +8,8 @@ from typing import NamedTuple
 INSTRUCTION = re.compile(r'  (?:ROOT )?%([\w.\-]+) = (.*?) ([a-z][\w\-]*)\((.*)', re.DOTALL)
 COMPUTATION = re.compile(r'^(ENTRY )?%([\w.\-]+) \(.*\{$')
 SHAPE = re.compile(r'(\w+)\[([\d,]*)\](?:\{([\d,]*)(:[^}]*)?\})?')
+OPERAND = re.compile(r'%([\w.\-]+)')
+SLICES = ('dynamic-slice', 'dynamic-update-slice')
 WINDOWED = 'windowed_dot_general'  # loops of XLA's, whose turns do two steps each
 
 
@@ -57,7 +59,7 @@ def content(name: str, computations: dict[str, list[str]]) -> Iterator[Instructi
             body, turns = loop(rest, computations)
             yield Loop(body, turns / (2 if WINDOWED in body else 1))
             continue
-        named = re.findall(r'%([\w.\-]+)', rest.partition(')')[0])
+        named = OPERAND.findall(rest.partition(')')[0])
         operands = tuple(shapes[operand] for operand in named if operand in shapes)
         yield Instruction(own, shape, opcode, rest, 1.0, False, operands)
 
@@ -104,6 +106,44 @@ def loop(text: str, computations: dict[str, list[str]]) -> tuple[str, int]:
         return body, int(known[1])
     bounds = re.findall(r' constant\((\d+)\)', '\n'.join(computations[condition]))
     return body, max(map(int, bounds), default=1)
+
+
+def moved(instruction: Instruction, computations: dict[str, list[str]]) -> float:
+    """Adds up the bytes in HBM that an instruction reads and writes; of what it slices, the slice.
+
+    Layers' arrays lie in one array of all layers, of which a turn reads, or writes, one.
+    """
+    called = re.search(r'calls=%([\w.\-]+)', instruction.text)
+    inner = (
+        [m for text in computations[called[1]] if (m := INSTRUCTION.match(text))] if called else []
+    )
+    if not any(match[3] in SLICES for match in inner):
+        return hbm_bytes(instruction.shape) + sum(map(hbm_bytes, instruction.operands))
+    shapes = {match[1]: match[2] for match in inner}
+    operands = {match[1]: OPERAND.findall(match[4].partition(')')[0]) for match in inner}
+    # What a bitcast makes is what it is made of.
+    source = {m[1]: operands[m[1]][0] for m in inner if m[3] == 'bitcast' and operands[m[1]]}
+
+    def origin(name: str) -> str:
+        return origin(source[name]) if name in source else name
+
+    total = 0.0
+    for match in inner:
+        own, shape, opcode, rest = match.groups()
+        if opcode == 'parameter':
+            users = [m for m in inner if own in map(origin, operands[m[1]]) and m[3] != 'bitcast']
+            whole = [m for m in users if m[3] not in SLICES or origin(operands[m[1]][0]) != own]
+            read = [m[2] for m in users if m[3] == 'dynamic-slice']
+            index = int(rest.partition(')')[0])
+            outer = instruction.operands[index] if index < len(instruction.operands) else shape
+            total += hbm_bytes(outer) if whole else sum(map(hbm_bytes, read))
+    root = inner[-1]
+    results = operands[root[1]] if root[3] == 'tuple' else [root[1]]
+    for name in map(origin, results):
+        match = next(m for m in inner if m[1] == name)
+        written = operands[name][1] if match[3] == 'dynamic-update-slice' else name
+        total += hbm_bytes(shapes[written])
+    return total
 
 
 def multiplies(instruction: Instruction, computations: dict[str, list[str]]) -> bool:

@@ -102,7 +102,9 @@ def test_work_hides_a_collective_as_far_as_it_goes(share):
     found = played('\n'.join([START, WORK, DONE]), work=work, last=0.125)
     waited = max(0.0, GATHER - work)
     assert found.seconds == pytest.approx(TURNS * (work + waited) + 0.125)
-    assert found.spent[Item('matmuls', 'step/q', 'model/layers.py:51')] == pytest.approx(TURNS * work)
+    assert found.spent[Item('matmuls', 'step/q', 'model/layers.py:51')] == pytest.approx(
+        TURNS * work
+    )
     assert found.spent[Item('network', 'step/q', '')] == pytest.approx(TURNS * waited)
     assert found.spent[Item('other', 'step/loss', 'model/loss.py:7')] == 0.125
     assert sum(found.spent.values()) == pytest.approx(found.seconds)
