@@ -60,7 +60,7 @@ OPTIONS = (
         Option(
             f'{ON_SPARSE_CORES}_{gather}', True, places, MODEL,
             "The SparseCores gather the next layer's weights, as tpu7x's do by default.",
-            'GiB that v5p waits for in loops: 42.9 to 14.9; no cycle more',
+            '28.0 of the 42.9 GiB that v5p waits for in loops; not a cycle more',
         )
         for gather, places in (
             ('all_gather', ('v5p', 'v6e')),
@@ -72,12 +72,12 @@ OPTIONS = (
         f'{ON_SPARSE_CORES}_nd_reduce_scatter', True, ('v5e', 'v5p', 'v6e'), (STEP,),
         "A gradient's sum over all of a torus is a reduce-scatter, also on v5e's TensorCores, and "
         'not a sum that each device gets whole.',
-        'v5e: GiB of sums halved',
+        'v5e: 14.0 GiB of gradients leave by reduce-scatters',
     ),
     Option(
         f'{ON_SPARSE_CORES}_reduce_scatter', True, ('v5p', 'v6e'), (STEP,),
         "The SparseCores sum a layer's gradients beside the next layer's.",
-        'GiB waited for in loops, with the row above: v5p 14.9 to 0.004, v6e to 0.002',
+        'with the rows above v5p waits for 0.004 GiB in loops, and v6e for 0.002',
     ),
     Option(
         'xla_gpu_enable_command_buffer', '', ('gpu',), (TRANSFERS,),

@@ -6,7 +6,7 @@ compiler at hand and prints when each figure was last true. Those of chips are i
 
 import dataclasses
 from collections.abc import Iterator
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, NamedTuple, TypeVar
 
 from helios_jax import chips
 
@@ -26,6 +26,8 @@ _SCHEDULES = ('2026-11-23', "read from libtpu 0.0.50's schedules for v5e; valida
 _TRACED = ('2026-11-23', 'the traced gradient: jax 0.12.0')
 _H100 = ('2026-11-22', 'one H100 80GB HBM3')
 _PROFILE = ('2026-11-22', 'profile of helios_1b on one H100: jax 0.12.0')
+_STEPS = ('2026-11-29', 'helios plan --compile of helios_8b, 16 chips: jax 0.10.2')
+_KERNELS = ('2026-11-29', 'schedules of our kernels, libtpu 0.0.42')
 
 # One layer's backward pass, in arrays [B T D] or, inside an MLP, [B T F].
 STREAMS = Measured(
@@ -68,25 +70,70 @@ STATIC_GATE = Measured(1, '[B T D] of a static gate', *_TRACED)
 OUTPUT_NORM = Measured(2, '[B T D] of the norm of an output', *_TRACED)
 SILU = Measured(3, '[B T F] of a SiLU', *_TRACED)
 # Seconds.
-MATMUL_FRACTION = Measured(0.8, 'of peak FLOP/s: 798 of 989 TFLOP/s, bfloat16, 8192³', *_H100)
-ATTENTION_FRACTION = Measured(0.44, 'of peak: cuDNN forward and backward, 436 TFLOP/s', *_H100)
-MEMORY_FRACTION = Measured(0.9, 'of HBM bandwidth: a copy, 3.0 of 3.35 TB/s', *_H100)
 HOST_FRACTION = Measured(
     0.75, "of PCIe 5's 64 GB/s: a state fetched and written back, one after the other", *_H100
 )
-STREAM_PASSES = Measured(
-    120, "times that a layer's elementwise work reads or writes an array [B T D]", *_PROFILE
-)
-GATE_PASSES = Measured(35, 'more of them for each gated sublayer', *_PROFILE)
 HOP_SECONDS = Measured(
     1e-6, 'seconds from a chip to the next', '2026-11-29', 'jax-ml.github.io/scaling-book/tpus'
 )
-INSIDE_PASSES = Measured(9, 'times that an MLP reads or writes an array [B T F]', *_PROFILE)
+
+
+class Speeds(NamedTuple):
+    """Shares of a chip's peaks that a step reaches, and how often it passes over its arrays."""
+
+    matmul: Measured[float]  # of peak FLOP/s
+    attention: Measured[float]  # of peak FLOP/s, of long rows
+    attention_tokens: Measured[int]  # a row's queries see so many keys more, masked ones of blocks
+    memory: Measured[float]  # of HBM bandwidth
+    stream_passes: Measured[int]  # elementwise over [B T D] in a layer
+    gate_passes: Measured[int]  # more of them for each gated sublayer
+    inside_passes: Measured[int]  # elementwise over [B T F] in an MLP
+    gathered_passes: Measured[int]  # over a layer's gathered weights
+
+
+def _of_a_tpu(matmul: float, attention: float, attention_tokens: int) -> Speeds:
+    return Speeds(
+        Measured(matmul, 'of peak FLOP/s: matmuls of helios_8b', *_STEPS),
+        Measured(attention, 'of peak: our kernels, forward twice and backward', *_KERNELS),
+        Measured(attention_tokens, 'keys more: the same at T 2048 and 4096', *_KERNELS),
+        Measured(1.0, 'of HBM bandwidth: counted so', *_STEPS),
+        Measured(17, '[B T D] in a layer of helios_8b, residual', *_STEPS),
+        Measured(50, '[B T D] more in a gated sublayer', *_STEPS),
+        Measured(0, '[B T F]: part of matmuls', *_STEPS),
+        Measured(0, 'weights: part of matmuls', *_STEPS),
+    )
+
+
+# By chip, or by platform.
+SPEEDS = {
+    'gpu': Speeds(
+        Measured(0.8, 'of peak FLOP/s: 798 of 989 TFLOP/s, bfloat16, 8192³', *_H100),
+        Measured(0.44, 'of peak: cuDNN forward and backward, 436 TFLOP/s', *_H100),
+        Measured(0, 'keys more: not measured by length', *_H100),
+        Measured(0.9, 'of HBM bandwidth: a copy, 3.0 of 3.35 TB/s', *_H100),
+        Measured(120, "times that a layer's work reads or writes an array [B T D]", *_PROFILE),
+        Measured(35, 'more of them for each gated sublayer', *_PROFILE),
+        Measured(9, 'times that an MLP reads or writes an array [B T F]', *_PROFILE),
+        Measured(3, 'times that gathered weights are read or written', *_PROFILE),
+    ),
+    'v5e': _of_a_tpu(0.97, 0.85, 965),
+    'v5p': _of_a_tpu(0.975, 0.85, 965),
+    'v6e': _of_a_tpu(0.83, 0.43, 1494),
+    'tpu7x': _of_a_tpu(0.83, 0.42, 1494),
+}
+
+
+def speeds(chip: chips.Chip) -> Speeds:
+    """Speeds of a chip; for a CPU, which nobody plans for, those of a GPU."""
+    return SPEEDS.get(chip.name) or SPEEDS['gpu']
 
 
 def figures() -> dict[str, Measured[Any]]:
     """Returns every figure of this module by its name."""
-    return {name: value for name, value in globals().items() if isinstance(value, Measured)}
+    rows = {name: value for name, value in globals().items() if isinstance(value, Measured)}
+    for name, of_chip in SPEEDS.items():
+        rows |= {f'{name}.{field}': row for field, row in of_chip._asdict().items()}
+    return rows
 
 
 def ages() -> Iterator[str]:

@@ -3,8 +3,8 @@
 A device computes and passes over its memory by turns; the network and the link to the host work
 beside both, and so far a step takes as long as the longest of these three. A state that lies on the
 host is fetched and written back when all of that is done. Fractions of the makers' peaks, and the
-passes over the stream, are those of one H100 (measured.py). This ranks configurations; a measured
-step takes longer.
+passes over the stream, are those of one H100, and of steps compiled for TPUs (measured.py). This
+ranks configurations; a measured step takes longer.
 """
 
 import dataclasses
@@ -13,15 +13,7 @@ from helios_jax.arch import flops, rules
 from helios_jax.arch.weights import all_weights
 from helios_jax.chips import Chip
 from helios_jax.plan.arguments import local
-from helios_jax.plan.measured import (
-    ATTENTION_FRACTION,
-    GATE_PASSES,
-    HOST_FRACTION,
-    INSIDE_PASSES,
-    MATMUL_FRACTION,
-    MEMORY_FRACTION,
-    STREAM_PASSES,
-)
+from helios_jax.plan.measured import HOST_FRACTION, Speeds, speeds
 from helios_jax.plan.peak import StepMemory
 from helios_jax.plan.placement import Placement
 from helios_jax.plan.saved import recomputed_by_backward, shapes, tensor_actions
@@ -67,21 +59,23 @@ def step_seconds(placement: Placement, planned: StepMemory, chip: Chip) -> Secon
     again_matmul, again_attention = _recomputed(placement)
     matmul = (matmul + again_matmul) * _dense_experts(placement)
     attention += again_attention
-    memory_bytes = _memory_bytes(placement, planned)
+    reached = speeds(chip)
+    memory_bytes = _memory_bytes(placement, planned, reached)
     network_bytes = _network_bytes(placement)
     saved_bytes = 2.0 * cfg.train.microbatches * planned.saved_host
     state_bytes = 2 * planned.arguments.on_host(placement)
     if cfg.memory.parameters == 'host':
         state_bytes += planned.arguments.parameters  # the copy that the model reads
     link = HOST_FRACTION.value * chip.host_bytes_per_second
-    compute = matmul / MATMUL_FRACTION.value + attention / ATTENTION_FRACTION.value
+    masked = 1 + reached.attention_tokens.value / length
+    compute = matmul / reached.matmul.value + attention * masked / reached.attention.value
     made = Seconds(
         flops=matmul + attention,
         memory_bytes=memory_bytes,
         network_bytes=network_bytes,
         host_bytes=saved_bytes + state_bytes,
         compute=compute / chip.peak_flops,
-        memory=memory_bytes / chip.hbm_bytes_per_second / MEMORY_FRACTION.value,
+        memory=memory_bytes / chip.hbm_bytes_per_second / reached.memory.value,
         network=network_bytes / chip.network_bytes_per_second,
         host=(saved_bytes + state_bytes) / link,
         update=state_bytes / link,
@@ -133,7 +127,7 @@ def _dense_experts(placement: Placement) -> float:
     return float(moe.num_experts // placement.shape['expert'])
 
 
-def _memory_bytes(placement: Placement, planned: StepMemory) -> float:
+def _memory_bytes(placement: Placement, planned: StepMemory, reached: Speeds) -> float:
     """Bytes over HBM: the update, weights, saved tensors, elementwise passes over activations."""
     model, microbatches = placement.config.model, placement.config.train.microbatches
     weights = sum(local(placement, weight) for weight in all_weights(model))
@@ -141,18 +135,19 @@ def _memory_bytes(placement: Placement, planned: StepMemory) -> float:
     # Parameters and moments are read and written, gradients written and read; three bfloat16 reads.
     update = 8 * weights + 2 * moments + 8 * weights
     stream = placement.local_tokens * model.embed_dim * placement.dtype_bytes
-    passes = STREAM_PASSES.value + (2 * GATE_PASSES.value if model.gmu.has_gate else 0)
+    gates = 2 * reached.gate_passes.value if model.gmu.has_gate else 0
+    passes = reached.stream_passes.value + gates
     inside, dense = 0, 0
     for kind, number in model.kind_counts.items():
         shape, axes = shapes(placement, 'gate_up', kind)[0]
         elements = number * placement.elements(shape, axes)
         dense += 0 if kind.startswith('moe') else number
-        inside += INSIDE_PASSES.value * elements * placement.dtype_bytes
+        inside += reached.inside_passes.value * elements * placement.dtype_bytes
     cut = placement.config.memory.backward_parts
     # In parts the gradient of an MLP's input, a float32 sum, is read and written in each.
     summed = 4 * stream * cut * dense if cut > 1 else 0
     layers = passes * stream * model.num_layers + inside + summed
-    gathered = 3 * planned.gathered * model.num_layers
+    gathered = reached.gathered_passes.value * planned.gathered * model.num_layers
     kept = 2 * sum(s.num_bytes for s in planned.saved)
     return float(update + microbatches * (layers + gathered + kept))
 
