@@ -72,7 +72,8 @@ def figures(hlo: str, cfg: config.Config, name: str, mesh: jax.sharding.Mesh) ->
     """
     where = topology(name)
     sizes = tuple(int(size) for size in name.partition(':')[2].split('x'))
-    places = tuple(tuple(device.coords) for device in mesh.devices.flat)
+    # Three coordinates, whatever the chip.
+    places = tuple(tuple(device.coords[: len(sizes)]) for device in mesh.devices.flat)
     clock = Clock(hlo, where.chip, cfg.model.window)
     played = Timeline(hlo, Slice(where.chip, sizes, places), clock)
     by_kind: defaultdict[str, float] = defaultdict(float)
