@@ -1,10 +1,10 @@
 """Seconds of a train step, in closed form: the time of each resource, and which one binds.
 
-A device computes and passes over its memory by turns; the network and the link to the host work
-beside both, and so far a step takes as long as the longest of these three. A state that lies on the
-host is fetched and written back when all of that is done. Fractions of the makers' peaks, and the
-passes over the stream, are those of one H100, and of steps compiled for TPUs (measured.py). This
-ranks configurations; a measured step takes longer.
+A device computes and passes over its memory by turns; the network, but for a share, and the link to
+the host work beside both, and so far a step takes as long as the longest of these three. A state
+that lies on the host is fetched and written back when all of that is done. Fractions of the makers'
+peaks, and the passes over the stream, are those of one H100, and of steps compiled for TPUs
+(measured.py). This ranks configurations; a measured step takes longer.
 """
 
 import dataclasses
@@ -30,6 +30,7 @@ class Seconds:
     compute: float
     memory: float
     network: float
+    exposed: float  # time in `network` that nothing hides
     host: float
     update: float  # time in `host` that nothing hides: a state that comes and goes
     tokens_per_second: float  # tokens of all devices
@@ -38,7 +39,7 @@ class Seconds:
     @property
     def step(self) -> float:
         hidden = self.host - self.update
-        return max(self.compute + self.memory, self.network, hidden) + self.update
+        return max(self.compute + self.memory + self.exposed, self.network, hidden) + self.update
 
     @property
     def bound(self) -> str:
@@ -66,6 +67,7 @@ def step_seconds(placement: Placement, planned: StepMemory, chip: Chip) -> Secon
     state_bytes = 2 * planned.arguments.on_host(placement)
     if cfg.memory.parameters == 'host':
         state_bytes += planned.arguments.parameters  # the copy that the model reads
+    network = network_bytes / chip.network_bytes_per_second
     link = HOST_FRACTION.value * chip.host_bytes_per_second
     masked = 1 + reached.attention_tokens.value / length
     compute = matmul / reached.matmul.value + attention * masked / reached.attention.value
@@ -76,7 +78,8 @@ def step_seconds(placement: Placement, planned: StepMemory, chip: Chip) -> Secon
         host_bytes=saved_bytes + state_bytes,
         compute=compute / chip.peak_flops,
         memory=memory_bytes / chip.hbm_bytes_per_second / reached.memory.value,
-        network=network_bytes / chip.network_bytes_per_second,
+        network=network,
+        exposed=reached.exposed.value * network,
         host=(saved_bytes + state_bytes) / link,
         update=state_bytes / link,
         tokens_per_second=0.0,
