@@ -4,7 +4,7 @@ helios train --config=helios_8b --workdir=gs://BUCKET/helios_8b --config.data.co
     --config.data.tokenizer=tokenizer.json
 helios plan --config=helios_8b --topology=v5p:2x2x4 --compile   (memory, without a TPU)
 
-Compiled for 16 v5p chips: 5.7 GiB of state a chip, 15.6 GiB temporary, 15.5 GiB at the peak.
+Compiled for 16 v5p chips: 5.7 GiB of state a chip, 14.0 GiB temporary, 15.1 GiB at the peak.
 """
 
 import ml_collections

@@ -212,6 +212,7 @@ def test_a_setting_saves_its_tensor_alone(name):
     assert {a.name for a in found} == {name, 'block_input', 'router_choices', 'final_hidden'}
 
 
+@pytest.mark.slow
 def test_presets_save_less_and_less():
     sizes = {
         preset: sum(a.num_bytes for a in saved(MIXED, config.Memory(preset)))

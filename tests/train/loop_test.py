@@ -276,6 +276,7 @@ def test_a_figure_that_is_not_finite_stops_the_run_and_spares_the_checkpoint(
     assert not (tmp_path / 'report.md').exists()
 
 
+@pytest.mark.slow
 def test_fine_tuning_starts_from_another_runs_parameters(small, finished, tmp_path):
     cfg, workdir, _ = finished
     parent = files(workdir)

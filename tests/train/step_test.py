@@ -127,7 +127,7 @@ def logits_and_load(pattern: str):
     return jax.device_get(forward(variables))
 
 
-@pytest.mark.parametrize('pattern', [pytest.param('dense', marks=pytest.mark.slow), 'moe'])
+@pytest.mark.parametrize('pattern', ['dense', pytest.param('moe', marks=pytest.mark.slow)])
 def test_the_loss_is_the_mean_over_the_next_tokens_that_count(pattern):
     batch, (logits, _) = random_batch(0), logits_and_load(pattern)
     assert np.isneginf(logits[..., V:]).all()
@@ -221,6 +221,7 @@ def test_muon_updates_alike_with_its_state_sharded_like_the_parameters():
     assert_close(eight, one, rtol=1e-3, atol=1e-3 * MUON.learning_rate)
 
 
+@pytest.mark.slow
 def test_fresh_state_is_the_same_on_every_mesh_and_born_where_it_lives():
     cfg = settings('moe')
     made = []
