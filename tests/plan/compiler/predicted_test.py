@@ -84,29 +84,34 @@ def test_a_kernel_is_timed_alone_once_for_each_of_its_sizes(monkeypatch):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize('topology', ['v5e:2x2', 'v5p:2x2x1', 'v6e:2x2', 'tpu7x:2x2x1'])
+@pytest.mark.parametrize(
+    'topology',
+    ['v5p:2x2x1', *(pytest.param(n, marks=pytest.mark.long) for n in ('v5e:2x2', 'v6e:2x2')),
+     pytest.param('tpu7x:2x2x1', marks=pytest.mark.long)],
+)  # fmt: skip
 def test_a_small_step_on_every_tpu(topology):
     pytest.importorskip('libtpu', reason="needs libtpu: pip install 'helios_jax[tpu]'")
     model = config.Model(
-        vocab_size=4096, num_layers=4, embed_dim=1024, num_heads=8, num_kv_heads=2, head_dim=128,
-        mlp_dim=4096,
+        vocab_size=2048, num_layers=4, embed_dim=512, num_heads=4, num_kv_heads=1, head_dim=128,
+        mlp_dim=2048,
     )  # fmt: skip
     cfg = config.Config(
-        model=model, data=config.Data(row_length=1024), memory=config.Memory('full'),
+        model=model, data=config.Data(row_length=2048), memory=config.Memory('full'),
         train=config.Train(batch_rows=8, compiler_options=validate.LITTLE_VMEM),
-    ).resolve(4096)  # fmt: skip
+    ).resolve(2048)  # fmt: skip
     found = compiled.compiled_figures(cfg, topology, timed=True)
     assert found['left_out'] == {}
     assert sum(found['step_by_kind'].values()) == pytest.approx(found['step_seconds'])
     assert found['step_by_kind']['attention'] > 0
     # Full rematerialisation: a third of the FLOPs is not counted.
-    assert 0.1 < found['step_mfu'] < 0.75
+    assert 0.05 < found['step_mfu'] < 0.75
     assert {'line', 'source', 'kind', 'seconds'} == found['largest'][0].keys()
     assert found['largest'][0]['line'].endswith(tuple('0123456789'))
     assert 'MFU' in predicted.text(found)
-    # No partial results of a product in HBM, and no collective of the layers that is waited for;
-    # but v5e has no SparseCores.
+    # No partial results of a product in HBM, and, but on v5e, which has no SparseCores, no
+    # collective of the layers that is waited for.
     assert found['partial_sums'] == 0
-    for row in found['collectives']:
-        if row['place'] == 'loops' and (row['kind'] != 'reduce-scatter' or 'v5e' not in topology):
-            assert row['largest_waited_mib'] <= 1, row
+    looped = [row for row in found['collectives'] if row['place'] == 'loops']
+    assert looped
+    for row in looped:
+        assert topology.startswith('v5e') or row['largest_waited_mib'] <= 1, row
