@@ -259,6 +259,7 @@ def restored(pattern: str = 'full') -> Restored:
     return Restored(model_of(pattern), variables, ByteTokenizer(), cfg)
 
 
+@pytest.mark.slow
 def test_texts_are_cut_before_the_first_stop_text_and_continue_their_prompts():
     tokenizer = ByteTokenizer()
     prompts = ['ab', 'xyz w']

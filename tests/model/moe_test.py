@@ -23,7 +23,7 @@ CASES = {
     'roomy': {'capacity_factor': 4.0},
     'tight_shared_sigmoid': {'capacity_factor': 0.5, 'num_shared_experts': 1, 'scores': 'sigmoid'},
 }
-SLOW = ('sigmoid', 'top_one_sigmoid', 'all', 'roomy')
+SLOW = ('softmax', 'sigmoid', 'top_one_sigmoid', 'all', 'roomy')
 
 
 def model(**changes):
@@ -111,7 +111,6 @@ def objective(y, stats, real):
 @pytest.mark.parametrize(
     'case',
     [
-        'softmax',
         'shared',
         'tight',
         'tight_shared_sigmoid',

@@ -140,6 +140,7 @@ def test_in_bfloat16_the_ring_at_most_doubles_the_error_of_rounding():
         assert errors[0] < 2 * errors[1]
 
 
+@pytest.mark.slow
 def test_blocks_of_the_keys_add_up():
     """The kernel's contract, over more queries than one block of the reference."""
     length, cut = 300, 130
