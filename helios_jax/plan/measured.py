@@ -27,6 +27,7 @@ _TRACED = ('2026-11-23', 'the traced gradient: jax 0.12.0')
 _H100 = ('2026-11-22', 'one H100 80GB HBM3')
 _PROFILE = ('2026-11-22', 'profile of helios_1b on one H100: jax 0.12.0')
 _STEPS = ('2026-11-29', 'helios plan --compile of helios_8b, 16 chips: jax 0.10.2')
+_ESTIMATED = ('2026-11-29', 'a matmul, and bytes that helios_8b waits for; no step was played')
 _KERNELS = ('2026-11-29', 'schedules of our kernels, libtpu 0.0.42')
 
 # One layer's backward pass, in arrays [B T D] or, inside an MLP, [B T F].
@@ -92,17 +93,23 @@ class Speeds(NamedTuple):
     exposed: Measured[float]  # share of the network's time that nothing hides
 
 
-def _of_a_tpu(matmul: float, attention: float, attention_tokens: int, exposed: float) -> Speeds:
+def _of_a_tpu(
+    matmul: float,
+    attention: float,
+    attention_tokens: int,
+    exposed: float,
+    seen: tuple[str, str] = _STEPS,
+) -> Speeds:
     return Speeds(
-        Measured(matmul, 'of peak FLOP/s: matmuls of helios_8b', *_STEPS),
+        Measured(matmul, 'of peak FLOP/s: matmuls of helios_8b', *seen),
         Measured(attention, 'of peak: our kernels, forward twice and backward', *_KERNELS),
         Measured(attention_tokens, 'keys more: the same at T 2048 and 4096', *_KERNELS),
         Measured(1.0, 'of HBM bandwidth: counted so', *_STEPS),
-        Measured(17, '[B T D] in a layer of helios_8b, residual', *_STEPS),
-        Measured(50, '[B T D] more in a gated sublayer', *_STEPS),
+        Measured(17, '[B T D] in a layer of helios_8b, residual, v5p', *_STEPS),
+        Measured(50, '[B T D] more in a gated sublayer: convex, in parts, v5p', *_STEPS),
         Measured(0, '[B T F]: part of matmuls', *_STEPS),
         Measured(0, 'weights: part of matmuls', *_STEPS),
-        Measured(exposed, 'of the network: first gathers, last gradients', *_STEPS),
+        Measured(exposed, 'of the network: first gathers, last gradients', *seen),
     )
 
 
@@ -119,7 +126,7 @@ SPEEDS = {
         Measured(3, 'times that gathered weights are read or written', *_PROFILE),
         Measured(0.0, 'of the network: not measured on several cards', *_PROFILE),
     ),
-    'v5e': _of_a_tpu(0.97, 0.85, 965, 0.78),
+    'v5e': _of_a_tpu(0.97, 0.85, 965, 0.78, _ESTIMATED),
     'v5p': _of_a_tpu(0.975, 0.85, 965, 0.25),
     'v6e': _of_a_tpu(0.825, 0.43, 1494, 0.3),
     'tpu7x': _of_a_tpu(0.796, 0.42, 1494, 0.63),

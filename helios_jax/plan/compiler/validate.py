@@ -2,7 +2,7 @@
 
     helios plan --validate
 
-Models are small enough to compile in about a minute each, and large enough that activations,
+Models are small enough to compile in a few minutes on two cores, and large enough that activations,
 gradients and weights all weigh. Compare `live temp`: what the compiler keeps beside the arguments
 at the peak. A plan that is optimistic about the peak would let a run start that cannot fit.
 """

@@ -83,6 +83,15 @@ def test_a_kernel_is_timed_alone_once_for_each_of_its_sizes(monkeypatch):
     assert timed(kernel('ragged-dot.3', Q, Q, KEYS)) is None
 
 
+def test_a_step_with_kernels_of_unknown_time_is_said_to_take_more():
+    found = {'step_seconds': 2.0, 'step_mfu': 0.5, 'step_by_kind': {'matmuls': 1.5, 'network': 0.5}}
+    found |= {'largest': [], 'left_out': {}}
+    assert predicted.text(found).startswith('2.000 s a step, MFU 50.0%, 25.0% of it waiting')
+    less = predicted.text(found | {'left_out': {'ragged-dot': 96}})
+    assert less.startswith('more than 2.000 s a step, MFU below 50.0%')
+    assert less.endswith('ragged-dot × 96')
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     'topology',
