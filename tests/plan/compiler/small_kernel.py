@@ -78,20 +78,19 @@ def main(target: str, directory: Path) -> None:
     from helios_jax.parallel import mesh
     from helios_jax.plan.compiler import schedule, timing
 
-    os.environ['LIBTPU_INIT_ARGS'] = schedule.flags(directory)
     chip = timing.CHIPS[target]
-    where = jax.sharding.SingleDeviceSharding(mesh.topology_devices(chip.topology)[0])
-    shape = functools.partial(jax.ShapeDtypeStruct, sharding=where)
-    x, y = shape((512, 128), jnp.bfloat16), shape((384, 128), jnp.bfloat16)
-    for semantics in ('parallel', 'arbitrary'):
-        run.lower(shape((4,), jnp.int32), x, y, semantics=semantics).compile()
-    for path in sorted(directory.iterdir()):
-        match = schedule.FILE.fullmatch(path.name)
-        if match and 'small_kernel' in match[2]:
-            text = path.read_text()
-            shorter = shorn(text) if match[3] == schedule.FILES[0] else text
-            (directory / f'1-{match[2]}-00-{match[3]}.txt').write_text(shorter)
-        path.unlink()
+    with schedule.dumped() as dumps:
+        where = jax.sharding.SingleDeviceSharding(mesh.topology_devices(chip.topology)[0])
+        shape = functools.partial(jax.ShapeDtypeStruct, sharding=where)
+        x, y = shape((512, 128), jnp.bfloat16), shape((384, 128), jnp.bfloat16)
+        for semantics in ('parallel', 'arbitrary'):
+            run.lower(shape((4,), jnp.int32), x, y, semantics=semantics).compile()
+        for path in sorted(dumps.iterdir()):
+            match = schedule.FILE.fullmatch(path.name)
+            if match and 'small_kernel' in match[2]:
+                text = path.read_text()
+                shorter = shorn(text) if match[3] == schedule.FILES[0] else text
+                (directory / f'1-{match[2]}-00-{match[3]}.txt').write_text(shorter)
 
 
 if __name__ == '__main__':
