@@ -146,6 +146,32 @@ def start_bench(argv: Sequence[str]) -> None:
     )
 
 
+def tpu_step_bench(argv: Sequence[str]) -> None:
+    """Predicts a train step on a TPU beside MaxText's, by their compiled programs.
+
+    helios bench tpu-step --config=helios_8b --topology=v5p:2x2x4 --peer=maxtext/bin/python
+    """
+    values = flags.FlagValues()
+    forms = "MaxText's options for XLA: none, those of its scripts, ours."
+    flags.DEFINE_string('topology', 'v5p:2x2x4', 'Chip, and how many.', flag_values=values)
+    flags.DEFINE_string('peer', '', 'A Python that has MaxText.', flag_values=values)
+    flags.DEFINE_list('forms', ['defaults', 'recipe', 'ours'], forms, flag_values=values)
+    flags.DEFINE_bool('json', False, 'JSON lines.', flag_values=values)
+    cfg = options.parse_config(values, argv)
+    os.environ['JAX_PLATFORMS'] = 'cpu'
+    from helios_jax import chips
+    from helios_jax.bench.tpu_step import compare
+    from helios_jax.plan.command import prepared
+
+    compare.compare_steps(
+        prepared(cfg, chips.topology(values.topology)),
+        values.topology,
+        python=values.peer,
+        forms=values.forms,
+        as_json=values.json,
+    )
+
+
 BENCHMARKS = options.Group(
     'Measures speed and memory.',
     {
@@ -154,5 +180,6 @@ BENCHMARKS = options.Group(
         'start': start_bench,
         'train': train_bench,
         'torch_peer': torch_bench,
+        'tpu-step': tpu_step_bench,
     },
 )

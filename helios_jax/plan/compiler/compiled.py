@@ -84,8 +84,11 @@ def compiled_figures(cfg: config.Config, name: str, timed: bool = False) -> dict
     # XLA's peak counts arguments that lie on the host, though not what is offloaded there.
     peak = memory.peak_memory_in_bytes - memory.host_argument_size_in_bytes
     text = hlo.text(compiled)
-    mesh = meshes.make(cfg.mesh, devices)
-    times = predicted.figures(text, cfg, name, mesh) if timed else {}
+    times = {}
+    if timed:
+        places = [device.coords for device in meshes.make(cfg.mesh, devices).devices.flat]
+        clock = predicted.own_kernels(cfg, topology(name).chip)
+        times = predicted.figures(text, cfg, name, places, clock)
     return {
         'topology': name,
         'kind': cfg.model.gmu.kind,

@@ -2,11 +2,8 @@
 
 import functools
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
-
-import jax
-import numpy as np
 
 from helios_jax import config, process
 from helios_jax.arch import flops
@@ -18,6 +15,7 @@ from helios_jax.plan.compiler.timeline import HOST, NETWORK, Timeline
 
 LARGEST = 10  # items that are listed
 Cause = TypeVar('Cause')
+Kernels = Callable[[Instruction], float | None]
 
 
 class Clock:
@@ -25,32 +23,42 @@ class Clock:
 
     A matmul takes the cycles that the compiler expects, which are its schedule's to 3% on v5e and
     v5p; all else of XLA's takes what its bytes in HBM take, for there the compiler expects four
-    times the schedule. An attention kernel takes what it takes alone, in bfloat16.
+    times the schedule. What a Pallas kernel takes is for the caller to say: an attention kernel
+    of ours takes what it takes alone, in bfloat16.
     """
 
-    def __init__(self, hlo: str, chip: Chip, window: int) -> None:
+    def __init__(self, hlo: str, chip: Chip, kernel_seconds: Kernels) -> None:
         self._computations = split(hlo)[1]
-        self._chip, self._window = chip, window
+        self._chip, self._kernel_seconds = chip, kernel_seconds
 
     def __call__(self, instruction: Instruction) -> float | None:
         """Predicts one run of what is no transfer; None for a kernel that cannot be timed."""
         if instruction.opcode in operations.FREE:
             return 0.0
         if instruction.kernel:
-            return self._kernel(instruction)
+            return self._kernel_seconds(instruction)
         cycles = instruction.cycles / self._chip.clock
         if multiplies(instruction, self._computations):
             return cycles
         passing = moved(instruction, self._computations) / self._chip.hbm_bytes_per_second
         return min(cycles, passing) if cycles else passing
 
-    def _kernel(self, kernel: Instruction) -> float | None:
+
+def own_kernels(cfg: config.Config, chip: Chip) -> Kernels:
+    """Makes the clock of our attention kernels in a step of this config."""
+    # A kernel does not tell its window: in a model of both kinds all layers count as full ones.
+    windowed = all(kind.endswith('window') for kind in cfg.model.kind_counts)
+    window = cfg.model.window if windowed else 0
+
+    def seconds(kernel: Instruction) -> float | None:
         sizes = attention.heads(kernel)
         if sizes is None:
             return None
-        alone = kernels_alone(self._chip.name, sizes, self._window)
+        alone = kernels_alone(chip.name, sizes, window)
         backward = attention.BACKWARD in kernel.name
         return alone.get(attention.BACKWARD if backward else attention.FORWARD)
+
+    return seconds
 
 
 @functools.cache
@@ -59,11 +67,19 @@ def kernels_alone(target: str, sizes: attention.Heads, window: int) -> dict[str,
     return process.run(attention.seconds_alone, target, sizes._asdict(), window)
 
 
-def figures(hlo: str, cfg: config.Config, name: str, mesh: jax.sharding.Mesh) -> dict[str, Any]:
+def figures(
+    hlo: str,
+    cfg: config.Config,
+    name: str,
+    coordinates: Sequence[Sequence[int]],
+    kernel_seconds: Kernels,
+) -> dict[str, Any]:
     """Plays a compiled step (timeline.py).
 
     Args:
       name: the topology.
+      coordinates: where each of the program's devices lies in it.
+      kernel_seconds: time of one run of a Pallas kernel, None where it is not known.
     Returns:
       `step_seconds` and `step_mfu`. `step_by_kind`: seconds of each kind of operation, and of
       waiting for the links and for the host. `largest`: items, the largest first. `left_out`:
@@ -72,17 +88,15 @@ def figures(hlo: str, cfg: config.Config, name: str, mesh: jax.sharding.Mesh) ->
     where = topology(name)
     sizes = tuple(int(size) for size in name.partition(':')[2].split('x'))
     # Three coordinates, whatever the chip.
-    places = tuple(tuple(device.coords[: len(sizes)]) for device in mesh.devices.flat)
-    # A kernel does not tell its window: in a model of both kinds all layers count as full ones.
-    windowed = all(kind.endswith('window') for kind in cfg.model.kind_counts)
-    clock = Clock(hlo, where.chip, cfg.model.window if windowed else 0)
+    places = tuple(tuple(place[: len(sizes)]) for place in coordinates)
+    clock = Clock(hlo, where.chip, kernel_seconds)
     played = Timeline(hlo, Slice(where.chip, sizes, places), clock)
     by_kind: defaultdict[str, float] = defaultdict(float)
     for item, seconds in played.spent.items():
         by_kind[item.kind] += seconds
     tokens = cfg.train.batch_rows * cfg.data.row_length
     counted = flops.flops_per_token(cfg.model, cfg.data.row_length) * tokens
-    peak = where.chip.peak_flops * np.size(mesh.devices)
+    peak = where.chip.peak_flops * len(places)
     return {
         'step_seconds': played.seconds,
         'step_mfu': counted / played.seconds / peak,

@@ -29,6 +29,7 @@ from helios_jax.plan.compiler.program import (
 )
 
 NETWORK, HOST = 'network', 'host'
+ATTENTION = 'attention|splash'  # in the names of our kernels, and of jax's
 
 
 class Item(NamedTuple):
@@ -138,7 +139,7 @@ class Timeline:
 
     def _kind(self, instruction: Instruction) -> str:
         if instruction.kernel:
-            return 'attention' if 'attention' in instruction.name else 'other'
+            return 'attention' if re.search(ATTENTION, instruction.name) else 'other'
         if multiplies(instruction, self._computations):
             return 'matmuls'
         return 'copies' if instruction.opcode in ('copy', 'transpose') else 'other'

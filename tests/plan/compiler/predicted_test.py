@@ -21,7 +21,7 @@ PROGRAM = """
 
 
 def clock() -> predicted.Clock:
-    return predicted.Clock(PROGRAM, CHIP, 0)
+    return predicted.Clock(PROGRAM, CHIP, predicted.own_kernels(config.Config(), CHIP))
 
 
 def instruction(called: str, cycles: int, shape: str = 'bf16[1024,1024]') -> Instruction:
