@@ -24,10 +24,11 @@ from helios_jax.errors import require
 # Tensors of the functions whose backward pass memory.backward_parts cuts.
 IN_PARTS = ('attention_gate', 'gate_up', 'mlp_gate')
 
-# Results of matmuls, dear to recompute. Without its log-sum-exp attention would run again.
+# Results of matmuls and of collectives, dear to recompute; sorting rows by expert again is not.
+# Without its log-sum-exp attention would run again.
 MATMULS = (
     'block_input', 'q', 'k', 'v', 'attention_output', 'attention_update', 'gate_up', 'dispatched',
-    'expert_input', 'mlp_update',
+    'mlp_update',
 )  # fmt: skip
 PRESETS: dict[str, dict[str, str]] = {
     'minimal': dict.fromkeys(MATMULS, 'device') | {'log_sum_exp': 'device'},

@@ -7,7 +7,6 @@ nearly every token visits nearly every device, so that gathering moves about wha
 exactly the chosen tokens would, and its size never depends on the routing: nothing is dropped.
 """
 
-from functools import partial
 from typing import NamedTuple
 
 import jax
@@ -59,52 +58,52 @@ def assign_slots(experts: Int[Array, 'P'], num_experts: int, capacity: int) -> S
     return Slots(source, slot, sizes, dropped)
 
 
-def _rows(x: Float[Array, 'A D'], index: Int[Array, 'C']) -> Float[Array, 'C D']:
+def _rows(x: Array, index: Int[Array, '...']) -> Array:
     """Returns x[index]; an index beyond x gives zeros."""
     return x.at[index].get(mode='fill', fill_value=0)
 
 
-# Both directions gather: XLA would transpose a gather into a scatter-add, which is slow on TPU.
-@partial(jax.custom_vjp, nondiff_argnums=(3,))
-def dispatch(
-    x: Float[Array, 'A D'], source: Int[Array, 'M'], slot: Int[Array, 'P'], num_chosen: int
-) -> Float[Array, 'M D']:
-    """Copies row n of x to every slot of its pairs; empty slots are zero."""
-    return _rows(x, source // num_chosen)
+# All directions gather: XLA would transpose a gather into a scatter-add, which is slow.
+@jax.custom_vjp
+def reorder(
+    x: Float[Array, 'A'], source: Int[Array, 'C'], back: Int[Array, 'A']
+) -> Float[Array, 'C']:
+    """Returns x[source], zeros beyond x; `back` is where each element of x went."""
+    return _rows(x, source)
 
 
-def _dispatch_forward(x, source, slot, num_chosen):
-    return dispatch(x, source, slot, num_chosen), (slot,)
-
-
-def _dispatch_backward(num_chosen, residuals, d_buffer):
-    (slot,) = residuals
-    d_pairs = _rows(d_buffer, slot).reshape(-1, num_chosen, d_buffer.shape[-1])
-    wide = jnp.promote_types(d_buffer.dtype, jnp.float32)
-    return d_pairs.sum(axis=1, dtype=wide).astype(d_buffer.dtype), None, None
-
-
-dispatch.defvjp(_dispatch_forward, _dispatch_backward)
+reorder.defvjp(
+    lambda x, source, back: (_rows(x, source), back),
+    lambda back, d_out: (_rows(d_out, back), None, None),
+)
 
 
 @jax.custom_vjp
-def collect(
-    buffer: Float[Array, 'M D'], source: Int[Array, 'M'], slot: Int[Array, 'P']
-) -> Float[Array, 'P D']:
-    """Reads each pair's row of the buffer; zeros for a pair without a slot."""
-    return _rows(buffer, slot)
+def dispatch(
+    x: Float[Array, 'A D'], source: Int[Array, 'M'], slot: Int[Array, 'A X']
+) -> Float[Array, 'M D']:
+    """Copies row n of x to every slot of its pairs; empty slots are zero."""
+    return _rows(x, source // slot.shape[1])
 
 
-def _collect_forward(buffer, source, slot):
-    return collect(buffer, source, slot), (source,)
+@jax.custom_vjp
+def combine(
+    rows: Float[Array, 'M D'], source: Int[Array, 'M'], slot: Int[Array, 'A X']
+) -> Float[Array, 'A D']:
+    """Sums the slots of each token's pairs in float32; a pair without a slot adds nothing."""
+    wide = jnp.promote_types(rows.dtype, jnp.float32)
+    return _rows(rows, slot).sum(axis=1, dtype=wide).astype(rows.dtype)
 
 
-def _collect_backward(residuals, d_pairs):
-    (source,) = residuals
-    return _rows(d_pairs, source), None, None
-
-
-collect.defvjp(_collect_forward, _collect_backward)
+# Each is the other's transpose.
+dispatch.defvjp(
+    lambda x, source, slot: (dispatch(x, source, slot), (source, slot)),
+    lambda at, d_rows: (combine(d_rows, *at), None, None),
+)
+combine.defvjp(
+    lambda rows, source, slot: (combine(rows, source, slot), (source, slot)),
+    lambda at, d_x: (dispatch(d_x, *at), None, None),
+)
 
 
 def _local(
@@ -118,29 +117,34 @@ def _local(
     num_experts: int,
     capacity_factor: float,
 ) -> tuple[Float[Array, 'B T D'], Int[Array, '']]:
-    """Computes our experts' share of every token, and the number of pairs that they dropped."""
-    (_, _, num_chosen), ours = choices.shape, w_gate.shape[0]
+    """Computes our experts' share of every token, and the number of pairs that they dropped.
+
+    A pair's weight multiplies the product that the last matrix reads, so that its gradient comes
+    from that product's: nothing as wide as the stream is kept for each pair (2512.14080).
+    """
+    num_chosen, ours = choices.shape[-1], w_gate.shape[0]
     tokens = x.reshape(-1, x.shape[-1])
     experts = choices.reshape(-1) - first_expert
     valid = (experts >= 0) & (experts < ours) & (choices.reshape(-1) < num_experts)
     capacity = expert_capacity(experts.shape[0], num_experts, capacity_factor)
     p = assign_slots(jnp.where(valid, experts, ours), ours, capacity)
-    rows = dispatch(tokens, p.source, p.slot, num_chosen)
-    rows = checkpoint_name(rows, 'expert_input')
+    slot = p.slot.reshape(-1, num_chosen)
+    rows = checkpoint_name(dispatch(tokens, p.source, slot), 'expert_input')
     if capacity:
-        rows = rows.reshape(ours, capacity, -1)
         exact = jax.lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
-        matmul = lambda x, w: jnp.einsum('ecd,edf->ecf', x, w, precision=exact)
+        apart = lambda x: x.reshape(ours, capacity, -1)
+        matmul = lambda x, w: jnp.einsum('ecd,edf->ecf', apart(x), w, precision=exact).reshape(
+            x.shape[0], -1
+        )
     else:
         matmul = lambda x, w: grouped_matmul(x, w, p.group_sizes)
     gate = checkpoint_name(matmul(rows, w_gate), 'gate_up')
     up = checkpoint_name(matmul(rows, w_up), 'gate_up')
-    wide = gate.astype(jnp.promote_types(gate.dtype, jnp.float32))
-    out = matmul(jax.nn.silu(wide).astype(gate.dtype) * up, w_down)
-    out = collect(out.reshape(-1, x.shape[-1]), p.source, p.slot)
-    out = out.reshape(*choices.shape, -1).astype(wide.dtype)
-    y = jnp.einsum('btxd,btx->btd', out, weights.astype(wide.dtype))
-    return y.astype(x.dtype), p.dropped
+    wide = jnp.promote_types(x.dtype, jnp.float32)
+    weight = reorder(weights.reshape(-1).astype(wide), p.source, p.slot)
+    product = jax.nn.silu(gate.astype(wide)) * up.astype(wide) * weight[:, None]
+    out = matmul(product.astype(x.dtype), w_down)
+    return combine(out, p.source, slot).reshape(x.shape), p.dropped
 
 
 def apply_experts(
@@ -170,7 +174,9 @@ def apply_experts(
     def on_device(x, choices, weights, w_gate, w_up, w_down):
         gather = lambda a: jax.lax.all_gather(a, 'expert', axis=0, tiled=True)
         first = jax.lax.axis_index('expert') * w_gate.shape[0]
-        tokens = checkpoint_name(gather(x), 'dispatched')
+        tokens = gather(x)
+        if mesh.shape['expert'] > 1:  # else they are the layer's input
+            tokens = checkpoint_name(tokens, 'dispatched')
         y, dropped = _local(
             tokens, gather(choices), gather(weights), w_gate, w_up, w_down,
             first, num_experts, capacity_factor,

@@ -142,20 +142,20 @@ def _graph(placement: Placement, kind: str, table: dict[str, str]) -> Graph:
         # The gate's gradient is d y · (u − x) of a mix, d y · u of a sum.
         read += [stream] if unit.kind in ('convex', 'highway') else []
     read += ['middle', 'mlp_input', 'gate_up']
-    read += ['router_choices', 'expert_input', 'expert_output'] if kind.startswith('moe') else []
+    read += ['router_choices', 'expert_input'] if kind.startswith('moe') else []
     return Graph(sources, tuple(read))
 
 
 def _feed_forward(placement: Placement, kind: str) -> dict[str, tuple[str, ...]]:
     if not kind.startswith('moe'):
         return {'gate_up': ('mlp_input',), 'mlp_update': ('gate_up',)}
+    arrived = 'dispatched' if placement.shape['expert'] > 1 else 'mlp_input'
     return {
         'router_choices': ('mlp_input',),
         'dispatched': ('mlp_input',),
-        'expert_input': ('dispatched', 'router_choices'),
+        'expert_input': (arrived, 'router_choices'),
         'gate_up': ('expert_input', 'router_choices'),
-        'expert_output': ('gate_up', 'router_choices'),  # before the sum over a token's experts
-        'mlp_update': ('expert_output', 'mlp_input'),
+        'mlp_update': ('gate_up', 'router_choices', 'mlp_input'),
     }
 
 

@@ -109,8 +109,7 @@ def _recomputed(placement: Placement) -> tuple[float, float]:
             'v': 2 * D * K * H,
             'attention_update': 2 * D * N * H,
             'gate_up': 4 * D * inside,
-            'mlp_update': 0 if moe else 2 * D * inside,
-            'expert_output': 2 * D * inside,
+            'mlp_update': 2 * D * inside,
         }
         if cfg.memory.backward_parts > 1 and not moe:
             # The update whole, for its gate's backward pass; then the inside once more, in parts.

@@ -46,29 +46,34 @@ def test_slots_and_sources_are_inverse_and_sorted_by_expert(chosen, capacity):
 
 @settings(max_examples=20, deadline=None)
 @given(choices, st.sampled_from([0, 2]))
-def test_dispatch_and_collect_are_indexing_with_its_gradient(chosen, capacity):
+def test_dispatch_and_combine_are_indexing_with_its_gradient(chosen, capacity):
     num_chosen, num_experts = 3, 5
     p = assign_slots(jnp.array(chosen, jnp.int32), num_experts, capacity)
     tokens = len(chosen) // num_chosen
     rng = np.random.default_rng(0)
     x = jnp.array(rng.standard_normal((tokens, 7)), jnp.float32)
     mix = jnp.array(rng.standard_normal((len(p.source), 7)), jnp.float32)
-    back = jnp.array(rng.standard_normal((len(chosen), 7)), jnp.float32)
+    back = jnp.array(rng.standard_normal((tokens, 7)), jnp.float32)
+    weights = jnp.array(rng.standard_normal(len(chosen)), jnp.float32)
 
-    def gathered(x):
-        buffer = experts.dispatch(x, p.source, p.slot, num_chosen)
-        return jnp.sum(experts.collect(buffer * mix, p.source, p.slot) * back)
+    def gathered(x, weights):
+        slot = p.slot.reshape(-1, num_chosen)
+        rows = experts.dispatch(x, p.source, slot) * mix
+        rows = rows * experts.reorder(weights, p.source, p.slot)[:, None]
+        return jnp.sum(experts.combine(rows, p.source, slot) * back)
 
-    def plain(x):
-        pairs = jnp.repeat(x, num_chosen, axis=0)
+    def plain(x, weights):
+        pairs = jnp.repeat(x, num_chosen, axis=0) * weights[:, None]
         has_slot = (p.slot < len(p.source))[:, None]
         slots = jnp.minimum(p.slot, len(p.source) - 1)
-        return jnp.sum(jnp.where(has_slot, pairs * mix[slots], 0) * back)
+        summed = jnp.where(has_slot, pairs * mix[slots], 0).reshape(-1, num_chosen, 7).sum(axis=1)
+        return jnp.sum(summed * back)
 
-    value, gradient = jax.value_and_grad(gathered)(x)
-    plain_value, plain_gradient = jax.value_and_grad(plain)(x)
+    value, gradients = jax.value_and_grad(gathered, (0, 1))(x, weights)
+    plain_value, plain_gradients = jax.value_and_grad(plain, (0, 1))(x, weights)
     np.testing.assert_allclose(value, plain_value, rtol=1e-5, atol=1e-5)
-    np.testing.assert_allclose(gradient, plain_gradient, rtol=1e-5, atol=1e-5)
+    for ours, theirs in zip(gradients, plain_gradients, strict=True):
+        np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-5)
 
 
 def inputs() -> tuple[jax.Array, ...]:
