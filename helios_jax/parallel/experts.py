@@ -37,24 +37,26 @@ def assign_slots(experts: Int[Array, 'P'], num_experts: int, capacity: int) -> S
     `capacity` slots of its own, first come first served; pairs that find none are counted.
     """
     num_pairs = experts.shape[0]
-    order = jnp.argsort(experts, stable=True).astype(jnp.int32)
-    sizes = jnp.bincount(experts, length=num_experts).astype(jnp.int32)
-    starts = jnp.cumsum(sizes) - sizes
     ranks = jnp.arange(num_pairs, dtype=jnp.int32)
-    of_rank = experts[order]
+    of_rank, order = jax.lax.sort((experts, ranks), num_keys=1, is_stable=True)
+    # Counted in the sorted ids: adding ones up in each expert's place would be a scatter.
+    ids = jnp.arange(num_experts + 1, dtype=jnp.int32)
+    bounds = jnp.searchsorted(of_rank, ids, method='compare_all').astype(jnp.int32)
+    sizes = jnp.diff(bounds)
     ours = of_rank < num_experts
     if capacity:
-        within = ranks - starts.at[of_rank].get(mode='fill', fill_value=0)
+        within = ranks - bounds[jnp.minimum(of_rank, num_experts)]
         kept = ours & (within < capacity)
         num_slots = num_experts * capacity
         slot_of_rank = jnp.where(kept, of_rank * capacity + within, num_slots)
+        source = jnp.full(num_slots, num_pairs, jnp.int32).at[slot_of_rank].set(order, mode='drop')
         dropped = jnp.sum(ours & ~kept)
         sizes = jnp.minimum(sizes, capacity)
     else:
-        num_slots, dropped = num_pairs, jnp.zeros((), jnp.int32)
-        slot_of_rank = jnp.where(ours, ranks, num_slots)
-    slot = jnp.zeros(num_pairs, jnp.int32).at[order].set(slot_of_rank)
-    source = jnp.full(num_slots, num_pairs, jnp.int32).at[slot_of_rank].set(order, mode='drop')
+        slot_of_rank = jnp.where(ours, ranks, num_pairs)
+        source = jnp.where(ours, order, num_pairs)
+        dropped = jnp.zeros((), jnp.int32)
+    slot = jnp.zeros(num_pairs, jnp.int32).at[order].set(slot_of_rank, unique_indices=True)
     return Slots(source, slot, sizes, dropped)
 
 
