@@ -42,6 +42,7 @@ class Chip:
     host_bytes_per_second: float  # sent to or from the host's memory, one way
     host_bytes: float  # a device's share of its host's memory
     devices_per_chip: int = 1
+    capability: str = ''  # a GPU's compute capability: 9.0 is Hopper
     # TPUs alone:
     dimensions: int = 1  # dimensions of a topology; GPUs are just counted
     topology: str = ''  # the smallest to compile for
@@ -85,18 +86,19 @@ CHIPS: dict[str, Chip] = {
         ),
         Chip(
             'h100', 'gpu', ('NVIDIA H100 80GB HBM3',), 989e12, 0.93 * 80e9, 3350e9, 450e9, 64e9,
-            234e9,
+            234e9, capability='9.0',
         ),
         Chip(
             'h200', 'gpu', ('NVIDIA H200',), 989e12, 0.93 * 141e9, 4800e9, 450e9, 64e9, 369e9,
+            capability='9.0',
         ),
         Chip(
             'a100', 'gpu', ('NVIDIA A100-SXM4-80GB',), 312e12, 0.93 * 80e9, 2039e9, 300e9, 32e9,
-            170e9,
+            170e9, capability='8.0',
         ),
         Chip(
             'a100_40gb', 'gpu', ('NVIDIA A100-SXM4-40GB',), 312e12, 0.93 * 40e9, 1555e9, 300e9,
-            32e9, 85e9,
+            32e9, 85e9, capability='8.0',
         ),
     )
 }  # fmt: skip
@@ -148,6 +150,7 @@ SOURCES: dict[tuple[str, str], Source] = {
     ('tpu', 'delay_slots'): _SCHEDULES,
     ('gpu', 'device_kinds'): Source("CUDA's cudaDeviceProp.name, as JAX hands it on", '2026-11-24'),
     ('gpu', 'peak_flops'): _SHEETS,
+    ('gpu', 'capability'): Source('developer.nvidia.com/cuda-gpus', '2026-11-29'),
     # 0.93: what driver, CUDA and XLA's allocator leave at XLA_PYTHON_CLIENT_MEM_FRACTION=.95.
     ('gpu', 'hbm_bytes'): Source('data sheets, times 0.93 as measured on an H100', '2026-11-22'),
     ('gpu', 'hbm_bytes_per_second'): _SHEETS,

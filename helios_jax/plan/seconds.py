@@ -9,7 +9,7 @@ peaks, and the passes over the stream, are those of one H100, and of steps compi
 
 import dataclasses
 
-from helios_jax.arch import flops, rules
+from helios_jax.arch import flops, grouped_matmul, rules
 from helios_jax.arch.weights import all_weights
 from helios_jax.chips import Chip
 from helios_jax.plan.arguments import local
@@ -58,7 +58,7 @@ def step_seconds(placement: Placement, planned: StepMemory, chip: Chip) -> Secon
     matmul = 6 * flops.active_matmul(cfg.model) * tokens / placement.num_devices
     counted = matmul + attention
     again_matmul, again_attention = _recomputed(placement)
-    matmul = (matmul + again_matmul) * _dense_experts(placement)
+    matmul = (matmul + again_matmul) * _dense_experts(placement, chip)
     attention += again_attention
     reached = speeds(chip)
     memory_bytes = _memory_bytes(placement, planned, reached)
@@ -120,13 +120,16 @@ def _recomputed(placement: Placement) -> tuple[float, float]:
     return total, total_attention
 
 
-def _dense_experts(placement: Placement) -> float:
-    """Factor on the matmuls' FLOPs: outside TPUs XLA computes every expert for every row."""
-    moe = placement.config.model.moe
-    kinds = placement.config.model.kind_counts
-    if placement.platform == 'tpu' or not any(kind.startswith('moe') for kind in kinds):
+def _dense_experts(placement: Placement, chip: Chip) -> float:
+    """Factor on the matmuls' FLOPs where every expert is computed for every row."""
+    model = placement.config.model
+    if not any(kind.startswith('moe') for kind in model.kind_counts):
         return 1.0
-    return float(moe.num_experts // placement.shape['expert'])
+    widths = (model.embed_dim, model.expert_mlp_dim // placement.shape['tensor'])
+    name = grouped_matmul.choose(chip.platform, model.compute_dtype, widths, chip.capability)
+    if not grouped_matmul.ROWS[name].dense:
+        return 1.0
+    return float(model.moe.num_experts // placement.shape['expert'])
 
 
 def _memory_bytes(placement: Placement, planned: StepMemory, reached: Speeds) -> float:

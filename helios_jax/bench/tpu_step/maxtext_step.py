@@ -18,7 +18,8 @@ def main(topology: str, program: str, figures: str, *settings: str) -> None:
     from maxtext.utils import accelerator_to_spec_map as names
 
     chips = names.UserFacingNameToSystemCharacteristics.items()
-    known = [name for name, its in chips if its.topology_name == topology]
+    theirs = topology.replace('v5p:', 'v5:')
+    known = [name for name, its in chips if its.topology_name == theirs]
     if not known:
         sys.exit(f'MaxText has no name for {topology}')
     kept: dict[str, Any] = {}
