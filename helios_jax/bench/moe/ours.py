@@ -1,5 +1,6 @@
 """Makes our kernels candidates."""
 
+from collections.abc import Iterator
 from typing import Any
 
 import jax.numpy as jnp
@@ -28,11 +29,11 @@ def variants(problem: Problem, product: str, target: str) -> list[Options]:
 def candidate(problem: Problem, product: str, options: Options, target: str) -> Candidate:
     """Makes a product of ours with the tiles of the options."""
     if product == WEIGHTS:
-        chosen = GradientTiles(*options['tiles'])
+        chosen = GradientTiles(*map(hashable, options['tiles']))
         function = lambda x, y, sizes: tpu.weight_gradient(x, y, sizes, chosen=chosen)
         found = gradient_visits(problem, chosen, CHIPS[target].num_cores)
         return Candidate(function, gradient_kernel.NAME, found)
-    chosen = MultiplyTiles(*options['tiles'])
+    chosen = MultiplyTiles(*map(hashable, options['tiles']))
     function = lambda x, w, sizes: tpu.multiply(
         x, w, sizes, transposed=product == ROWS, chosen=chosen
     )
@@ -48,12 +49,10 @@ def multiply_visits(
     depth, width = (F, D) if product == ROWS else (D, F)
     listed = work.of_tiles(jnp.asarray(problem.group_sizes), problem.num_rows, chosen.rows)
     items = work.Items(*(np.asarray(x)[: int(listed.count)] for x in listed.items))
-    whole, strips = shares(items, chosen.rows, chosen.strip)
-    runs = {
-        'whole': whole * (chosen.columns // chosen.whole_step),
-        'blank': changes(items.tile) * ~whole,
-        'strip': strips * (chosen.columns // chosen.strip_step),
-    }
+    whole = (items.begin == 0) & (items.end == chosen.rows)
+    runs = {'blank': changes(items.tile) * ~whole}
+    for size, step, times in each(chosen, items):
+        runs[size] = times * (chosen.columns // step)
     moved = changes(items.tile) * chosen.rows * (depth + chosen.columns)
     moved = HALF * (moved + changes(items.group) * depth * chosen.columns)
     return tally(runs, moved, in_turns(-(-width // chosen.columns), num_cores))
@@ -63,23 +62,25 @@ def gradient_visits(problem: Problem, chosen: GradientTiles, num_cores: int) -> 
     """Counts what the kernel runs and copies, for the core with the most blocks."""
     listed = work.of_groups(jnp.asarray(problem.group_sizes), problem.num_rows, chosen.rows)
     items = work.Items(*(np.asarray(x)[: int(listed.count)] for x in listed.items))
-    whole, strips = shares(items, chosen.rows, chosen.strip)
-    runs = {
-        'empty': items.begin == items.end,
-        'whole': whole * (chosen.height // chosen.whole_step),
-        'strip': strips * (chosen.height // chosen.strip_step),
-    }
+    runs = {'empty': items.begin == items.end}
+    for size, step, times in each(chosen, items):
+        runs[size] = times * (chosen.height // step)
     moved = changes(items.tile) * chosen.rows * (chosen.height + chosen.width)
     moved = HALF * (moved + changes(items.group) * chosen.height * chosen.width)
     blocks = -(-problem.embed_dim // chosen.height) * -(-problem.expert_dim // chosen.width)
     return tally(runs, moved, in_turns(blocks, num_cores))
 
 
-def shares(items: work.Items, rows: int, strip: int) -> tuple[np.ndarray, np.ndarray]:
-    """Tells which items have a whole tile, and counts the strips of the others."""
-    whole = (items.begin == 0) & (items.end == rows)
-    strips = -(-items.end // strip) - items.begin // strip
-    return whole, np.where(whole | (items.begin == items.end), 0, strips)
+def each(chosen: Any, items: work.Items) -> Iterator[tuple[str, int, np.ndarray]]:
+    """Yields the name of each product, its step, and how often items run it for all steps."""
+    counts = work.runs(items.begin, items.end, chosen.sizes)
+    for size, step, times in zip(chosen.sizes, chosen.steps, counts, strict=True):
+        yield f'product/{size}', step, times
+
+
+def hashable(value: Any) -> Any:
+    """Undoes what JSON makes of a tuple."""
+    return tuple(value) if isinstance(value, list) else value
 
 
 def in_turns(blocks: int, num_cores: int) -> int:

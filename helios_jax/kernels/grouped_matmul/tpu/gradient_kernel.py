@@ -16,7 +16,7 @@ from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Float
 
 from helios_jax.kernels.grouped_matmul.tpu.tiles import GradientTiles
-from helios_jax.kernels.grouped_matmul.tpu.work import Items, Work
+from helios_jax.kernels.grouped_matmul.tpu.work import Items, Work, walk
 
 NAME = 'helios_grouped_weight_gradient'
 Ref = Any
@@ -74,7 +74,6 @@ def kernel(
     item = pl.program_id(1)
     begin, end = items.begin[item], items.end[item]
     fresh = (item == 0) | (items.group[jnp.maximum(item - 1, 0)] != items.group[item])
-    whole = (begin == 0) & (end == tiles.rows)
 
     def down(step: int, run: Any) -> None:
         """Calls `run` for each `step` rows of the block."""
@@ -84,36 +83,28 @@ def kernel(
             one = lambda n, _: run(pl.ds(pl.multiple_of(n * step, step), step))
             jax.lax.fori_loop(0, tiles.height // step, one, None)
 
-    def add(x: Array, y: Array, block: Any, first: Any) -> None:
+    def add(x: Array, y: Array, part: Any, first: Any) -> None:
         exact = jax.lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
         dims = (((0,), (0,)), ((), ()))
         new = jax.lax.dot_general(x, y, dims, precision=exact, preferred_element_type=jnp.float32)
-        new += jnp.where(first, 0.0, sums[block])
-        sums[block] = new
-        out[block] = new.astype(out.dtype)
+        new += jnp.where(first, 0.0, sums[part])
+        sums[part] = new
+        out[part] = new.astype(out.dtype)
 
     @pl.when(begin == end)
     def _() -> None:
         out[...] = jnp.zeros_like(out)
 
-    @pl.when(whole)
-    def _() -> None:
-        down(tiles.whole_step, lambda block: add(rows[:, block], gradient[...], block, fresh))
+    def piece(start: Any, size: int, first: Any) -> None:
+        at, inside = pl.ds(start, size), (begin - start, end - start)
 
-    def strip(index: Any, _: None) -> None:
-        start = index * tiles.strip
-        at = pl.ds(pl.multiple_of(start, tiles.strip), tiles.strip)
-        inside = begin - start, end - start
+        def run(part: Any) -> None:
+            x, y = blanked(rows[at, part], *inside), blanked(gradient[at], *inside)
+            add(x, y, part, fresh & first)
 
-        def run(block: Any) -> None:
-            x, y = blanked(rows[at, block], *inside), blanked(gradient[at], *inside)
-            add(x, y, block, fresh & (index == first))
+        down(tiles.steps[tiles.sizes.index(size)], run)
 
-        down(tiles.strip_step, run)
-
-    first = begin // tiles.strip
-    last = jnp.where(whole | (begin == end), first, pl.cdiv(end, tiles.strip))
-    jax.lax.fori_loop(first, last, strip, None)
+    walk(begin, end, tiles.rows, tiles.sizes, piece)
 
 
 def blanked(x: Array, begin: Any, end: Any) -> Array:

@@ -16,7 +16,7 @@ from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Float
 
 from helios_jax.kernels.grouped_matmul.tpu.tiles import MultiplyTiles
-from helios_jax.kernels.grouped_matmul.tpu.work import Items, Work
+from helios_jax.kernels.grouped_matmul.tpu.work import Items, Work, walk
 
 NAME = 'helios_grouped_multiply'
 Ref = Any
@@ -91,14 +91,6 @@ def kernel(
             jax.lax.fori_loop(0, width // step, one, None)
 
     whole = (begin == 0) & (end == tiles.rows)
-
-    @pl.when(whole)
-    def _() -> None:
-        def run(columns: Any) -> None:
-            out[:, columns] = product(slice(None), columns).astype(out.dtype)
-
-        across(tiles.whole_step, run)
-
     # The first item of a tile blanks it: rows that no item writes belong to no group.
     fresh = (item == 0) | (items.tile[jnp.maximum(item - 1, 0)] != items.tile[item])
 
@@ -106,9 +98,8 @@ def kernel(
     def _() -> None:
         out[...] = jnp.zeros_like(out)
 
-    def strip(index: Any, _: None) -> None:
-        first = index * tiles.strip
-        at = pl.ds(pl.multiple_of(first, tiles.strip), tiles.strip)
+    def piece(first: Any, size: int, _: Any) -> None:
+        at = pl.ds(first, size)
 
         def run(columns: Any) -> None:
             # A row of another group keeps what it has. Its product, of whatever it holds times
@@ -119,8 +110,6 @@ def kernel(
             new = jnp.where((row >= begin) & (row < end), new, old)
             out[at, columns] = new.astype(out.dtype)
 
-        across(tiles.strip_step, run)
+        across(tiles.steps[tiles.sizes.index(size)], run)
 
-    first = begin // tiles.strip
-    last = jnp.where(whole | (begin == end), first, pl.cdiv(end, tiles.strip))
-    jax.lax.fori_loop(first, last, strip, None)
+    walk(begin, end, tiles.rows, tiles.sizes, piece)

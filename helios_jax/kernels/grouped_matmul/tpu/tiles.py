@@ -12,44 +12,44 @@ from typing import NamedTuple
 from helios_jax.chips import CHIPS, MIB, Chip
 
 LANES = 128
+RATHER = 0.05  # cycles that are worth as much as one that HBM is busy, where it does not matter
 ROWS = (1024, 512, 256, 128)  # rows of a tile that are tried
 STEP = 280  # cycles of a grid step beside its products
 SLACK = 4 * MIB  # VMEM for the values of a product in progress
 # Cycles of one product's code: longer code takes longer to compile, shorter waits more for results.
-WHOLE, STRIP = 8192, 4096
+LONGEST = 8192
 
 
 class Setup(NamedTuple):
     """Properties of a generation's products."""
 
-    strip: int  # rows of a strip, by which tiles of several groups are worked through
+    sizes: tuple[int, ...]  # rows of a product, each half of the one before
+    contractions: tuple[int, ...]  # the same where rows are contracted: no fewer than an MXU's
     start: int  # cycles until a product's first results are there
     transposing: int  # the same where an operand is transposed before
 
 
 SETUPS = {
-    'v5e': Setup(128, 180, 420),
-    'v5p': Setup(128, 180, 420),
-    'v6e': Setup(128, 320, 420),
-    'tpu7x': Setup(128, 280, 420),
+    'v5e': Setup((512, 256, 128, 64), (512, 256, 128), 180, 420),
+    'v5p': Setup((512, 256, 128, 64), (512, 256, 128), 180, 420),
+    'v6e': Setup((512, 256, 128), (512, 256), 320, 420),
+    'tpu7x': Setup((512, 256, 128), (512, 256), 280, 420),
 }
 
 
 class MultiplyTiles(NamedTuple):
     rows: int
     columns: int
-    strip: int  # rows; divides `rows`
-    whole_step: int  # columns of one product of a whole tile; divides `columns`
-    strip_step: int  # columns of one product of a strip
+    sizes: tuple[int, ...]  # rows of a product, each half of the one before
+    steps: tuple[int, ...]  # columns of a product of each size; divide `columns`
 
 
 class GradientTiles(NamedTuple):
     rows: int
     height: int  # of a block of the result, along D
     width: int  # along F
-    strip: int
-    whole_step: int  # part of the height that one product of a whole tile makes
-    strip_step: int
+    sizes: tuple[int, ...]
+    steps: tuple[int, ...]  # part of the height that a product of each size makes
 
 
 @functools.cache
@@ -70,25 +70,21 @@ def for_multiply(
 
     def cycles(tile: tuple[int, int]) -> float:
         rows, columns = tile
-        product = rows * columns * depth / speed(chip)
-        step = STEP + product + setup.start * -(-product // WHOLE)
+        block = min(setup.sizes[0], rows)
+        product = block * columns * depth / speed(chip)
+        step = STEP + rows / block * (product + setup.start * -(-product // LONGEST))
         moved = rows * (depth + columns) * itemsize * cycles_per_byte(chip)
         more = depth * columns * itemsize * cycles_per_byte(chip)  # weights, of a group's first
         steps = num_rows / rows
-        usual = max(step, moved)
+        usual = max(step, moved) + RATHER * moved
         waits = min(num_groups, steps) * max(0.0, moved + more - usual)
         return turns(chip, -(-width // columns)) * (steps * usual + waits)
 
     tiles = itertools.product(row_sizes(num_rows, num_groups, itemsize), sizes(width))
     rows, columns = best(filter(fits, tiles), cycles, f'a contraction over {depth}')
-    strip = min(setup.strip, rows)
-    return MultiplyTiles(
-        rows,
-        columns,
-        strip,
-        whole_step=part(columns, WHOLE * speed(chip) / (rows * depth)),
-        strip_step=part(columns, STRIP * speed(chip) / (strip * depth)),
-    )
+    heights = heights_of(setup.sizes, rows)
+    steps = [part(columns, LONGEST * speed(chip) / (size * depth)) for size in heights]
+    return MultiplyTiles(rows, columns, heights, tuple(steps))
 
 
 @functools.cache
@@ -109,27 +105,22 @@ def for_gradient(
 
     def cycles(tile: tuple[int, int, int]) -> float:
         rows, h, w = tile
-        product = rows * h * w / speed(chip)
-        step = STEP + product + setup.transposing * -(-product // WHOLE)
+        block = min(setup.sizes[0], rows)
+        product = block * h * w / speed(chip)
+        step = STEP + rows / block * (product + setup.transposing * -(-product // LONGEST))
         moved = rows * (h + w) * itemsize * cycles_per_byte(chip)
         more = h * w * itemsize * cycles_per_byte(chip)  # the result, after a group's last
         steps = num_rows / rows
-        usual = max(step, moved)
+        usual = max(step, moved) + RATHER * moved
         waits = min(num_groups, steps) * max(0.0, moved + more - usual)
         return turns(chip, -(-height // h) * -(-width // w)) * (steps * usual + waits)
 
     rows_tried = row_sizes(num_rows, num_groups, itemsize)
     tiles = itertools.product(rows_tried, sizes(height), sizes(width))
     rows, h, w = best(filter(fits, tiles), cycles, f'a result of {height} by {width}')
-    strip = min(setup.strip, rows)
-    return GradientTiles(
-        rows,
-        h,
-        w,
-        strip,
-        whole_step=part(h, WHOLE * speed(chip) / (rows * w)),
-        strip_step=part(h, STRIP * speed(chip) / (strip * w)),
-    )
+    heights = heights_of(setup.contractions, rows)
+    steps = [part(h, LONGEST * speed(chip) / (size * w)) for size in heights]
+    return GradientTiles(rows, h, w, heights, tuple(steps))
 
 
 def best(tiles: Iterable[tuple], cycles, what: str) -> tuple:
@@ -137,6 +128,11 @@ def best(tiles: Iterable[tuple], cycles, what: str) -> tuple:
     if found is None:
         raise NotImplementedError(f'has no tiles that fit in VMEM for {what}.')
     return found
+
+
+def heights_of(sizes: tuple[int, ...], rows: int) -> tuple[int, ...]:
+    """Keeps the sizes of products that a tile is made of; a small tile is one."""
+    return tuple(size for size in sizes if rows % size == 0) or (rows,)
 
 
 def row_sizes(num_rows: int, num_groups: int, itemsize: int) -> list[int]:

@@ -5,11 +5,18 @@ kernels run one a grid step, and read the list from scalar memory. It is made on
 the group sizes by prefix sums, and has at most one item a tile and one a group, less one.
 """
 
-from typing import NamedTuple
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
+from jax.experimental import pallas as pl
 from jaxtyping import Int
+
+ALIGNED = 16  # rows that share registers: a slice of a tile begins at a multiple
 
 
 class Items(NamedTuple):
@@ -83,3 +90,45 @@ def listed(
         end=jnp.maximum(inside(ends), begin),
     )
     return Work(items, last[-1])
+
+
+def count_units(begin: Any, end: Any, unit: int) -> Any:
+    """Counts the pieces of `unit` rows that an item takes; none for an item without rows."""
+    return jnp.where(begin < end, -(-(end - begin // ALIGNED * ALIGNED) // unit), 0)
+
+
+def walk(
+    begin: Any, end: Any, rows: int, sizes: tuple[int, ...], run: Callable[[Any, int, Any], None]
+) -> None:
+    """Covers the rows [begin, end) of a tile by pieces, the largest first. For use in a kernel.
+
+    Pieces begin at the first row, near enough, and not at multiples of their size, so that rows of
+    others are in the last one or where the tile ends: fewer than `sizes[-1]` and `ALIGNED`.
+
+    Args:
+      rows: of a tile, a multiple of the largest size.
+      sizes: rows of a piece, each half of the one before.
+      run: called with the first row of a piece, its size, and whether it is the item's first.
+    """
+    unit = sizes[-1]
+    count = count_units(begin, end, unit)
+    first = jnp.minimum(begin // ALIGNED * ALIGNED, rows - count * unit)
+
+    def piece(before: Any, size: int) -> None:
+        run(pl.multiple_of(first + before * unit, ALIGNED), size, before == 0)
+
+    most = sizes[0] // unit
+    loop = lambda index, _: piece(index * most, sizes[0])
+    jax.lax.fori_loop(0, count // most, loop, None)
+    for size in sizes[1:]:
+        units = size // unit
+        pl.when(count & units != 0)(
+            functools.partial(piece, count // (2 * units) * (2 * units), size)
+        )
+
+
+def runs(begin: np.ndarray, end: np.ndarray, sizes: tuple[int, ...]) -> list[np.ndarray]:
+    """Counts the pieces of each size that `walk` takes for items."""
+    count = np.asarray(count_units(begin, end, sizes[-1]))
+    first, *others = (size // sizes[-1] for size in sizes)
+    return [count // first, *(count // units % 2 for units in others)]
