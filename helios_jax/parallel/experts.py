@@ -117,6 +117,7 @@ def _local(
     first_expert: Int[Array, ''] | int,
     num_experts: int,
     capacity_factor: float,
+    platform: str,
 ) -> tuple[Float[Array, 'B T D'], Int[Array, '']]:
     """Computes our experts' share of every token, and the number of pairs that they dropped."""
     (_, _, num_chosen), ours = choices.shape, w_gate.shape[0]
@@ -132,7 +133,7 @@ def _local(
         exact = jax.lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
         matmul = lambda x, w: jnp.einsum('ecd,edf->ecf', x, w, precision=exact)
     else:
-        matmul = lambda x, w: grouped_matmul(x, w, p.group_sizes)
+        matmul = lambda x, w: grouped_matmul(x, w, p.group_sizes, platform=platform or None)
     gate = checkpoint_name(matmul(rows, w_gate), 'gate_up')
     up = checkpoint_name(matmul(rows, w_up), 'gate_up')
     wide = gate.astype(jnp.promote_types(gate.dtype, jnp.float32))
@@ -153,6 +154,7 @@ def apply_experts(
     *,
     capacity_factor: float,
     sharded: bool,
+    platform: str = '',
 ) -> tuple[Float[Array, 'B T D'], Int[Array, '']]:
     """Computes Σ_x weights_x · SwiGLU_{choices_x}(x), and the pairs dropped on all devices.
 
@@ -161,11 +163,14 @@ def apply_experts(
       capacity_factor: 0 drops nothing; above, each expert takes at most this times its even share
         of the pairs of one expert group.
       sharded: whether to work across the mesh that is set; False while initialising.
+      platform: the one to compile for where it is not the running one.
     """
     num_experts = w_gate.shape[0]
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or not sharded:
-        return _local(x, choices, weights, w_gate, w_up, w_down, 0, num_experts, capacity_factor)
+        return _local(
+            x, choices, weights, w_gate, w_up, w_down, 0, num_experts, capacity_factor, platform
+        )
 
     def on_device(x, choices, weights, w_gate, w_up, w_down):
         gather = lambda a: jax.lax.all_gather(a, 'expert', axis=0, tiled=True)
@@ -173,7 +178,7 @@ def apply_experts(
         tokens = checkpoint_name(gather(x), 'dispatched')
         y, dropped = _local(
             tokens, gather(choices), gather(weights), w_gate, w_up, w_down,
-            first, num_experts, capacity_factor,
+            first, num_experts, capacity_factor, platform,
         )  # fmt: skip
         y = jax.lax.psum(y, 'tensor')
         y = jax.lax.psum_scatter(y, 'expert', scatter_dimension=0, tiled=True)

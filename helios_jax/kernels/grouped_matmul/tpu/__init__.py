@@ -80,6 +80,16 @@ def weight_gradient(
     )
 
 
+def able(x: Float[Array, 'M D'], weights: Float[Array, 'E D F']) -> None:
+    """Raises NotImplementedError, saying why, if a kernel cannot take one of the products."""
+    refuse(x)
+    target, (E, D, F), itemsize = generation(), weights.shape, x.dtype.itemsize
+    M = max(len(x), 1)
+    tiles.for_multiply(target, M, D, F, E, itemsize)
+    tiles.for_multiply(target, M, F, D, E, itemsize)
+    tiles.for_gradient(target, M, D, F, E, itemsize)
+
+
 def refuse(rows: Array) -> None:
     if rows.dtype not in DTYPES:
         raise NotImplementedError(f'cannot take {rows.dtype}: only bfloat16 and float32.')
