@@ -23,7 +23,7 @@ def variants(problem: Problem, product: str, target: str) -> list[Options]:
     if product == WEIGHTS:
         return [{'tiles': tiles.for_gradient(target, M, D, F, E, HALF)}]
     depth, width = (F, D) if product == ROWS else (D, F)
-    return [{'tiles': tiles.for_multiply(target, M, depth, width, E, HALF)}]
+    return [{'tiles': tiles.for_multiply(target, M, depth, width, E, HALF, product == ROWS)}]
 
 
 def candidate(problem: Problem, product: str, options: Options, target: str) -> Candidate:

@@ -41,7 +41,7 @@ def multiply(
     if M == 0:
         return jnp.zeros((M, N), rows.dtype)
     chosen = chosen or tiles.for_multiply(
-        target, M, depth, N, len(group_sizes), rows.dtype.itemsize
+        target, M, depth, N, len(group_sizes), rows.dtype.itemsize, transposed
     )
     return multiply_kernel.multiply(
         rows,
@@ -85,8 +85,8 @@ def able(x: Float[Array, 'M D'], weights: Float[Array, 'E D F']) -> None:
     refuse(x)
     target, (E, D, F), itemsize = generation(), weights.shape, x.dtype.itemsize
     M = max(len(x), 1)
-    tiles.for_multiply(target, M, D, F, E, itemsize)
-    tiles.for_multiply(target, M, F, D, E, itemsize)
+    tiles.for_multiply(target, M, D, F, E, itemsize, False)
+    tiles.for_multiply(target, M, F, D, E, itemsize, True)
     tiles.for_gradient(target, M, D, F, E, itemsize)
 
 

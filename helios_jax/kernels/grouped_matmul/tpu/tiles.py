@@ -1,40 +1,41 @@
 """Tile sizes of the kernels: those of which a short calculation expects the least time.
 
-A grid step takes its products' cycles, and some hundred more to begin with, or what its bytes in
-HBM take. The constants are the compiler's schedules'; `helios bench moe` shows what came of them.
+It adds up the cycles of the products, some hundred more that each product and each grid step takes
+to begin with, the rows of others that a ragged group's products have among theirs, and the waits
+for HBM. The constants are the compiler's schedules'; `helios bench moe` shows what came of them.
 """
 
 import functools
 import itertools
-from collections.abc import Iterable
-from typing import NamedTuple
+from collections.abc import Callable, Iterable
+from typing import Any, NamedTuple
 
 from helios_jax.chips import CHIPS, MIB, Chip
 
 LANES = 128
-RATHER = 0.05  # cycles that are worth as much as one that HBM is busy, where it does not matter
-ROWS = (1024, 512, 256, 128)  # rows of a tile that are tried
+ROWS = (2048, 1024, 512, 256, 128)  # rows of a tile that are tried
 STEP = 280  # cycles of a grid step beside its products
+RATHER = 0.05  # cycles that are worth as much as one that HBM is busy, where it does not matter
+LONGEST = 8192  # cycles of one product's code: longer code takes longer to compile
 SLACK = 4 * MIB  # VMEM for the values of a product in progress
-# Cycles of one product's code: longer code takes longer to compile, shorter waits more for results.
-LONGEST = 8192
 
 
 class Setup(NamedTuple):
     """Properties of a generation's products."""
 
-    sizes: tuple[int, ...]  # rows of a product, each half of the one before
-    contractions: tuple[int, ...]  # the same where rows are contracted: no fewer than an MXU's
+    side: int  # of an MXU
+    # Rows of a product, each half of the one before. Below the last, loading the weights into the
+    # MXU, or an MXU's worth of contraction, takes the time.
+    plain: tuple[int, ...]
+    transposed: tuple[int, ...]
+    contracted: tuple[int, ...]
     start: int  # cycles until a product's first results are there
     transposing: int  # the same where an operand is transposed before
 
 
-SETUPS = {
-    'v5e': Setup((512, 256, 128, 64), (512, 256, 128), 180, 420),
-    'v5p': Setup((512, 256, 128, 64), (512, 256, 128), 180, 420),
-    'v6e': Setup((512, 256, 128), (512, 256), 320, 420),
-    'tpu7x': Setup((512, 256, 128), (512, 256), 280, 420),
-}
+V5 = Setup(128, (512, 256, 128, 64), (512, 256, 128, 64), (512, 256, 128), 180, 420)
+V6 = Setup(256, (1024, 512, 256, 128), (1024, 512, 256), (1024, 512, 256), 320, 420)
+SETUPS = {'v5e': V5, 'v5p': V5, 'v6e': V6, 'tpu7x': V6}
 
 
 class MultiplyTiles(NamedTuple):
@@ -52,39 +53,109 @@ class GradientTiles(NamedTuple):
     steps: tuple[int, ...]  # part of the height that a product of each size makes
 
 
+class Problem(NamedTuple):
+    """Sizes of the operands, and the chip."""
+
+    generation: str
+    num_rows: int
+    num_groups: int
+    itemsize: int
+
+    @property
+    def chip(self) -> Chip:
+        return CHIPS[self.generation]
+
+    @property
+    def setup(self) -> Setup:
+        return SETUPS[self.generation]
+
+    @property
+    def speed(self) -> float:
+        """Multiply-adds of one core a cycle; an exact product of float32 takes six of bfloat16."""
+        return self.chip.num_mxus * self.chip.macs / (6 if self.itemsize == 4 else 1)
+
+    def fits(self, operands: int, results: int) -> bool:
+        """Tells whether blocks of so many elements, two of each, fit in VMEM."""
+        # What an exact product of float32 takes operands apart into is three times bfloat16.
+        parts = 6 * operands if self.itemsize == 4 else 0
+        taken = 2 * self.itemsize * (operands + results) + parts + SLACK
+        return taken <= self.chip.kernel_vmem_bytes
+
+    def row_sizes(self) -> list[int]:
+        """Lists the rows of a tile worth a try: not much longer than a group's even share."""
+        share = max(2 * self.num_rows // self.num_groups, ROWS[-1])
+        found = [rows for rows in ROWS if rows <= min(share, self.num_rows)]
+        return found or [up(self.num_rows, 16)]
+
+    def products(self, sizes: tuple[int, ...], rows: int) -> tuple[int, ...]:
+        """Keeps the sizes of products that a tile is made of; a small tile is one."""
+        return tuple(size for size in sizes if rows % size == 0) or (rows,)
+
+    def steps(self, products: tuple[int, ...], size: int, other: int) -> tuple[int, ...]:
+        """Cuts `size`, for each product with `other`, into parts of no more than LONGEST."""
+        most = [LONGEST * self.speed / (rows * other) for rows in products]
+        return tuple(part(size, limit, self.setup.side) for limit in most)
+
+    def cycles(
+        self, products: tuple[int, ...], rows: int, area: int, start: int, usual: int, more: int
+    ) -> float:
+        """Expects the cycles of one core for a block that all items go through.
+
+        Args:
+          products: rows of a product, by size.
+          rows: of a tile.
+          area: multiply-adds of one row.
+          start: cycles until a product's first results are there.
+          usual: elements that are moved for a tile.
+          more: elements that are moved besides where a group begins.
+        """
+        items = self.num_rows / rows + self.num_groups - 1
+        product = products[0] * area / self.speed
+        each = (product + start * -(-product // LONGEST)) / products[0]
+        ragged = min(items, 2 * self.num_groups) * products[-1] / 2
+        busy = items * STEP + (self.num_rows + ragged) * each
+        # Cycles that a core waits for an element, when all cores do.
+        cost = self.chip.clock / self.chip.hbm_bytes_per_second
+        cost *= self.chip.num_cores * self.itemsize
+        groups = min(self.num_groups, items)
+        moved = cost * (self.num_rows / rows * usual + groups * more)
+        waits = groups * max(0.0, cost * (usual + more) - busy / items)
+        return max(busy + waits, moved) + RATHER * moved
+
+
 @functools.cache
 def for_multiply(
-    generation: str, num_rows: int, depth: int, width: int, num_groups: int, itemsize: int
+    generation: str,
+    num_rows: int,
+    depth: int,
+    width: int,
+    num_groups: int,
+    itemsize: int,
+    transposed: bool,
 ) -> MultiplyTiles:
     """Chooses tiles for rows [M depth] times [E depth width].
 
     Raises:
       NotImplementedError: not even the smallest fit in VMEM.
     """
-    chip, setup = CHIPS[generation], SETUPS[generation]
-
-    def fits(tile: tuple[int, int]) -> bool:
-        rows, columns = tile
-        blocks = rows * padded(depth) + padded(depth) * columns + rows * columns
-        return 2 * itemsize * blocks + SLACK <= chip.kernel_vmem_bytes
+    at = Problem(generation, num_rows, num_groups, itemsize)
+    setup, long = at.setup, up(depth, LANES)
+    sizes = setup.transposed if transposed else setup.plain
 
     def cycles(tile: tuple[int, int]) -> float:
         rows, columns = tile
-        block = min(setup.sizes[0], rows)
-        product = block * columns * depth / speed(chip)
-        step = STEP + rows / block * (product + setup.start * -(-product // LONGEST))
-        moved = rows * (depth + columns) * itemsize * cycles_per_byte(chip)
-        more = depth * columns * itemsize * cycles_per_byte(chip)  # weights, of a group's first
-        steps = num_rows / rows
-        usual = max(step, moved) + RATHER * moved
-        waits = min(num_groups, steps) * max(0.0, moved + more - usual)
-        return turns(chip, -(-width // columns)) * (steps * usual + waits)
+        area = up(depth, setup.side) * up(columns, setup.side)
+        found = at.cycles(
+            at.products(sizes, rows), rows, area, setup.start,
+            usual=rows * (depth + columns), more=depth * columns,
+        )  # fmt: skip
+        return turns(at.chip, -(-width // columns)) * found
 
-    tiles = itertools.product(row_sizes(num_rows, num_groups, itemsize), sizes(width))
-    rows, columns = best(filter(fits, tiles), cycles, f'a contraction over {depth}')
-    heights = heights_of(setup.sizes, rows)
-    steps = [part(columns, LONGEST * speed(chip) / (size * depth)) for size in heights]
-    return MultiplyTiles(rows, columns, heights, tuple(steps))
+    tiles = itertools.product(at.row_sizes(), sides(width))
+    able = (tile for tile in tiles if at.fits(long * sum(tile), tile[0] * tile[1]))
+    rows, columns = best(able, cycles, f'a contraction over {depth}')
+    products = at.products(sizes, rows)
+    return MultiplyTiles(rows, columns, products, at.steps(products, columns, depth))
 
 
 @functools.cache
@@ -96,79 +167,52 @@ def for_gradient(
     Raises:
       NotImplementedError: not even the smallest fit in VMEM.
     """
-    chip, setup = CHIPS[generation], SETUPS[generation]
-
-    def fits(tile: tuple[int, int, int]) -> bool:
-        rows, h, w = tile
-        blocks = 2 * itemsize * (rows * (h + w) + h * w) + 4 * h * w
-        return blocks + SLACK <= chip.kernel_vmem_bytes
+    at = Problem(generation, num_rows, num_groups, itemsize)
+    setup = at.setup
 
     def cycles(tile: tuple[int, int, int]) -> float:
         rows, h, w = tile
-        block = min(setup.sizes[0], rows)
-        product = block * h * w / speed(chip)
-        step = STEP + rows / block * (product + setup.transposing * -(-product // LONGEST))
-        moved = rows * (h + w) * itemsize * cycles_per_byte(chip)
-        more = h * w * itemsize * cycles_per_byte(chip)  # the result, after a group's last
-        steps = num_rows / rows
-        usual = max(step, moved) + RATHER * moved
-        waits = min(num_groups, steps) * max(0.0, moved + more - usual)
-        return turns(chip, -(-height // h) * -(-width // w)) * (steps * usual + waits)
+        found = at.cycles(
+            at.products(setup.contracted, rows), rows, up(h, setup.side) * up(w, setup.side),
+            setup.transposing, usual=rows * (h + w), more=h * w,
+        )  # fmt: skip
+        return turns(at.chip, -(-height // h) * -(-width // w)) * found
 
-    rows_tried = row_sizes(num_rows, num_groups, itemsize)
-    tiles = itertools.product(rows_tried, sizes(height), sizes(width))
-    rows, h, w = best(filter(fits, tiles), cycles, f'a result of {height} by {width}')
-    heights = heights_of(setup.contractions, rows)
-    steps = [part(h, LONGEST * speed(chip) / (size * w)) for size in heights]
-    return GradientTiles(rows, h, w, heights, tuple(steps))
+    tiles = itertools.product(at.row_sizes(), sides(height), sides(width))
+    # The sums are float32.
+    able = ((r, h, w) for r, h, w in tiles if at.fits(r * (h + w), h * w * (1 + 2 // itemsize)))
+    rows, h, w = best(able, cycles, f'a result of {height} by {width}')
+    products = at.products(setup.contracted, rows)
+    return GradientTiles(rows, h, w, products, at.steps(products, h, w))
 
 
-def best(tiles: Iterable[tuple], cycles, what: str) -> tuple:
+def best(tiles: Iterable[Any], cycles: Callable[[Any], float], what: str) -> Any:
     found = min(tiles, key=cycles, default=None)
     if found is None:
         raise NotImplementedError(f'has no tiles that fit in VMEM for {what}.')
     return found
 
 
-def heights_of(sizes: tuple[int, ...], rows: int) -> tuple[int, ...]:
-    """Keeps the sizes of products that a tile is made of; a small tile is one."""
-    return tuple(size for size in sizes if rows % size == 0) or (rows,)
-
-
-def row_sizes(num_rows: int, num_groups: int, itemsize: int) -> list[int]:
-    """Lists the rows of a tile worth a try: none longer than a group's even share."""
-    share = max(num_rows // num_groups, ROWS[-1])
-    found = [rows for rows in ROWS if rows <= min(share, num_rows)]
-    sublanes = 32 // itemsize
-    return found or [-(-num_rows // sublanes) * sublanes]
-
-
-def sizes(width: int) -> list[int]:
+def sides(size: int) -> list[int]:
     """Lists the sizes of a block along an axis: multiples of a register's lanes, or the axis."""
-    whole = [width] if width <= 2 * LANES or width % LANES == 0 else []
-    return sorted({*range(LANES, min(width, 4096 + 1), LANES), *whole})
+    whole = [size] if size % LANES == 0 or size < 2 * LANES else []
+    return sorted({*range(LANES, min(size, 4096 + 1), LANES), *(n for n in whole if n <= 4096)})
 
 
-def part(size: int, most: float) -> int:
-    """Finds the largest multiple of a register's lanes that divides `size`, `most` if it can."""
+def part(size: int, most: float, side: int) -> int:
+    """Finds the largest part of a block that divides it, of `most` if it can be.
+
+    A part is a multiple of an MXU's side where the block is, or of a register's lanes.
+    """
     if size % LANES:
         return size
-    lanes = size // LANES
-    return LANES * max(n for n in range(1, lanes + 1) if lanes % n == 0 and (n == 1 or n * LANES <= most))
+    unit = side if size % side == 0 else LANES
+    count = size // unit
+    return unit * max(n for n in range(1, count + 1) if count % n == 0 and n * unit <= max(most, unit))
 
 
-def padded(size: int) -> int:
-    return -(-size // LANES) * LANES
-
-
-def speed(chip: Chip) -> int:
-    """Multiply-adds of one core a cycle."""
-    return chip.num_mxus * chip.macs
-
-
-def cycles_per_byte(chip: Chip) -> float:
-    """Cycles that a core waits for a byte, when all cores do."""
-    return chip.clock / chip.hbm_bytes_per_second * chip.num_cores
+def up(size: int, multiple: int) -> int:
+    return -(-size // multiple) * multiple
 
 
 def turns(chip: Chip, blocks: int) -> int:
