@@ -78,8 +78,8 @@ def listed(
     last = jnp.cumsum(tiles)
     index = jnp.minimum(jnp.arange(longest, dtype=jnp.int32), last[-1] - 1)[:, None]
     # Sums over one entry: a gather of scalars takes a TPU longer.
-    own = (index >= last - tiles) & (index < last)
-    pick = lambda x: jnp.sum(jnp.where(own, x, 0), axis=1, dtype=jnp.int32)
+    own = (index >= (last - tiles)[None]) & (index < last[None])
+    pick = lambda x: jnp.sum(jnp.where(own, x[None], 0), axis=1, dtype=jnp.int32)
     at = pick(first - (last - tiles)) + index[:, 0]
     inside = lambda x: jnp.clip(pick(x) - at * tile, 0, tile)
     begin = inside(starts)
