@@ -18,7 +18,7 @@ pytestmark = pytest.mark.usefixtures('quick_compilation')
 
 RACES = pltpu.InterpretParams(detect_races=True)
 RACE = 'RACE DETECTED'  # printed by jax 0.10, raised since
-D, F = 130, 72
+D, F = 256, 128
 # Small, so that few rows take all paths: several tiles, blocks and pieces of each size.
 MULTIPLY = MultiplyTiles(64, 128, (32, 16), (128, 128))
 GRADIENT = GradientTiles(64, 128, 128, (32, 16), (128, 128))
@@ -157,6 +157,7 @@ def test_the_tiles_that_are_chosen_for_few_rows(M):
     rng = np.random.default_rng(M)
     sizes = np.array([M // 2, 0, M // 3], np.int32)
     draw = lambda *shape: jnp.asarray(rng.standard_normal(shape), jnp.bfloat16)
+    D, F = 130, 72  # no multiples of a register's lanes
     x, weights, gradient = draw(M, D), draw(3, D, F), draw(M, F)
     sizes = jnp.asarray(sizes)
     found = [
@@ -165,6 +166,15 @@ def test_the_tiles_that_are_chosen_for_few_rows(M):
         tpu.weight_gradient(x, gradient, sizes, interpret=RACES),
     ]
     check_errors([np.asarray(a) for a in found], x, weights, gradient, sizes)
+
+
+@pytest.mark.slow
+def test_cores_share_the_columns(interpreted):
+    x, weights, gradient, sizes = problem((20, 0, 33), 'bfloat16')
+    chosen = MULTIPLY._replace(cores=2)
+    multiply = functools.partial(tpu.multiply, transposed=True, interpret=RACES)
+    found = [multiply(gradient, weights, sizes, chosen=c) for c in (MULTIPLY, chosen)]
+    np.testing.assert_array_equal(*found)
 
 
 @pytest.mark.slow
@@ -200,6 +210,16 @@ def test_work_covers_each_row_once(sizes, tile):
         assert (np.diff(at) >= 0).all()
     assert set(lists[0].items.tile.tolist()) == set(range(tiles))
     assert set(lists[1].items.group.tolist()) == set(range(len(sizes)))
+
+
+@pytest.mark.parametrize('sizes', SIZES)
+def test_groups_with_rows_take_turns(sizes):
+    sizes = np.asarray(SIZES[sizes], np.int32)
+    turns = work.turns(jnp.asarray(sizes), int(sizes.sum()))
+    order = np.flatnonzero(sizes)
+    assert turns.count.tolist() == [len(order)]
+    np.testing.assert_array_equal(turns.index[order], np.arange(len(order)))
+    np.testing.assert_array_equal(turns.after[order], np.roll(order, -1))
 
 
 def test_wrong_arrays_are_named():

@@ -4,15 +4,16 @@ from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
-from jax.experimental.pallas.ops.tpu.megablox import gmm as megablox
+from jax.experimental.pallas.ops.tpu.megablox.gmm import gmm, make_group_metadata, tgmm
 
+from helios_jax.bench.moe.ours import in_turns
 from helios_jax.bench.moe.problem import ROWS, WEIGHTS, Candidate, Problem
 from helios_jax.chips import CHIPS
 from helios_jax.plan.compiler.timing import HALF, Visits, changes, tally
 
 Options = dict[str, Any]
 # Rows, contraction and columns of a tile; for the weights' gradient rows, D and F.
-TILINGS = ((512, 1024, 1024), (512, 2048, 1024), (512, 1024, 2048), (256, 2048, 2048))
+TILINGS = ((512, 1024, 1024), (512, 2048, 1024), (256, 2048, 2048), (512, 2048, 384))
 
 
 def variants(problem: Problem, product: str, target: str) -> list[Options]:
@@ -29,9 +30,9 @@ def candidate(problem: Problem, product: str, options: Options, target: str) -> 
     """Makes a product of megablox with a tiling of `variants`."""
     tiling, cores = tuple(options['tiling']), CHIPS[target].num_cores
     if product == WEIGHTS:
-        gradient = lambda x, y, sizes: megablox.tgmm(x.T, y, sizes, jnp.bfloat16, tiling)
+        gradient = lambda x, y, sizes: tgmm(x.T, y, sizes, jnp.bfloat16, tiling)
         return Candidate(gradient, 'tgmm', gradient_visits(problem, tiling, cores))
-    multiply = lambda x, w, sizes: megablox.gmm(
+    multiply = lambda x, w, sizes: gmm(
         x, w, sizes, jnp.bfloat16, tiling, transpose_rhs=product == ROWS
     )
     return Candidate(multiply, 'gmm', multiply_visits(problem, product, tiling, cores))
@@ -39,7 +40,7 @@ def candidate(problem: Problem, product: str, options: Options, target: str) -> 
 
 def listed(problem: Problem, rows: int, empty: bool) -> tuple[np.ndarray, np.ndarray]:
     """Group and tile of each grid step, as megablox lists them."""
-    (_, groups, tiles), count = megablox.make_group_metadata(
+    (_, groups, tiles), count = make_group_metadata(
         group_sizes=jnp.asarray(problem.group_sizes),
         m=problem.num_rows,
         tm=rows,
@@ -59,10 +60,11 @@ def multiply_visits(problem: Problem, product: str, tiling: tuple, num_cores: in
     groups, tiles = (np.repeat(x, -(-depth // k)) for x in listed(problem, rows, False))
     at = np.tile(np.arange(-(-depth // k)), len(groups) // -(-depth // k))
     last = at == at.max()
-    runs = {'zero': at == 0, 'not_last': ~last, 'last': last}
+    runs = {'zero': at == 0, 'last': last, 'not_last': ~last}
+    if depth <= k:  # all is one body
+        runs = {'product': last}
     moved = changes(tiles, at) * rows * k + changes(groups, at) * k * n + changes(tiles) * rows * n
-    blocks = -(-width // n)
-    return tally(runs, HALF * moved, -(-blocks // num_cores) * num_cores)
+    return tally(runs, HALF * moved, in_turns(-(-width // n), num_cores))
 
 
 def gradient_visits(problem: Problem, tiling: tuple, num_cores: int) -> Visits:
@@ -72,5 +74,5 @@ def gradient_visits(problem: Problem, tiling: tuple, num_cores: int) -> Visits:
     begins, ends = changes(groups), np.append(changes(groups)[1:], 1)
     runs = {'zero': begins, 'product': np.ones_like(begins), 'store': ends}
     moved = changes(tiles) * rows * (k + n) + begins * k * n
-    turns = -(-(-(-problem.expert_dim // n)) // num_cores) * num_cores
+    turns = in_turns(-(-problem.expert_dim // n), num_cores)
     return tally(runs, HALF * moved, turns * -(-problem.embed_dim // k))

@@ -49,13 +49,14 @@ def multiply_visits(
     depth, width = (F, D) if product == ROWS else (D, F)
     listed = work.of_tiles(jnp.asarray(problem.group_sizes), problem.num_rows, chosen.rows)
     items = work.Items(*(np.asarray(x)[: int(listed.count)] for x in listed.items))
+    some = items.begin < items.end
     whole = (items.begin == 0) & (items.end == chosen.rows)
     runs = {'blank': changes(items.tile) * ~whole}
     for size, step, times in each(chosen, items):
         runs[size] = times * (chosen.columns // step)
     moved = changes(items.tile) * chosen.rows * (depth + chosen.columns)
-    moved = HALF * (moved + changes(items.group) * depth * chosen.columns)
-    return tally(runs, moved, in_turns(-(-width // chosen.columns), num_cores))
+    moved = moved + some * shared(items) * depth * chosen.columns
+    return tally(runs, HALF * moved, in_turns(width // chosen.columns, num_cores))
 
 
 def gradient_visits(problem: Problem, chosen: GradientTiles, num_cores: int) -> Visits:
@@ -66,9 +67,15 @@ def gradient_visits(problem: Problem, chosen: GradientTiles, num_cores: int) -> 
     for size, step, times in each(chosen, items):
         runs[size] = times * (chosen.height // step)
     moved = changes(items.tile) * chosen.rows * (chosen.height + chosen.width)
-    moved = HALF * (moved + changes(items.group) * chosen.height * chosen.width)
+    moved = HALF * (moved + shared(items) * chosen.height * chosen.width)
     blocks = -(-problem.embed_dim // chosen.height) * -(-problem.expert_dim // chosen.width)
     return tally(runs, moved, in_turns(blocks, num_cores))
+
+
+def shared(items: work.Items) -> np.ndarray:
+    """Share of each item in what is copied once a group, while another is worked on."""
+    _, at, counts = np.unique(items.group, return_inverse=True, return_counts=True)
+    return 1 / counts[at]
 
 
 def each(chosen: Any, items: work.Items) -> Iterator[tuple[str, int, np.ndarray]]:
@@ -84,5 +91,5 @@ def hashable(value: Any) -> Any:
 
 
 def in_turns(blocks: int, num_cores: int) -> int:
-    """Counts blocks as if each core had as many as the busiest."""
-    return -(-blocks // num_cores) * num_cores
+    """Counts blocks as if each core had as many as the busiest; a single one has one core."""
+    return -(-blocks // num_cores) * num_cores if blocks > 1 else 1

@@ -47,6 +47,7 @@ def multiply(
         rows,
         weights,
         work.of_tiles(group_sizes, M, chosen.rows),
+        work.turns(group_sizes, M),
         transposed=transposed,
         tiles=chosen,
         vmem=CHIPS[target].kernel_vmem_bytes,

@@ -43,6 +43,7 @@ class MultiplyTiles(NamedTuple):
     columns: int
     sizes: tuple[int, ...]  # rows of a product, each half of the one before
     steps: tuple[int, ...]  # columns of a product of each size; divide `columns`
+    cores: int = 1  # that share the blocks of columns
 
 
 class GradientTiles(NamedTuple):
@@ -74,6 +75,12 @@ class Problem(NamedTuple):
         """Multiply-adds of one core a cycle; an exact product of float32 takes six of bfloat16."""
         return self.chip.num_mxus * self.chip.macs / (6 if self.itemsize == 4 else 1)
 
+    @property
+    def cost(self) -> float:
+        """Cycles that a core waits for an element, when all cores do."""
+        chip = self.chip
+        return chip.clock / chip.hbm_bytes_per_second * chip.num_cores * self.itemsize
+
     def fits(self, operands: int, results: int) -> bool:
         """Tells whether blocks of so many elements, two of each, fit in VMEM."""
         # What an exact product of float32 takes operands apart into is three times bfloat16.
@@ -81,11 +88,15 @@ class Problem(NamedTuple):
         taken = 2 * self.itemsize * (operands + results) + parts + SLACK
         return taken <= self.chip.kernel_vmem_bytes
 
-    def row_sizes(self) -> list[int]:
-        """Lists the rows of a tile worth a try: not much longer than a group's even share."""
-        share = max(2 * self.num_rows // self.num_groups, ROWS[-1])
-        found = [rows for rows in ROWS if rows <= min(share, self.num_rows)]
-        return found or [up(self.num_rows, 16)]
+    def row_sizes(self, least: int) -> list[int]:
+        """Lists the rows of a tile worth a try: not much longer than a group's even share.
+
+        Args:
+          least: rows that a product of many has at least.
+        """
+        share = max(2 * self.num_rows // self.num_groups, least)
+        found = [rows for rows in ROWS if least <= rows <= min(share, self.num_rows)]
+        return found or [up(min(self.num_rows, least), 16)]
 
     def products(self, sizes: tuple[int, ...], rows: int) -> tuple[int, ...]:
         """Keeps the sizes of products that a tile is made of; a small tile is one."""
@@ -107,20 +118,15 @@ class Problem(NamedTuple):
           area: multiply-adds of one row.
           start: cycles until a product's first results are there.
           usual: elements that are moved for a tile.
-          more: elements that are moved besides where a group begins.
+          more: elements that are moved besides for a group.
         """
         items = self.num_rows / rows + self.num_groups - 1
         product = products[0] * area / self.speed
         each = (product + start * -(-product // LONGEST)) / products[0]
         ragged = min(items, 2 * self.num_groups) * products[-1] / 2
         busy = items * STEP + (self.num_rows + ragged) * each
-        # Cycles that a core waits for an element, when all cores do.
-        cost = self.chip.clock / self.chip.hbm_bytes_per_second
-        cost *= self.chip.num_cores * self.itemsize
-        groups = min(self.num_groups, items)
-        moved = cost * (self.num_rows / rows * usual + groups * more)
-        waits = groups * max(0.0, cost * (usual + more) - busy / items)
-        return max(busy + waits, moved) + RATHER * moved
+        moved = self.cost * (self.num_rows / rows * usual + min(self.num_groups, items) * more)
+        return max(busy, moved) + RATHER * moved
 
 
 @functools.cache
@@ -149,13 +155,18 @@ def for_multiply(
             at.products(sizes, rows), rows, area, setup.start,
             usual=rows * (depth + columns), more=depth * columns,
         )  # fmt: skip
-        return turns(at.chip, -(-width // columns)) * found
+        # What comes before the first step is waited for.
+        waits = at.cost * depth * columns
+        return turns(at.chip, width // columns) * found + waits
 
-    tiles = itertools.product(at.row_sizes(), sides(width))
+    columns_tried = [n for n in (width, *sides(width)) if width % n == 0]
+    tiles = itertools.product(at.row_sizes(max(sizes[-1], ROWS[-1])), columns_tried)
     able = (tile for tile in tiles if at.fits(long * sum(tile), tile[0] * tile[1]))
     rows, columns = best(able, cycles, f'a contraction over {depth}')
     products = at.products(sizes, rows)
-    return MultiplyTiles(rows, columns, products, at.steps(products, columns, depth))
+    steps = at.steps(products, columns, depth)
+    cores = at.chip.num_cores if width // columns % at.chip.num_cores == 0 else 1
+    return MultiplyTiles(rows, columns, products, steps, cores)
 
 
 @functools.cache
@@ -178,7 +189,7 @@ def for_gradient(
         )  # fmt: skip
         return turns(at.chip, -(-height // h) * -(-width // w)) * found
 
-    tiles = itertools.product(at.row_sizes(), sides(height), sides(width))
+    tiles = itertools.product(at.row_sizes(setup.contracted[-1]), sides(height), sides(width))
     # The sums are float32.
     able = ((r, h, w) for r, h, w in tiles if at.fits(r * (h + w), h * w * (1 + 2 // itemsize)))
     rows, h, w = best(able, cycles, f'a result of {height} by {width}')
@@ -195,8 +206,7 @@ def best(tiles: Iterable[Any], cycles: Callable[[Any], float], what: str) -> Any
 
 def sides(size: int) -> list[int]:
     """Lists the sizes of a block along an axis: multiples of a register's lanes, or the axis."""
-    whole = [size] if size % LANES == 0 or size < 2 * LANES else []
-    return sorted({*range(LANES, min(size, 4096 + 1), LANES), *(n for n in whole if n <= 4096)})
+    return [*range(LANES, min(size, 4096 + 1), LANES), *([size] if size <= 4096 else [])]
 
 
 def part(size: int, most: float, side: int) -> int:

@@ -33,6 +33,28 @@ class Work(NamedTuple):
     count: Int[Array, '']
 
 
+class Turns(NamedTuple):
+    """Order in which the groups with rows take turns, for use of their matrices."""
+
+    index: Int[Array, 'E']  # number of such groups before
+    after: Int[Array, 'E']  # next such group; the first one after the last
+    count: Int[Array, '1']  # number of them
+
+
+def turns(group_sizes: Int[Array, 'E'], num_rows: int) -> Turns:
+    """Lists the turns of the groups that `of_tiles` has rows of."""
+    starts, ends = spans(group_sizes, num_rows)
+    some = ends > starts
+    so_far = jnp.cumsum(some, dtype=jnp.int32)
+    groups = jnp.arange(len(group_sizes), dtype=jnp.int32)
+    beyond = jnp.int32(len(group_sizes))
+    here = jnp.where(some, groups, beyond)
+    after = jax.lax.cummin(here, reverse=True)  # the same, or the next one with rows
+    first = jnp.where(after[:1] < beyond, after[:1], 0)
+    after = jnp.append(after[1:], beyond)
+    return Turns(so_far - some, jnp.where(after < beyond, after, first), so_far[-1:])
+
+
 def of_tiles(group_sizes: Int[Array, 'E'], num_rows: int, tile: int) -> Work:
     """Lists the items of a product by rows: every tile has one at least.
 
