@@ -54,7 +54,7 @@ class Block(nn.Module):
         x_hat = checkpoint_name(x_hat, 'mlp_input')
         stats = None
         if self.kind.startswith('moe'):
-            update, stats = MixtureOfExperts(model, name='moe')(x_hat, segment_ids)
+            update, stats = MixtureOfExperts(model, self.platform, name='moe')(x_hat, segment_ids)
         else:
             mlp = SwiGLU(model.embed_dim, model.mlp_dim, self.backward_parts, name='mlp')
             update = mlp(x_hat)

@@ -117,6 +117,7 @@ def router_stats(
 
 class MixtureOfExperts(nn.Module):
     model: config.Model
+    platform: str = ''  # compiled for another platform than the running one; '' is ours
 
     @nn.compact
     def __call__(
@@ -141,6 +142,7 @@ class MixtureOfExperts(nn.Module):
             *(Einsum(rows[n], dtype, name=n).weight() for n in ('gate', 'up', 'down')),
             capacity_factor=moe.capacity_factor,
             sharded=not self.is_initializing(),
+            platform=self.platform,
         )
         if moe.num_shared_experts:
             shared = SwiGLU(self.model.embed_dim, weights.shared_mlp_dim(self.model), name='shared')

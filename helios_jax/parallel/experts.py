@@ -118,6 +118,7 @@ def _local(
     first_expert: Int[Array, ''] | int,
     num_experts: int,
     capacity_factor: float,
+    platform: str,
 ) -> tuple[Float[Array, 'B T D'], Int[Array, '']]:
     """Computes our experts' share of every token, and the number of pairs that they dropped.
 
@@ -139,7 +140,7 @@ def _local(
             x.shape[0], -1
         )
     else:
-        matmul = lambda x, w: grouped_matmul(x, w, p.group_sizes)
+        matmul = lambda x, w: grouped_matmul(x, w, p.group_sizes, platform=platform or None)
     gate = checkpoint_name(matmul(rows, w_gate), 'gate_up')
     up = checkpoint_name(matmul(rows, w_up), 'gate_up')
     wide = jnp.promote_types(x.dtype, jnp.float32)
@@ -159,6 +160,7 @@ def apply_experts(
     *,
     capacity_factor: float,
     sharded: bool,
+    platform: str = '',
 ) -> tuple[Float[Array, 'B T D'], Int[Array, '']]:
     """Computes Σ_x weights_x · SwiGLU_{choices_x}(x), and the pairs dropped on all devices.
 
@@ -167,11 +169,14 @@ def apply_experts(
       capacity_factor: 0 drops nothing; above, each expert takes at most this times its even share
         of the pairs of one expert group.
       sharded: whether to work across the mesh that is set; False while initialising.
+      platform: the one to compile for where it is not the running one.
     """
     num_experts = w_gate.shape[0]
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or not sharded:
-        return _local(x, choices, weights, w_gate, w_up, w_down, 0, num_experts, capacity_factor)
+        return _local(
+            x, choices, weights, w_gate, w_up, w_down, 0, num_experts, capacity_factor, platform
+        )
 
     def on_device(x, choices, weights, w_gate, w_up, w_down):
         gather = lambda a: jax.lax.all_gather(a, 'expert', axis=0, tiled=True)
@@ -181,7 +186,7 @@ def apply_experts(
             tokens = checkpoint_name(tokens, 'dispatched')
         y, dropped = _local(
             tokens, gather(choices), gather(weights), w_gate, w_up, w_down,
-            first, num_experts, capacity_factor,
+            first, num_experts, capacity_factor, platform,
         )  # fmt: skip
         y = jax.lax.psum(y, 'tensor')
         y = jax.lax.psum_scatter(y, 'expert', scatter_dimension=0, tiled=True)

@@ -1,14 +1,39 @@
-"""Grouped matmul by XLA's ragged dot: a native kernel on TPU, masked dense products elsewhere."""
+"""Grouped matmul by XLA's ragged dot: masked dense products of every group where it has no kernel.
+
+It is right on any device, and slow on all.
+"""
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 
-def grouped_matmul(
-    x: Float[Array, 'M D'], weights: Float[Array, 'E D F'], group_sizes: Int[Array, 'E']
-) -> Float[Array, 'M F']:
-    exact = jax.lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
-    return jax.lax.ragged_dot(
-        x, weights, group_sizes.astype(jnp.int32), precision=exact, preferred_element_type=x.dtype
+def multiply(
+    rows: Float[Array, 'M _'],
+    weights: Float[Array, 'E D F'],
+    group_sizes: Int[Array, 'E'],
+    *,
+    transposed: bool = False,
+) -> Float[Array, 'M _']:
+    """Rows of group e times weights[e], or its transpose; zeros for rows of no group."""
+    dims = (((1,), (2 if transposed else 1,)), ((), ()))
+    return ragged(rows, weights, group_sizes, dims, [0])
+
+
+def weight_gradient(
+    rows: Float[Array, 'M D'], gradient: Float[Array, 'M F'], group_sizes: Int[Array, 'E']
+) -> Float[Array, 'E D F']:
+    """For each group the transpose of its rows times its rows of `gradient`; zeros without any."""
+    return ragged(rows, gradient, group_sizes, (((0,), (0,)), ((), ())), [])
+
+
+def ragged(x: Array, y: Array, group_sizes: Array, dims, groups: list[int]) -> Array:
+    """Ragged along the first dimension of x; `groups` is the one of y that counts groups."""
+    return jax.lax.ragged_dot_general(
+        x,
+        y,
+        group_sizes.astype(jnp.int32),
+        jax.lax.RaggedDotDimensionNumbers(dims, lhs_ragged_dimensions=[0], rhs_group_dimensions=groups),
+        precision=jax.lax.Precision.HIGHEST if x.dtype == jnp.float32 else None,
+        preferred_element_type=x.dtype,
     )

@@ -1,0 +1,1 @@
+"""`helios bench moe`: the products of mixtures of experts."""

@@ -1,0 +1,96 @@
+"""Grouped matmul on TPU: Helios's own kernels for all three products.
+
+M rows are cut into tiles; a list of which group has which rows of which tile (work.py) steers the
+kernels' fetches. Tiles of one group are multiplied whole, others strip by strip under a mask.
+"""
+
+from typing import Any
+
+import jax.numpy as jnp
+from jax import Array
+from jaxtyping import Float, Int
+
+from helios_jax.chips import CHIPS
+from helios_jax.kernels.attention.tpu.blocks import generation
+from helios_jax.kernels.grouped_matmul.tpu import gradient_kernel, multiply_kernel, tiles, work
+from helios_jax.kernels.grouped_matmul.tpu.tiles import GradientTiles, MultiplyTiles
+
+DTYPES = (jnp.bfloat16, jnp.float32)
+
+
+def multiply(
+    rows: Float[Array, 'M _'],
+    weights: Float[Array, 'E D F'],
+    group_sizes: Int[Array, 'E'],
+    *,
+    transposed: bool = False,
+    interpret: Any = False,
+    chosen: MultiplyTiles | None = None,
+) -> Float[Array, 'M _']:
+    """Computes `reference.multiply`.
+
+    Args:
+      interpret: run the kernel in Python on any device; `pltpu.InterpretParams` looks for races.
+      chosen: tiles in place of the calculation's.
+    Raises:
+      NotImplementedError: a dtype or a size that the kernel cannot take, or an unknown TPU.
+    """
+    refuse(rows)
+    target = generation()
+    (M, depth), N = rows.shape, weights.shape[1 if transposed else 2]
+    if M == 0:
+        return jnp.zeros((M, N), rows.dtype)
+    chosen = chosen or tiles.for_multiply(
+        target, M, depth, N, len(group_sizes), rows.dtype.itemsize, transposed
+    )
+    return multiply_kernel.multiply(
+        rows,
+        weights,
+        work.of_tiles(group_sizes, M, chosen.rows),
+        work.turns(group_sizes, M),
+        transposed=transposed,
+        tiles=chosen,
+        vmem=CHIPS[target].kernel_vmem_bytes,
+        interpret=interpret,
+    )
+
+
+def weight_gradient(
+    rows: Float[Array, 'M D'],
+    gradient: Float[Array, 'M F'],
+    group_sizes: Int[Array, 'E'],
+    *,
+    interpret: Any = False,
+    chosen: GradientTiles | None = None,
+) -> Float[Array, 'E D F']:
+    """Computes `reference.weight_gradient`; arguments and errors are `multiply`'s."""
+    refuse(rows)
+    target, num_groups = generation(), len(group_sizes)
+    (M, D), F = rows.shape, gradient.shape[1]
+    if M == 0:
+        return jnp.zeros((num_groups, D, F), rows.dtype)
+    chosen = chosen or tiles.for_gradient(target, M, D, F, num_groups, rows.dtype.itemsize)
+    return gradient_kernel.weight_gradient(
+        rows,
+        gradient,
+        work.of_groups(group_sizes, M, chosen.rows),
+        num_groups=num_groups,
+        tiles=chosen,
+        vmem=CHIPS[target].kernel_vmem_bytes,
+        interpret=interpret,
+    )
+
+
+def able(x: Float[Array, 'M D'], weights: Float[Array, 'E D F']) -> None:
+    """Raises NotImplementedError, saying why, if a kernel cannot take one of the products."""
+    refuse(x)
+    target, (E, D, F), itemsize = generation(), weights.shape, x.dtype.itemsize
+    M = max(len(x), 1)
+    tiles.for_multiply(target, M, D, F, E, itemsize, False)
+    tiles.for_multiply(target, M, F, D, E, itemsize, True)
+    tiles.for_gradient(target, M, D, F, E, itemsize)
+
+
+def refuse(rows: Array) -> None:
+    if rows.dtype not in DTYPES:
+        raise NotImplementedError(f'cannot take {rows.dtype}: only bfloat16 and float32.')
