@@ -29,7 +29,8 @@ ROWS = 2 * HALF
 LOADER = 2  # index of the warpgroup that copies
 MULTIPROCESSORS = 132  # of an H100 or H200, where a program is compiled without one
 REGISTERS = {'loader': 40, 'multiplier': 232}  # a thread; all three fit into 64 Ki
-SWIZZLED = (plgpu.TilingTransform((8, DEPTH)), plgpu.SwizzleTransform(128))
+UNTILED = (plgpu.SwizzleTransform(128),)
+TILED = (plgpu.TilingTransform((8, DEPTH)), *UNTILED)
 
 
 class Tiling(NamedTuple):
@@ -98,10 +99,12 @@ def weight_gradient(
       NotImplementedError: dtype, sizes or GPU that the kernel cannot take.
     """
     check(rows, gradient)
-    (M, D), F, E = rows.shape, gradient.shape[1], group_sizes.shape[0]
+    D, F, E = rows.shape[1], gradient.shape[1], group_sizes.shape[0]
     tiling = tiling or Tiling(columns=256 if F % 256 == 0 else 128, stages=4, pair=1, width=16)
-    if M < DEPTH:
-        rows, gradient = (jnp.pad(x, ((0, DEPTH - M), (0, 0))) for x in (rows, gradient))
+    M = rows.shape[0]
+    extra = max(DEPTH, -(-M // 8) * 8) - M  # the array is cut into tiles of eight rows
+    if extra:
+        rows, gradient = (jnp.pad(x, ((0, extra), (0, 0))) for x in (rows, gradient))
     sizes = group_sizes.astype(jnp.int32)
     return launch(
         functools.partial(weight_products, tiling=tiling),
@@ -166,13 +169,20 @@ def launch(
     empty: Any = plgpu.Barrier(num_arrivals=2, num_barriers=stages)
     if pair > 1:
         empty = plgpu.ClusterBarrier(collective_axes=('pair',), num_arrivals=2, num_barriers=stages)
+    rows_smem, columns_smem, out_smem = (
+        functools.partial(plgpu.SMEM, shape, jnp.bfloat16)
+        for shape in ((stages, *rows_box), (stages, *columns_box), (2, 2, HALF, CHUNK))
+    )
     scratch = {
-        'rows_smem': plgpu.SMEM((stages, *rows_box), jnp.bfloat16, transforms=SWIZZLED),
-        'columns_smem': plgpu.SMEM((stages, *columns_box), jnp.bfloat16, transforms=SWIZZLED),
+        # Two views of the same bytes: a copy whose array is cut into tiles of eight rows must
+        # begin at such a tile, an operand of wgmma must be cut so. One tile across, they agree.
+        'rows_smem': plgpu.RefUnion(rows_smem(transforms=TILED), rows_smem(transforms=UNTILED))
+        if rows_box[1] == DEPTH
+        else rows_smem(transforms=TILED),
+        'columns_smem': columns_smem(transforms=TILED),
         # The pieces of a small group lie in rows as they are, in the same memory.
         'out_smem': plgpu.RefUnion(
-            plgpu.SMEM((2, 2, HALF, CHUNK), jnp.bfloat16, transforms=SWIZZLED),
-            plgpu.SMEM((2, 2, HALF, CHUNK), jnp.bfloat16),
+            out_smem(transforms=TILED), out_smem(transforms=UNTILED), out_smem()
         ),
         'full': plgpu.Barrier(num_arrivals=2, num_barriers=stages),
         'empty': empty,
@@ -226,32 +236,55 @@ class Ring(NamedTuple):
             def _(back: int = back) -> None:
                 plgpu.barrier_wait(self.empty.at[self.slot(step - back)])
 
-    def contract(self, step: Array, num_steps: Array, multiply: Any) -> tuple[Array, Array]:
-        """Sums multiply(acc, slot, k) over a tile's steps; returns the sum and the next step."""
+    def contract(
+        self, step: Array, num_steps: Array, least: int, multiply: Any, meanwhile: list[Any]
+    ) -> tuple[Array, Array]:
+        """Sums multiply(acc, slot, k) over a tile's steps; returns the sum and the next step.
 
-        def scope(acc: Any) -> tuple[Array, Array]:
-            def body(k: Array, step: Array) -> Array:
-                slot = self.slot(step)
-                plgpu.barrier_wait(self.full.at[slot])
-                multiply(acc, slot, k)
-                plgpu.wgmma_wait(1)  # the step before is done with its slot
+        The acts of `meanwhile` are done one by one while each of the first steps is at work.
 
-                @pl.when(k > 0)
-                def _() -> None:
-                    plgpu.barrier_arrive(self.empty.at[self.slot(step - 1)])
+        Args:
+          num_steps: 0, or at least `least`.
+        """
+        early = max(len(meanwhile) - least, 0)
 
-                return step + 1
+        def one(acc: Any, k: Any, step: Array, act: Any = None) -> Array:
+            slot = self.slot(step)
+            plgpu.barrier_wait(self.full.at[slot])
+            multiply(acc, slot, k)
+            if act is not None:
+                act()
+            plgpu.wgmma_wait(1)  # the step before is done with its slot
+            pl.when(k > 0)(lambda: plgpu.barrier_arrive(self.empty.at[self.slot(step - 1)]))
+            return step + 1
 
-            end = lax.fori_loop(0, num_steps, body, step)
+        def sum_up(acc: Any, step: Array) -> tuple[Array, Array]:
+            for k, act in enumerate(meanwhile[early:]):
+                step = one(acc, jnp.int32(k), step, act)
+            rest = lambda k, step: one(acc, k, step)
+            step = lax.fori_loop(len(meanwhile) - early, num_steps, rest, step)
             value = acc[...]
+            plgpu.barrier_arrive(self.empty.at[self.slot(step - 1)])
+            return value.astype(jnp.bfloat16), step
 
-            @pl.when(num_steps > 0)
-            def _() -> None:
-                plgpu.barrier_arrive(self.empty.at[self.slot(end - 1)])
+        def some(step: Array) -> tuple[Array, Array]:
+            for act in meanwhile[:early]:
+                act()
+            acc = plgpu.ACC((HALF, self.tiling.columns), jnp.float32)
+            return pl.run_scoped(lambda acc: sum_up(acc, step), acc)
 
-            return value, end
+        def none(step: Array) -> tuple[Array, Array]:
+            for act in meanwhile:
+                act()
+            # Not an accumulator's: with them, ptxas would wait for each product of `some`.
+            return zeros(self.tiling.columns), step
 
-        return pl.run_scoped(scope, plgpu.ACC((HALF, self.tiling.columns), jnp.float32))
+        return lax.cond(num_steps > 0, some, none, step)
+
+
+def zeros(columns: int) -> Array:
+    """A half of a tile that holds zeros."""
+    return plgpu.layout_cast(jnp.zeros((HALF, columns), jnp.bfloat16), plgpu.Layout.WGMMA)
 
 
 def place(task: Array, num_rows: Array, num_columns: int, width: int) -> tuple[Array, Array]:
@@ -268,44 +301,71 @@ def place(task: Array, num_rows: Array, num_columns: int, width: int) -> tuple[A
     return band * width + lax.rem(within, height), column
 
 
-def walk(num_tasks: Array, describe: Any, load: Any, compute: Any, ring: Ring) -> None:
-    """Gives each block every so many-th task: the loader loads, the multipliers compute.
+def walk(num_tasks: Array, describe: Any, load: Any, multiplier: Any, ring: Ring) -> None:
+    """Gives each block every so many-th task: the loader loads, the multipliers multiply.
 
     What describes a task is read from memory while the task before it is at work.
     """
-    warpgroup = lax.axis_index('warpgroup')
     block, num_blocks = lax.axis_index('block'), lax.axis_size('block')
     num_own = lax.div(num_tasks - block + num_blocks - 1, num_blocks)
 
-    def loop(act: Any) -> Array:
-        def body(i: Array, carry: tuple[Any, Array]) -> tuple[Any, Array]:
-            task, step = carry
+    def loop(act: Any, state: Any) -> Any:
+        def body(i: Array, carry: tuple[Any, Any]) -> tuple[Any, Any]:
+            task, state = carry
             ahead = describe(jnp.minimum(block + (i + 1) * num_blocks, num_tasks - 1))
-            return ahead, act(task, step)
+            return ahead, act(task, state)
 
-        start = (describe(jnp.minimum(block, num_tasks - 1)), jnp.int32(0))
-        return lax.fori_loop(0, num_own, body, start)[1]
+        first = describe(jnp.minimum(block, num_tasks - 1))
+        return lax.fori_loop(0, num_own, body, (first, state))[1]
 
-    @pl.when(warpgroup == LOADER)
+    @pl.when(lax.axis_index('warpgroup') == LOADER)
     def _() -> None:
         plgpu.set_max_registers(REGISTERS['loader'], action='decrease')
-        ring.drain(loop(load))
+        ring.drain(loop(load, jnp.int32(0)))
 
-    @pl.when(warpgroup != LOADER)
+    @pl.when(lax.axis_index('warpgroup') != LOADER)
     def _() -> None:
         plgpu.set_max_registers(REGISTERS['multiplier'], action='increase')
-        loop(compute)
+        multiplier(loop)
         plgpu.wait_smem_to_gmem(0, wait_read_only=True)
 
 
-def store(value: Array, out: Any, columns: Array, smem: Any) -> None:
-    """Stores one warpgroup's half of a tile into all rows of `out`, from column `columns` on."""
-    for chunk in range(value.shape[1] // CHUNK):
-        slot = chunk % 2
-        plgpu.wait_smem_to_gmem(1, wait_read_only=True)
-        smem[slot] = value[:, chunk * CHUNK : (chunk + 1) * CHUNK].astype(jnp.bfloat16)
-        plgpu.commit_smem()
-        plgpu.copy_smem_to_gmem(smem.at[slot], out.at[:, pl.ds(columns + chunk * CHUNK, CHUNK)])
+def multiplier(
+    loop: Any, ring: Ring, numbers: int, compute: Any, target: Any, tiled: Any, untiled: Any
+) -> None:
+    """Computes one warpgroup's tiles, and stores each while the next one is computed.
+
+    Args:
+      numbers: how many describe a task.
+      compute: (task, step, meanwhile) → the tile in bfloat16, whether to store it, the next step.
+      target: task → the reference of the tile in the result, and its first column.
+    """
+    columns = ring.tiling.columns
+
+    def stores(value: Array, task: Any, wanted: Array) -> list[Any]:
+        out, column = target(task)
+
+        def store(chunk: int) -> None:
+            at = chunk * CHUNK
+            plgpu.wait_smem_to_gmem(1, wait_read_only=True)
+            tiled[chunk % 2] = value[:, at : at + CHUNK]
+            plgpu.commit_smem()
+            plgpu.copy_smem_to_gmem(untiled.at[chunk % 2], out.at[:, pl.ds(column + at, CHUNK)])
+
+        def act(chunk: int) -> Any:
+            return lambda: pl.when(wanted)(lambda: store(chunk))
+
+        return [act(chunk) for chunk in range(columns // CHUNK)]
+
+    def body(task: Any, state: Any) -> Any:
+        step, *last = state
+        value, wanted, step = compute(task, step, stores(*last))
+        return step, value, task, wanted
+
+    zero = jnp.int32(0)
+    _, *last = loop(body, (zero, zeros(columns), (zero,) * numbers, jnp.bool_(False)))
+    for act in stores(*last):
+        act()
 
 
 def store_plain(smem: Any, value: Array) -> None:
@@ -323,7 +383,7 @@ def store_rows(
     for chunk in range(value.shape[1] // CHUNK):
         at = pl.ds(columns + chunk * CHUNK, CHUNK)
         plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-        store_plain(smem, value[:, chunk * CHUNK : (chunk + 1) * CHUNK].astype(jnp.bfloat16))
+        store_plain(smem, value[:, chunk * CHUNK : (chunk + 1) * CHUNK])
         plgpu.commit_smem()
 
         def piece(row: Array, size: int, at: Any = at) -> None:
@@ -354,11 +414,13 @@ def row_products(
     """Multiplies row tiles of the work list with tiles of their group's weights."""
     del both
     E = weights.shape[0]
-    ring = Ring(rows_smem, columns_smem, full, empty, tiling)
-    swizzled, plain = out_smem
+    warpgroup = lax.axis_index('warpgroup')
+    tiled, untiled, plain = (view.at[warpgroup] for view in out_smem)
+    rows_tiled, rows_untiled = rows_smem
+    ring = Ring(rows_untiled, columns_smem, full, empty, tiling)
     num_columns = pl.cdiv(out.shape[1], tiling.columns)
     num_rows = count[0]
-    half = lax.axis_index('warpgroup') * HALF
+    half = warpgroup * HALF
     if tiling.pair > 1:
         of_pair = lax.axis_index('pair') * ROWS
 
@@ -382,30 +444,37 @@ def row_products(
 
         return lax.fori_loop(0, num_steps(group), fill, step)
 
-    def compute(task: tuple[Array, ...], step: Array) -> Array:
+    def skipped() -> Array:
+        return half + of_pair if tiling.pair > 1 else half
+
+    def compute(task: tuple[Array, ...], step: Array, meanwhile: Any) -> tuple[Array, ...]:
         group, first, size, column = task
 
         def multiply(acc: Any, slot: Array, k: Array) -> None:
             tile = columns_smem.at[slot]
             tile = plgpu.transpose_ref(tile, (1, 0)) if transposed else tile
-            plgpu.wgmma(acc, rows_smem.at[slot, pl.ds(half, HALF)], tile)
+            plgpu.wgmma(acc, rows_tiled.at[slot, pl.ds(half, HALF)], tile)
 
-        value, step = ring.contract(step, num_steps(group), multiply)
-        skipped = half + of_pair if tiling.pair > 1 else half
-        own = jnp.clip(size - skipped, 0, HALF)
-        at = first + skipped
-
-        @pl.when(own == HALF)
-        def _() -> None:
-            store(value, out.at[pl.ds(at, HALF)], column, swizzled.at[lax.axis_index('warpgroup')])
+        value, step = ring.contract(step, num_steps(group), depth, multiply, meanwhile)
+        own = jnp.clip(size - skipped(), 0, HALF)
 
         @pl.when((own > 0) & (own < HALF))
         def _() -> None:
-            store_rows(value, out, at, own, column, plain.at[lax.axis_index('warpgroup'), 0])
+            store_rows(value, out, first + skipped(), own, column, plain.at[0])
 
-        return step
+        return value, own == HALF, step
 
-    walk(num_rows * num_columns, describe, load, compute, ring)
+    def target(task: tuple[Array, ...]) -> tuple[Any, Array]:
+        _, first, _, column = task
+        return out.at[pl.ds(first + skipped(), HALF)], column
+
+    walk(
+        num_rows * num_columns,
+        describe,
+        load,
+        lambda loop: multiplier(loop, ring, 4, compute, target, tiled, untiled),
+        ring,
+    )
 
 
 def weight_products(
@@ -426,23 +495,33 @@ def weight_products(
     """Contracts rows [rows D] and gradient [rows F] of each group into tiles of out [E D F]."""
     E, D, F = out.shape
     ring = Ring(rows_smem, columns_smem, full, empty, tiling)
-    swizzled, _ = out_smem
-    tall, wide = pl.cdiv(D, ROWS * tiling.pair), pl.cdiv(F, tiling.columns)
     warpgroup = lax.axis_index('warpgroup')
+    tiled, untiled, _ = (view.at[warpgroup] for view in out_smem)
+    least = tiling.columns // CHUNK
+    tall, wide = pl.cdiv(D, ROWS * tiling.pair), pl.cdiv(F, tiling.columns)
     half = warpgroup * HALF
     of_pair = lax.axis_index('pair') * ROWS if tiling.pair > 1 else 0
 
     def describe(task: Array) -> tuple[Array, ...]:
         group = lax.div(task, jnp.int32(tall * wide))
-        tile, column = place(lax.rem(task, jnp.int32(tall * wide)), tall, wide, tiling.width)
-        at = tile * (ROWS * tiling.pair) + of_pair
-        return group, starts[group], sizes[group], at, column * tiling.columns
+        start = starts[group]
+        # A copy begins at a multiple of eight rows, at most seven of which are another group's.
+        before = lax.rem(start, jnp.int32(8))
+        size = sizes[group]
+        return group, start - before, before, size, lax.rem(task, jnp.int32(tall * wide))
 
-    def num_steps(size: Array) -> Array:
-        return lax.div(size + DEPTH - 1, jnp.int32(DEPTH))
+    def corner(task: tuple[Array, ...]) -> tuple[Array, Array]:
+        tile, column = place(task[-1], tall, wide, tiling.width)
+        return tile * (ROWS * tiling.pair) + of_pair, column * tiling.columns
+
+    def num_steps(before: Array, size: Array) -> Array:
+        # So many that each store has a step to hide behind: the rows of the last are all blank.
+        steps = lax.div(before + size + DEPTH - 1, jnp.int32(DEPTH))
+        return jnp.where(size > 0, jnp.maximum(steps, least), 0)
 
     def load(task: tuple[Array, ...], step: Array) -> Array:
-        _, start, size, at, column = task
+        _, start, before, size, _ = task
+        at, column = corner(task)
 
         def fill(k: Array, step: Array) -> Array:
             along = pl.ds(start + k * DEPTH, DEPTH)
@@ -453,35 +532,45 @@ def weight_products(
             )
             return step + 1
 
-        return lax.fori_loop(0, num_steps(size), fill, step)
+        return lax.fori_loop(0, num_steps(before, size), fill, step)
 
-    def compute(task: tuple[Array, ...], step: Array) -> Array:
-        group, _, size, at, column = task
+    def compute(task: tuple[Array, ...], step: Array, meanwhile: Any) -> tuple[Array, ...]:
+        _, _, before, size, _ = task
 
-        def blank(tile: Any, num_rows: Array) -> None:
-            """Zeroes the rows from num_rows on: not by multiplication, 0 · NaN is NaN."""
+        def blank(tile: Any, k: Array) -> None:
+            """Zeroes rows of other groups: not by multiplication, for 0 · NaN is NaN."""
             value = plgpu.layout_cast(tile[...], plgpu.Layout.WGMMA)
             row = plgpu.broadcasted_iota(jnp.int32, tile.shape, 0, layout=plgpu.Layout.WGMMA)
-            tile[...] = jnp.where(row < num_rows, value, jnp.bfloat16(0))
+            row = row + k * DEPTH
+            own = (row >= before) & (row < before + size)
+            tile[...] = jnp.where(own, value, jnp.bfloat16(0))
 
         def multiply(acc: Any, slot: Array, k: Array) -> None:
             own = rows_smem.at[slot, :, pl.ds(half, HALF)]
 
-            @pl.when((k + 1) * DEPTH > size)
+            @pl.when((k * DEPTH < before) | ((k + 1) * DEPTH > before + size))
             def _() -> None:
-                left = size - k * DEPTH
-                blank(own, left)
+                blank(own, k)
                 share = tiling.columns // 2
                 for at in range(0, share, CHUNK):
-                    blank(columns_smem.at[slot, :, pl.ds(warpgroup * share + at, CHUNK)], left)
+                    blank(columns_smem.at[slot, :, pl.ds(warpgroup * share + at, CHUNK)], k)
                 plgpu.commit_smem()
                 plgpu.barrier_arrive(both)
                 plgpu.barrier_wait(both)
 
             plgpu.wgmma(acc, plgpu.transpose_ref(own, (1, 0)), columns_smem.at[slot])
 
-        value, step = ring.contract(step, num_steps(size), multiply)
-        store(value, out.at[group, pl.ds(at + half, HALF)], column, swizzled.at[warpgroup])
-        return step
+        value, step = ring.contract(step, num_steps(before, size), least, multiply, meanwhile)
+        return value, jnp.bool_(True), step
 
-    walk(jnp.int32(E * tall * wide), describe, load, compute, ring)
+    def target(task: tuple[Array, ...]) -> tuple[Any, Array]:
+        at, column = corner(task)
+        return out.at[task[0], pl.ds(at + half, HALF)], column
+
+    walk(
+        jnp.int32(E * tall * wide),
+        describe,
+        load,
+        lambda loop: multiplier(loop, ring, 5, compute, target, tiled, untiled),
+        ring,
+    )
