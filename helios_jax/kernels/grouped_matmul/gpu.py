@@ -1,15 +1,15 @@
-"""Grouped products on NVIDIA Hopper: one kernel for rows, one for the gradient of weights.
+"""Grouped products on NVIDIA Hopper, in Pallas Mosaic GPU: two kernels of one design.
 
-Both are persistent: a block of three warpgroups stays on each multiprocessor and walks over
-output tiles. One warpgroup copies operands into a ring of shared memory (TMA), a step of DEPTH
-along the contraction at a time, and runs ahead over the borders of tiles. The other two multiply
-(wgmma), each its half of the tile's rows, and store the result.
+They are persistent: a block of three warpgroups stays on each multiprocessor and walks over tiles
+of the result. One warpgroup copies operands into a ring in shared memory (TMA), DEPTH of the
+contraction at a step, and runs ahead over the borders of tiles. The other two multiply (wgmma),
+each its half of a tile's rows. A tile is stored while the next one is multiplied.
 
-No tile belongs to two groups. A TMA copy may begin at any row, so a group's tiles begin at the
-group's first row, and the last is moved back until it ends with the group: it computes some
-rows twice, to the same bits, and needs no mask. Only a group of fewer rows than a tile is stored
-in pieces. The gradient of weights contracts over a group's rows from the first one on; in its last
-step, the rows of the next group are blanked in shared memory.
+No tile belongs to two groups. A copy may begin at any row, so a group's tiles begin with its
+first row, and the last one is moved back until it ends with the group: it computes some rows
+twice, to the same bits, and nothing is masked. Only a group of fewer rows than a tile is stored
+in pieces. The gradient of weights contracts over a group's rows; other groups' rows in its first
+and last step are blanked in shared memory.
 """
 
 import functools
@@ -22,24 +22,19 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Float, Int
 
-DEPTH = 64  # of a step along the contraction: a row of it is the 128 bytes of a swizzle
+DEPTH = 64  # of a step; a row of it fills the 128 bytes over which a copy swizzles
 CHUNK = 64  # columns that are stored at a time
 HALF = 64  # rows of the tile that one warpgroup multiplies
 ROWS = 2 * HALF
+GRAIN = 8  # rows of a tile of the swizzle
+BAND = 16  # row tiles that tasks walk down before the next column tile
 LOADER = 2  # index of the warpgroup that copies
 MULTIPROCESSORS = 132  # of an H100 or H200, where a program is compiled without one
-REGISTERS = {'loader': 40, 'multiplier': 232}  # a thread; all three fit into 64 Ki
+REGISTERS = {'loader': 40, 'multiplier': 232}  # a thread; those of three warpgroups fill 64 Ki
 UNTILED = (plgpu.SwizzleTransform(128),)
-TILED = (plgpu.TilingTransform((8, DEPTH)), *UNTILED)
+TILED = (plgpu.TilingTransform((GRAIN, DEPTH)), *UNTILED)
 
-
-class Tiling(NamedTuple):
-    """How the output is cut, and in which order."""
-
-    columns: int  # of a tile
-    stages: int  # steps in the ring
-    pair: int  # 2: two blocks of a cluster take neighbouring row tiles and share the columns' operand
-    width: int  # row tiles that are walked over before the next column tile
+Numbers = tuple[Array, ...]  # what describes a task, int32
 
 
 def multiply(
@@ -48,75 +43,56 @@ def multiply(
     group_sizes: Int[Array, 'E'],
     *,
     transposed: bool = False,
-    tiling: Tiling | None = None,
 ) -> Float[Array, 'M F']:
-    """Multiplies the rows of group e by weights[e], or by its transpose: then rows are [M F].
+    """Multiplies the rows of group e by weights[e], or by its transpose: then [M F] gives [M D].
 
-    Rows are sorted by group. Those beyond the sum of the sizes belong to no group, and give zeros.
-    Accumulates in float32.
+    Rows are sorted by group. Those beyond the sum of the sizes belong to no group: they are not
+    read, and their results are zeros. Accumulates in float32. Weights are read where they lie.
 
-    Args:
-      transposed: contract over F; the result is [M D]. The weights are read where they lie.
     Raises:
       NotImplementedError: dtype, sizes or GPU that the kernel cannot take.
     """
-    E, D, F = weights.shape
-    contracted, columns = (F, D) if transposed else (D, F)
     check(rows, weights)
-    M = rows.shape[0]
-    tiling = tiling or Tiling(columns=256 if columns % 256 == 0 else 128, stages=4, pair=1, width=16)
-    unit = ROWS * tiling.pair
-    if M < unit:
-        rows = jnp.pad(rows, ((0, unit - M), (0, 0)))  # a copy's box must fit into its array
-    work, count = work_list(group_sizes, rows.shape[0], unit)
-    depth = contracted // DEPTH
+    M, (E, D, F) = rows.shape[0], weights.shape
+    contracted, width = (F, D) if transposed else (D, F)
+    if M < ROWS:
+        rows = jnp.pad(rows, ((0, ROWS - M), (0, 0)))  # a copy's box must fit into its array
+    columns = columns_of(width)
+    work, count = work_list(group_sizes, rows.shape[0])
     out = launch(
-        functools.partial(row_products, depth=depth, transposed=transposed, tiling=tiling),
-        jax.ShapeDtypeStruct((rows.shape[0], columns), rows.dtype),
-        (tiling.columns, DEPTH) if transposed else (DEPTH, tiling.columns),
+        functools.partial(row_products, transposed=transposed, num_steps=contracted // DEPTH),
+        jax.ShapeDtypeStruct((rows.shape[0], width), rows.dtype),
         (ROWS, DEPTH),
-        tiling,
-        work,
-        count,
-        rows,
-        weights,
-    )
+        (columns, DEPTH) if transposed else (DEPTH, columns),
+        columns,
+    )(work, count, rows, weights)
     return out[:M]
 
 
 def weight_gradient(
-    rows: Float[Array, 'M D'],
-    gradient: Float[Array, 'M F'],
-    group_sizes: Int[Array, 'E'],
-    *,
-    tiling: Tiling | None = None,
+    rows: Float[Array, 'M D'], gradient: Float[Array, 'M F'], group_sizes: Int[Array, 'E']
 ) -> Float[Array, 'E D F']:
     """Contracts each group's rows with the gradient of its products; zeros for an empty group.
 
-    Accumulates in float32, returns rows.dtype. Rows of no group are not read.
+    Accumulates in float32, returns rows.dtype. Rows of no group do not matter.
 
     Raises:
       NotImplementedError: dtype, sizes or GPU that the kernel cannot take.
     """
     check(rows, gradient)
-    D, F, E = rows.shape[1], gradient.shape[1], group_sizes.shape[0]
-    tiling = tiling or Tiling(columns=256 if F % 256 == 0 else 128, stages=4, pair=1, width=16)
-    M = rows.shape[0]
-    extra = max(DEPTH, -(-M // 8) * 8) - M  # the array is cut into tiles of eight rows
-    if extra:
+    (M, D), F, E = rows.shape, gradient.shape[1], group_sizes.shape[0]
+    # The arrays are copied where their rows do not fill tiles of the swizzle.
+    if extra := max(DEPTH, pl.cdiv(M, GRAIN) * GRAIN) - M:
         rows, gradient = (jnp.pad(x, ((0, extra), (0, 0))) for x in (rows, gradient))
     sizes = group_sizes.astype(jnp.int32)
+    columns = columns_of(F)
     return launch(
-        functools.partial(weight_products, tiling=tiling),
+        weight_products,
         jax.ShapeDtypeStruct((E, D, F), rows.dtype),
-        (DEPTH, tiling.columns),
         (DEPTH, ROWS),
-        tiling,
-        jnp.cumsum(sizes) - sizes,
-        sizes,
-        rows,
-        gradient,
-    )
+        (DEPTH, columns),
+        columns,
+    )(jnp.cumsum(sizes, dtype=jnp.int32) - sizes, sizes, rows, gradient)
 
 
 def check(rows: Array, other: Array) -> None:
@@ -124,120 +100,142 @@ def check(rows: Array, other: Array) -> None:
     for x in (rows, other):
         if x.dtype != jnp.bfloat16:
             raise NotImplementedError(f'multiplies bfloat16, not {x.dtype}.')
-        if bad := [size for size in x.shape[-2:][x.ndim == 2 :] if size % ROWS]:
-            raise NotImplementedError(f'needs widths that {ROWS} divides, not {bad[0]}.')
+    for size in (*rows.shape[1:], *other.shape[1:]):
+        if size % ROWS:
+            raise NotImplementedError(f'needs widths that {ROWS} divides, not {size}.')
     device = jax.devices()[0]
-    capability = getattr(device, 'compute_capability', '9.0') if device.platform == 'gpu' else '9.0'
-    if capability != '9.0':
-        raise NotImplementedError(f'needs a Hopper GPU (9.0), not compute capability {capability}.')
+    if device.platform == 'gpu' and (found := device.compute_capability) != '9.0':
+        raise NotImplementedError(f'needs a Hopper GPU (9.0), not compute capability {found}.')
+
+
+def columns_of(width: int) -> int:
+    """Columns of a tile, which divide the result's width."""
+    return 256 if width % 256 == 0 else 128
 
 
 def work_list(
-    group_sizes: Int[Array, 'E'], M: int, unit: int
-) -> tuple[Int[Array, 'entries'], Int[Array, '1']]:
-    """Lists the row tiles as (group, first row, rows) one after another, and counts them.
+    group_sizes: Int[Array, 'E'], M: int
+) -> tuple[Int[Array, 'numbers'], Int[Array, '1']]:
+    """Lists row tiles as (group, first row, rows), one after another, and counts them.
 
-    Rows of no group are those of a group E; its tiles contract over nothing.
+    Rows of no group are those of a group E, whose tiles contract over nothing.
     """
     E = group_sizes.shape[0]
     sizes = group_sizes.astype(jnp.int32)
-    sizes = jnp.append(sizes, M - jnp.sum(sizes))
-    ends = jnp.cumsum(sizes)
+    sizes = jnp.append(sizes, M - jnp.sum(sizes, dtype=jnp.int32))
+    ends = jnp.cumsum(sizes, dtype=jnp.int32)
     starts = ends - sizes
-    tiles = -(-sizes // unit)
-    last = jnp.cumsum(tiles)
-    tile = jnp.arange(M // unit + E + 1, dtype=jnp.int32)
-    group = jnp.minimum(jnp.sum(tile[:, None] >= last[None], axis=1, dtype=jnp.int32), E)
-    first = starts[group] + (tile - (last - tiles)[group]) * unit
-    first = jnp.maximum(jnp.minimum(first, ends[group] - unit), starts[group])
-    work = jnp.stack([group, first, jnp.minimum(ends[group] - first, unit)], axis=1)
-    return work.reshape(-1), last[-1:]
+    tiles = -(-sizes // ROWS)
+    ends_of_tiles = jnp.cumsum(tiles, dtype=jnp.int32)
+    tile = jnp.arange(M // ROWS + E + 1, dtype=jnp.int32)
+    group = jnp.sum(tile[:, None] >= ends_of_tiles[None], axis=1, dtype=jnp.int32)
+    group = jnp.minimum(group, E)  # entries after the last tile are not used
+    first = starts[group] + (tile - (ends_of_tiles - tiles)[group]) * ROWS
+    first = jnp.maximum(jnp.minimum(first, ends[group] - ROWS), starts[group])
+    work = jnp.stack([group, first, jnp.minimum(ends[group] - first, ROWS)], axis=1)
+    return work.reshape(-1), ends_of_tiles[-1:]
+
+
+class Memory(NamedTuple):
+    """Shared memory and barriers of a block.
+
+    Operands and the result have several views of the same bytes. An operand of wgmma is `tiled`.
+    A copy whose array is seen as tiles must begin at a multiple of GRAIN rows; an `untiled` view,
+    the same where one tile is as wide as the view, may begin at any row. `plain` is what lies
+    there: GRAIN rows of a tile, each 64 numbers, swizzled within the row.
+    """
+
+    rows: Any  # tiled; then untiled (row_products), or plain (weight_products)
+    columns: Any  # tiled, plain
+    out: Any  # of each multiplier, two chunks: tiled, untiled, plain
+    full: Any  # a slot of the ring holds a step's operands
+    empty: Any  # both multipliers are done with a slot
+    both: Any  # a place where the multipliers wait for each other
 
 
 def launch(
     body: Any,
     out: jax.ShapeDtypeStruct,
-    columns_box: tuple[int, int],
     rows_box: tuple[int, int],
-    tiling: Tiling,
-    *operands: Array,
-) -> Array:
-    """Runs a body on every multiprocessor, with a ring of operands and buffers for the result."""
-    device = jax.devices()[0]
-    num_blocks = device.core_count if device.platform == 'gpu' else MULTIPROCESSORS
-    stages, pair = tiling.stages, tiling.pair
-    empty: Any = plgpu.Barrier(num_arrivals=2, num_barriers=stages)
-    if pair > 1:
-        empty = plgpu.ClusterBarrier(collective_axes=('pair',), num_arrivals=2, num_barriers=stages)
-    rows_smem, columns_smem, out_smem = (
-        functools.partial(plgpu.SMEM, shape, jnp.bfloat16)
-        for shape in ((stages, *rows_box), (stages, *columns_box), (2, 2, HALF, CHUNK))
+    columns_box: tuple[int, int],
+    columns: int,
+) -> Any:
+    """Makes the function that runs body(*operands, out, Memory) on every multiprocessor."""
+    stages = 4 if columns == 256 else 6  # what fits into 227 KiB
+
+    def smem(shape: tuple[int, ...], transforms: Any = ()) -> Any:
+        return plgpu.SMEM(shape, jnp.bfloat16, transforms=transforms)
+
+    def ring(box: tuple[int, int], untiled: bool) -> Any:
+        tiles = (box[0] // GRAIN, box[1] // DEPTH, GRAIN, DEPTH)
+        other = smem((stages, *box), UNTILED) if untiled else smem((stages, *tiles))
+        return plgpu.RefUnion(smem((stages, *box), TILED), other)
+
+    chunks = (2, 2, HALF, CHUNK)
+    scratch = Memory(
+        rows=ring(rows_box, untiled=rows_box[1] == DEPTH),
+        columns=ring(columns_box, untiled=False),
+        out=plgpu.RefUnion(smem(chunks, TILED), smem(chunks, UNTILED), smem(chunks)),
+        full=plgpu.Barrier(num_arrivals=2, num_barriers=stages),
+        empty=plgpu.Barrier(num_arrivals=2, num_barriers=stages),
+        both=plgpu.Barrier(num_arrivals=2),
     )
-    scratch = {
-        # Two views of the same bytes: a copy whose array is cut into tiles of eight rows must
-        # begin at such a tile, an operand of wgmma must be cut so. One tile across, they agree.
-        'rows_smem': plgpu.RefUnion(rows_smem(transforms=TILED), rows_smem(transforms=UNTILED))
-        if rows_box[1] == DEPTH
-        else rows_smem(transforms=TILED),
-        'columns_smem': columns_smem(transforms=TILED),
-        # The pieces of a small group lie in rows as they are, in the same memory.
-        'out_smem': plgpu.RefUnion(
-            out_smem(transforms=TILED), out_smem(transforms=UNTILED), out_smem()
-        ),
-        'full': plgpu.Barrier(num_arrivals=2, num_barriers=stages),
-        'empty': empty,
-        'both': plgpu.Barrier(num_arrivals=2),
-    }
-    kernel = plgpu.kernel(
-        body,
+    device = jax.devices()[0]
+
+    def kernel(*references: Any, **memory: Any) -> None:
+        body(*references, Memory(**memory))
+
+    return plgpu.kernel(
+        kernel,
         out_type=out,
-        scratch_types=scratch,
-        grid=(num_blocks // pair,),
+        scratch_types=scratch._asdict(),
+        grid=(device.core_count if device.platform == 'gpu' else MULTIPROCESSORS,),
         grid_names=('block',),
-        cluster=(pair,) if pair > 1 else (),
-        cluster_names=('pair',) if pair > 1 else (),
         num_threads=3,
         thread_name='warpgroup',
         compiler_params=plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Lane),
     )
-    return kernel(*operands)
 
 
 class Ring(NamedTuple):
-    """Slots of shared memory that the loader fills and both multipliers empty."""
+    """Slots of shared memory that the loader fills and both multipliers empty, step by step."""
 
     rows: Any
     columns: Any
-    full: Any
-    empty: Any
-    tiling: Tiling
+    memory: Memory
+
+    @property
+    def num_slots(self) -> int:
+        return self.rows.shape[0]
 
     def slot(self, step: Array) -> Array:
-        return lax.rem(step, jnp.int32(self.tiling.stages))
+        return lax.rem(step, jnp.int32(self.num_slots))
 
     def fill(self, step: Array, rows: Any, columns: Any) -> None:
         """Copies a step's operands as soon as its slot is empty."""
         slot = self.slot(step)
-
-        @pl.when(step >= self.tiling.stages)
-        def _() -> None:
-            plgpu.barrier_wait(self.empty.at[slot])
-
-        shared = 'pair' if self.tiling.pair > 1 else None
-        full = self.full.at[slot]
+        full, empty = self.memory.full.at[slot], self.memory.empty.at[slot]
+        pl.when(step >= self.num_slots)(lambda: plgpu.barrier_wait(empty))
         plgpu.copy_gmem_to_smem(rows, self.rows.at[slot], full)
-        plgpu.copy_gmem_to_smem(columns, self.columns.at[slot], full, collective_axes=shared)
+        plgpu.copy_gmem_to_smem(columns, self.columns.at[slot], full)
+
+    def free(self, step: Array) -> None:
+        plgpu.barrier_arrive(self.memory.empty.at[self.slot(step)])
 
     def drain(self, step: Array) -> None:
-        """Waits until all of the filled slots are empty, so that no barrier is left in use."""
-        for back in range(1, self.tiling.stages + 1):
-
-            @pl.when(step >= back)
-            def _(back: int = back) -> None:
-                plgpu.barrier_wait(self.empty.at[self.slot(step - back)])
+        """Waits until every slot is empty, so that no barrier is left in use."""
+        for back in range(1, self.num_slots + 1):
+            empty = self.memory.empty.at[self.slot(step - back)]
+            pl.when(step >= back)(functools.partial(plgpu.barrier_wait, empty))
 
     def contract(
-        self, step: Array, num_steps: Array, least: int, multiply: Any, meanwhile: list[Any]
+        self,
+        step: Array,
+        num_steps: Array,
+        least: int,
+        shape: tuple[int, int],
+        multiply: Any,
+        meanwhile: list[Any],
     ) -> tuple[Array, Array]:
         """Sums multiply(acc, slot, k) over a tile's steps; returns the sum and the next step.
 
@@ -248,14 +246,14 @@ class Ring(NamedTuple):
         """
         early = max(len(meanwhile) - least, 0)
 
-        def one(acc: Any, k: Any, step: Array, act: Any = None) -> Array:
+        def one(acc: Any, k: Array, step: Array, act: Any = None) -> Array:
             slot = self.slot(step)
-            plgpu.barrier_wait(self.full.at[slot])
+            plgpu.barrier_wait(self.memory.full.at[slot])
             multiply(acc, slot, k)
-            if act is not None:
+            if act:
                 act()
             plgpu.wgmma_wait(1)  # the step before is done with its slot
-            pl.when(k > 0)(lambda: plgpu.barrier_arrive(self.empty.at[self.slot(step - 1)]))
+            pl.when(k > 0)(lambda: self.free(step - 1))
             return step + 1
 
         def sum_up(acc: Any, step: Array) -> tuple[Array, Array]:
@@ -264,134 +262,105 @@ class Ring(NamedTuple):
             rest = lambda k, step: one(acc, k, step)
             step = lax.fori_loop(len(meanwhile) - early, num_steps, rest, step)
             value = acc[...]
-            plgpu.barrier_arrive(self.empty.at[self.slot(step - 1)])
+            self.free(step - 1)
             return value.astype(jnp.bfloat16), step
 
         def some(step: Array) -> tuple[Array, Array]:
             for act in meanwhile[:early]:
                 act()
-            acc = plgpu.ACC((HALF, self.tiling.columns), jnp.float32)
-            return pl.run_scoped(lambda acc: sum_up(acc, step), acc)
+            return pl.run_scoped(lambda acc: sum_up(acc, step), plgpu.ACC(shape, jnp.float32))
 
         def none(step: Array) -> tuple[Array, Array]:
             for act in meanwhile:
                 act()
             # Not an accumulator's: with them, ptxas would wait for each product of `some`.
-            return zeros(self.tiling.columns), step
+            return zeros(shape), step
 
         return lax.cond(num_steps > 0, some, none, step)
 
 
-def zeros(columns: int) -> Array:
-    """A half of a tile that holds zeros."""
-    return plgpu.layout_cast(jnp.zeros((HALF, columns), jnp.bfloat16), plgpu.Layout.WGMMA)
+def zeros(shape: tuple[int, int]) -> Array:
+    return plgpu.layout_cast(jnp.zeros(shape, jnp.bfloat16), plgpu.Layout.WGMMA)
 
 
-def place(task: Array, num_rows: Array, num_columns: int, width: int) -> tuple[Array, Array]:
-    """Finds the row tile and the column tile of a task.
+def place(task: Array, tall: Any, wide: int) -> tuple[Array, Array]:
+    """Finds the row tile and the column tile of a task among tall × wide.
 
-    Tasks go down `width` row tiles, then to the next column tile, there and back again, so that
-    those which run at a time share their operands in the L2 cache.
+    Tasks go down BAND row tiles, then to the next column tile, there and back again, so that
+    those which run at a time share operands in the L2 cache.
     """
-    band = lax.div(task, jnp.int32(width * num_columns))
-    within = lax.rem(task, jnp.int32(width * num_columns))
-    height = jnp.minimum(jnp.int32(width), num_rows - band * width)
+    band = lax.div(task, jnp.int32(BAND * wide))
+    within = lax.rem(task, jnp.int32(BAND * wide))
+    height = jnp.minimum(BAND, tall - band * BAND)
     column = lax.div(within, height)
-    column = jnp.where(lax.rem(band, jnp.int32(2)) == 0, column, num_columns - 1 - column)
-    return band * width + lax.rem(within, height), column
+    column = jnp.where(lax.rem(band, jnp.int32(2)) == 0, column, wide - 1 - column)
+    return band * BAND + lax.rem(within, height), column
 
 
-def walk(num_tasks: Array, describe: Any, load: Any, multiplier: Any, ring: Ring) -> None:
-    """Gives each block every so many-th task: the loader loads, the multipliers multiply.
+class Kernel(NamedTuple):
+    """What the two kernels differ in."""
 
-    What describes a task is read from memory while the task before it is at work.
-    """
-    block, num_blocks = lax.axis_index('block'), lax.axis_size('block')
-    num_own = lax.div(num_tasks - block + num_blocks - 1, num_blocks)
+    num_tasks: Array
+    describe: Any  # task → Numbers
+    load: Any  # (Numbers, step) → next step; the loader's part
+    compute: Any  # (Numbers, step, meanwhile) → half a tile, whether to store it, next step
+    target: Any  # Numbers → reference of the half tile's rows in the result, first column
+    shape: tuple[int, int]  # of half a tile
 
-    def loop(act: Any, state: Any) -> Any:
-        def body(i: Array, carry: tuple[Any, Any]) -> tuple[Any, Any]:
-            task, state = carry
-            ahead = describe(jnp.minimum(block + (i + 1) * num_blocks, num_tasks - 1))
-            return ahead, act(task, state)
+    def run(self, ring: Ring) -> None:
+        """Walks over every so many-th task, each warpgroup doing its part."""
+        warpgroup = lax.axis_index('warpgroup')
 
-        first = describe(jnp.minimum(block, num_tasks - 1))
-        return lax.fori_loop(0, num_own, body, (first, state))[1]
+        @pl.when(warpgroup == LOADER)
+        def _() -> None:
+            plgpu.set_max_registers(REGISTERS['loader'], action='decrease')
+            ring.drain(self.walk(self.load, jnp.int32(0)))
 
-    @pl.when(lax.axis_index('warpgroup') == LOADER)
-    def _() -> None:
-        plgpu.set_max_registers(REGISTERS['loader'], action='decrease')
-        ring.drain(loop(load, jnp.int32(0)))
+        @pl.when(warpgroup != LOADER)
+        def _() -> None:
+            plgpu.set_max_registers(REGISTERS['multiplier'], action='increase')
+            self.multiply(*(view.at[warpgroup] for view in ring.memory.out[:2]))
+            plgpu.wait_smem_to_gmem(0, wait_read_only=True)
 
-    @pl.when(lax.axis_index('warpgroup') != LOADER)
-    def _() -> None:
-        plgpu.set_max_registers(REGISTERS['multiplier'], action='increase')
-        multiplier(loop)
-        plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+    def walk(self, act: Any, state: Any) -> Any:
+        """Folds act(numbers, state) over this block's tasks."""
+        block, num_blocks = lax.axis_index('block'), lax.axis_size('block')
 
+        def numbers(i: Array) -> Numbers:
+            return self.describe(jnp.minimum(block + i * num_blocks, self.num_tasks - 1))
 
-def multiplier(
-    loop: Any, ring: Ring, numbers: int, compute: Any, target: Any, tiled: Any, untiled: Any
-) -> None:
-    """Computes one warpgroup's tiles, and stores each while the next one is computed.
+        def body(i: Array, carry: tuple[Numbers, Any]) -> tuple[Numbers, Any]:
+            ahead = numbers(i + 1)  # read while this task is at work
+            return ahead, act(carry[0], carry[1])
 
-    Args:
-      numbers: how many describe a task.
-      compute: (task, step, meanwhile) → the tile in bfloat16, whether to store it, the next step.
-      target: task → the reference of the tile in the result, and its first column.
-    """
-    columns = ring.tiling.columns
+        num_own = lax.div(self.num_tasks - block + num_blocks - 1, num_blocks)
+        return lax.fori_loop(0, num_own, body, (numbers(jnp.int32(0)), state))[1]
 
-    def stores(value: Array, task: Any, wanted: Array) -> list[Any]:
-        out, column = target(task)
+    def multiply(self, tiled: Any, untiled: Any) -> None:
+        """Computes this warpgroup's half tiles, and stores each while the next is computed."""
 
-        def store(chunk: int) -> None:
-            at = chunk * CHUNK
-            plgpu.wait_smem_to_gmem(1, wait_read_only=True)
-            tiled[chunk % 2] = value[:, at : at + CHUNK]
-            plgpu.commit_smem()
-            plgpu.copy_smem_to_gmem(untiled.at[chunk % 2], out.at[:, pl.ds(column + at, CHUNK)])
+        def stores(value: Array, numbers: Numbers, wanted: Array) -> list[Any]:
+            out, column = self.target(numbers)
 
-        def act(chunk: int) -> Any:
-            return lambda: pl.when(wanted)(lambda: store(chunk))
+            def store(chunk: int) -> None:
+                at = chunk * CHUNK
+                plgpu.wait_smem_to_gmem(1, wait_read_only=True)
+                tiled[chunk % 2] = value[:, at : at + CHUNK]
+                plgpu.commit_smem()
+                plgpu.copy_smem_to_gmem(untiled.at[chunk % 2], out.at[:, pl.ds(column + at, CHUNK)])
 
-        return [act(chunk) for chunk in range(columns // CHUNK)]
+            act = lambda chunk: lambda: pl.when(wanted)(lambda: store(chunk))
+            return [act(chunk) for chunk in range(self.shape[1] // CHUNK)]
 
-    def body(task: Any, state: Any) -> Any:
-        step, *last = state
-        value, wanted, step = compute(task, step, stores(*last))
-        return step, value, task, wanted
+        def body(numbers: Numbers, state: Any) -> Any:
+            step, *last = state
+            value, wanted, step = self.compute(numbers, step, stores(*last))
+            return step, value, numbers, wanted
 
-    zero = jnp.int32(0)
-    _, *last = loop(body, (zero, zeros(columns), (zero,) * numbers, jnp.bool_(False)))
-    for act in stores(*last):
-        act()
-
-
-def store_plain(smem: Any, value: Array) -> None:
-    """Stores into rows that lie as they are; slow, for its banks conflict."""
-    if hasattr(plgpu, 'store'):  # since jax 0.12, what is slow has to be asked for
-        plgpu.store(smem, value, optimized=False)
-    else:
-        smem[...] = value
-
-
-def store_rows(
-    value: Array, out: Any, first: Array, num_rows: Array, columns: Array, smem: Any
-) -> None:
-    """Stores the first rows of one warpgroup's half of a tile, eight or one at a time."""
-    for chunk in range(value.shape[1] // CHUNK):
-        at = pl.ds(columns + chunk * CHUNK, CHUNK)
-        plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-        store_plain(smem, value[:, chunk * CHUNK : (chunk + 1) * CHUNK])
-        plgpu.commit_smem()
-
-        def piece(row: Array, size: int, at: Any = at) -> None:
-            plgpu.copy_smem_to_gmem(smem.at[pl.ds(row, size)], out.at[pl.ds(first + row, size), at])
-
-        eights = lax.div(num_rows, jnp.int32(8))
-        lax.fori_loop(0, eights, lambda i, _: piece(i * 8, 8), None)
-        lax.fori_loop(eights * 8, num_rows, lambda i, _: piece(i, 1), None)
+        nothing = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), self.describe(jnp.int32(0)))
+        state = self.walk(body, (jnp.int32(0), zeros(self.shape), nothing, jnp.bool_(False)))
+        for act in stores(*state[1:]):
+            act()
 
 
 def row_products(
@@ -400,177 +369,169 @@ def row_products(
     rows: Any,
     weights: Any,
     out: Any,
+    memory: Memory,
     *,
-    depth: int,
     transposed: bool,
-    tiling: Tiling,
-    rows_smem: Any,
-    columns_smem: Any,
-    out_smem: Any,
-    full: Any,
-    empty: Any,
-    both: Any,
+    num_steps: int,
 ) -> None:
-    """Multiplies row tiles of the work list with tiles of their group's weights."""
-    del both
+    """Multiplies the row tiles of the work list with tiles of their group's weights."""
     E = weights.shape[0]
+    columns = columns_of(out.shape[1])
+    tall, wide = count[0], out.shape[1] // columns
     warpgroup = lax.axis_index('warpgroup')
-    tiled, untiled, plain = (view.at[warpgroup] for view in out_smem)
-    rows_tiled, rows_untiled = rows_smem
-    ring = Ring(rows_untiled, columns_smem, full, empty, tiling)
-    num_columns = pl.cdiv(out.shape[1], tiling.columns)
-    num_rows = count[0]
     half = warpgroup * HALF
-    if tiling.pair > 1:
-        of_pair = lax.axis_index('pair') * ROWS
+    rows_tiled, rows_untiled = memory.rows
+    columns_tiled, _ = memory.columns
+    ring = Ring(rows_untiled, columns_tiled, memory)
 
-    def describe(task: Array) -> tuple[Array, ...]:
-        tile, column = place(task, num_rows, num_columns, tiling.width)
-        return work[3 * tile], work[3 * tile + 1], work[3 * tile + 2], column * tiling.columns
+    def describe(task: Array) -> Numbers:
+        tile, column = place(task, tall, wide)
+        return work[3 * tile], work[3 * tile + 1], work[3 * tile + 2], column * columns
 
-    def num_steps(group: Array) -> Array:
-        return jnp.where(group < E, jnp.int32(depth), 0)
+    def steps(group: Array) -> Array:
+        return jnp.where(group < E, jnp.int32(num_steps), 0)
 
-    def load(task: tuple[Array, ...], step: Array) -> Array:
-        group, first, _, column = task
-        first = first + of_pair if tiling.pair > 1 else first
-        across = pl.ds(column, tiling.columns)
+    def load(numbers: Numbers, step: Array) -> Array:
+        group, first, _, column = numbers
 
         def fill(k: Array, step: Array) -> Array:
-            along = pl.ds(k * DEPTH, DEPTH)
+            along, across = pl.ds(k * DEPTH, DEPTH), pl.ds(column, columns)
             tile = weights.at[(group, across, along) if transposed else (group, along, across)]
             ring.fill(step, rows.at[pl.ds(first, ROWS), along], tile)
             return step + 1
 
-        return lax.fori_loop(0, num_steps(group), fill, step)
+        return lax.fori_loop(0, steps(group), fill, step)
 
-    def skipped() -> Array:
-        return half + of_pair if tiling.pair > 1 else half
-
-    def compute(task: tuple[Array, ...], step: Array, meanwhile: Any) -> tuple[Array, ...]:
-        group, first, size, column = task
+    def compute(numbers: Numbers, step: Array, meanwhile: Any) -> tuple[Array, Array, Array]:
+        group, first, size, column = numbers
 
         def multiply(acc: Any, slot: Array, k: Array) -> None:
-            tile = columns_smem.at[slot]
+            del k
+            tile = columns_tiled.at[slot]
             tile = plgpu.transpose_ref(tile, (1, 0)) if transposed else tile
             plgpu.wgmma(acc, rows_tiled.at[slot, pl.ds(half, HALF)], tile)
 
-        value, step = ring.contract(step, num_steps(group), depth, multiply, meanwhile)
-        own = jnp.clip(size - skipped(), 0, HALF)
+        value, step = ring.contract(
+            step, steps(group), num_steps, (HALF, columns), multiply, meanwhile
+        )
+        own = jnp.clip(size - half, 0, HALF)
 
         @pl.when((own > 0) & (own < HALF))
         def _() -> None:
-            store_rows(value, out, first + skipped(), own, column, plain.at[0])
+            store_rows(value, own, out, first + half, column, memory.out[2].at[warpgroup, 0])
 
         return value, own == HALF, step
 
-    def target(task: tuple[Array, ...]) -> tuple[Any, Array]:
-        _, first, _, column = task
-        return out.at[pl.ds(first + skipped(), HALF)], column
+    def target(numbers: Numbers) -> tuple[Any, Array]:
+        _, first, _, column = numbers
+        return out.at[pl.ds(first + half, HALF)], column
 
-    walk(
-        num_rows * num_columns,
-        describe,
-        load,
-        lambda loop: multiplier(loop, ring, 4, compute, target, tiled, untiled),
-        ring,
-    )
+    Kernel(tall * wide, describe, load, compute, target, (HALF, columns)).run(ring)
+
+
+def store_rows(
+    value: Array, num_rows: Array, out: Any, first: Array, column: Array, plain: Any
+) -> None:
+    """Stores the first rows of half a tile to out[first:, column:], eight or one at a time."""
+    for at in range(0, value.shape[1], CHUNK):
+        plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+        if hasattr(plgpu, 'store'):  # since jax 0.12, a store with bank conflicts has to say so
+            plgpu.store(plain, value[:, at : at + CHUNK], optimized=False)
+        else:
+            plain[...] = value[:, at : at + CHUNK]
+        plgpu.commit_smem()
+
+        def piece(row: Array, size: int, at: int = at) -> None:
+            to = out.at[pl.ds(first + row, size), pl.ds(column + at, CHUNK)]
+            plgpu.copy_smem_to_gmem(plain.at[pl.ds(row, size)], to)
+
+        eights = lax.div(num_rows, jnp.int32(8))
+        lax.fori_loop(0, eights, lambda i, _: piece(i * 8, 8), None)
+        lax.fori_loop(eights * 8, num_rows, lambda i, _: piece(i, 1), None)
 
 
 def weight_products(
-    starts: Any,
-    sizes: Any,
-    rows: Any,
-    gradient: Any,
-    out: Any,
-    *,
-    tiling: Tiling,
-    rows_smem: Any,
-    columns_smem: Any,
-    out_smem: Any,
-    full: Any,
-    empty: Any,
-    both: Any,
+    starts: Any, sizes: Any, rows: Any, gradient: Any, out: Any, memory: Memory
 ) -> None:
     """Contracts rows [rows D] and gradient [rows F] of each group into tiles of out [E D F]."""
     E, D, F = out.shape
-    ring = Ring(rows_smem, columns_smem, full, empty, tiling)
+    columns = columns_of(F)
+    tall, wide = D // ROWS, F // columns
     warpgroup = lax.axis_index('warpgroup')
-    tiled, untiled, _ = (view.at[warpgroup] for view in out_smem)
-    least = tiling.columns // CHUNK
-    tall, wide = pl.cdiv(D, ROWS * tiling.pair), pl.cdiv(F, tiling.columns)
     half = warpgroup * HALF
-    of_pair = lax.axis_index('pair') * ROWS if tiling.pair > 1 else 0
+    rows_tiled, rows_plain = memory.rows
+    columns_tiled, columns_plain = memory.columns
+    ring = Ring(rows_tiled, columns_tiled, memory)
+    least = columns // CHUNK
 
-    def describe(task: Array) -> tuple[Array, ...]:
+    def describe(task: Array) -> Numbers:
         group = lax.div(task, jnp.int32(tall * wide))
-        start = starts[group]
-        # A copy begins at a multiple of eight rows, at most seven of which are another group's.
-        before = lax.rem(start, jnp.int32(8))
-        size = sizes[group]
-        return group, start - before, before, size, lax.rem(task, jnp.int32(tall * wide))
+        before = lax.rem(starts[group], jnp.int32(GRAIN))
+        # A copy begins at a multiple of GRAIN rows; those before the group's first are blanked.
+        begin = starts[group] - before
+        return group, begin, before, before + sizes[group], lax.rem(task, jnp.int32(tall * wide))
 
-    def corner(task: tuple[Array, ...]) -> tuple[Array, Array]:
-        tile, column = place(task[-1], tall, wide, tiling.width)
-        return tile * (ROWS * tiling.pair) + of_pair, column * tiling.columns
+    def steps(before: Array, end: Array) -> Array:
+        # So many that every store has a step to hide behind; the rows of some may all be blank.
+        num_steps = jnp.maximum(lax.div(end + DEPTH - 1, jnp.int32(DEPTH)), least)
+        return jnp.where(end > before, num_steps, 0)
 
-    def num_steps(before: Array, size: Array) -> Array:
-        # So many that each store has a step to hide behind: the rows of the last are all blank.
-        steps = lax.div(before + size + DEPTH - 1, jnp.int32(DEPTH))
-        return jnp.where(size > 0, jnp.maximum(steps, least), 0)
-
-    def load(task: tuple[Array, ...], step: Array) -> Array:
-        _, start, before, size, _ = task
-        at, column = corner(task)
+    def load(numbers: Numbers, step: Array) -> Array:
+        _, begin, before, end, tile = numbers
+        row, column = place(tile, tall, wide)
 
         def fill(k: Array, step: Array) -> Array:
-            along = pl.ds(start + k * DEPTH, DEPTH)
-            ring.fill(
-                step,
-                rows.at[along, pl.ds(at, ROWS)],
-                gradient.at[along, pl.ds(column, tiling.columns)],
-            )
+            along = pl.ds(begin + k * DEPTH, DEPTH)
+            across = pl.ds(column * columns, columns)
+            ring.fill(step, rows.at[along, pl.ds(row * ROWS, ROWS)], gradient.at[along, across])
             return step + 1
 
-        return lax.fori_loop(0, num_steps(before, size), fill, step)
+        return lax.fori_loop(0, steps(before, end), fill, step)
 
-    def compute(task: tuple[Array, ...], step: Array, meanwhile: Any) -> tuple[Array, ...]:
-        _, _, before, size, _ = task
-
-        def blank(tile: Any, k: Array) -> None:
-            """Zeroes rows of other groups: not by multiplication, for 0 · NaN is NaN."""
-            value = plgpu.layout_cast(tile[...], plgpu.Layout.WGMMA)
-            row = plgpu.broadcasted_iota(jnp.int32, tile.shape, 0, layout=plgpu.Layout.WGMMA)
-            row = row + k * DEPTH
-            own = (row >= before) & (row < before + size)
-            tile[...] = jnp.where(own, value, jnp.bfloat16(0))
+    def compute(numbers: Numbers, step: Array, meanwhile: Any) -> tuple[Array, Array, Array]:
+        _, _, before, end, _ = numbers
 
         def multiply(acc: Any, slot: Array, k: Array) -> None:
-            own = rows_smem.at[slot, :, pl.ds(half, HALF)]
+            first = jnp.maximum(before - k * DEPTH, 0)
+            last = jnp.minimum(end - k * DEPTH, DEPTH)
 
-            @pl.when((k * DEPTH < before) | ((k + 1) * DEPTH > before + size))
+            @pl.when((first > 0) | (last < DEPTH))
             def _() -> None:
-                blank(own, k)
-                share = tiling.columns // 2
-                for at in range(0, share, CHUNK):
-                    blank(columns_smem.at[slot, :, pl.ds(warpgroup * share + at, CHUNK)], k)
+                for each, plain in enumerate((rows_plain, columns_plain)):
+                    act = functools.partial(blank, plain.at[slot], first, last)
+                    pl.when(warpgroup == each)(act)
                 plgpu.commit_smem()
-                plgpu.barrier_arrive(both)
-                plgpu.barrier_wait(both)
+                plgpu.barrier_arrive(memory.both)
+                plgpu.barrier_wait(memory.both)
 
-            plgpu.wgmma(acc, plgpu.transpose_ref(own, (1, 0)), columns_smem.at[slot])
+            own = rows_tiled.at[slot, :, pl.ds(half, HALF)]
+            plgpu.wgmma(acc, plgpu.transpose_ref(own, (1, 0)), columns_tiled.at[slot])
 
-        value, step = ring.contract(step, num_steps(before, size), least, multiply, meanwhile)
+        value, step = ring.contract(
+            step, steps(before, end), least, (HALF, columns), multiply, meanwhile
+        )
         return value, jnp.bool_(True), step
 
-    def target(task: tuple[Array, ...]) -> tuple[Any, Array]:
-        at, column = corner(task)
-        return out.at[task[0], pl.ds(at + half, HALF)], column
+    def target(numbers: Numbers) -> tuple[Any, Array]:
+        row, column = place(numbers[-1], tall, wide)
+        return out.at[numbers[0], pl.ds(row * ROWS + half, HALF)], column * columns
 
-    walk(
-        jnp.int32(E * tall * wide),
-        describe,
-        load,
-        lambda loop: multiplier(loop, ring, 5, compute, target, tiled, untiled),
-        ring,
-    )
+    num_tasks = jnp.int32(E * tall * wide)
+    Kernel(num_tasks, describe, load, compute, target, (HALF, columns)).run(ring)
+
+
+def blank(tiles: Any, first: Array, last: Array) -> None:
+    """Zeroes rows before `first` and from `last` on: a product with zero would keep their NaN."""
+    _, across, _, _ = tiles.shape
+
+    def row(i: Array, _: None) -> None:
+        at = (lax.div(i, jnp.int32(GRAIN)), slice(None), lax.rem(i, jnp.int32(GRAIN)))
+        tiles[at] = jnp.zeros((across, DEPTH), jnp.bfloat16)
+
+    def tile(i: Array, _: None) -> None:
+        tiles[i] = jnp.zeros((across, GRAIN, DEPTH), jnp.bfloat16)
+
+    whole = jnp.clip(lax.div(last + GRAIN - 1, jnp.int32(GRAIN)), 0, DEPTH // GRAIN)
+    lax.fori_loop(0, first, row, None)
+    lax.fori_loop(jnp.maximum(last, 0), whole * GRAIN, row, None)
+    lax.fori_loop(whole, DEPTH // GRAIN, tile, None)
