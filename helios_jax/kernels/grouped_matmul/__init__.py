@@ -1,8 +1,8 @@
 """Grouped matmul: each group of rows times its own matrix, by one of several implementations.
 
-IMPLEMENTATIONS has a row for each: `tpu` (our kernels) and `reference` (any device). All compute
-three products: rows times weights, rows times transposed weights, which is the gradient of the
-rows, and the gradient of the weights. An implementation raises NotImplementedError for what it
+IMPLEMENTATIONS has a row for each: `tpu` and `hopper` (our kernels), `reference` (any device). All
+compute three products: rows times weights, rows times transposed weights, which is the gradient of
+the rows, and the gradient of the weights. An implementation raises NotImplementedError for what it
 cannot take; `auto` takes the first of the platform that can.
 """
 
@@ -16,7 +16,8 @@ import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Float, Int
 
-from helios_jax.kernels.grouped_matmul import reference, tpu
+from helios_jax.arch.grouped_matmul import ROWS, Row
+from helios_jax.kernels.grouped_matmul import hopper, reference, tpu
 
 __all__ = ['IMPLEMENTATIONS', 'Implementation', 'check', 'choose', 'grouped_matmul']
 
@@ -24,18 +25,32 @@ __all__ = ['IMPLEMENTATIONS', 'Implementation', 'check', 'choose', 'grouped_matm
 class Implementation(NamedTuple):
     """One way to compute the products; kernels/grouped_matmul/reference.py says what they are."""
 
-    platform: str  # the only one that it runs on; '': any
+    row: Row
     multiply: Callable[..., Array]  # (rows, weights, group_sizes, *, transposed=False)
     weight_gradient: Callable[..., Array]  # (rows, gradient, group_sizes)
-    # Raises NotImplementedError, saying why, if it cannot take all three products of (x, weights).
+    # Raises NotImplementedError, saying why, if sizes of (x, weights) are too large for a product.
     able: Callable[[Array, Array], object] | None = None
 
+    def check(self, x: Array, weights: Array, platform: str) -> None:
+        """Raises NotImplementedError, saying why, if it cannot take all three products."""
+        reason = self.row.refusal(platform, str(x.dtype), weights.shape[1:], capability(platform))
+        if reason:
+            raise NotImplementedError(reason)
+        if self.able:
+            self.able(x, weights)
 
-# In the order in which `auto` tries those of a platform.
+
 IMPLEMENTATIONS = {
-    'tpu': Implementation('tpu', tpu.multiply, tpu.weight_gradient, tpu.able),
-    'reference': Implementation('', reference.multiply, reference.weight_gradient),
+    'tpu': Implementation(ROWS['tpu'], tpu.multiply, tpu.weight_gradient, tpu.able),
+    'hopper': Implementation(ROWS['hopper'], hopper.multiply, hopper.weight_gradient),
+    'reference': Implementation(ROWS['reference'], reference.multiply, reference.weight_gradient),
 }
+
+
+def capability(platform: str) -> str:
+    """Compute capability of this machine's GPU, if it is what is compiled for; else ''."""
+    device = jax.devices()[0]
+    return device.compute_capability if platform == device.platform == 'gpu' else ''
 
 
 def grouped_matmul(
@@ -101,18 +116,15 @@ def choose(x: Array, weights: Array, implementation: str, platform: str | None) 
         )
     platform = platform or jax.default_backend()
     reasons = []
-    for name, row in IMPLEMENTATIONS.items():
+    for name, found in IMPLEMENTATIONS.items():
         if implementation not in ('auto', name):
             continue
         try:
-            if row.platform not in ('', platform):
-                raise NotImplementedError(f'needs platform {row.platform!r}, not {platform!r}.')
-            if row.able:
-                row.able(x, weights)
+            found.check(x, weights, platform)
         except NotImplementedError as error:
             if name == implementation:
                 raise NotImplementedError(f'grouped_matmul: {name} {error}') from error
-            if row.platform == platform:
+            if found.row.platform == platform:
                 reasons.append(f'{name} {error}')
             continue
         if implementation == 'auto':
@@ -124,7 +136,7 @@ def choose(x: Array, weights: Array, implementation: str, platform: str | None) 
 @functools.cache
 def log_choice(name: str, platform: str, reasons: tuple[str, ...]) -> None:
     """Logs each choice once, however often the model is traced."""
-    slow = platform != 'cpu' and not IMPLEMENTATIONS[name].platform
+    slow = platform != 'cpu' and IMPLEMENTATIONS[name].row.dense
     text = f'grouped_matmul: {"SLOW " if slow else ""}{name} on {platform}'
     if slow:
         reasons = (*reasons, 'XLA computes every expert densely.')

@@ -33,7 +33,9 @@ def ragged(x: Array, y: Array, group_sizes: Array, dims, groups: list[int]) -> A
         x,
         y,
         group_sizes.astype(jnp.int32),
-        jax.lax.RaggedDotDimensionNumbers(dims, lhs_ragged_dimensions=[0], rhs_group_dimensions=groups),
+        jax.lax.RaggedDotDimensionNumbers(
+            dims, lhs_ragged_dimensions=[0], rhs_group_dimensions=groups
+        ),
         precision=jax.lax.Precision.HIGHEST if x.dtype == jnp.float32 else None,
         preferred_element_type=x.dtype,
     )

@@ -218,7 +218,9 @@ def part(size: int, most: float, side: int) -> int:
         return size
     unit = side if size % side == 0 else LANES
     count = size // unit
-    return unit * max(n for n in range(1, count + 1) if count % n == 0 and n * unit <= max(most, unit))
+    return unit * max(
+        n for n in range(1, count + 1) if count % n == 0 and n * unit <= max(most, unit)
+    )
 
 
 def up(size: int, multiple: int) -> int:

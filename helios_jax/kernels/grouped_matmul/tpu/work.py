@@ -93,9 +93,7 @@ def covered(starts: Array, ends: Array, tile: int) -> Array:
     return jnp.where(ends > starts, -(-ends // tile) - starts // tile, 0)
 
 
-def listed(
-    starts: Array, ends: Array, first: Array, tiles: Array, tile: int, longest: int
-) -> Work:
+def listed(starts: Array, ends: Array, first: Array, tiles: Array, tile: int, longest: int) -> Work:
     """Lists `tiles` items for each group, from tile `first` on."""
     last = jnp.cumsum(tiles)
     index = jnp.minimum(jnp.arange(longest, dtype=jnp.int32), last[-1] - 1)[:, None]
