@@ -53,7 +53,7 @@ def multiply(
       NotImplementedError: dtype, sizes or GPU that the kernel cannot take.
     """
     check(rows, weights)
-    M, (E, D, F) = rows.shape[0], weights.shape
+    M, (_, D, F) = rows.shape[0], weights.shape
     contracted, width = (F, D) if transposed else (D, F)
     if M < ROWS:
         rows = jnp.pad(rows, ((0, ROWS - M), (0, 0)))  # a copy's box must fit into its array
@@ -85,6 +85,9 @@ def weight_gradient(
     if extra := max(DEPTH, pl.cdiv(M, GRAIN) * GRAIN) - M:
         rows, gradient = (jnp.pad(x, ((0, extra), (0, 0))) for x in (rows, gradient))
     sizes = group_sizes.astype(jnp.int32)
+    starts = jnp.cumsum(sizes, dtype=jnp.int32) - sizes
+    # Tasks are dealt out in turn. From the largest group to the smallest, all blocks get the same.
+    order = jnp.argsort(-sizes).astype(jnp.int32)
     columns = columns_of(F)
     return launch(
         weight_products,
@@ -92,7 +95,7 @@ def weight_gradient(
         (DEPTH, ROWS),
         (DEPTH, columns),
         columns,
-    )(jnp.cumsum(sizes, dtype=jnp.int32) - sizes, sizes, rows, gradient)
+    )(order, starts[order], sizes[order], rows, gradient)
 
 
 def check(rows: Array, other: Array) -> None:
@@ -115,7 +118,7 @@ def columns_of(width: int) -> int:
 
 def work_list(
     group_sizes: Int[Array, 'E'], M: int
-) -> tuple[Int[Array, 'numbers'], Int[Array, '1']]:
+) -> tuple[Int[Array, 'tiles 3'], Int[Array, '1']]:
     """Lists row tiles as (group, first row, rows), one after another, and counts them.
 
     Rows of no group are those of a group E, whose tiles contract over nothing.
@@ -133,7 +136,7 @@ def work_list(
     first = starts[group] + (tile - (ends_of_tiles - tiles)[group]) * ROWS
     first = jnp.maximum(jnp.minimum(first, ends[group] - ROWS), starts[group])
     work = jnp.stack([group, first, jnp.minimum(ends[group] - first, ROWS)], axis=1)
-    return work.reshape(-1), ends_of_tiles[-1:]
+    return work, ends_of_tiles[-1:]
 
 
 class Memory(NamedTuple):
@@ -150,7 +153,6 @@ class Memory(NamedTuple):
     out: Any  # of each multiplier, two chunks: tiled, untiled, plain
     full: Any  # a slot of the ring holds a step's operands
     empty: Any  # both multipliers are done with a slot
-    both: Any  # a place where the multipliers wait for each other
 
 
 def launch(
@@ -178,7 +180,6 @@ def launch(
         out=plgpu.RefUnion(smem(chunks, TILED), smem(chunks, UNTILED), smem(chunks)),
         full=plgpu.Barrier(num_arrivals=2, num_barriers=stages),
         empty=plgpu.Barrier(num_arrivals=2, num_barriers=stages),
-        both=plgpu.Barrier(num_arrivals=2),
     )
     device = jax.devices()[0]
 
@@ -386,7 +387,7 @@ def row_products(
 
     def describe(task: Array) -> Numbers:
         tile, column = place(task, tall, wide)
-        return work[3 * tile], work[3 * tile + 1], work[3 * tile + 2], column * columns
+        return work[tile, 0], work[tile, 1], work[tile, 2], column * columns
 
     def steps(group: Array) -> Array:
         return jnp.where(group < E, jnp.int32(num_steps), 0)
@@ -451,9 +452,12 @@ def store_rows(
 
 
 def weight_products(
-    starts: Any, sizes: Any, rows: Any, gradient: Any, out: Any, memory: Memory
+    order: Any, starts: Any, sizes: Any, rows: Any, gradient: Any, out: Any, memory: Memory
 ) -> None:
-    """Contracts rows [rows D] and gradient [rows F] of each group into tiles of out [E D F]."""
+    """Contracts rows [rows D] and gradient [rows F] of each group into tiles of out [E D F].
+
+    Starts and sizes are those of the groups in `order`.
+    """
     E, D, F = out.shape
     columns = columns_of(F)
     tall, wide = D // ROWS, F // columns
@@ -465,11 +469,11 @@ def weight_products(
     least = columns // CHUNK
 
     def describe(task: Array) -> Numbers:
-        group = lax.div(task, jnp.int32(tall * wide))
-        before = lax.rem(starts[group], jnp.int32(GRAIN))
+        turn = lax.div(task, jnp.int32(tall * wide))
         # A copy begins at a multiple of GRAIN rows; those before the group's first are blanked.
-        begin = starts[group] - before
-        return group, begin, before, before + sizes[group], lax.rem(task, jnp.int32(tall * wide))
+        before = lax.rem(starts[turn], jnp.int32(GRAIN))
+        tile = lax.rem(task, jnp.int32(tall * wide))
+        return order[turn], starts[turn] - before, before, before + sizes[turn], tile
 
     def steps(before: Array, end: Array) -> Array:
         # So many that every store has a step to hide behind; the rows of some may all be blank.
@@ -497,12 +501,10 @@ def weight_products(
 
             @pl.when((first > 0) | (last < DEPTH))
             def _() -> None:
-                for each, plain in enumerate((rows_plain, columns_plain)):
-                    act = functools.partial(blank, plain.at[slot], first, last)
-                    pl.when(warpgroup == each)(act)
+                # Both warpgroups write the same zeros, and so need not wait for each other.
+                blank(rows_plain.at[slot], first, last)
+                blank(columns_plain.at[slot], first, last)
                 plgpu.commit_smem()
-                plgpu.barrier_arrive(memory.both)
-                plgpu.barrier_wait(memory.both)
 
             own = rows_tiled.at[slot, :, pl.ds(half, HALF)]
             plgpu.wgmma(acc, plgpu.transpose_ref(own, (1, 0)), columns_tiled.at[slot])
