@@ -50,7 +50,7 @@ def multiply(
         functools.partial(kernel, tiles, transposed),
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=2,
-            grid=(cores, each, work.count),
+            grid=(cores, each, work.length),
             in_specs=[
                 pl.BlockSpec((tiles.rows, depth), lambda c, n, i, items, _: (items.tile[i], 0)),
                 pl.BlockSpec(memory_space=pl.ANY),
@@ -149,8 +149,8 @@ def fetched(
     each = pl.num_programs(1)
     group = items.group[item]
     # Groups take turns with the buffers, on through the blocks of columns.
-    count = turns.count[0]
-    turn = block * count + turns.index[group]
+    count = turns.total[0]
+    turn = block * count + turns.place[group]
 
     def copy(group: Any, block: Any, slot: Any) -> Any:
         at = pl.ds((core * each + block) * tiles.columns, tiles.columns)
@@ -167,7 +167,7 @@ def fetched(
             copy(group, block, 0).start()
 
         copy(group, block, turn % 2).wait()
-        final = turns.index[group] == count - 1
+        final = turns.place[group] == count - 1
         following = jnp.where(final, block + 1, block)
 
         @pl.when(following < each)

@@ -89,12 +89,15 @@ class Problem(NamedTuple):
         return taken <= self.chip.kernel_vmem_bytes
 
     def row_sizes(self, least: int) -> list[int]:
-        """Lists the rows of a tile worth a try: not much longer than a group's even share.
+        """Lists the rows of a tile worth a try: no more than half a group's even share.
+
+        A tile is fetched while the one before is worked on, and longer while only the last group's
+        part of it is.
 
         Args:
           least: rows that a product of many has at least.
         """
-        share = max(2 * self.num_rows // self.num_groups, least)
+        share = max(self.num_rows // self.num_groups // 2, least)
         found = [rows for rows in ROWS if least <= rows <= min(share, self.num_rows)]
         return found or [up(min(self.num_rows, least), 16)]
 
@@ -218,7 +221,9 @@ def part(size: int, most: float, side: int) -> int:
         return size
     unit = side if size % side == 0 else LANES
     count = size // unit
-    return unit * max(n for n in range(1, count + 1) if count % n == 0 and n * unit <= max(most, unit))
+    return unit * max(
+        n for n in range(1, count + 1) if count % n == 0 and n * unit <= max(most, unit)
+    )
 
 
 def up(size: int, multiple: int) -> int:
