@@ -153,8 +153,11 @@ def fetched(
     turn = block * count + turns.place[group]
 
     def copy(group: Any, block: Any, slot: Any) -> Any:
-        at = pl.ds((core * each + block) * tiles.columns, tiles.columns)
-        source = weights.at[group, at] if transposed else weights.at[group, :, at]
+        source = weights.at[group]
+        if source.shape != held.shape[1:]:
+            columns = tiles.columns
+            at = pl.ds(pl.multiple_of((core * each + block) * columns, columns), columns)
+            source = source.at[at] if transposed else source.at[:, at]
         return pltpu.make_async_copy(source, held.at[slot], arrived.at[slot])
 
     some = items.begin[item] < items.end[item]
