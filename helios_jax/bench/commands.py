@@ -66,6 +66,31 @@ def attention_bench(argv: Sequence[str]) -> None:
     )
 
 
+def moe_bench(argv: Sequence[str]) -> None:
+    """Compares grouped matmuls on a TPU, by their compiled schedules.
+
+    helios bench moe --target=v5p --shapes=e8,e128
+    """
+    values = flags.FlagValues()
+    flags.DEFINE_string('target', 'v5p', 'v5e | v5p | v6e | tpu7x.', flag_values=values)
+    text = 'Experts and sizes: e8, e128, e56.'
+    flags.DEFINE_list('shapes', ['e8', 'e128', 'e56'], text, flag_values=values)
+    flags.DEFINE_list('implementations', [], 'Those to compile; none: all.', flag_values=values)
+    flags.DEFINE_integer('jobs', 1, 'Compilations at a time.', flag_values=values)
+    flags.DEFINE_bool('json', False, 'JSON lines.', flag_values=values)
+    options.parse(values, argv)
+    os.environ['JAX_PLATFORMS'] = 'cpu'
+    from helios_jax.bench.moe import compare
+
+    compare.compare_products(
+        values.target,
+        values.shapes,
+        names=values.implementations,
+        jobs=values.jobs,
+        as_json=values.json,
+    )
+
+
 def train_bench(argv: Sequence[str]) -> None:
     """Measures training speed on real text.
 
@@ -177,6 +202,7 @@ BENCHMARKS = options.Group(
     {
         'attention': attention_bench,
         'memory': memory_bench,
+        'moe': moe_bench,
         'start': start_bench,
         'train': train_bench,
         'torch_peer': torch_bench,

@@ -150,7 +150,7 @@ class Actions:
     attention_update: str = _tensor(_STREAM)  # F(x̂) of the attention sublayer [B T D]
     attention_gate: str = _tensor(_GATE)  # inputs of its gate [B T R], or its logits
     mlp_input: str = _tensor(_STREAM)  # x̂ of the feed-forward sublayer [B T D]
-    gate_up: str = _tensor('batch length mlp')  # gate and up projections [B T F] each
+    gate_up: str = _tensor('batch length mlp')  # gate and up [B T F] each; experts' are one
     dispatched: str = _tensor('batch length stream')  # tokens at their experts' devices [B T D]
     expert_input: str = _tensor('batch stream')  # tokens sorted by expert [tokens·X D]
     router_choices: str = _tensor('batch length choices', 'int32')  # chosen experts [B T X]

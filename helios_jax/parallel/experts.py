@@ -7,6 +7,7 @@ nearly every token visits nearly every device, so that gathering moves about wha
 exactly the chosen tokens would, and its size never depends on the routing: nothing is dropped.
 """
 
+from functools import partial
 from typing import NamedTuple
 
 import jax
@@ -60,9 +61,9 @@ def assign_slots(experts: Int[Array, 'P'], num_experts: int, capacity: int) -> S
     return Slots(source, slot, sizes, dropped)
 
 
-def _rows(x: Array, index: Int[Array, '...']) -> Array:
-    """Returns x[index]; an index beyond x gives zeros."""
-    return x.at[index].get(mode='fill', fill_value=0)
+def _rows(x: Array, index: Int[Array, '...'], mode: str = 'fill') -> Array:
+    """Returns x[index]; an index beyond x gives zeros, or with mode 'clip' the last row."""
+    return x.at[index].get(mode=mode, fill_value=0 if mode == 'fill' else None)
 
 
 # All directions gather: XLA would transpose a gather into a scatter-add, which is slow.
@@ -80,31 +81,41 @@ reorder.defvjp(
 )
 
 
-@jax.custom_vjp
+@partial(jax.custom_vjp, nondiff_argnums=(3,))
 def dispatch(
-    x: Float[Array, 'A D'], source: Int[Array, 'M'], slot: Int[Array, 'A X']
+    x: Float[Array, 'A D'], source: Int[Array, 'M'], slot: Int[Array, 'A X'], mode: str
 ) -> Float[Array, 'M D']:
-    """Copies row n of x to every slot of its pairs; empty slots are zero."""
-    return _rows(x, source // slot.shape[1])
+    """Copies row n of x to every slot of its pairs.
+
+    Args:
+      mode: what an empty slot receives (`_rows`). A grouped matmul does not read what belongs to no
+        group, and gives zeros for it: there 'clip' saves a pass that blanks.
+    """
+    return _rows(x, source // slot.shape[1], mode)
 
 
-@jax.custom_vjp
+@partial(jax.custom_vjp, nondiff_argnums=(3,))
 def combine(
-    rows: Float[Array, 'M D'], source: Int[Array, 'M'], slot: Int[Array, 'A X']
+    rows: Float[Array, 'M D'], source: Int[Array, 'M'], slot: Int[Array, 'A X'], mode: str
 ) -> Float[Array, 'A D']:
-    """Sums the slots of each token's pairs in float32; a pair without a slot adds nothing."""
+    """Sums the slots of each token's pairs in float32.
+
+    Args:
+      mode: 'fill': a pair without a slot adds nothing; 'clip': it adds the last row, which belongs
+        to no group if there is such a pair, and is zero.
+    """
     wide = jnp.promote_types(rows.dtype, jnp.float32)
-    return _rows(rows, slot).sum(axis=1, dtype=wide).astype(rows.dtype)
+    return _rows(rows, slot, mode).sum(axis=1, dtype=wide).astype(rows.dtype)
 
 
 # Each is the other's transpose.
 dispatch.defvjp(
-    lambda x, source, slot: (dispatch(x, source, slot), (source, slot)),
-    lambda at, d_rows: (combine(d_rows, *at), None, None),
+    lambda x, source, slot, mode: (dispatch(x, source, slot, mode), (source, slot)),
+    lambda mode, at, d_rows: (combine(d_rows, *at, mode), None, None),
 )
 combine.defvjp(
-    lambda rows, source, slot: (combine(rows, source, slot), (source, slot)),
-    lambda at, d_x: (dispatch(d_x, *at), None, None),
+    lambda rows, source, slot, mode: (combine(rows, source, slot, mode), (source, slot)),
+    lambda mode, at, d_x: (dispatch(d_x, *at, mode), None, None),
 )
 
 
@@ -112,42 +123,54 @@ def _local(
     x: Float[Array, 'B T D'],
     choices: Int[Array, 'B T X'],
     weights: Float[Array, 'B T X'],
-    w_gate: Float[Array, 'E D F'],
-    w_up: Float[Array, 'E D F'],
-    w_down: Float[Array, 'E F D'],
+    gate_up: Float[Array, 'E D two_F'],
+    down: Float[Array, 'E _ _'],
     first_expert: Int[Array, ''] | int,
+    *,
     num_experts: int,
     capacity_factor: float,
+    turned: bool,
     platform: str,
 ) -> tuple[Float[Array, 'B T D'], Int[Array, '']]:
     """Computes our experts' share of every token, and the number of pairs that they dropped.
 
     A pair's weight multiplies the product that the last matrix reads, so that its gradient comes
     from that product's: nothing as wide as the stream is kept for each pair (2512.14080).
+
+    Args:
+      gate_up: `beside` of the two matrices.
+      down: [E F D], or turned [E D F].
     """
-    num_chosen, ours = choices.shape[-1], w_gate.shape[0]
-    tokens = x.reshape(-1, x.shape[-1])
+    num_chosen, ours = choices.shape[-1], gate_up.shape[0]
     experts = choices.reshape(-1) - first_expert
     valid = (experts >= 0) & (experts < ours) & (choices.reshape(-1) < num_experts)
     capacity = expert_capacity(experts.shape[0], num_experts, capacity_factor)
     p = assign_slots(jnp.where(valid, experts, ours), ours, capacity)
-    slot = p.slot.reshape(-1, num_chosen)
-    rows = checkpoint_name(dispatch(tokens, p.source, slot), 'expert_input')
-    if capacity:
+    slot, mode = p.slot.reshape(-1, num_chosen), 'fill' if capacity else 'clip'
+
+    def matmul(x: Array, w: Array, transposed: bool = False) -> Array:
+        if not capacity:
+            where = platform or None
+            return grouped_matmul(x, w, p.group_sizes, transposed=transposed, platform=where)
         exact = jax.lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
-        apart = lambda x: x.reshape(ours, capacity, -1)
-        matmul = lambda x, w: jnp.einsum('ecd,edf->ecf', apart(x), w, precision=exact).reshape(
-            x.shape[0], -1
-        )
-    else:
-        matmul = lambda x, w: grouped_matmul(x, w, p.group_sizes, platform=platform or None)
-    gate = checkpoint_name(matmul(rows, w_gate), 'gate_up')
-    up = checkpoint_name(matmul(rows, w_up), 'gate_up')
+        apart = x.reshape(ours, capacity, -1)
+        equation = 'ecf,edf->ecd' if transposed else 'ecd,edf->ecf'
+        return jnp.einsum(equation, apart, w, precision=exact).reshape(x.shape[0], -1)
+
+    rows = dispatch(x.reshape(-1, x.shape[-1]), p.source, slot, mode)
+    rows = checkpoint_name(rows, 'expert_input')
     wide = jnp.promote_types(x.dtype, jnp.float32)
+    inside = checkpoint_name(matmul(rows, gate_up), 'gate_up')
+    gate, up = jnp.split(inside.astype(wide), 2, axis=-1)
     weight = reorder(weights.reshape(-1).astype(wide), p.source, p.slot)
-    product = jax.nn.silu(gate.astype(wide)) * up.astype(wide) * weight[:, None]
-    out = matmul(product.astype(x.dtype), w_down)
-    return combine(out, p.source, slot).reshape(x.shape), p.dropped
+    product = (jax.nn.silu(gate) * up * weight[:, None]).astype(x.dtype)
+    y = combine(matmul(product, down, turned), p.source, slot, mode)
+    return y.reshape(x.shape), p.dropped
+
+
+def beside(gate: Float[Array, 'E D F'], up: Float[Array, 'E D F']) -> Float[Array, 'E D two_F']:
+    """Puts the two matrices that read a row beside each other, for one product."""
+    return jnp.concatenate([gate, up], axis=-1)
 
 
 def apply_experts(
@@ -171,32 +194,42 @@ def apply_experts(
       sharded: whether to work across the mesh that is set; False while initialising.
       platform: the one to compile for where it is not the running one.
     """
-    num_experts = w_gate.shape[0]
     mesh = jax.sharding.get_abstract_mesh()
+    local = partial(
+        _local,
+        num_experts=w_gate.shape[0],
+        capacity_factor=capacity_factor,
+        platform=platform,
+    )
     if mesh.empty or not sharded:
-        return _local(
-            x, choices, weights, w_gate, w_up, w_down, 0, num_experts, capacity_factor, platform
-        )
+        return local(x, choices, weights, beside(w_gate, w_up), w_down, 0, turned=False)
+    # Gathered along its last axis a matrix would arrive in another layout than a kernel reads.
+    turned = mesh.shape['fsdp'] > 1
 
-    def on_device(x, choices, weights, w_gate, w_up, w_down):
+    def on_device(x, choices, weights, gate_up, down):
         gather = lambda a: jax.lax.all_gather(a, 'expert', axis=0, tiled=True)
-        first = jax.lax.axis_index('expert') * w_gate.shape[0]
+        first = jax.lax.axis_index('expert') * gate_up.shape[0]
         tokens = gather(x)
         if mesh.shape['expert'] > 1:  # else they are the layer's input
             tokens = checkpoint_name(tokens, 'dispatched')
-        y, dropped = _local(
-            tokens, gather(choices), gather(weights), w_gate, w_up, w_down,
-            first, num_experts, capacity_factor, platform,
-        )  # fmt: skip
+        y, dropped = local(
+            tokens, gather(choices), gather(weights), gate_up, down, first, turned=turned
+        )
         y = jax.lax.psum(y, 'tensor')
         y = jax.lax.psum_scatter(y, 'expert', scatter_dimension=0, tiled=True)
         return y, jax.lax.psum(dropped, (*BATCH_AXES, 'context'))
 
+    # Device by device, for the channels of an expert may be split.
+    split = spec(('experts', 'embed', 'mlp'))
+    gate_up = jax.shard_map(beside, in_specs=(split, split), out_specs=split)(w_gate, w_up)
     tokens = spec(('batch', 'length', 'stream'))
-    up, down = PartitionSpec('expert', None, 'tensor'), PartitionSpec('expert', 'tensor', None)
+    across, down = (
+        PartitionSpec('expert', None, 'tensor'),
+        PartitionSpec('expert', 'tensor', None),
+    )
     return jax.shard_map(
         on_device,
-        in_specs=(tokens, tokens, tokens, up, up, down),
+        in_specs=(tokens, tokens, tokens, across, across if turned else down),
         out_specs=(tokens, PartitionSpec()),
         check_vma=False,
-    )(x, choices, weights, w_gate, w_up, w_down)
+    )(x, choices, weights, gate_up, w_down.swapaxes(1, 2) if turned else w_down)

@@ -21,7 +21,7 @@ from helios_jax.plan.measured import (
     STREAMS,
 )
 from helios_jax.plan.placement import Placement
-from helios_jax.plan.saved import expert_slots, shapes
+from helios_jax.plan.saved import expert_slots, inside, shapes
 
 
 def working_bytes(placement: Placement) -> int:
@@ -68,9 +68,8 @@ def _mlp_again(placement: Placement, kind: str) -> int:
 
     Only its backward pass is in parts.
     """
-    shape, axes = shapes(placement, 'gate_up', kind)[0]
     stream = placement.local_tokens * placement.config.model.embed_dim
-    return REPLAYED_STREAMS.value * stream + REPLAYED_INSIDE.value * placement.elements(shape, axes)
+    return REPLAYED_STREAMS.value * stream + REPLAYED_INSIDE.value * inside(placement, kind)
 
 
 def _feed_forward(placement: Placement, kind: str, table: dict[str, str]) -> int:
@@ -84,20 +83,18 @@ def _feed_forward(placement: Placement, kind: str, table: dict[str, str]) -> int
     """
     parts = placement.config.memory.backward_parts
     if parts > 1 and not kind.startswith('moe'):
-        shape, axes = shapes(placement, 'gate_up', kind)[0]
-        part = IN_A_PART.value * placement.elements(shape, axes) // parts
+        part = IN_A_PART.value * inside(placement, kind) // parts
         return max(
             0,
             part - STREAMS.value * placement.local_tokens * placement.config.model.embed_dim,
         )
     quantised = bool(policy.parse(table['gate_up']).form)
     count = INSIDE_QUANTISED if quantised else INSIDE
-    shape, axes = shapes(placement, 'gate_up', kind)[0]
-    inside = count.value * placement.elements(shape, axes)
+    elements = count.value * inside(placement, kind)
     if kind.startswith('moe'):
         rows = expert_slots(placement) * placement.config.model.embed_dim
-        inside += rows * (2 if table['expert_input'] == 'remat' else 1)
-    return inside
+        elements += rows * (2 if table['expert_input'] == 'remat' else 1)
+    return elements
 
 
 def gathered_bytes(placement: Placement) -> int:

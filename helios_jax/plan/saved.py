@@ -201,12 +201,19 @@ def _around_experts(placement: Placement, name: str) -> list[tuple[tuple[int, ..
     if name == 'gate_up':
         B, T = placement.microbatch_rows, placement.config.data.row_length
         shared = shared_mlp_dim(model)
-        routed = ((expert_slots(placement), model.expert_mlp_dim), ('whole', 'mlp'))
+        # Gate and up are one product there.
+        routed = ((expert_slots(placement), 2 * model.expert_mlp_dim), ('whole', 'mlp'))
         beside = ((B, T, shared), TENSORS[name].axes)
-        return [routed] * 2 + [beside] * (2 if shared else 0)
+        return [routed] + [beside] * (2 if shared else 0)
     rows = placement.local_tokens * placement.shape['expert']
     rows = expert_slots(placement) if name == 'expert_input' else rows
     return [((rows, model.embed_dim), ('whole', 'stream'))]
+
+
+def inside(placement: Placement, kind: str) -> int:
+    """Elements that the last matrix of a feed-forward reads, shared experts' left out."""
+    shape, axes = shapes(placement, 'gate_up', kind)[0]
+    return placement.elements(shape, axes) // (2 if kind.startswith('moe') else 1)
 
 
 def expert_slots(placement: Placement) -> int:

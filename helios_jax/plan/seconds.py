@@ -16,7 +16,7 @@ from helios_jax.plan.arguments import local
 from helios_jax.plan.measured import HOST_FRACTION, Speeds, speeds
 from helios_jax.plan.peak import StepMemory
 from helios_jax.plan.placement import Placement
-from helios_jax.plan.saved import recomputed_by_backward, shapes, tensor_actions
+from helios_jax.plan.saved import inside, recomputed_by_backward, tensor_actions
 
 
 @dataclasses.dataclass(frozen=True)
@@ -102,14 +102,14 @@ def _recomputed(placement: Placement) -> tuple[float, float]:
     for kind, layers in model.kind_counts.items():
         again = set(recomputed_by_backward(placement, kind, tensor_actions(placement)))
         moe = kind.startswith('moe')
-        inside = model.expert_mlp_dim * model.moe.num_experts_per_token if moe else model.mlp_dim
+        width = model.expert_mlp_dim * model.moe.num_experts_per_token if moe else model.mlp_dim
         of = {
             'q': 2 * D * N * H,
             'k': 2 * D * K * H,
             'v': 2 * D * K * H,
             'attention_update': 2 * D * N * H,
-            'gate_up': 4 * D * inside,
-            'mlp_update': 2 * D * inside,
+            'gate_up': 4 * D * width,
+            'mlp_update': 2 * D * width,
         }
         if cfg.memory.backward_parts > 1 and not moe:
             # The update whole, for its gate's backward pass; then the inside once more, in parts.
@@ -142,16 +142,15 @@ def _memory_bytes(placement: Placement, planned: StepMemory, reached: Speeds) ->
     stream = placement.local_tokens * model.embed_dim * placement.dtype_bytes
     gates = 2 * reached.gate_passes.value if model.gmu.has_gate else 0
     passes = reached.stream_passes.value + gates
-    inside, dense = 0, 0
+    within, dense = 0, 0
     for kind, number in model.kind_counts.items():
-        shape, axes = shapes(placement, 'gate_up', kind)[0]
-        elements = number * placement.elements(shape, axes)
+        elements = number * inside(placement, kind)
         dense += 0 if kind.startswith('moe') else number
-        inside += reached.inside_passes.value * elements * placement.dtype_bytes
+        within += reached.inside_passes.value * elements * placement.dtype_bytes
     cut = placement.config.memory.backward_parts
     # In parts the gradient of an MLP's input, a float32 sum, is read and written in each.
     summed = 4 * stream * cut * dense if cut > 1 else 0
-    layers = passes * stream * model.num_layers + inside + summed
+    layers = passes * stream * model.num_layers + within + summed
     gathered = reached.gathered_passes.value * planned.gathered * model.num_layers
     kept = 2 * sum(s.num_bytes for s in planned.saved)
     return float(update + microbatches * (layers + gathered + kept))

@@ -170,7 +170,7 @@ def test_the_tiles_that_are_chosen_for_few_rows(M):
 
 @pytest.mark.slow
 def test_cores_share_the_columns(interpreted):
-    x, weights, gradient, sizes = problem((20, 0, 33), 'bfloat16')
+    _, weights, gradient, sizes = problem((20, 0, 33), 'bfloat16')
     chosen = MULTIPLY._replace(cores=2)
     multiply = functools.partial(tpu.multiply, transposed=True, interpret=RACES)
     found = [multiply(gradient, weights, sizes, chosen=c) for c in (MULTIPLY, chosen)]
@@ -200,12 +200,14 @@ def test_work_covers_each_row_once(sizes, tile):
     tiles = -(-M // tile)
     lists = [make(jnp.asarray(sizes), M, tile) for make in (work.of_tiles, work.of_groups)]
     for listed in lists:
-        count = int(listed.count)
+        count = int(listed.length)
         group, at, begin, end = (np.asarray(a)[:count] for a in listed.items[:4])
         assert count <= tiles + len(sizes) - 1 == len(listed.items.group)
-        rows = [np.arange(t * tile + b, t * tile + e) for t, b, e in zip(at, begin, end)]
+        rows = [
+            np.arange(t * tile + b, t * tile + e) for t, b, e in zip(at, begin, end, strict=True)
+        ]
         np.testing.assert_array_equal(np.concatenate(rows), np.arange(ends[-1]))
-        for g, r in zip(group, rows):
+        for g, r in zip(group, rows, strict=True):
             assert (owner[r] == g).all()
         assert (np.diff(at) >= 0).all()
     assert set(lists[0].items.tile.tolist()) == set(range(tiles))
@@ -217,8 +219,8 @@ def test_groups_with_rows_take_turns(sizes):
     sizes = np.asarray(SIZES[sizes], np.int32)
     turns = work.turns(jnp.asarray(sizes), int(sizes.sum()))
     order = np.flatnonzero(sizes)
-    assert turns.count.tolist() == [len(order)]
-    np.testing.assert_array_equal(turns.index[order], np.arange(len(order)))
+    assert turns.total.tolist() == [len(order)]
+    np.testing.assert_array_equal(turns.place[order], np.arange(len(order)))
     np.testing.assert_array_equal(turns.after[order], np.roll(order, -1))
 
 

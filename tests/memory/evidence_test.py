@@ -44,7 +44,7 @@ KEPT = {
     'attention_update': STREAM,
     'attention_gate': [(B, T, 16)] * 2,
     'mlp_input': STREAM,
-    'gate_up': [(B, T, F)] * 2 + [(B * T * X, EXPERT_F)] * 2,
+    'gate_up': [(B, T, F)] * 2 + [(B * T * X, 2 * EXPERT_F)],
     'expert_input': [(B * T * X, D)],
     'router_choices': [(B, T, X)],
     'mlp_update': STREAM,

@@ -58,9 +58,9 @@ def test_dispatch_and_combine_are_indexing_with_its_gradient(chosen, capacity):
 
     def gathered(x, weights):
         slot = p.slot.reshape(-1, num_chosen)
-        rows = experts.dispatch(x, p.source, slot) * mix
+        rows = experts.dispatch(x, p.source, slot, 'fill') * mix
         rows = rows * experts.reorder(weights, p.source, p.slot)[:, None]
-        return jnp.sum(experts.combine(rows, p.source, slot) * back)
+        return jnp.sum(experts.combine(rows, p.source, slot, 'fill') * back)
 
     def plain(x, weights):
         pairs = jnp.repeat(x, num_chosen, axis=0) * weights[:, None]

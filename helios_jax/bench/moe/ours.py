@@ -11,15 +11,15 @@ from helios_jax.chips import CHIPS
 from helios_jax.kernels.grouped_matmul import tpu
 from helios_jax.kernels.grouped_matmul.tpu import gradient_kernel, multiply_kernel, tiles, work
 from helios_jax.kernels.grouped_matmul.tpu.tiles import GradientTiles, MultiplyTiles
-from helios_jax.plan.compiler.timing import HALF, Visits, changes, tally
+from helios_jax.kernels.grouped_matmul.tpu.work import Work
+from helios_jax.plan.compiler.timing import HALF, changes, tally
 
 Options = dict[str, Any]
 
 
 def variants(problem: Problem, product: str, target: str) -> list[Options]:
     """Lists the tiles that the kernels take, alone."""
-    at = problem.num_rows, problem.embed_dim, problem.expert_dim, problem.experts
-    M, D, F, E = at
+    M, E, D, F = problem.num_rows, problem.experts, problem.embed_dim, problem.expert_dim
     if product == WEIGHTS:
         return [{'tiles': tiles.for_gradient(target, M, D, F, E, HALF)}]
     depth, width = (F, D) if product == ROWS else (D, F)
@@ -28,66 +28,69 @@ def variants(problem: Problem, product: str, target: str) -> list[Options]:
 
 def candidate(problem: Problem, product: str, options: Options, target: str) -> Candidate:
     """Makes a product of ours with the tiles of the options."""
+    cores = CHIPS[target].num_cores
+    # JSON makes lists of tuples.
+    fields: Any = [tuple(x) if isinstance(x, list) else x for x in options['tiles']]
     if product == WEIGHTS:
-        chosen = GradientTiles(*map(hashable, options['tiles']))
-        function = lambda x, y, sizes: tpu.weight_gradient(x, y, sizes, chosen=chosen)
-        found = gradient_visits(problem, chosen, CHIPS[target].num_cores)
-        return Candidate(function, gradient_kernel.NAME, found)
-    chosen = MultiplyTiles(*map(hashable, options['tiles']))
-    function = lambda x, w, sizes: tpu.multiply(
-        x, w, sizes, transposed=product == ROWS, chosen=chosen
-    )
-    found = multiply_visits(problem, product, chosen, CHIPS[target].num_cores)
-    return Candidate(function, multiply_kernel.NAME, found)
+        return gradient_candidate(problem, GradientTiles(*fields), cores)
+    return multiply_candidate(problem, product, MultiplyTiles(*fields), cores)
 
 
-def multiply_visits(
+def multiply_candidate(
     problem: Problem, product: str, chosen: MultiplyTiles, num_cores: int
-) -> Visits:
-    """Counts what the kernel runs and copies, for the core with the most blocks of columns."""
+) -> Candidate:
+    """Makes a product by weights; counts for the core with the most blocks of columns."""
+
+    def function(x: Any, weights: Any, sizes: Any) -> Any:
+        return tpu.multiply(x, weights, sizes, transposed=product == ROWS, chosen=chosen)
+
     D, F = problem.embed_dim, problem.expert_dim
     depth, width = (F, D) if product == ROWS else (D, F)
-    listed = work.of_tiles(jnp.asarray(problem.group_sizes), problem.num_rows, chosen.rows)
-    items = work.Items(*(np.asarray(x)[: int(listed.count)] for x in listed.items))
-    some = items.begin < items.end
-    whole = (items.begin == 0) & (items.end == chosen.rows)
-    runs = {'blank': changes(items.tile) * ~whole}
-    for size, step, times in each(chosen, items):
-        runs[size] = times * (chosen.columns // step)
-    moved = changes(items.tile) * chosen.rows * (depth + chosen.columns)
-    moved = moved + some * shared(items) * depth * chosen.columns
-    return tally(runs, HALF * moved, in_turns(width // chosen.columns, num_cores))
+    sizes = jnp.asarray(problem.group_sizes)
+    group, tile, begin, end = arrays(work.of_tiles(sizes, problem.num_rows, chosen.rows))
+    whole = (begin == 0) & (end == chosen.rows)
+    runs = {'blank': changes(tile) * ~whole}
+    runs |= products(chosen.sizes, chosen.steps, chosen.columns, begin, end)
+    moved = changes(tile) * chosen.rows * (depth + chosen.columns)
+    moved = moved + shared(group, end - begin) * depth * chosen.columns
+    visits = tally(runs, HALF * moved, in_turns(width // chosen.columns, num_cores))
+    return Candidate(function, multiply_kernel.NAME, visits)
 
 
-def gradient_visits(problem: Problem, chosen: GradientTiles, num_cores: int) -> Visits:
-    """Counts what the kernel runs and copies, for the core with the most blocks."""
-    listed = work.of_groups(jnp.asarray(problem.group_sizes), problem.num_rows, chosen.rows)
-    items = work.Items(*(np.asarray(x)[: int(listed.count)] for x in listed.items))
-    runs = {'empty': items.begin == items.end}
-    for size, step, times in each(chosen, items):
-        runs[size] = times * (chosen.height // step)
-    moved = changes(items.tile) * chosen.rows * (chosen.height + chosen.width)
-    moved = HALF * (moved + shared(items) * chosen.height * chosen.width)
+def gradient_candidate(problem: Problem, chosen: GradientTiles, num_cores: int) -> Candidate:
+    """Makes the gradient of the weights; counts for the core with the most blocks."""
+
+    def function(x: Any, gradient: Any, sizes: Any) -> Any:
+        return tpu.weight_gradient(x, gradient, sizes, chosen=chosen)
+
+    sizes = jnp.asarray(problem.group_sizes)
+    group, tile, begin, end = arrays(work.of_groups(sizes, problem.num_rows, chosen.rows))
+    runs = {'empty': begin == end}
+    runs |= products(chosen.sizes, chosen.steps, chosen.height, begin, end)
+    moved = changes(tile) * chosen.rows * (chosen.height + chosen.width)
+    moved = moved + shared(group, np.maximum(end - begin, 1)) * chosen.height * chosen.width
     blocks = -(-problem.embed_dim // chosen.height) * -(-problem.expert_dim // chosen.width)
-    return tally(runs, moved, in_turns(blocks, num_cores))
+    visits = tally(runs, HALF * moved, in_turns(blocks, num_cores))
+    return Candidate(function, gradient_kernel.NAME, visits)
 
 
-def shared(items: work.Items) -> np.ndarray:
+def arrays(listed: Work) -> Iterator[np.ndarray]:
+    """Yields the fields of the items that are run."""
+    return (np.asarray(field)[: int(listed.length)] for field in listed.items)
+
+
+def products(
+    sizes: tuple[int, ...], steps: tuple[int, ...], whole: int, begin: np.ndarray, end: np.ndarray
+) -> dict[str, np.ndarray]:
+    """Counts how often items run the products of each size, for all steps of the whole."""
+    counts = zip(sizes, steps, work.runs(begin, end, sizes), strict=True)
+    return {f'product/{size}': times * (whole // step) for size, step, times in counts}
+
+
+def shared(group: np.ndarray, rows: np.ndarray) -> np.ndarray:
     """Share of each item in what is copied once a group, while another is worked on."""
-    _, at, counts = np.unique(items.group, return_inverse=True, return_counts=True)
-    return 1 / counts[at]
-
-
-def each(chosen: Any, items: work.Items) -> Iterator[tuple[str, int, np.ndarray]]:
-    """Yields the name of each product, its step, and how often items run it for all steps."""
-    counts = work.runs(items.begin, items.end, chosen.sizes)
-    for size, step, times in zip(chosen.sizes, chosen.steps, counts, strict=True):
-        yield f'product/{size}', step, times
-
-
-def hashable(value: Any) -> Any:
-    """Undoes what JSON makes of a tuple."""
-    return tuple(value) if isinstance(value, list) else value
+    _, at = np.unique(group, return_inverse=True)
+    return rows / np.maximum(np.bincount(at, rows), 1)[at]
 
 
 def in_turns(blocks: int, num_cores: int) -> int:

@@ -12,6 +12,12 @@ from helios_jax.plan.compiler.timing import HALF, Visits
 
 FORWARD, ROWS, WEIGHTS = PRODUCTS = 'rows·w', 'd rows', 'd w'
 LOADS = 'even', 'skewed'
+# Rows (16,384 tokens times the experts that each visits), experts, D and F.
+SHAPES = {
+    'e8': (32768, 8, 4096, 14336),
+    'e128': (131072, 128, 2048, 768),
+    'e56': (229376, 56, 4096, 2048),
+}
 
 
 @dataclasses.dataclass(frozen=True)

@@ -58,6 +58,7 @@ def grouped_matmul(
     weights: Float[Array, 'E D F'],
     group_sizes: Int[Array, 'E'],
     *,
+    transposed: bool = False,
     implementation: str = 'auto',
     platform: str | None = None,
 ) -> Float[Array, 'M F']:
@@ -69,6 +70,8 @@ def grouped_matmul(
     their gradients hold, NaN included, reaches no other group's.
 
     Args:
+      transposed: multiply with the transpose of weights[e], of which no copy is made: x [M F] gives
+        [M D].
       implementation: 'auto', or a name in IMPLEMENTATIONS.
       platform: 'tpu', 'gpu' or 'cpu', where it is compiled for another machine; by default this
         machine's backend.
@@ -76,19 +79,20 @@ def grouped_matmul(
       ValueError: an argument is wrong.
       NotImplementedError: the implementation that was asked for cannot do this.
     """
-    check(x, weights, group_sizes)
+    check(x, weights, group_sizes, transposed=transposed)
     name = choose(x, weights, implementation, platform)
-    return differentiable(name, x, weights, group_sizes)
+    return differentiable(name, transposed, x, weights, group_sizes)
 
 
-def check(x: Array, weights: Array, group_sizes: Array) -> None:
+def check(x: Array, weights: Array, group_sizes: Array, *, transposed: bool = False) -> None:
     """Raises ValueError, naming the argument, for arrays that do not fit together."""
     if x.ndim != 2:
         raise ValueError(f'x has shape {x.shape}, and must have two axes: rows and D.')
-    if weights.ndim != 3 or not weights.shape[0] or weights.shape[1] != x.shape[1]:
+    depth = 2 if transposed else 1
+    if weights.ndim != 3 or not weights.shape[0] or weights.shape[depth] != x.shape[1]:
+        wanted = f'[E, D, {x.shape[1]}]' if transposed else f'[E, {x.shape[1]}, F]'
         raise ValueError(
-            f'weights have shape {weights.shape}, and must have [E, {x.shape[1]}, F] for x of '
-            f'shape {x.shape}.'
+            f'weights have shape {weights.shape}, and must have {wanted} for x of shape {x.shape}.'
         )
     if not jnp.issubdtype(x.dtype, jnp.floating):
         raise ValueError(f'x is {x.dtype}, and must be of a floating type.')
@@ -144,21 +148,28 @@ def log_choice(name: str, platform: str, reasons: tuple[str, ...]) -> None:
     logging.getLogger(__name__).log(logging.WARNING if slow else logging.INFO, text)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def differentiable(name: str, x: Array, weights: Array, group_sizes: Array) -> Array:
-    return IMPLEMENTATIONS[name].multiply(x, weights, group_sizes)
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def differentiable(
+    name: str, transposed: bool, x: Array, weights: Array, group_sizes: Array
+) -> Array:
+    return IMPLEMENTATIONS[name].multiply(x, weights, group_sizes, transposed=transposed)
 
 
-def forward_rule(name: str, x: Array, weights: Array, group_sizes: Array) -> tuple[Array, tuple]:
-    return differentiable(name, x, weights, group_sizes), (x, weights, group_sizes)
+def forward_rule(
+    name: str, transposed: bool, x: Array, weights: Array, group_sizes: Array
+) -> tuple[Array, tuple]:
+    return differentiable(name, transposed, x, weights, group_sizes), (x, weights, group_sizes)
 
 
-def backward_rule(name: str, saved: tuple, gradient: Array) -> tuple[Array, Array, None]:
+def backward_rule(
+    name: str, transposed: bool, saved: tuple, gradient: Array
+) -> tuple[Array, Array, None]:
     x, weights, group_sizes = saved
     chosen = IMPLEMENTATIONS[name]
+    pair = (gradient, x) if transposed else (x, gradient)
     return (
-        chosen.multiply(gradient, weights, group_sizes, transposed=True),
-        chosen.weight_gradient(x, gradient, group_sizes),
+        chosen.multiply(gradient, weights, group_sizes, transposed=not transposed),
+        chosen.weight_gradient(*pair, group_sizes),
         None,
     )
 

@@ -3,6 +3,8 @@
 It is right on any device, and slow on all.
 """
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
@@ -27,15 +29,16 @@ def weight_gradient(
     return ragged(rows, gradient, group_sizes, (((0,), (0,)), ((), ())), [])
 
 
-def ragged(x: Array, y: Array, group_sizes: Array, dims, groups: list[int]) -> Array:
+def ragged(x: Array, y: Array, group_sizes: Array, dims: Any, groups: list[int]) -> Array:
     """Ragged along the first dimension of x; `groups` is the one of y that counts groups."""
+    numbers = jax.lax.RaggedDotDimensionNumbers(
+        dims, lhs_ragged_dimensions=[0], rhs_group_dimensions=groups
+    )
     return jax.lax.ragged_dot_general(
         x,
         y,
         group_sizes.astype(jnp.int32),
-        jax.lax.RaggedDotDimensionNumbers(
-            dims, lhs_ragged_dimensions=[0], rhs_group_dimensions=groups
-        ),
+        numbers,
         precision=jax.lax.Precision.HIGHEST if x.dtype == jnp.float32 else None,
         preferred_element_type=x.dtype,
     )

@@ -4,8 +4,10 @@ M rows are cut into tiles; a list of which group has which rows of which tile (w
 kernels' fetches. Tiles of one group are multiplied whole, others strip by strip under a mask.
 """
 
+import functools
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Float, Int
@@ -43,16 +45,17 @@ def multiply(
     chosen = chosen or tiles.for_multiply(
         target, M, depth, N, len(group_sizes), rows.dtype.itemsize, transposed
     )
-    return multiply_kernel.multiply(
-        rows,
-        weights,
-        work.of_tiles(group_sizes, M, chosen.rows),
-        work.turns(group_sizes, M),
+    kernel = functools.partial(
+        multiply_kernel.multiply,
         transposed=transposed,
         tiles=chosen,
         vmem=CHIPS[target].kernel_vmem_bytes,
         interpret=interpret,
     )
+    listed = work.of_tiles(group_sizes, M, chosen.rows), work.turns(group_sizes, M)
+    # JAX's dead-code elimination removes an unused jit call, but not an unused pallas_call: without
+    # the jit, what is saved for the backward pass would be computed again nevertheless.
+    return jax.jit(kernel)(rows, weights, *listed)
 
 
 def weight_gradient(
@@ -70,15 +73,14 @@ def weight_gradient(
     if M == 0:
         return jnp.zeros((num_groups, D, F), rows.dtype)
     chosen = chosen or tiles.for_gradient(target, M, D, F, num_groups, rows.dtype.itemsize)
-    return gradient_kernel.weight_gradient(
-        rows,
-        gradient,
-        work.of_groups(group_sizes, M, chosen.rows),
+    kernel = functools.partial(
+        gradient_kernel.weight_gradient,
         num_groups=num_groups,
         tiles=chosen,
         vmem=CHIPS[target].kernel_vmem_bytes,
         interpret=interpret,
     )
+    return jax.jit(kernel)(rows, gradient, work.of_groups(group_sizes, M, chosen.rows))
 
 
 def able(x: Float[Array, 'M D'], weights: Float[Array, 'E D F']) -> None:

@@ -44,7 +44,7 @@ def weight_gradient(
         functools.partial(kernel, tiles),
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=1,
-            grid=(across * pl.cdiv(F, tiles.width), work.count),
+            grid=(across * pl.cdiv(F, tiles.width), work.length),
             in_specs=[
                 pl.BlockSpec(
                     (tiles.rows, tiles.height), lambda b, i, items: (items.tile[i], place(b)[0])

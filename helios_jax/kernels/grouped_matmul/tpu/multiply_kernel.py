@@ -50,7 +50,7 @@ def multiply(
         functools.partial(kernel, tiles, transposed),
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=2,
-            grid=(cores, each, work.count),
+            grid=(cores, each, work.length),
             in_specs=[
                 pl.BlockSpec((tiles.rows, depth), lambda c, n, i, items, _: (items.tile[i], 0)),
                 pl.BlockSpec(memory_space=pl.ANY),
@@ -149,12 +149,15 @@ def fetched(
     each = pl.num_programs(1)
     group = items.group[item]
     # Groups take turns with the buffers, on through the blocks of columns.
-    count = turns.count[0]
-    turn = block * count + turns.index[group]
+    count = turns.total[0]
+    turn = block * count + turns.place[group]
 
     def copy(group: Any, block: Any, slot: Any) -> Any:
-        at = pl.ds((core * each + block) * tiles.columns, tiles.columns)
-        source = weights.at[group, at] if transposed else weights.at[group, :, at]
+        source = weights.at[group]
+        if source.shape != held.shape[1:]:
+            columns = tiles.columns
+            at = pl.ds(pl.multiple_of((core * each + block) * columns, columns), columns)
+            source = source.at[at] if transposed else source.at[:, at]
         return pltpu.make_async_copy(source, held.at[slot], arrived.at[slot])
 
     some = items.begin[item] < items.end[item]
@@ -167,7 +170,7 @@ def fetched(
             copy(group, block, 0).start()
 
         copy(group, block, turn % 2).wait()
-        final = turns.index[group] == count - 1
+        final = turns.place[group] == count - 1
         following = jnp.where(final, block + 1, block)
 
         @pl.when(following < each)

@@ -88,14 +88,14 @@ class Problem(NamedTuple):
         taken = 2 * self.itemsize * (operands + results) + parts + SLACK
         return taken <= self.chip.kernel_vmem_bytes
 
-    def row_sizes(self, least: int) -> list[int]:
-        """Lists the rows of a tile worth a try: not much longer than a group's even share.
+    @property
+    def share(self) -> int:
+        """Rows of a group where the load is even."""
+        return self.num_rows // self.num_groups
 
-        Args:
-          least: rows that a product of many has at least.
-        """
-        share = max(2 * self.num_rows // self.num_groups, least)
-        found = [rows for rows in ROWS if least <= rows <= min(share, self.num_rows)]
+    def row_sizes(self, least: int, most: int) -> list[int]:
+        """Lists the rows of a tile worth a try; a few rows are one tile, whatever `least` is."""
+        found = [rows for rows in ROWS if least <= rows <= min(max(most, least), self.num_rows)]
         return found or [up(min(self.num_rows, least), 16)]
 
     def products(self, sizes: tuple[int, ...], rows: int) -> tuple[int, ...]:
@@ -160,7 +160,10 @@ def for_multiply(
         return turns(at.chip, width // columns) * found + waits
 
     columns_tried = [n for n in (width, *sides(width)) if width % n == 0]
-    tiles = itertools.product(at.row_sizes(max(sizes[-1], ROWS[-1])), columns_tried)
+    # A tile is fetched while the one before is worked on: while its last group is, where it has
+    # several. Tiles that are small beside a group seldom wait.
+    row_sizes = at.row_sizes(max(sizes[-1], ROWS[-1]), at.share // 2)
+    tiles = itertools.product(row_sizes, columns_tried)
     able = (tile for tile in tiles if at.fits(long * sum(tile), tile[0] * tile[1]))
     rows, columns = best(able, cycles, f'a contraction over {depth}')
     products = at.products(sizes, rows)
@@ -189,7 +192,9 @@ def for_gradient(
         )  # fmt: skip
         return turns(at.chip, -(-height // h) * -(-width // w)) * found
 
-    tiles = itertools.product(at.row_sizes(setup.contracted[-1]), sides(height), sides(width))
+    tiles = itertools.product(
+        at.row_sizes(setup.contracted[-1], at.share), sides(height), sides(width)
+    )
     # The sums are float32.
     able = ((r, h, w) for r, h, w in tiles if at.fits(r * (h + w), h * w * (1 + 2 // itemsize)))
     rows, h, w = best(able, cycles, f'a result of {height} by {width}')

@@ -20,7 +20,7 @@ ALIGNED = 16  # rows that share registers: a slice of a tile begins at a multipl
 
 
 class Items(NamedTuple):
-    """Work items, in the order of the rows; those from `Work.count` on are not run."""
+    """Work items, in the order of the rows; those from `Work.length` on are not run."""
 
     group: Int[Array, 'W']
     tile: Int[Array, 'W']
@@ -30,15 +30,15 @@ class Items(NamedTuple):
 
 class Work(NamedTuple):
     items: Items
-    count: Int[Array, '']
+    length: Int[Array, '']  # number of items
 
 
 class Turns(NamedTuple):
     """Order in which the groups with rows take turns, for use of their matrices."""
 
-    index: Int[Array, 'E']  # number of such groups before
+    place: Int[Array, 'E']  # number of such groups before
     after: Int[Array, 'E']  # next such group; the first one after the last
-    count: Int[Array, '1']  # number of them
+    total: Int[Array, '1']  # number of them
 
 
 def turns(group_sizes: Int[Array, 'E'], num_rows: int) -> Turns:
@@ -48,11 +48,12 @@ def turns(group_sizes: Int[Array, 'E'], num_rows: int) -> Turns:
     so_far = jnp.cumsum(some, dtype=jnp.int32)
     groups = jnp.arange(len(group_sizes), dtype=jnp.int32)
     beyond = jnp.int32(len(group_sizes))
-    here = jnp.where(some, groups, beyond)
-    after = jax.lax.cummin(here, reverse=True)  # the same, or the next one with rows
-    first = jnp.where(after[:1] < beyond, after[:1], 0)
-    after = jnp.append(after[1:], beyond)
-    return Turns(so_far - some, jnp.where(after < beyond, after, first), so_far[-1:])
+    later = some[None] & (groups[None] > groups[:, None])
+    after = jnp.min(jnp.where(later, groups[None], beyond), axis=1)
+    first = jnp.min(jnp.where(some, groups, beyond))
+    # Without any rows there is no first one.
+    after = jnp.minimum(jnp.where(after < beyond, after, first), beyond - 1)
+    return Turns(so_far - some, after, so_far[-1:])
 
 
 def of_tiles(group_sizes: Int[Array, 'E'], num_rows: int, tile: int) -> Work:
