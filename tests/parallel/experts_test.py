@@ -13,7 +13,7 @@ from helios_jax.parallel import mesh as meshes
 
 pytestmark = pytest.mark.usefixtures('quick_compilation')
 
-B, T, D, F, E, X = 8, 6, 10, 14, 12, 3
+B, T, D, F, E, X = 8, 6, 16, 14, 12, 3
 assign_slots = jax.jit(experts.assign_slots, static_argnums=(1, 2))
 choices = st.lists(st.integers(0, 5), min_size=12, max_size=12)  # 5: none of ours
 

@@ -54,14 +54,14 @@ def capability(platform: str) -> str:
 
 
 def grouped_matmul(
-    x: Float[Array, 'M D'],
+    x: Float[Array, 'M _'],
     weights: Float[Array, 'E D F'],
     group_sizes: Int[Array, 'E'],
     *,
     transposed: bool = False,
     implementation: str = 'auto',
     platform: str | None = None,
-) -> Float[Array, 'M F']:
+) -> Float[Array, 'M _']:
     """Rows of group e times weights[e]; rows are sorted by group.
 
     Accumulates in float32, returns x.dtype; float32 operands are multiplied exactly. Rows beyond

@@ -83,7 +83,7 @@ def weight_gradient(
     return jax.jit(kernel)(rows, gradient, work.of_groups(group_sizes, M, chosen.rows))
 
 
-def able(x: Float[Array, 'M D'], weights: Float[Array, 'E D F']) -> None:
+def able(x: Float[Array, 'M _'], weights: Float[Array, 'E D F']) -> None:
     """Raises NotImplementedError, saying why, if a kernel cannot take one of the products."""
     refuse(x)
     target, (E, D, F), itemsize = generation(), weights.shape, x.dtype.itemsize
