@@ -81,6 +81,10 @@ class Problem(NamedTuple):
         chip = self.chip
         return chip.clock / chip.hbm_bytes_per_second * chip.num_cores * self.itemsize
 
+    def cores(self, blocks: int) -> int:
+        """Counts the cores that have as many blocks of columns each: all or one."""
+        return self.chip.num_cores if blocks % self.chip.num_cores == 0 else 1
+
     def fits(self, operands: int, results: int) -> bool:
         """Tells whether blocks of so many elements, two of each, fit in VMEM."""
         # What an exact product of float32 takes operands apart into is three times bfloat16.
@@ -157,7 +161,7 @@ def for_multiply(
         )  # fmt: skip
         # What comes before the first step is waited for.
         waits = at.cost * depth * columns
-        return turns(at.chip, width // columns) * found + waits
+        return width // columns // at.cores(width // columns) * found + waits
 
     columns_tried = [n for n in (width, *sides(width)) if width % n == 0]
     # A tile is fetched while the one before is worked on: while its last group is, where it has
@@ -168,8 +172,7 @@ def for_multiply(
     rows, columns = best(able, cycles, f'a contraction over {depth}')
     products = at.products(sizes, rows)
     steps = at.steps(products, columns, depth)
-    cores = at.chip.num_cores if width // columns % at.chip.num_cores == 0 else 1
-    return MultiplyTiles(rows, columns, products, steps, cores)
+    return MultiplyTiles(rows, columns, products, steps, at.cores(width // columns))
 
 
 @functools.cache
@@ -190,7 +193,8 @@ def for_gradient(
             at.products(setup.contracted, rows), rows, up(h, setup.side) * up(w, setup.side),
             setup.transposing, usual=rows * (h + w), more=h * w,
         )  # fmt: skip
-        return turns(at.chip, -(-height // h) * -(-width // w)) * found
+        blocks = -(-height // h) * -(-width // w)
+        return -(-blocks // at.chip.num_cores) * found
 
     tiles = itertools.product(
         at.row_sizes(setup.contracted[-1], at.share), sides(height), sides(width)
@@ -230,8 +234,3 @@ def part(size: int, most: float, side: int) -> int:
 
 def up(size: int, multiple: int) -> int:
     return -(-size // multiple) * multiple
-
-
-def turns(chip: Chip, blocks: int) -> int:
-    """Counts the blocks that the busiest core works on."""
-    return -(-blocks // chip.num_cores)
