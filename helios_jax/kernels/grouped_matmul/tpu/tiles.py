@@ -92,14 +92,10 @@ class Problem(NamedTuple):
         taken = 2 * self.itemsize * (operands + results) + parts + SLACK
         return taken <= self.chip.kernel_vmem_bytes
 
-    @property
-    def share(self) -> int:
-        """Rows of a group where the load is even."""
-        return self.num_rows // self.num_groups
-
-    def row_sizes(self, least: int, most: int) -> list[int]:
-        """Lists the rows of a tile worth a try; a few rows are one tile, whatever `least` is."""
-        found = [rows for rows in ROWS if least <= rows <= min(max(most, least), self.num_rows)]
+    def row_sizes(self, least: int) -> list[int]:
+        """Lists the rows of a tile worth a try: no more than a group's even share, or `least`."""
+        most = max(self.num_rows // self.num_groups, least)
+        found = [rows for rows in ROWS if least <= rows <= min(most, self.num_rows)]
         return found or [up(min(self.num_rows, least), 16)]
 
     def products(self, sizes: tuple[int, ...], rows: int) -> tuple[int, ...]:
@@ -129,8 +125,13 @@ class Problem(NamedTuple):
         each = (product + start * -(-product // LONGEST)) / products[0]
         ragged = min(items, 2 * self.num_groups) * products[-1] / 2
         busy = items * STEP + (self.num_rows + ragged) * each
-        moved = self.cost * (self.num_rows / rows * usual + min(self.num_groups, items) * more)
-        return max(busy, moved) + RATHER * moved
+        groups = min(self.num_groups, items)
+        moved = self.cost * (self.num_rows / rows * usual + groups * more)
+        # A tile is fetched while the last group's part of the one before is worked on: any share
+        # of a tile, where a group ends in it; half of the groups are taken to.
+        fetch, tile = self.cost * usual, rows * each
+        wait = fetch**2 / (2 * tile) if fetch < tile else fetch - tile / 2
+        return max(busy + groups * wait / 2, moved) + RATHER * moved
 
 
 @functools.cache
@@ -164,10 +165,7 @@ def for_multiply(
         return width // columns // at.cores(width // columns) * found + waits
 
     columns_tried = [n for n in (width, *sides(width)) if width % n == 0]
-    # A tile is fetched while the one before is worked on: while its last group is, where it has
-    # several. Tiles that are small beside a group seldom wait.
-    row_sizes = at.row_sizes(max(sizes[-1], ROWS[-1]), at.share // 2)
-    tiles = itertools.product(row_sizes, columns_tried)
+    tiles = itertools.product(at.row_sizes(max(sizes[-1], ROWS[-1])), columns_tried)
     able = (tile for tile in tiles if at.fits(long * sum(tile), tile[0] * tile[1]))
     rows, columns = best(able, cycles, f'a contraction over {depth}')
     products = at.products(sizes, rows)
@@ -196,9 +194,7 @@ def for_gradient(
         blocks = -(-height // h) * -(-width // w)
         return -(-blocks // at.chip.num_cores) * found
 
-    tiles = itertools.product(
-        at.row_sizes(setup.contracted[-1], at.share), sides(height), sides(width)
-    )
+    tiles = itertools.product(at.row_sizes(setup.contracted[-1]), sides(height), sides(width))
     # The sums are float32.
     able = ((r, h, w) for r, h, w in tiles if at.fits(r * (h + w), h * w * (1 + 2 // itemsize)))
     rows, h, w = best(able, cycles, f'a result of {height} by {width}')
