@@ -1,7 +1,8 @@
 """Grouped matmul on TPU: Helios's own kernels for all three products.
 
 M rows are cut into tiles; a list of which group has which rows of which tile (work.py) steers the
-kernels' fetches. Tiles of one group are multiplied whole, others strip by strip under a mask.
+kernels' fetches. A group's part of a tile is multiplied in pieces of 1,024 to 64 rows under a mask,
+so that a group that fills no tile takes little more time than its rows do.
 """
 
 import functools

@@ -42,15 +42,14 @@ def multiply(
     """
     M, depth = rows.shape
     N, columns = weights.shape[1 if transposed else 2], tiles.columns
-    assert N % columns == 0, 'tiles are chosen so'
-    cores = tiles.cores if N // columns % tiles.cores == 0 else 1
-    each = N // columns // cores
+    assert N % (columns * tiles.cores) == 0, 'tiles are chosen so'
+    each = N // columns // tiles.cores
     held = (columns, depth) if transposed else (depth, columns)
     return pl.pallas_call(
         functools.partial(kernel, tiles, transposed),
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=2,
-            grid=(cores, each, work.length),
+            grid=(tiles.cores, each, work.length),
             in_specs=[
                 pl.BlockSpec((tiles.rows, depth), lambda c, n, i, items, _: (items.tile[i], 0)),
                 pl.BlockSpec(memory_space=pl.ANY),

@@ -81,6 +81,10 @@ class Problem(NamedTuple):
         chip = self.chip
         return chip.clock / chip.hbm_bytes_per_second * chip.num_cores * self.itemsize
 
+    def cores(self, blocks: int) -> int:
+        """Counts the cores that have as many blocks of columns each: all or one."""
+        return self.chip.num_cores if blocks % self.chip.num_cores == 0 else 1
+
     def fits(self, operands: int, results: int) -> bool:
         """Tells whether blocks of so many elements, two of each, fit in VMEM."""
         # What an exact product of float32 takes operands apart into is three times bfloat16.
@@ -88,14 +92,10 @@ class Problem(NamedTuple):
         taken = 2 * self.itemsize * (operands + results) + parts + SLACK
         return taken <= self.chip.kernel_vmem_bytes
 
-    @property
-    def share(self) -> int:
-        """Rows of a group where the load is even."""
-        return self.num_rows // self.num_groups
-
-    def row_sizes(self, least: int, most: int) -> list[int]:
-        """Lists the rows of a tile worth a try; a few rows are one tile, whatever `least` is."""
-        found = [rows for rows in ROWS if least <= rows <= min(max(most, least), self.num_rows)]
+    def row_sizes(self, least: int) -> list[int]:
+        """Lists the rows of a tile worth a try: no more than a group's even share, or `least`."""
+        most = max(self.num_rows // self.num_groups, least)
+        found = [rows for rows in ROWS if least <= rows <= min(most, self.num_rows)]
         return found or [up(min(self.num_rows, least), 16)]
 
     def products(self, sizes: tuple[int, ...], rows: int) -> tuple[int, ...]:
@@ -125,8 +125,13 @@ class Problem(NamedTuple):
         each = (product + start * -(-product // LONGEST)) / products[0]
         ragged = min(items, 2 * self.num_groups) * products[-1] / 2
         busy = items * STEP + (self.num_rows + ragged) * each
-        moved = self.cost * (self.num_rows / rows * usual + min(self.num_groups, items) * more)
-        return max(busy, moved) + RATHER * moved
+        groups = min(self.num_groups, items)
+        moved = self.cost * (self.num_rows / rows * usual + groups * more)
+        # A tile is fetched while the last group's part of the one before is worked on: any share
+        # of a tile, where a group ends in it; half of the groups are taken to.
+        fetch, tile = self.cost * usual, rows * each
+        wait = fetch**2 / (2 * tile) if fetch < tile else fetch - tile / 2
+        return max(busy + groups * wait / 2, moved) + RATHER * moved
 
 
 @functools.cache
@@ -157,19 +162,15 @@ def for_multiply(
         )  # fmt: skip
         # What comes before the first step is waited for.
         waits = at.cost * depth * columns
-        return turns(at.chip, width // columns) * found + waits
+        return width // columns // at.cores(width // columns) * found + waits
 
     columns_tried = [n for n in (width, *sides(width)) if width % n == 0]
-    # A tile is fetched while the one before is worked on: while its last group is, where it has
-    # several. Tiles that are small beside a group seldom wait.
-    row_sizes = at.row_sizes(max(sizes[-1], ROWS[-1]), at.share // 2)
-    tiles = itertools.product(row_sizes, columns_tried)
+    tiles = itertools.product(at.row_sizes(max(sizes[-1], ROWS[-1])), columns_tried)
     able = (tile for tile in tiles if at.fits(long * sum(tile), tile[0] * tile[1]))
     rows, columns = best(able, cycles, f'a contraction over {depth}')
     products = at.products(sizes, rows)
     steps = at.steps(products, columns, depth)
-    cores = at.chip.num_cores if width // columns % at.chip.num_cores == 0 else 1
-    return MultiplyTiles(rows, columns, products, steps, cores)
+    return MultiplyTiles(rows, columns, products, steps, at.cores(width // columns))
 
 
 @functools.cache
@@ -190,11 +191,10 @@ def for_gradient(
             at.products(setup.contracted, rows), rows, up(h, setup.side) * up(w, setup.side),
             setup.transposing, usual=rows * (h + w), more=h * w,
         )  # fmt: skip
-        return turns(at.chip, -(-height // h) * -(-width // w)) * found
+        blocks = -(-height // h) * -(-width // w)
+        return -(-blocks // at.chip.num_cores) * found
 
-    tiles = itertools.product(
-        at.row_sizes(setup.contracted[-1], at.share), sides(height), sides(width)
-    )
+    tiles = itertools.product(at.row_sizes(setup.contracted[-1]), sides(height), sides(width))
     # The sums are float32.
     able = ((r, h, w) for r, h, w in tiles if at.fits(r * (h + w), h * w * (1 + 2 // itemsize)))
     rows, h, w = best(able, cycles, f'a result of {height} by {width}')
@@ -230,8 +230,3 @@ def part(size: int, most: float, side: int) -> int:
 
 def up(size: int, multiple: int) -> int:
     return -(-size // multiple) * multiple
-
-
-def turns(chip: Chip, blocks: int) -> int:
-    """Counts the blocks that the busiest core works on."""
-    return -(-blocks // chip.num_cores)
