@@ -66,7 +66,7 @@ def row_products(
         def multiply(acc: Any, slot: Array, k: Array) -> None:
             del k
             tile = columns_tiled.at[slot]
-            tile = plgpu.transpose_ref(tile, (1, 0)) if transposed else tile
+            tile = tile.transpose((1, 0)) if transposed else tile
             plgpu.wgmma(acc, rows_tiled.at[slot, pl.ds(half, HALF)], tile)
 
         value, step = ring.contract(

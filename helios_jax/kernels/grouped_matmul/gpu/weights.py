@@ -78,7 +78,7 @@ def weight_products(
                 plgpu.commit_smem()
 
             own = rows_tiled.at[slot, :, pl.ds(half, HALF)]
-            plgpu.wgmma(acc, plgpu.transpose_ref(own, (1, 0)), columns_tiled.at[slot])
+            plgpu.wgmma(acc, own.transpose((1, 0)), columns_tiled.at[slot])
 
         value, step = ring.contract(
             step, steps(before, end), least, (HALF, columns), multiply, meanwhile
