@@ -1,12 +1,15 @@
 """Measures the grouped products on an NVIDIA GPU beside torch.nn.functional.grouped_mm.
 
     python -m helios_jax.bench.moe_gpu --shapes=E8,E128,E56 --loads=even,skew --what=layer
+    python -m helios_jax.bench.moe_gpu --verify
 
 A layer is forward and backward of a SwiGLU over sorted rows: out, and the gradients of rows and
 weights. Ours computes gate and up as one product. Of torch's two forms, compiled, the faster is
 the peer: with gate and up as one product, or as two. Windows of ours and of torch take turns, for
 the card's clock follows its power and its heat. Prints a JSON row a measurement, in TFLOP/s of the
 rows that there are. Needs torch with CUDA, in one process with jax.
+
+Verification compares each expert's results with float64: error over a rounded exact product's.
 """
 
 import argparse
@@ -24,7 +27,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from helios_jax.kernels.grouped_matmul import gpu
+from helios_jax.kernels.grouped_matmul import hopper
 
 SECONDS = 0.1  # of a window
 WINDOWS = 5
@@ -83,18 +86,20 @@ def layer(
     rows: jax.Array, weights: jax.Array, down: jax.Array, d_out: jax.Array, sizes: jax.Array
 ) -> tuple[jax.Array, ...]:
     """Computes the layer and its gradients; weights [E D 2F] are gate beside up."""
-    gate_up = gpu.multiply(rows, weights, sizes)
+    gate_up = hopper.multiply(rows, weights, sizes)
     product, pull = jax.vjp(swiglu, gate_up)
-    out = gpu.multiply(product, down, sizes)
-    (d_gate_up,) = pull(gpu.multiply(d_out, down, sizes, transposed=True))
-    d_down = gpu.weight_gradient(product, d_out, sizes)
-    d_rows = gpu.multiply(d_gate_up, weights, sizes, transposed=True)
-    return out, d_rows, gpu.weight_gradient(rows, d_gate_up, sizes), d_down
+    out = hopper.multiply(product, down, sizes)
+    (d_gate_up,) = pull(hopper.multiply(d_out, down, sizes, transposed=True))
+    d_down = hopper.weight_gradient(product, d_out, sizes)
+    d_rows = hopper.multiply(d_gate_up, weights, sizes, transposed=True)
+    return out, d_rows, hopper.weight_gradient(rows, d_gate_up, sizes), d_down
 
 
 def ours(shape: Shape, what: str, loads: list[str]) -> dict[str, Run]:
     """Makes the runs of our kernels for each load."""
     M, E, D, F = shape
+    function: Callable[..., Any]
+    arguments: tuple[jax.Array, ...]
     draw = jax.jit(
         lambda seed, shape: jax.random.normal(jax.random.key(seed), shape, jnp.bfloat16),
         static_argnums=1,
@@ -104,16 +109,17 @@ def ours(shape: Shape, what: str, loads: list[str]) -> dict[str, Run]:
         weights, down = draw(0, (E, D, 2 * F)) * scale(D), draw(1, (E, F, D)) * scale(F)
         function, arguments = layer, (draw(2, (M, D)), weights, down, draw(3, (M, D)))
     elif what == 'multiply':
-        function, arguments = gpu.multiply, (draw(0, (M, D)), draw(1, (E, D, F)))
+        function, arguments = hopper.multiply, (draw(0, (M, D)), draw(1, (E, D, F)))
     elif what == 'transposed':
-        function = functools.partial(gpu.multiply, transposed=True)
+        function = functools.partial(hopper.multiply, transposed=True)
         arguments = draw(0, (M, F)), draw(1, (E, D, F))
     else:
-        function, arguments = gpu.weight_gradient, (draw(0, (M, D)), draw(1, (M, F)))
+        function, arguments = hopper.weight_gradient, (draw(0, (M, D)), draw(1, (M, F)))
     compiled = jax.jit(function).lower(*arguments, jnp.zeros(E, jnp.int32)).compile()
 
     def run(load: str) -> Run:
-        sizes, last = jnp.asarray(group_sizes(shape, load)), []
+        sizes = jnp.asarray(group_sizes(shape, load))
+        last: list[Any] = []
 
         def start() -> None:
             last[:] = [compiled(*arguments, sizes)]
@@ -198,10 +204,73 @@ def measure(name: str, what: str, loads: list[str]) -> None:
     for load in loads:
         rates = {form: rate(load, form) for form in forms}
         peer = max(value for form, value in rates.items() if form != 'ours')
-        row = {'shape': name, 'what': what, 'load': load, 'tflops': rates}
+        row: dict[str, Any] = {'shape': name, 'what': what, 'load': load, 'tflops': rates}
         row |= {'ratio': round(rates['ours'] / peer, 3)}
         row |= {'of_even': round(rates['ours'] / rate(loads[0], 'ours'), 3)}
         print(json.dumps(row), flush=True)
+
+
+def patterns(E: int, M: int) -> dict[str, np.ndarray]:
+    """Group sizes that are hard in some way."""
+    draw = np.random.default_rng(E)
+    random = lambda rows, spread: draw.multinomial(rows, draw.dirichlet(np.full(E, spread)))
+    e = np.arange(E)
+    return {
+        'random': random(M, 2.0),
+        'rows of no group': random(M * 2 // 3, 0.4),
+        'all rows to one': np.where(e == E // 2, M, 0),
+        'every offset modulo 16': np.full(E, min(17, M // E)),
+        'one row each': np.where(e == E - 1, min(300, M - E + 1), 1),
+        'every other empty': np.where(e % 2, M // E, 0),
+        'no rows': np.zeros(E, int),
+        'first and last': np.where(e == 0, min(M, 129), 0)
+        + np.where(e == E - 1, (M - min(M, 129)) // 2, 0),
+    }
+
+
+def verify(E: int, M: int, D: int, F: int) -> None:
+    """Compares the three products with float64, by the worst expert, and prints a row.
+
+    Rows of no group hold NaN; so do, in a second run, the rows of the fullest expert.
+
+    Raises:
+      AssertionError: an error above twice a rounded product's, or what should be zero is not.
+    """
+    draw = np.random.default_rng(E)
+    normal = lambda *size: jnp.asarray(draw.standard_normal(size, np.float32), jnp.bfloat16)
+    x, w, d = normal(M, D), normal(E, D, F), normal(M, F)
+    x64, w64, d64 = (np.asarray(each, np.float64) for each in (x, w, d))
+    forward, weights = jax.jit(hopper.multiply), jax.jit(hopper.weight_gradient)
+    backward = jax.jit(functools.partial(hopper.multiply, transposed=True))
+    norm = np.linalg.norm
+    worst = {'multiply': 0.0, 'transposed': 0.0, 'gradient': 0.0}
+    for name, sizes in patterns(E, M).items():
+        ends = np.cumsum(sizes)
+        hurts = [None, int(np.argmax(sizes))] if E > 1 and sizes.any() else [None]
+        exact = [
+            (x64[a:b] @ w64[e], d64[a:b] @ w64[e].T, x64[a:b].T @ d64[a:b])
+            for e, (a, b) in enumerate(zip(ends - sizes, ends, strict=True))
+        ]
+        for hurt in hurts:
+            nan = (np.arange(M) >= ends[-1])[:, None]
+            if hurt is not None:
+                nan[ends[hurt] - sizes[hurt] : ends[hurt]] = True
+            rows, gradient = (jnp.where(nan, jnp.nan, each) for each in (x, d))
+            groups = jnp.asarray(sizes, jnp.int32)
+            out = forward(rows, w, groups), backward(gradient, w, groups)
+            out_rows = [np.asarray(each, np.float64) for each in out]
+            out_weights = np.asarray(weights(rows, gradient, groups), np.float64)
+            assert not any(each[ends[-1] :].any() for each in out_rows), f'{name}: rows of no group'
+            for e in set(range(E)) - {hurt}:
+                own = slice(ends[e] - sizes[e], ends[e])
+                found = (*(each[own] for each in out_rows), out_weights[e])
+                for product, one, best in zip(worst, found, exact[e], strict=True):
+                    plain = norm(np.asarray(jnp.asarray(best, jnp.bfloat16), np.float64) - best)
+                    error = norm(one - best)
+                    ratio = error / plain if plain else (np.inf if error else 0)
+                    assert ratio <= 2, f'{product}, {name}, expert {e} of {E}: {ratio}'
+                    worst[product] = max(worst[product], float(ratio))
+    print(json.dumps({'E': E, 'M': M, 'D': D, 'F': F, 'worst': worst}), flush=True)
 
 
 def main() -> None:
@@ -209,7 +278,13 @@ def main() -> None:
     parser.add_argument('--shapes', default=','.join(SHAPES))
     parser.add_argument('--loads', default='even,skew')
     parser.add_argument('--what', default='layer', help='layer, multiply, transposed, gradient')
+    parser.add_argument('--verify', action='store_true')
     values = parser.parse_args()
+    if values.verify:
+        for E in (1, 2, 5, 8, 56, 128):
+            verify(E, M=1111, D=384, F=512)
+        verify(3, M=77, D=256, F=384)
+        return
     for name in values.shapes.split(','):
         for what in values.what.split(','):
             measure(name, what, values.loads.split(','))

@@ -18,8 +18,6 @@ from helios_jax.kernels.attention.tpu.blocks import generation
 from helios_jax.kernels.grouped_matmul.tpu import gradient_kernel, multiply_kernel, tiles, work
 from helios_jax.kernels.grouped_matmul.tpu.tiles import GradientTiles, MultiplyTiles
 
-DTYPES = (jnp.bfloat16, jnp.float32)
-
 
 def multiply(
     rows: Float[Array, 'M _'],
@@ -36,9 +34,8 @@ def multiply(
       interpret: run the kernel in Python on any device; `pltpu.InterpretParams` looks for races.
       chosen: tiles in place of the calculation's.
     Raises:
-      NotImplementedError: a dtype or a size that the kernel cannot take, or an unknown TPU.
+      NotImplementedError: sizes that do not fit in VMEM, or an unknown TPU.
     """
-    refuse(rows)
     target = generation()
     (M, depth), N = rows.shape, weights.shape[1 if transposed else 2]
     if M == 0:
@@ -68,7 +65,6 @@ def weight_gradient(
     chosen: GradientTiles | None = None,
 ) -> Float[Array, 'E D F']:
     """Computes `reference.weight_gradient`; arguments and errors are `multiply`'s."""
-    refuse(rows)
     target, num_groups = generation(), len(group_sizes)
     (M, D), F = rows.shape, gradient.shape[1]
     if M == 0:
@@ -85,15 +81,9 @@ def weight_gradient(
 
 
 def able(x: Float[Array, 'M _'], weights: Float[Array, 'E D F']) -> None:
-    """Raises NotImplementedError, saying why, if a kernel cannot take one of the products."""
-    refuse(x)
+    """Raises NotImplementedError, saying why, if the sizes of a product do not fit in VMEM."""
     target, (E, D, F), itemsize = generation(), weights.shape, x.dtype.itemsize
     M = max(len(x), 1)
     tiles.for_multiply(target, M, D, F, E, itemsize, False)
     tiles.for_multiply(target, M, F, D, E, itemsize, True)
     tiles.for_gradient(target, M, D, F, E, itemsize)
-
-
-def refuse(rows: Array) -> None:
-    if rows.dtype not in DTYPES:
-        raise NotImplementedError(f'cannot take {rows.dtype}: only bfloat16 and float32.')
