@@ -161,7 +161,8 @@ def _local(
     rows = checkpoint_name(rows, 'expert_input')
     wide = jnp.promote_types(x.dtype, jnp.float32)
     inside = checkpoint_name(matmul(rows, gate_up), 'gate_up')
-    gate, up = jnp.split(inside.astype(wide), 2, axis=-1)
+    # Widened once cut: XLA would store the whole in float32.
+    gate, up = (half.astype(wide) for half in jnp.split(inside, 2, axis=-1))
     weight = reorder(weights.reshape(-1).astype(wide), p.source, p.slot)
     product = (jax.nn.silu(gate) * up * weight[:, None]).astype(x.dtype)
     y = combine(matmul(product, down, turned), p.source, slot, mode)
