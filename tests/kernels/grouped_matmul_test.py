@@ -198,7 +198,8 @@ def test_work_covers_each_row_once(sizes, tile):
     M = int(ends[-1]) + 20
     owner = np.searchsorted(ends, np.arange(M), side='right')
     tiles = -(-M // tile)
-    lists = [make(jnp.asarray(sizes), M, tile) for make in (work.of_tiles, work.of_groups)]
+    makes = [jax.jit(make, static_argnums=(1, 2)) for make in (work.of_tiles, work.of_groups)]
+    lists = [make(jnp.asarray(sizes), M, tile) for make in makes]
     for listed in lists:
         count = int(listed.length)
         group, at, begin, end = (np.asarray(a)[:count] for a in listed.items[:4])
@@ -217,7 +218,7 @@ def test_work_covers_each_row_once(sizes, tile):
 @pytest.mark.parametrize('sizes', SIZES)
 def test_groups_with_rows_take_turns(sizes):
     sizes = np.asarray(SIZES[sizes], np.int32)
-    turns = work.turns(jnp.asarray(sizes), int(sizes.sum()))
+    turns = jax.jit(work.turns, static_argnums=1)(jnp.asarray(sizes), int(sizes.sum()))
     order = np.flatnonzero(sizes)
     assert turns.total.tolist() == [len(order)]
     np.testing.assert_array_equal(turns.place[order], np.arange(len(order)))

@@ -150,6 +150,7 @@ def fetched(
     # Groups take turns with the buffers, on through the blocks of columns.
     count = turns.total[0]
     turn = block * count + turns.place[group]
+    slot = turn & 1
 
     def copy(group: Any, block: Any, slot: Any) -> Any:
         source = weights.at[group]
@@ -168,12 +169,12 @@ def fetched(
         def _() -> None:
             copy(group, block, 0).start()
 
-        copy(group, block, turn % 2).wait()
+        copy(group, block, slot).wait()
         final = turns.place[group] == count - 1
         following = jnp.where(final, block + 1, block)
 
         @pl.when(following < each)
         def _() -> None:
-            copy(turns.after[group], following, (turn + 1) % 2).start()
+            copy(turns.after[group], following, 1 - slot).start()
 
-    return turn % 2
+    return slot

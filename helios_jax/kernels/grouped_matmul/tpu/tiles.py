@@ -128,10 +128,10 @@ class Problem(NamedTuple):
         groups = min(self.num_groups, items)
         moved = self.cost * (self.num_rows / rows * usual + groups * more)
         # A tile is fetched while the last group's part of the one before is worked on: any share
-        # of a tile, where a group ends in it; half of the groups are taken to.
+        # of a tile, where a group ends in it; a quarter of the groups is taken to.
         fetch, tile = self.cost * usual, rows * each
         wait = fetch**2 / (2 * tile) if fetch < tile else fetch - tile / 2
-        return max(busy + groups * wait / 2, moved) + RATHER * moved
+        return max(busy + groups * wait / 4, moved) + RATHER * moved
 
 
 @functools.cache
