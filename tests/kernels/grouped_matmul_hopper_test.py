@@ -1,4 +1,4 @@
-"""Hopper's kernels, as far as no GPU is needed: their work lists, and lowering.
+"""Hopper's kernels, as far as no GPU is needed: work lists, lowering, interpretation.
 
 `python -m helios_jax.bench.moe_gpu --verify` compares their results with float64, on a GPU.
 """
@@ -7,9 +7,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from helios_jax.kernels.grouped_matmul import hopper
-from helios_jax.kernels.grouped_matmul.hopper.block import ROWS
+from helios_jax.kernels.grouped_matmul.hopper import block, weights
+from helios_jax.kernels.grouped_matmul.hopper.block import ROWS, Memory
 from helios_jax.kernels.grouped_matmul.hopper.work import descending, running_sum, work_list
 
 list_work = jax.jit(work_list, static_argnums=1)
@@ -59,3 +61,72 @@ def test_lowers_for_cuda_without_a_gpu(M, D, F):
         lower(hopper.weight_gradient, of(M, D), of(M, F), sizes),
     ):
         assert 'mosaic_gpu' in text
+
+
+def one_view(rows, columns, out, full, empty):
+    """Memory whose views are all one reference: interpreted, a union's views share no bytes."""
+    if hasattr(rows, 'get_ref_aval'):  # what is to be allocated, not yet a reference
+        return Memory(rows, columns, out, full, empty)
+    return Memory((rows, rows), (columns, columns), (out, out, out), full, empty)
+
+
+def blank_rows(tile, first, last):
+    row = jax.lax.broadcasted_iota(jnp.int32, tile.shape, 0)
+    tile[...] = jnp.where((row >= first) & (row < last), tile[...], jnp.bfloat16(0))
+
+
+@pytest.fixture
+def interpreted(monkeypatch):
+    """Function that runs a kernel on two interpreted multiprocessors."""
+    if not hasattr(plgpu, 'force_gpu_interpret_mode'):
+        pytest.skip('this jax does not interpret kernels for GPUs')
+    monkeypatch.setattr(plgpu, 'RefUnion', lambda *views: views[0])
+    monkeypatch.setattr(block, 'Memory', one_view)
+    monkeypatch.setattr(block, 'MULTIPROCESSORS', 2)
+    monkeypatch.setattr(weights, 'blank', blank_rows)
+
+    def run(kernel, *arguments, **options):
+        with plgpu.force_gpu_interpret_mode(plgpu.InterpretGPUParams(**options)):
+            return np.asarray(kernel(*arguments), np.float64)
+
+    return run
+
+
+def operands(M, E, D, F, sizes, hurt):
+    """Rows, weights, gradient and sizes; NaN in rows of no group and of the group `hurt`."""
+    draw = np.random.default_rng(0)
+    normal = lambda *shape: jnp.asarray(draw.standard_normal(shape), jnp.bfloat16)
+    ends = np.cumsum(sizes)
+    nan = np.arange(M) >= ends[-1]
+    nan[ends[hurt] - sizes[hurt] : ends[hurt]] = True
+    spoil = lambda x: jnp.where(nan[:, None], jnp.nan, x)
+    return spoil(normal(M, D)), normal(E, D, F), spoil(normal(M, F)), jnp.asarray(sizes, jnp.int32)
+
+
+def assert_close(found, exact):
+    assert np.linalg.norm(found - exact) <= 3e-3 * np.linalg.norm(exact)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('sizes', [(1, 130, 1, 0, 17), (37, 0, 200, 0, 3)])
+def test_interpreted_kernels_equal_float64(interpreted, sizes):
+    M, E, D, F, hurt = 512, 5, 256, 128, 2  # nothing is read beyond M, where reads are clamped
+    rows, matrices, gradient, groups = operands(M, E, D, F, sizes, hurt)
+    out = interpreted(hopper.multiply, rows, matrices, groups)
+    d_matrices = interpreted(hopper.weight_gradient, rows, gradient, groups)
+    x, w, d = (np.asarray(each, np.float64) for each in (rows, matrices, gradient))
+    assert not out[sum(sizes) :].any()
+    for e in set(range(E)) - {hurt}:
+        own = slice(sum(sizes[:e]), sum(sizes[: e + 1]))
+        assert_close(out[own], x[own] @ w[e])
+        assert_close(d_matrices[e], x[own].T @ d[own])
+
+
+@pytest.mark.slow
+def test_interpreted_kernel_has_no_races(interpreted):
+    # No tile is moved back, or two blocks would write the same rows, though to the same bits.
+    sizes, M, E, D, F = (37, 128, 256), 549, 3, 128, 384
+    rows, matrices, _, groups = operands(M, E, D, F, sizes, hurt=1)
+    out = interpreted(hopper.multiply, rows, matrices, groups, detect_races=True)
+    x, w = np.asarray(rows, np.float64), np.asarray(matrices, np.float64)
+    assert_close(out[165:421], x[165:421] @ w[2])

@@ -106,3 +106,4 @@ def store_rows(
         eights = lax.div(num_rows, jnp.int32(8))
         lax.fori_loop(0, eights, lambda i, _: piece(i * 8, 8), None)
         lax.fori_loop(eights * 8, num_rows, lambda i, _: piece(i, 1), None)
+    plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # the memory is that of the next tile's stores
