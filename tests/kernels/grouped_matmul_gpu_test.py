@@ -11,7 +11,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from helios_jax.kernels.grouped_matmul import gpu
 from helios_jax.kernels.grouped_matmul.gpu import block, weights
-from helios_jax.kernels.grouped_matmul.gpu.block import ROWS, Memory
+from helios_jax.kernels.grouped_matmul.gpu.block import ROWS, Buffers
 from helios_jax.kernels.grouped_matmul.gpu.work import descending, running_sum, work_list
 
 list_work = jax.jit(work_list, static_argnums=1)
@@ -82,10 +82,10 @@ def test_lowers_for_cuda_without_a_gpu(M, D, F):
 
 
 def one_view(rows, columns, out, full, empty):
-    """Memory whose views are all one reference: interpreted, a union's views share no bytes."""
+    """Buffers whose views are all one reference: interpreted, a union's views share no bytes."""
     if hasattr(rows, 'get_ref_aval'):  # what is to be allocated, not yet a reference
-        return Memory(rows, columns, out, full, empty)
-    return Memory((rows, rows), (columns, columns), (out, out, out), full, empty)
+        return Buffers(rows, columns, out, full, empty)
+    return Buffers((rows, rows), (columns, columns), (out, out, out), full, empty)
 
 
 def blank_rows(tile, first, last):
@@ -99,7 +99,7 @@ def interpreted(monkeypatch):
     if not hasattr(plgpu, 'force_gpu_interpret_mode'):
         pytest.skip('this jax does not interpret kernels for GPUs')
     monkeypatch.setattr(plgpu, 'RefUnion', lambda *views: views[0])
-    monkeypatch.setattr(block, 'Memory', one_view)
+    monkeypatch.setattr(block, 'Buffers', one_view)
     monkeypatch.setattr(block, 'MULTIPROCESSORS', 2)
     monkeypatch.setattr(weights, 'blank', blank_rows)
 
