@@ -34,7 +34,7 @@ WINDOWS = 5
 LOADS = ('even', 'skew', 'hot', 'natural')
 
 
-class Shape(NamedTuple):
+class Layer(NamedTuple):
     """Sizes of a layer; M counts each token once an expert."""
 
     M: int
@@ -44,20 +44,20 @@ class Shape(NamedTuple):
 
 
 SHAPES = {
-    'E8': Shape(32768, 8, 4096, 14336),
-    'E128': Shape(131072, 128, 2048, 768),
-    'E56': Shape(229376, 56, 4096, 2048),
+    'E8': Layer(32768, 8, 4096, 14336),
+    'E128': Layer(131072, 128, 2048, 768),
+    'E56': Layer(229376, 56, 4096, 2048),
 }
 
 
-class Run(NamedTuple):
+class Timed(NamedTuple):
     """Something to time: `start` begins it, `finish` waits for all that were begun."""
 
     start: Callable[[], Any]
     finish: Callable[[], Any]
 
 
-def group_sizes(shape: Shape, load: str) -> np.ndarray:
+def group_sizes(shape: Layer, load: str) -> np.ndarray:
     """Draws how many rows each expert gets, int32 [E].
 
     'even'; 'skew': the fullest has four times the rows of the emptiest; 'hot': one has four times
@@ -95,7 +95,7 @@ def layer(
     return out, d_rows, hopper.weight_gradient(rows, d_gate_up, sizes), d_down
 
 
-def ours(shape: Shape, what: str, loads: list[str]) -> dict[str, Run]:
+def ours(shape: Layer, what: str, loads: list[str]) -> dict[str, Timed]:
     """Makes the runs of our kernels for each load."""
     M, E, D, F = shape
     function: Callable[..., Any]
@@ -117,19 +117,19 @@ def ours(shape: Shape, what: str, loads: list[str]) -> dict[str, Run]:
         function, arguments = hopper.weight_gradient, (draw(0, (M, D)), draw(1, (M, F)))
     compiled = jax.jit(function).lower(*arguments, jnp.zeros(E, jnp.int32)).compile()
 
-    def run(load: str) -> Run:
+    def run(load: str) -> Timed:
         sizes = jnp.asarray(group_sizes(shape, load))
         last: list[Any] = []
 
         def start() -> None:
             last[:] = [compiled(*arguments, sizes)]
 
-        return Run(start, lambda: jax.block_until_ready(last))
+        return Timed(start, lambda: jax.block_until_ready(last))
 
     return {load: run(load) for load in loads}
 
 
-def torchs(shape: Shape, what: str, loads: list[str], *, fused: bool) -> dict[str, Run]:
+def torchs(shape: Layer, what: str, loads: list[str], *, fused: bool) -> dict[str, Timed]:
     """Makes the runs of torch's grouped_mm for each load."""
     import torch
     from torch.nn.functional import grouped_mm, silu
@@ -163,14 +163,14 @@ def torchs(shape: Shape, what: str, loads: list[str], *, fused: bool) -> dict[st
         rows, d_out = draw(M, D), draw(M, F)
         function = lambda ends: grouped_mm(rows.t(), d_out, offs=ends)
 
-    def run(load: str) -> Run:
+    def run(load: str) -> Timed:
         ends = np.cumsum(group_sizes(shape, load), dtype=np.int32)
-        return Run(functools.partial(function, torch.tensor(ends).cuda()), torch.cuda.synchronize)
+        return Timed(functools.partial(function, torch.tensor(ends).cuda()), torch.cuda.synchronize)
 
     return {load: run(load) for load in loads}
 
 
-def take_turns(runs: dict[Any, Run]) -> dict[Any, float]:
+def take_turns(runs: dict[Any, Timed]) -> dict[Any, float]:
     """Times runs in windows that take turns; the median of each run's seconds."""
     calls = {}
     for key, run in runs.items():

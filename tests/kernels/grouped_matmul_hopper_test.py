@@ -1,6 +1,6 @@
 """Hopper's kernels, as far as no GPU is needed: work lists, lowering, interpretation.
 
-`python -m helios_jax.bench.moe_gpu --verify` compares their results with float64, on a GPU.
+`helios bench moe --target=gpu --verify` compares their results with float64, on a GPU.
 """
 
 import jax
@@ -11,7 +11,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from helios_jax.kernels.grouped_matmul import hopper
 from helios_jax.kernels.grouped_matmul.hopper import block, weights
-from helios_jax.kernels.grouped_matmul.hopper.block import ROWS, Memory
+from helios_jax.kernels.grouped_matmul.hopper.block import ROWS, Buffers
 from helios_jax.kernels.grouped_matmul.hopper.work import descending, running_sum, work_list
 
 list_work = jax.jit(work_list, static_argnums=1)
@@ -64,10 +64,10 @@ def test_lowers_for_cuda_without_a_gpu(M, D, F):
 
 
 def one_view(rows, columns, out, full, empty):
-    """Memory whose views are all one reference: interpreted, a union's views share no bytes."""
+    """Buffers whose views are all one reference: interpreted, a union's views share no bytes."""
     if hasattr(rows, 'get_ref_aval'):  # what is to be allocated, not yet a reference
-        return Memory(rows, columns, out, full, empty)
-    return Memory((rows, rows), (columns, columns), (out, out, out), full, empty)
+        return Buffers(rows, columns, out, full, empty)
+    return Buffers((rows, rows), (columns, columns), (out, out, out), full, empty)
 
 
 def blank_rows(tile, first, last):
@@ -81,7 +81,7 @@ def interpreted(monkeypatch):
     if not hasattr(plgpu, 'force_gpu_interpret_mode'):
         pytest.skip('this jax does not interpret kernels for GPUs')
     monkeypatch.setattr(plgpu, 'RefUnion', lambda *views: views[0])
-    monkeypatch.setattr(block, 'Memory', one_view)
+    monkeypatch.setattr(block, 'Buffers', one_view)
     monkeypatch.setattr(block, 'MULTIPROCESSORS', 2)
     monkeypatch.setattr(weights, 'blank', blank_rows)
 

@@ -30,7 +30,7 @@ def columns_of(width: int) -> int:
     return 256 if width % 256 == 0 else 128
 
 
-class Memory(NamedTuple):
+class Buffers(NamedTuple):
     """Shared memory and barriers of a block.
 
     Operands and the result have several views of the same bytes. An operand of wgmma is `tiled`.
@@ -53,7 +53,7 @@ def launch(
     columns_box: tuple[int, int],
     columns: int,
 ) -> Any:
-    """Makes the function that runs body(*operands, out, Memory) on every multiprocessor."""
+    """Makes the function that runs body(*operands, out, Buffers) on every multiprocessor."""
     stages = 4 if columns == 256 else 6  # what fits into 227 KiB
 
     def smem(shape: tuple[int, ...], transforms: Any = ()) -> Any:
@@ -65,7 +65,7 @@ def launch(
         return plgpu.RefUnion(smem((stages, *box), TILED), other)
 
     chunks = (2, 2, HALF, CHUNK)
-    scratch = Memory(
+    scratch = Buffers(
         rows=ring(rows_box, untiled=rows_box[1] == DEPTH),
         columns=ring(columns_box, untiled=False),
         out=plgpu.RefUnion(smem(chunks, TILED), smem(chunks, UNTILED), smem(chunks)),
@@ -75,7 +75,7 @@ def launch(
     device = jax.devices()[0]
 
     def kernel(*references: Any, **memory: Any) -> None:
-        body(*references, Memory(**memory))
+        body(*references, Buffers(**memory))
 
     return plgpu.kernel(
         kernel,
@@ -94,7 +94,7 @@ class Ring(NamedTuple):
 
     rows: Any
     columns: Any
-    memory: Memory
+    memory: Buffers
 
     @property
     def num_slots(self) -> int:
@@ -190,7 +190,7 @@ def place(task: Array, tall: Any, wide: int) -> tuple[Array, Array]:
 
 
 class Kernel(NamedTuple):
-    """What the two kernels differ in."""
+    """Parts in which the two kernels differ."""
 
     num_tasks: Array
     describe: Any  # task → Numbers

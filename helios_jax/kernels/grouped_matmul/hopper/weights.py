@@ -13,8 +13,8 @@ from helios_jax.kernels.grouped_matmul.hopper.block import (
     GRAIN,
     HALF,
     ROWS,
+    Buffers,
     Kernel,
-    Memory,
     Numbers,
     Ring,
     columns_of,
@@ -23,7 +23,7 @@ from helios_jax.kernels.grouped_matmul.hopper.block import (
 
 
 def weight_products(
-    order: Any, starts: Any, sizes: Any, rows: Any, gradient: Any, out: Any, memory: Memory
+    order: Any, starts: Any, sizes: Any, rows: Any, gradient: Any, out: Any, memory: Buffers
 ) -> None:
     """Contracts rows [rows D] and gradient [rows F] of each group into tiles of out [E D F].
 
