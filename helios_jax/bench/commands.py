@@ -67,18 +67,31 @@ def attention_bench(argv: Sequence[str]) -> None:
 
 
 def moe_bench(argv: Sequence[str]) -> None:
-    """Compares grouped matmuls on a TPU, by their compiled schedules.
+    """Compares the products of mixtures of experts: on a TPU by their schedules, or on this GPU.
 
     helios bench moe --target=v5p --shapes=e8,e128
     """
     values = flags.FlagValues()
-    flags.DEFINE_string('target', 'v5p', 'v5e | v5p | v6e | tpu7x.', flag_values=values)
+    flags.DEFINE_string('target', 'v5p', 'v5e | v5p | v6e | tpu7x | gpu.', flag_values=values)
     text = 'Experts and sizes: e8, e128, e56.'
     flags.DEFINE_list('shapes', ['e8', 'e128', 'e56'], text, flag_values=values)
-    flags.DEFINE_list('implementations', [], 'Those to compile; none: all.', flag_values=values)
-    flags.DEFINE_integer('jobs', 1, 'Compilations at a time.', flag_values=values)
+    text = 'TPU: those to compile; none: all.'
+    flags.DEFINE_list('implementations', [], text, flag_values=values)
+    flags.DEFINE_integer('jobs', 1, 'TPU: compilations at a time.', flag_values=values)
+    flags.DEFINE_list('loads', ['even', 'skew'], 'GPU: rows of the experts.', flag_values=values)
+    text = 'GPU: layer, or the products multiply, transposed, gradient.'
+    flags.DEFINE_list('what', ['layer'], text, flag_values=values)
+    flags.DEFINE_bool('verify', False, 'GPU: our kernels against float64.', flag_values=values)
     flags.DEFINE_bool('json', False, 'JSON lines.', flag_values=values)
     options.parse(values, argv)
+    if values.target == 'gpu':
+        from helios_jax.bench.moe import gpu
+
+        if values.verify:
+            gpu.verify_all()
+        else:
+            gpu.measure_all(values.shapes, values.loads, values.what)
+        return
     os.environ['JAX_PLATFORMS'] = 'cpu'
     from helios_jax.bench.moe import compare
 

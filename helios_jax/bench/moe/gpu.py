@@ -1,7 +1,7 @@
 """Measures the grouped products on an NVIDIA GPU beside torch.nn.functional.grouped_mm.
 
-    python -m helios_jax.bench.moe_gpu --shapes=E8,E128,E56 --loads=even,skew --what=layer
-    python -m helios_jax.bench.moe_gpu --verify
+    helios bench moe --target=gpu --shapes=e8,e128,e56 --loads=even,skew --what=layer
+    helios bench moe --target=gpu --verify
 
 A layer is forward and backward of a SwiGLU over sorted rows: out, and the gradients of rows and
 weights. Ours computes gate and up as one product. Of torch's two forms, compiled, the faster is
@@ -12,7 +12,6 @@ rows that there are. Needs torch with CUDA, in one process with jax.
 Verification compares each expert's results with float64: error over a rounded exact product's.
 """
 
-import argparse
 import functools
 import json
 import os
@@ -27,11 +26,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from helios_jax.arch.grouped_matmul import ROWS
+from helios_jax.bench.moe.problem import SHAPES
+from helios_jax.errors import require
 from helios_jax.kernels.grouped_matmul import hopper
 
 SECONDS = 0.1  # of a window
 WINDOWS = 5
 LOADS = ('even', 'skew', 'hot', 'natural')
+WHAT = ('layer', 'multiply', 'transposed', 'gradient')
 
 
 class Layer(NamedTuple):
@@ -43,11 +46,7 @@ class Layer(NamedTuple):
     F: int
 
 
-SHAPES = {
-    'E8': Layer(32768, 8, 4096, 14336),
-    'E128': Layer(131072, 128, 2048, 768),
-    'E56': Layer(229376, 56, 4096, 2048),
-}
+LAYERS = {name: Layer(*sizes) for name, sizes in SHAPES.items()}
 
 
 class Timed(NamedTuple):
@@ -192,7 +191,7 @@ def take_turns(runs: dict[Any, Timed]) -> dict[Any, float]:
 
 def measure(name: str, what: str, loads: list[str]) -> None:
     """Prints a row for each load."""
-    shape = SHAPES[name]
+    shape = LAYERS[name]
     forms = {'ours': ours(shape, what, loads)}
     forms['torch'] = torchs(shape, what, loads, fused=True)
     if what == 'layer':
@@ -273,22 +272,39 @@ def verify(E: int, M: int, D: int, F: int) -> None:
     print(json.dumps({'E': E, 'M': M, 'D': D, 'F': F, 'worst': worst}), flush=True)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument('--shapes', default=','.join(SHAPES))
-    parser.add_argument('--loads', default='even,skew')
-    parser.add_argument('--what', default='layer', help='layer, multiply, transposed, gradient')
-    parser.add_argument('--verify', action='store_true')
-    values = parser.parse_args()
-    if values.verify:
-        for E in (1, 2, 5, 8, 56, 128):
-            verify(E, M=1111, D=384, F=512)
-        verify(3, M=77, D=256, F=384)
-        return
-    for name in values.shapes.split(','):
-        for what in values.what.split(','):
-            measure(name, what, values.loads.split(','))
+def verify_all() -> None:
+    """Runs `verify` for few and many experts, and rows that fill no tile.
+
+    Raises:
+      UserError: no Hopper GPU.
+    """
+    require_hopper()
+    for E in (1, 2, 5, 8, 56, 128):
+        verify(E, M=1111, D=384, F=512)
+    verify(3, M=77, D=256, F=384)
 
 
-if __name__ == '__main__':
-    main()
+def measure_all(shapes: list[str], loads: list[str], what: list[str]) -> None:
+    """Prints a row for each.
+
+    Raises:
+      UserError: no such shape, load or thing to measure; no Hopper GPU.
+    """
+    for flag, given, known in (
+        ('shapes', shapes, LAYERS), ('loads', loads, LOADS), ('what', what, WHAT),
+    ):  # fmt: skip
+        for name in given:
+            require(name in known, f'--{flag}={name}: there are {", ".join(known)}.')
+    require_hopper()
+    for name in shapes:
+        for one in what:
+            measure(name, one, loads)
+
+
+def require_hopper() -> None:
+    device = jax.devices()[0]
+    found = getattr(device, 'compute_capability', '')
+    require(
+        device.platform == 'gpu' and found == ROWS['hopper'].capability,
+        f'--target=gpu: the kernels need a Hopper GPU, and here is {device.device_kind}.',
+    )
