@@ -4,7 +4,7 @@ helios train --config=hydra_8x7b --workdir=gs://BUCKET/hydra_8x7b --config.data.
     --config.data.tokenizer=tokenizer.json
 helios plan --config=hydra_8x7b --topology=v5p:4x4x2 --compile   (memory, without a TPU)
 
-Compiled for 32 v5p chips: 16.3 GiB of state a chip, 25.2 GiB temporary, 34.3 GiB at the peak.
+State takes 16.3 GiB of each of 32 v5p chips.
 """
 
 import ml_collections
