@@ -84,4 +84,4 @@ def test_both_cores_of_v5p_are_busy(monkeypatch, product):
     made = task.Task('v5p', [{**SHAPE, 'load': 'even'}], product, task.OURS, options)
     [row] = process.run(task.compile_task, made._asdict())
     assert row['num_cores'] == 2
-    assert row['seconds'] < 1.25 * SMALL.floor_seconds(CHIPS['v5p'])['flops']
+    assert row['seconds'] < 1.5 * SMALL.floor_seconds(CHIPS['v5p'])['flops']
