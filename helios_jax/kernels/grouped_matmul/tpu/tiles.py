@@ -131,7 +131,7 @@ class Problem(NamedTuple):
         # of a tile, where a group ends in it; a quarter of the groups is taken to.
         fetch, tile = self.cost * usual, rows * each
         wait = fetch**2 / (2 * tile) if fetch < tile else fetch - tile / 2
-        return max(busy + groups * wait / 4, moved) + RATHER * moved
+        return max(busy, moved) + groups * wait / 4 + RATHER * moved
 
 
 @functools.cache
