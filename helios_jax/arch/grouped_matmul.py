@@ -9,7 +9,7 @@ from typing import NamedTuple
 from helios_jax.arch.attention import DTYPES
 
 
-class Row(NamedTuple):
+class Support(NamedTuple):
     platform: str = ''  # the only one that it runs on; '': any
     dtypes: tuple[str, ...] = DTYPES
     multiple: int = 1  # D and F must be multiples of it
@@ -38,13 +38,13 @@ class Row(NamedTuple):
 
 # In the order in which `auto` tries those of a platform.
 ROWS = {
-    'tpu': Row('tpu', ('bfloat16', 'float32')),
-    'hopper': Row('gpu', ('bfloat16',), multiple=128, capability='9.0'),
-    'reference': Row(dense=True),
+    'tpu': Support('tpu', ('bfloat16', 'float32')),
+    'hopper': Support('gpu', ('bfloat16',), multiple=128, capability='9.0'),
+    'reference': Support(dense=True),
 }
 
 
 def choose(platform: str, dtype: str, widths: tuple[int, ...], capability: str = '') -> str:
-    """The implementation that is taken; arguments are `Row.refusal`'s."""
+    """The implementation that is taken; arguments are `Support.refusal`'s."""
     fits = lambda row: not row.refusal(platform, dtype, widths, capability)
     return next(name for name, row in ROWS.items() if fits(row))

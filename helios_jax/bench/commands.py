@@ -67,7 +67,7 @@ def attention_bench(argv: Sequence[str]) -> None:
 
 
 def moe_bench(argv: Sequence[str]) -> None:
-    """Compares the products of mixtures of experts: on a TPU by their schedules, or on this GPU.
+    """Compares the products of experts: on a TPU by schedules, on this GPU by time.
 
     helios bench moe --target=v5p --shapes=e8,e128
     """

@@ -13,7 +13,6 @@ Verification compares each expert's results with float64: error over a rounded e
 """
 
 import functools
-import json
 import os
 import statistics
 import time
@@ -26,6 +25,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from helios_jax import options
 from helios_jax.arch.grouped_matmul import ROWS
 from helios_jax.bench.moe.problem import SHAPES
 from helios_jax.errors import require
@@ -206,7 +206,7 @@ def measure(name: str, what: str, loads: list[str]) -> None:
         row: dict[str, Any] = {'shape': name, 'what': what, 'load': load, 'tflops': rates}
         row |= {'ratio': round(rates['ours'] / peer, 3)}
         row |= {'of_even': round(rates['ours'] / rate(loads[0], 'ours'), 3)}
-        print(json.dumps(row), flush=True)
+        print(options.to_json(row), flush=True)
 
 
 def patterns(E: int, M: int) -> dict[str, np.ndarray]:
@@ -269,7 +269,7 @@ def verify(E: int, M: int, D: int, F: int) -> None:
                     ratio = error / plain if plain else (np.inf if error else 0)
                     assert ratio <= 2, f'{product}, {name}, expert {e} of {E}: {ratio}'
                     worst[product] = max(worst[product], float(ratio))
-    print(json.dumps({'E': E, 'M': M, 'D': D, 'F': F, 'worst': worst}), flush=True)
+    print(options.to_json({'E': E, 'M': M, 'D': D, 'F': F, 'worst': worst}), flush=True)
 
 
 def verify_all() -> None:

@@ -8,13 +8,12 @@ compiles with its own jax. Both programs are played as `helios plan --compile` p
 (peer.kernel_clock). Compiling takes 5 to 25 minutes a step on two cores.
 """
 
-import json
 from collections.abc import Sequence
 from typing import Any
 
 import jax
 
-from helios_jax import config, display
+from helios_jax import config, display, options
 from helios_jax.bench.tpu_step import peer
 from helios_jax.chips import GIB, topology
 from helios_jax.errors import require
@@ -38,12 +37,12 @@ def compare_steps(
         a step that its compiler refuses.
     """
     where = topology(name)
-    arguments = {}
+    arguments: dict[str, list[str]] = {}
     if python:
         for form in forms:
             require(form in peer.FORMS, f'--forms={form}: there are {", ".join(peer.FORMS)}.')
-            options = peer.options_of(form, where.chip.name)
-            arguments[form] = peer.settings(cfg, where.num_devices, options)
+            wanted = peer.options_of(form, where.chip.name)
+            arguments[form] = peer.settings(cfg, where.num_devices, wanted)
     found = compiled.compiled_figures(cfg, name, timed=True)
     rows = [
         row_of('helios', 'ours', found)
@@ -71,11 +70,11 @@ def peer_row(cfg: config.Config, name: str, python: str, form: str, arguments: l
     }
 
 
-def row_of(implementation: str, options: str, found: dict[str, Any]) -> Row:
+def row_of(implementation: str, form: str, found: dict[str, Any]) -> Row:
     by_kind = found['step_by_kind']
     return {
         'implementation': implementation,
-        'options': options,
+        'options': form,
         'cycles': found['cycles'],
         'step_seconds': found['step_seconds'],
         'step_mfu': found['step_mfu'],
@@ -89,7 +88,7 @@ def row_of(implementation: str, options: str, found: dict[str, Any]) -> Row:
 def report(row: Row, ours: Row, as_json: bool) -> None:
     """Prints a row; its ratio is our seconds divided by its own."""
     if as_json:
-        print(json.dumps(row), flush=True)
+        print(options.to_json(row), flush=True)
         return
     title = f'{row["implementation"]}, options: {row["options"]}'
     least = 'more than ' if row['left_out'] else ''

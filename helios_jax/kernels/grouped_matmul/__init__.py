@@ -16,16 +16,16 @@ import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Float, Int
 
-from helios_jax.arch.grouped_matmul import ROWS, Row
+from helios_jax.arch.grouped_matmul import ROWS, Support
 from helios_jax.kernels.grouped_matmul import hopper, reference, tpu
 
-__all__ = ['IMPLEMENTATIONS', 'Implementation', 'check', 'choose', 'grouped_matmul']
+__all__ = ['IMPLEMENTATIONS', 'Products', 'check', 'choose', 'grouped_matmul']
 
 
-class Implementation(NamedTuple):
+class Products(NamedTuple):
     """One way to compute the products; kernels/grouped_matmul/reference.py says what they are."""
 
-    row: Row
+    row: Support
     multiply: Callable[..., Array]  # (rows, weights, group_sizes, *, transposed=False)
     weight_gradient: Callable[..., Array]  # (rows, gradient, group_sizes)
     # Raises NotImplementedError, saying why, if sizes of (x, weights) are too large for a product.
@@ -41,9 +41,9 @@ class Implementation(NamedTuple):
 
 
 IMPLEMENTATIONS = {
-    'tpu': Implementation(ROWS['tpu'], tpu.multiply, tpu.weight_gradient, tpu.able),
-    'hopper': Implementation(ROWS['hopper'], hopper.multiply, hopper.weight_gradient),
-    'reference': Implementation(ROWS['reference'], reference.multiply, reference.weight_gradient),
+    'tpu': Products(ROWS['tpu'], tpu.multiply, tpu.weight_gradient, tpu.able),
+    'hopper': Products(ROWS['hopper'], hopper.multiply, hopper.weight_gradient),
+    'reference': Products(ROWS['reference'], reference.multiply, reference.weight_gradient),
 }
 
 
