@@ -6,18 +6,18 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from helios_jax.bench.moe.problem import ROWS, WEIGHTS, Candidate, Problem
+from helios_jax.bench.moe.problem import ROWS, WEIGHTS, GroupedCandidate, GroupedProblem
 from helios_jax.chips import CHIPS
 from helios_jax.kernels.grouped_matmul import tpu
 from helios_jax.kernels.grouped_matmul.tpu import gradient_kernel, multiply_kernel, tiles, work
 from helios_jax.kernels.grouped_matmul.tpu.tiles import GradientTiles, MultiplyTiles
-from helios_jax.kernels.grouped_matmul.tpu.work import Work
+from helios_jax.kernels.grouped_matmul.tpu.work import GroupWork
 from helios_jax.plan.compiler.timing import HALF, changes, tally
 
 Options = dict[str, Any]
 
 
-def variants(problem: Problem, product: str, target: str) -> list[Options]:
+def variants(problem: GroupedProblem, product: str, target: str) -> list[Options]:
     """Lists the tiles that the kernels take, alone."""
     M, E, D, F = problem.num_rows, problem.experts, problem.embed_dim, problem.expert_dim
     if product == WEIGHTS:
@@ -26,7 +26,9 @@ def variants(problem: Problem, product: str, target: str) -> list[Options]:
     return [{'tiles': tiles.for_multiply(target, M, depth, width, E, HALF, product == ROWS)}]
 
 
-def candidate(problem: Problem, product: str, options: Options, target: str) -> Candidate:
+def candidate(
+    problem: GroupedProblem, product: str, options: Options, target: str
+) -> GroupedCandidate:
     """Makes a product of ours with the tiles of the options."""
     cores = CHIPS[target].num_cores
     # JSON makes lists of tuples.
@@ -37,8 +39,8 @@ def candidate(problem: Problem, product: str, options: Options, target: str) -> 
 
 
 def multiply_candidate(
-    problem: Problem, product: str, chosen: MultiplyTiles, num_cores: int
-) -> Candidate:
+    problem: GroupedProblem, product: str, chosen: MultiplyTiles, num_cores: int
+) -> GroupedCandidate:
     """Makes a product by weights; counts for the core with the most blocks of columns."""
 
     def function(x: Any, weights: Any, sizes: Any) -> Any:
@@ -54,10 +56,12 @@ def multiply_candidate(
     moved = changes(tile) * chosen.rows * (depth + chosen.columns)
     moved = moved + shared(group, end - begin) * depth * chosen.columns
     visits = tally(runs, HALF * moved, in_turns(width // chosen.columns, num_cores))
-    return Candidate(function, multiply_kernel.NAME, visits)
+    return GroupedCandidate(function, multiply_kernel.NAME, visits)
 
 
-def gradient_candidate(problem: Problem, chosen: GradientTiles, num_cores: int) -> Candidate:
+def gradient_candidate(
+    problem: GroupedProblem, chosen: GradientTiles, num_cores: int
+) -> GroupedCandidate:
     """Makes the gradient of the weights; counts for the core with the most blocks."""
 
     def function(x: Any, gradient: Any, sizes: Any) -> Any:
@@ -71,10 +75,10 @@ def gradient_candidate(problem: Problem, chosen: GradientTiles, num_cores: int) 
     moved = moved + shared(group, np.maximum(end - begin, 1)) * chosen.height * chosen.width
     blocks = -(-problem.embed_dim // chosen.height) * -(-problem.expert_dim // chosen.width)
     visits = tally(runs, HALF * moved, in_turns(blocks, num_cores))
-    return Candidate(function, gradient_kernel.NAME, visits)
+    return GroupedCandidate(function, gradient_kernel.NAME, visits)
 
 
-def arrays(listed: Work) -> Iterator[np.ndarray]:
+def arrays(listed: GroupWork) -> Iterator[np.ndarray]:
     """Yields the fields of the items that are run."""
     return (np.asarray(field)[: int(listed.length)] for field in listed.items)
 

@@ -18,10 +18,10 @@ from jaxtyping import Float, Int
 
 from helios_jax.kernels.grouped_matmul import reference, tpu
 
-__all__ = ['IMPLEMENTATIONS', 'Implementation', 'check', 'choose', 'grouped_matmul']
+__all__ = ['IMPLEMENTATIONS', 'GroupedMatmul', 'check', 'choose', 'grouped_matmul']
 
 
-class Implementation(NamedTuple):
+class GroupedMatmul(NamedTuple):
     """One way to compute the products; kernels/grouped_matmul/reference.py says what they are."""
 
     platform: str  # the only one that it runs on; '': any
@@ -33,8 +33,8 @@ class Implementation(NamedTuple):
 
 # In the order in which `auto` tries those of a platform.
 IMPLEMENTATIONS = {
-    'tpu': Implementation('tpu', tpu.multiply, tpu.weight_gradient, tpu.able),
-    'reference': Implementation('', reference.multiply, reference.weight_gradient),
+    'tpu': GroupedMatmul('tpu', tpu.multiply, tpu.weight_gradient, tpu.able),
+    'reference': GroupedMatmul('', reference.multiply, reference.weight_gradient),
 }
 
 

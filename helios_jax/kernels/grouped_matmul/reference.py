@@ -25,7 +25,7 @@ def multiply(
 def weight_gradient(
     rows: Float[Array, 'M D'], gradient: Float[Array, 'M F'], group_sizes: Int[Array, 'E']
 ) -> Float[Array, 'E D F']:
-    """For each group the transpose of its rows times its rows of `gradient`; zeros without any."""
+    """Transpose of each group's rows times its rows of `gradient`; zeros for an empty group."""
     return ragged(rows, gradient, group_sizes, (((0,), (0,)), ((), ())), [])
 
 
