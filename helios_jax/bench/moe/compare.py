@@ -21,8 +21,8 @@ from collections import defaultdict
 import jax
 
 from helios_jax import options
-from helios_jax.bench.moe.problem import LOADS, PRODUCTS, SHAPES, ExpertProblem
-from helios_jax.bench.moe.task import IMPLEMENTATIONS, OURS, ProductTask, Row, run
+from helios_jax.bench.moe.problem import LOADS, PRODUCTS, SHAPES, GroupedProblem
+from helios_jax.bench.moe.task import IMPLEMENTATIONS, OURS, GroupedTask, Row, run
 from helios_jax.errors import require
 from helios_jax.plan.compiler.timing import CHIPS
 
@@ -44,14 +44,14 @@ def compare_products(
         known = ', '.join(IMPLEMENTATIONS)
         require(name in IMPLEMENTATIONS, f'--implementations={name}: there are {known}.')
     for shape in shapes:
-        problems = [ExpertProblem(*SHAPES[shape], load=load) for load in LOADS]
+        problems = [GroupedProblem(*SHAPES[shape], load=load) for load in LOADS]
         if not as_json:
             print(f'{target} {describe_problem(problems[0])}')
         for product in PRODUCTS:
             tasks = [
-                ProductTask(target, list(map(dataclasses.asdict, problems)), product, name, options)
+                GroupedTask(target, list(map(dataclasses.asdict, problems)), product, name, tried)
                 for name in names or IMPLEMENTATIONS
-                for options in IMPLEMENTATIONS[name].variants(problems[0], product, target)
+                for tried in IMPLEMENTATIONS[name].variants(problems[0], product, target)
             ]
             for row in fastest(row for rows in run(tasks, jobs) for row in rows):
                 print(options.to_json(row) if as_json else describe(row), flush=True)
@@ -67,7 +67,7 @@ def fastest(rows) -> list[Row]:
             kept[row['problem']['load'], row['implementation']].append(row)
     found = {key: min(some, key=lambda row: row['seconds']) for key, some in kept.items()}
     for (load, _), row in found.items():
-        floor = ExpertProblem(**row['problem']).floor_seconds(CHIPS[row['target']])
+        floor = GroupedProblem(**row['problem']).floor_seconds(CHIPS[row['target']])
         row |= {'jax': jax.__version__, 'floor_seconds': floor}
         row['share_of_dense'] = floor['flops'] / row['seconds']
         if ours := found.get((load, OURS)):
@@ -75,7 +75,7 @@ def fastest(rows) -> list[Row]:
     return sorted(found.values(), key=lambda row: LOADS.index(row['problem']['load']))
 
 
-def describe_problem(problem: ExpertProblem) -> str:
+def describe_problem(problem: GroupedProblem) -> str:
     M, E, D, F = dataclasses.astuple(problem)[:4]
     return f'E {E}, D {D}, F {F}, M {M}: {M // E} rows an expert, bfloat16'
 
@@ -84,7 +84,7 @@ def describe(row: Row) -> str:
     """Writes a row as two lines of text."""
     floor = row['floor_seconds']
     ratio = f' {row["times_ours"]:.2f} × {OURS}' if row['implementation'] != OURS else ''
-    options = ' '.join(f'{name}={value}' for name, value in row['options'].items())
+    tiles = ' '.join(f'{name}={value}' for name, value in row['options'].items())
     bodies = ', '.join(f'{name} {cycles}' for name, cycles in row['bodies'].items())
     return (
         f'  {row["product"]:7} {row["problem"]["load"]:6} {row["implementation"]:8} '
@@ -94,5 +94,5 @@ def describe(row: Row) -> str:
         f'    {row["grid_steps"]:,.0f} steps of {row["every_step"]} cycles + {bodies}; '
         f'{row["num_cores"]} core(s), waiting {row["waiting"] / row["cycles"]:.0%}, HBM '
         f'{row["hbm_bytes"] / 1e9:.2f} GB, VMEM {row["vmem_mib"]:.1f} MiB, around '
-        f'{1e6 * row["around_seconds"]:.0f} µs  ({options})'
+        f'{1e6 * row["around_seconds"]:.0f} µs  ({tiles})'
     )

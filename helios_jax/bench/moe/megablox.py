@@ -7,7 +7,7 @@ import numpy as np
 from jax.experimental.pallas.ops.tpu.megablox.gmm import gmm, make_group_metadata, tgmm
 
 from helios_jax.bench.moe.ours import in_turns
-from helios_jax.bench.moe.problem import ROWS, WEIGHTS, ExpertProblem, ProductCandidate
+from helios_jax.bench.moe.problem import ROWS, WEIGHTS, GroupedCandidate, GroupedProblem
 from helios_jax.chips import CHIPS
 from helios_jax.plan.compiler.timing import HALF, Visits, changes, tally
 
@@ -17,7 +17,7 @@ Options = dict[str, Any]
 TILINGS = ((512, 1024, 1024), (512, 2048, 1024), (512, 2048, 384))
 
 
-def variants(problem: ExpertProblem, product: str, target: str) -> list[Options]:
+def variants(problem: GroupedProblem, product: str, target: str) -> list[Options]:
     """Lists tilings, none larger than the problem, with as much VMEM as there is."""
     height, width = problem.embed_dim, problem.expert_dim
     if product == ROWS:
@@ -28,20 +28,20 @@ def variants(problem: ExpertProblem, product: str, target: str) -> list[Options]
 
 
 def candidate(
-    problem: ExpertProblem, product: str, options: Options, target: str
-) -> ProductCandidate:
+    problem: GroupedProblem, product: str, options: Options, target: str
+) -> GroupedCandidate:
     """Makes a product of megablox with a tiling of `variants`."""
     tiling, cores = tuple(options['tiling']), CHIPS[target].num_cores
     if product == WEIGHTS:
         gradient = lambda x, y, sizes: tgmm(x.T, y, sizes, jnp.bfloat16, tiling)
-        return ProductCandidate(gradient, 'tgmm', gradient_visits(problem, tiling, cores))
+        return GroupedCandidate(gradient, 'tgmm', gradient_visits(problem, tiling, cores))
     multiply = lambda x, w, sizes: gmm(
         x, w, sizes, jnp.bfloat16, tiling, transpose_rhs=product == ROWS
     )
-    return ProductCandidate(multiply, 'gmm', multiply_visits(problem, product, tiling, cores))
+    return GroupedCandidate(multiply, 'gmm', multiply_visits(problem, product, tiling, cores))
 
 
-def listed(problem: ExpertProblem, rows: int, empty: bool) -> tuple[np.ndarray, np.ndarray]:
+def listed(problem: GroupedProblem, rows: int, empty: bool) -> tuple[np.ndarray, np.ndarray]:
     """Group and tile of each grid step, as megablox lists them."""
     (_, groups, tiles), count = make_group_metadata(
         group_sizes=jnp.asarray(problem.group_sizes),
@@ -54,7 +54,7 @@ def listed(problem: ExpertProblem, rows: int, empty: bool) -> tuple[np.ndarray, 
     return np.asarray(groups)[: int(count)], np.asarray(tiles)[: int(count)]
 
 
-def multiply_visits(problem: ExpertProblem, product: str, tiling: tuple, num_cores: int) -> Visits:
+def multiply_visits(problem: GroupedProblem, product: str, tiling: tuple, num_cores: int) -> Visits:
     """Counts what the kernel runs and copies: blocks of the contraction turn fastest."""
     rows, k, n = tiling
     depth, width = problem.embed_dim, problem.expert_dim
@@ -70,7 +70,7 @@ def multiply_visits(problem: ExpertProblem, product: str, tiling: tuple, num_cor
     return tally(runs, HALF * moved, in_turns(-(-width // n), num_cores))
 
 
-def gradient_visits(problem: ExpertProblem, tiling: tuple, num_cores: int) -> Visits:
+def gradient_visits(problem: GroupedProblem, tiling: tuple, num_cores: int) -> Visits:
     """Counts what the kernel runs and copies; cores share blocks along F."""
     rows, k, n = tiling
     groups, tiles = listed(problem, rows, True)

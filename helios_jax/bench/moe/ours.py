@@ -6,18 +6,18 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from helios_jax.bench.moe.problem import ROWS, WEIGHTS, ExpertProblem, ProductCandidate
+from helios_jax.bench.moe.problem import ROWS, WEIGHTS, GroupedCandidate, GroupedProblem
 from helios_jax.chips import CHIPS
 from helios_jax.kernels.grouped_matmul import tpu
 from helios_jax.kernels.grouped_matmul.tpu import gradient_kernel, multiply_kernel, tiles, work
 from helios_jax.kernels.grouped_matmul.tpu.tiles import GradientTiles, MultiplyTiles
-from helios_jax.kernels.grouped_matmul.tpu.work import TileWork
+from helios_jax.kernels.grouped_matmul.tpu.work import GroupWork
 from helios_jax.plan.compiler.timing import HALF, changes, tally
 
 Options = dict[str, Any]
 
 
-def variants(problem: ExpertProblem, product: str, target: str) -> list[Options]:
+def variants(problem: GroupedProblem, product: str, target: str) -> list[Options]:
     """Lists the tiles that the kernels take, alone."""
     M, E, D, F = problem.num_rows, problem.experts, problem.embed_dim, problem.expert_dim
     if product == WEIGHTS:
@@ -27,8 +27,8 @@ def variants(problem: ExpertProblem, product: str, target: str) -> list[Options]
 
 
 def candidate(
-    problem: ExpertProblem, product: str, options: Options, target: str
-) -> ProductCandidate:
+    problem: GroupedProblem, product: str, options: Options, target: str
+) -> GroupedCandidate:
     """Makes a product of ours with the tiles of the options."""
     cores = CHIPS[target].num_cores
     # JSON makes lists of tuples.
@@ -39,8 +39,8 @@ def candidate(
 
 
 def multiply_candidate(
-    problem: ExpertProblem, product: str, chosen: MultiplyTiles, num_cores: int
-) -> ProductCandidate:
+    problem: GroupedProblem, product: str, chosen: MultiplyTiles, num_cores: int
+) -> GroupedCandidate:
     """Makes a product by weights; counts for the core with the most blocks of columns."""
 
     def function(x: Any, weights: Any, sizes: Any) -> Any:
@@ -56,12 +56,12 @@ def multiply_candidate(
     moved = changes(tile) * chosen.rows * (depth + chosen.columns)
     moved = moved + shared(group, end - begin) * depth * chosen.columns
     visits = tally(runs, HALF * moved, in_turns(width // chosen.columns, num_cores))
-    return ProductCandidate(function, multiply_kernel.NAME, visits)
+    return GroupedCandidate(function, multiply_kernel.NAME, visits)
 
 
 def gradient_candidate(
-    problem: ExpertProblem, chosen: GradientTiles, num_cores: int
-) -> ProductCandidate:
+    problem: GroupedProblem, chosen: GradientTiles, num_cores: int
+) -> GroupedCandidate:
     """Makes the gradient of the weights; counts for the core with the most blocks."""
 
     def function(x: Any, gradient: Any, sizes: Any) -> Any:
@@ -75,10 +75,10 @@ def gradient_candidate(
     moved = moved + shared(group, np.maximum(end - begin, 1)) * chosen.height * chosen.width
     blocks = -(-problem.embed_dim // chosen.height) * -(-problem.expert_dim // chosen.width)
     visits = tally(runs, HALF * moved, in_turns(blocks, num_cores))
-    return ProductCandidate(function, gradient_kernel.NAME, visits)
+    return GroupedCandidate(function, gradient_kernel.NAME, visits)
 
 
-def arrays(listed: TileWork) -> Iterator[np.ndarray]:
+def arrays(listed: GroupWork) -> Iterator[np.ndarray]:
     """Yields the fields of the items that are run."""
     return (np.asarray(field)[: int(listed.length)] for field in listed.items)
 

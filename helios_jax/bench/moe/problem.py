@@ -21,7 +21,7 @@ SHAPES = {
 
 
 @dataclasses.dataclass(frozen=True)
-class ExpertProblem:
+class GroupedProblem:
     """Gate or up projection of one layer: M rows [D] times weights [E D F], in bfloat16."""
 
     num_rows: int
@@ -70,9 +70,9 @@ class ExpertProblem:
         }
 
 
-class ProductCandidate(NamedTuple):
+class GroupedCandidate(NamedTuple):
     """A way to compute a product, and how often the regions of its kernel run."""
 
-    function: Any  # of ExpertProblem.arguments
+    function: Any  # of GroupedProblem.arguments
     kernel: str  # what the kernel's name contains
     visits: Visits

@@ -8,28 +8,28 @@ import jax
 
 from helios_jax import process
 from helios_jax.bench.moe import megablox, ours
-from helios_jax.bench.moe.problem import ExpertProblem, ProductCandidate
+from helios_jax.bench.moe.problem import GroupedCandidate, GroupedProblem
 from helios_jax.errors import UserError
 from helios_jax.plan.compiler import alone, timing
 
 Row = dict[str, Any]
 
 
-class ProductCandidates(NamedTuple):
-    """Candidates of one implementation: options worth a try, and a function that applies one."""
+class GroupedCandidates(NamedTuple):
+    """Candidates of one implementation: options worth a try, and what applies one."""
 
-    variants: Callable[[ExpertProblem, str, str], list[dict[str, Any]]]  # of a product on a target
-    candidate: Callable[[ExpertProblem, str, dict[str, Any], str], ProductCandidate]
+    variants: Callable[[GroupedProblem, str, str], list[dict[str, Any]]]  # of a product on a target
+    candidate: Callable[[GroupedProblem, str, dict[str, Any], str], GroupedCandidate]
 
 
 OURS = 'helios'
 IMPLEMENTATIONS = {
-    OURS: ProductCandidates(ours.variants, ours.candidate),
-    'megablox': ProductCandidates(megablox.variants, megablox.candidate),
+    OURS: GroupedCandidates(ours.variants, ours.candidate),
+    'megablox': GroupedCandidates(megablox.variants, megablox.candidate),
 }
 
 
-class ProductTask(NamedTuple):
+class GroupedTask(NamedTuple):
     """One compilation of a product for a TPU, timed for problems that differ in their loads."""
 
     target: str
@@ -45,8 +45,8 @@ def compile_task(fields: dict[str, Any]) -> list[Row]:
     Returns:
       A row for each problem: the task, and what came of it or why the compiler refused it.
     """
-    task = ProductTask(**fields)
-    chip, problems = timing.CHIPS[task.target], [ExpertProblem(**p) for p in task.problems]
+    task = GroupedTask(**fields)
+    chip, problems = timing.CHIPS[task.target], [GroupedProblem(**p) for p in task.problems]
     make = IMPLEMENTATIONS[task.implementation].candidate
     candidates = [make(p, task.product, task.options, task.target) for p in problems]
     rows: list[Row] = [
@@ -84,7 +84,7 @@ def compile_task(fields: dict[str, Any]) -> list[Row]:
     ]
 
 
-def run(tasks: Iterable[ProductTask], jobs: int) -> Iterator[list[Row]]:
+def run(tasks: Iterable[GroupedTask], jobs: int) -> Iterator[list[Row]]:
     """Yields the rows of the tasks in their order, `jobs` processes at a time."""
     with concurrent.futures.ThreadPoolExecutor(jobs) as pool:
         yield from pool.map(lambda task: process.run(compile_task, task._asdict()), tasks)

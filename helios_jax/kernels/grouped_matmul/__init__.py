@@ -19,10 +19,10 @@ from jaxtyping import Float, Int
 from helios_jax.arch.grouped_matmul import ROWS, Support
 from helios_jax.kernels.grouped_matmul import hopper, reference, tpu
 
-__all__ = ['IMPLEMENTATIONS', 'Products', 'check', 'choose', 'grouped_matmul']
+__all__ = ['IMPLEMENTATIONS', 'GroupedMatmul', 'check', 'choose', 'grouped_matmul']
 
 
-class Products(NamedTuple):
+class GroupedMatmul(NamedTuple):
     """One way to compute the products; kernels/grouped_matmul/reference.py says what they are."""
 
     row: Support
@@ -41,9 +41,9 @@ class Products(NamedTuple):
 
 
 IMPLEMENTATIONS = {
-    'tpu': Products(ROWS['tpu'], tpu.multiply, tpu.weight_gradient, tpu.able),
-    'hopper': Products(ROWS['hopper'], hopper.multiply, hopper.weight_gradient),
-    'reference': Products(ROWS['reference'], reference.multiply, reference.weight_gradient),
+    'tpu': GroupedMatmul(ROWS['tpu'], tpu.multiply, tpu.weight_gradient, tpu.able),
+    'hopper': GroupedMatmul(ROWS['hopper'], hopper.multiply, hopper.weight_gradient),
+    'reference': GroupedMatmul(ROWS['reference'], reference.multiply, reference.weight_gradient),
 }
 
 

@@ -5,17 +5,17 @@ import pytest
 
 from helios_jax import process
 from helios_jax.bench.moe import compare, megablox, ours, task
-from helios_jax.bench.moe.problem import LOADS, PRODUCTS, SHAPES, WEIGHTS, ExpertProblem
+from helios_jax.bench.moe.problem import LOADS, PRODUCTS, SHAPES, WEIGHTS, GroupedProblem
 from helios_jax.chips import CHIPS
 from helios_jax.errors import UserError
 
-SMALL = ExpertProblem(num_rows=4096, experts=4, embed_dim=512, expert_dim=1024)
+SMALL = GroupedProblem(num_rows=4096, experts=4, embed_dim=512, expert_dim=1024)
 
 
 @pytest.mark.parametrize('load', LOADS)
 @pytest.mark.parametrize('shape', SHAPES)
 def test_all_rows_have_an_expert(shape, load):
-    problem = ExpertProblem(*SHAPES[shape], load=load)
+    problem = GroupedProblem(*SHAPES[shape], load=load)
     sizes = problem.group_sizes
     assert sizes.sum() == problem.num_rows
     ratio = sizes.max() / sizes.min()
@@ -81,7 +81,7 @@ def test_both_cores_of_v5p_are_busy(monkeypatch, product):
     pytest.importorskip('libtpu')
     monkeypatch.setenv('JAX_PLATFORMS', 'cpu')  # as the command does: libtpu reads flags but once
     [options] = ours.variants(SMALL, product, 'v5p')
-    made = task.ProductTask('v5p', [{**SHAPE, 'load': 'even'}], product, task.OURS, options)
+    made = task.GroupedTask('v5p', [{**SHAPE, 'load': 'even'}], product, task.OURS, options)
     [row] = process.run(task.compile_task, made._asdict())
     assert row['num_cores'] == 2
     assert row['seconds'] < 1.5 * SMALL.floor_seconds(CHIPS['v5p'])['flops']

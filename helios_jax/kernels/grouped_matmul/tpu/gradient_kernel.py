@@ -16,7 +16,7 @@ from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Float
 
 from helios_jax.kernels.grouped_matmul.tpu.tiles import GradientTiles
-from helios_jax.kernels.grouped_matmul.tpu.work import TileItems, TileWork, walk
+from helios_jax.kernels.grouped_matmul.tpu.work import GroupItems, GroupWork, walk
 
 NAME = 'helios_grouped_weight_gradient'
 Ref = Any
@@ -25,7 +25,7 @@ Ref = Any
 def weight_gradient(
     rows: Float[Array, 'M D'],
     gradient: Float[Array, 'M F'],
-    work: TileWork,
+    work: GroupWork,
     *,
     num_groups: int,
     tiles: GradientTiles,
@@ -68,7 +68,7 @@ def weight_gradient(
 
 
 def kernel(
-    tiles: GradientTiles, items: TileItems, rows: Ref, gradient: Ref, out: Ref, sums: Ref
+    tiles: GradientTiles, items: GroupItems, rows: Ref, gradient: Ref, out: Ref, sums: Ref
 ) -> None:
     """Runs one item for one block of the result."""
     item = pl.program_id(1)

@@ -17,7 +17,7 @@ from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Float
 
 from helios_jax.kernels.grouped_matmul.tpu.tiles import MultiplyTiles
-from helios_jax.kernels.grouped_matmul.tpu.work import TileItems, TileWork, Turns, walk
+from helios_jax.kernels.grouped_matmul.tpu.work import GroupItems, GroupWork, Turns, walk
 
 NAME = 'helios_grouped_multiply'
 Ref = Any
@@ -26,7 +26,7 @@ Ref = Any
 def multiply(
     rows: Float[Array, 'M C'],
     weights: Float[Array, 'E D F'],
-    work: TileWork,
+    work: GroupWork,
     turns: Turns,
     *,
     transposed: bool,
@@ -74,7 +74,7 @@ def multiply(
 def kernel(
     tiles: MultiplyTiles,
     transposed: bool,
-    items: TileItems,
+    items: GroupItems,
     turns: Turns,
     rows: Ref,
     weights: Ref,
@@ -133,7 +133,7 @@ def kernel(
 def fetched(
     tiles: MultiplyTiles,
     transposed: bool,
-    items: TileItems,
+    items: GroupItems,
     turns: Turns,
     weights: Ref,
     held: Ref,

@@ -20,7 +20,7 @@ LONGEST = 8192  # cycles of one product's code: longer code takes longer to comp
 SLACK = 4 * MIB  # VMEM for the values of a product in progress
 
 
-class Timings(NamedTuple):
+class Generation(NamedTuple):
     """Properties of a generation's products."""
 
     side: int  # of an MXU
@@ -33,9 +33,9 @@ class Timings(NamedTuple):
     transposing: int  # the same where an operand is transposed before
 
 
-V5 = Timings(128, (512, 256, 128, 64), (512, 256, 128, 64), (512, 256, 128), 180, 420)
-V6 = Timings(256, (1024, 512, 256, 128), (1024, 512, 256), (1024, 512, 256), 320, 420)
-TIMINGS = {'v5e': V5, 'v5p': V5, 'v6e': V6, 'tpu7x': V6}
+V5 = Generation(128, (512, 256, 128, 64), (512, 256, 128, 64), (512, 256, 128), 180, 420)
+V6 = Generation(256, (1024, 512, 256, 128), (1024, 512, 256), (1024, 512, 256), 320, 420)
+SETUPS = {'v5e': V5, 'v5p': V5, 'v6e': V6, 'tpu7x': V6}
 
 
 class MultiplyTiles(NamedTuple):
@@ -54,7 +54,7 @@ class GradientTiles(NamedTuple):
     steps: tuple[int, ...]  # part of the height that a product of each size makes
 
 
-class ProductSizes(NamedTuple):
+class Operands(NamedTuple):
     """Sizes of the operands, and the chip."""
 
     generation: str
@@ -67,8 +67,8 @@ class ProductSizes(NamedTuple):
         return CHIPS[self.generation]
 
     @property
-    def setup(self) -> Timings:
-        return TIMINGS[self.generation]
+    def setup(self) -> Generation:
+        return SETUPS[self.generation]
 
     @property
     def speed(self) -> float:
@@ -149,7 +149,7 @@ def for_multiply(
     Raises:
       NotImplementedError: not even the smallest fit in VMEM.
     """
-    at = ProductSizes(generation, num_rows, num_groups, itemsize)
+    at = Operands(generation, num_rows, num_groups, itemsize)
     setup, long = at.setup, up(depth, LANES)
     sizes = setup.transposed if transposed else setup.plain
 
@@ -182,7 +182,7 @@ def for_gradient(
     Raises:
       NotImplementedError: not even the smallest fit in VMEM.
     """
-    at = ProductSizes(generation, num_rows, num_groups, itemsize)
+    at = Operands(generation, num_rows, num_groups, itemsize)
     setup = at.setup
 
     def cycles(tile: tuple[int, int, int]) -> float:

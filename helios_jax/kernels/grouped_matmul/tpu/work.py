@@ -19,8 +19,8 @@ from jaxtyping import Int
 ALIGNED = 16  # rows that share registers: a slice of a tile begins at a multiple
 
 
-class TileItems(NamedTuple):
-    """Work items, in the order of the rows; those from `TileWork.length` on are not run."""
+class GroupItems(NamedTuple):
+    """GroupWork items, in the order of the rows; those from `GroupWork.length` on are not run."""
 
     group: Int[Array, 'W']
     tile: Int[Array, 'W']
@@ -28,8 +28,8 @@ class TileItems(NamedTuple):
     end: Int[Array, 'W']  # row after its last; `begin` where it has none
 
 
-class TileWork(NamedTuple):
-    items: TileItems
+class GroupWork(NamedTuple):
+    items: GroupItems
     length: Int[Array, '']  # number of items
 
 
@@ -56,7 +56,7 @@ def turns(group_sizes: Int[Array, 'E'], num_rows: int) -> Turns:
     return Turns(so_far - some, after, so_far[-1:])
 
 
-def of_tiles(group_sizes: Int[Array, 'E'], num_rows: int, tile: int) -> TileWork:
+def of_tiles(group_sizes: Int[Array, 'E'], num_rows: int, tile: int) -> GroupWork:
     """Lists the items of a product by rows: every tile has one at least.
 
     A tile of rows of no group alone has one item without rows.
@@ -73,7 +73,7 @@ def of_tiles(group_sizes: Int[Array, 'E'], num_rows: int, tile: int) -> TileWork
     return work._replace(items=work.items._replace(group=group))
 
 
-def of_groups(group_sizes: Int[Array, 'E'], num_rows: int, tile: int) -> TileWork:
+def of_groups(group_sizes: Int[Array, 'E'], num_rows: int, tile: int) -> GroupWork:
     """Lists the items of a contraction over each group's rows: every group has one at least."""
     starts, ends = spans(group_sizes, num_rows)
     total = -(-num_rows // tile)
@@ -96,7 +96,7 @@ def covered(starts: Array, ends: Array, tile: int) -> Array:
 
 def listed(
     starts: Array, ends: Array, first: Array, tiles: Array, tile: int, longest: int
-) -> TileWork:
+) -> GroupWork:
     """Lists `tiles` items for each group, from tile `first` on."""
     last = jnp.cumsum(tiles)
     index = jnp.minimum(jnp.arange(longest, dtype=jnp.int32), last[-1] - 1)[:, None]
@@ -106,13 +106,13 @@ def listed(
     at = pick(first - (last - tiles)) + index[:, 0]
     inside = lambda x: jnp.clip(pick(x) - at * tile, 0, tile)
     begin = inside(starts)
-    items = TileItems(
+    items = GroupItems(
         group=pick(jnp.arange(len(tiles), dtype=jnp.int32)),
         tile=at,
         begin=begin,
         end=jnp.maximum(inside(ends), begin),
     )
-    return TileWork(items, last[-1])
+    return GroupWork(items, last[-1])
 
 
 def count_units(begin: Any, end: Any, unit: int) -> Any:
