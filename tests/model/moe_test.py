@@ -23,7 +23,7 @@ CASES = {
     'roomy': {'capacity_factor': 4.0},
     'tight_shared_sigmoid': {'capacity_factor': 0.5, 'num_shared_experts': 1, 'scores': 'sigmoid'},
 }
-SLOW = ('softmax', 'sigmoid', 'top_one_sigmoid', 'all', 'roomy')
+SLOW = ('softmax', 'sigmoid', 'top_one_sigmoid', 'all', 'roomy', 'shared')
 
 
 def model(**changes):
