@@ -119,8 +119,9 @@ def check_errors(found, x, weights, gradient, sizes):
 def cases():
     for name in SIZES:
         for dtype in ('bfloat16', 'float32'):
-            slow = () if (name in QUICK and dtype == 'bfloat16') else pytest.mark.slow
-            yield pytest.param(name, dtype, marks=slow, id=f'{name}-{dtype}')
+            num_hard = (name not in QUICK) + (dtype == 'float32')
+            mark = ((), pytest.mark.slow, pytest.mark.long)[num_hard]
+            yield pytest.param(name, dtype, marks=mark, id=f'{name}-{dtype}')
 
 
 @pytest.mark.parametrize(('sizes', 'dtype'), cases())
