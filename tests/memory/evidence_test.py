@@ -238,7 +238,13 @@ def test_a_large_array_that_nobody_named_is_an_error():
         evidence.check_traced(memory, [small._replace(layers=9)])
 
 
-@pytest.mark.parametrize('preset', policy.PRESETS)
+@pytest.mark.parametrize(
+    'preset',
+    [
+        name if name in ('minimal', 'fp8') else pytest.param(name, marks=pytest.mark.slow)
+        for name in policy.PRESETS
+    ],
+)
 def test_no_preset_saves_an_array_without_a_name(preset):
     """Not even with the kernel for TPUs, which has more to save than the reference."""
     assert all(array.name for array in saved(MIXED, config.Memory(preset), 'tpu'))

@@ -111,7 +111,6 @@ def objective(y, stats, real):
 @pytest.mark.parametrize(
     'case',
     [
-        'shared',
         'tight',
         'tight_shared_sigmoid',
         *(pytest.param(name, marks=pytest.mark.slow) for name in SLOW),
