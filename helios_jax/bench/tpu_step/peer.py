@@ -21,8 +21,9 @@ from helios_jax.plan.compiler.program import Instruction
 
 SCRIPT = Path(__file__).with_name('maxtext_step.py')
 # What MaxText 0.2.5 sets itself: for v5e src/maxtext/configs/tpu/v5e/llama2_7b.sh, for v5p
-# v5p/32b.sh, for v6e its benchmark llama3_1_8b_8192, without the fusion of all-gathers
-# (xla_tpu_enable_async_collective_fusion), which libtpu refuses there since jax 0.12.
+# v5p/32b.sh, for v6e its benchmark llama3_1_8b_8192. Left out on v5p and v6e is the fusion of
+# asynchronous collectives, since libtpu refuses that of all-gathers there from jax 0.12 on, and on
+# v6e what is for transfers to the host, of which full rematerialisation has none.
 DATA_PARALLEL = (
     'xla_tpu_enable_data_parallel_all_reduce_opt=true '
     'xla_tpu_data_parallel_opt_different_sized_ops=true'
