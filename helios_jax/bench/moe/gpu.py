@@ -144,14 +144,14 @@ def torchs(shape: Layer, what: str, loads: list[str], *, fused: bool) -> dict[st
         return grouped_mm(silu(gate) * up, down, offs=ends)
 
     if what == 'layer':
-        weights = [draw(E, D, 2 * F)] if fused else [draw(E, D, F), draw(E, D, F)]
-        weights = [each * D**-0.5 for each in weights]
+        matrices = [draw(E, D, 2 * F)] if fused else [draw(E, D, F), draw(E, D, F)]
+        matrices = [each * D**-0.5 for each in matrices]
         rows, d_out, down = draw(M, D), draw(M, D), draw(E, F, D) * F**-0.5
-        wanted = [each.requires_grad_() for each in (rows, down, *weights)]
+        wanted = [each.requires_grad_() for each in (rows, down, *matrices)]
         compiled = torch.compile(layer, dynamic=False)
 
         def function(ends: Any) -> Any:
-            return torch.autograd.grad(compiled(rows, ends, down, *weights), wanted, d_out)
+            return torch.autograd.grad(compiled(rows, ends, down, *matrices), wanted, d_out)
     elif what == 'multiply':
         rows, weights = draw(M, D), draw(E, D, F)
         function = lambda ends: grouped_mm(rows, weights, offs=ends)
