@@ -140,6 +140,7 @@ def test_orbax_metadata_that_is_no_json_is_one_line(directory):
     assert '\n' not in str(caught.value)
 
 
+@pytest.mark.slow
 def test_no_flipped_bit_of_a_steps_files_is_restored_silently(directory):
     draw = random.Random(5)
     expected = params(5)

@@ -95,7 +95,7 @@ def close(actual, expected, rtol=1e-5):
         np.testing.assert_allclose(actual[name], value, rtol=rtol, err_msg=name)
 
 
-@pytest.mark.parametrize('apart', [True, False])
+@pytest.mark.parametrize('apart', [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_figures_are_those_of_a_direct_computation(apart):
     close(score(batch(), apart=apart), direct(batch(), apart=apart))
 

@@ -88,6 +88,7 @@ def bits(form: str, dtype: str) -> str:
     return hashlib.sha256(stored.payload.tobytes() + stored.exponents.tobytes()).hexdigest()
 
 
+@pytest.mark.slow
 def test_wide_types_switched_on_change_no_bit():
     source = textwrap.dedent(inspect.getsource(bits))
     code = f"""

@@ -241,7 +241,7 @@ def test_a_large_array_that_nobody_named_is_an_error():
 @pytest.mark.parametrize(
     'preset',
     [
-        name if name in ('minimal', 'fp8') else pytest.param(name, marks=pytest.mark.slow)
+        name if name == 'fp8' else pytest.param(name, marks=pytest.mark.slow)
         for name in policy.PRESETS
     ],
 )

@@ -152,7 +152,7 @@ def test_a_query_depends_on_what_it_sees_and_on_nothing_else(case, random_variab
     [(T,), pytest.param((1, 7, 16), marks=pytest.mark.slow), (5, 1, 1, 1, 11, 5)],
     ids=str,
 )
-@pytest.mark.parametrize('case', ['norms', 'dynamic_yarn'])
+@pytest.mark.parametrize('case', ['norms', pytest.param('dynamic_yarn', marks=pytest.mark.slow)])
 def test_the_cache_changes_nothing(case, chunks, random_variables):
     """Chunks of any size cross the boundaries of dynamic YaRN; the cache is longer than the row."""
     module, variables = build(case, random_variables)

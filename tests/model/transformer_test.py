@@ -97,6 +97,7 @@ def test_a_logit_depends_on_the_past_of_its_own_document_alone(mixed):
         assert touched.sum() == seen.sum()
 
 
+@pytest.mark.slow
 def test_a_packed_document_gives_the_logits_it_gives_alone(mixed):
     _, _, logits = mixed
     tokens, positions, ids = packed()
@@ -168,13 +169,9 @@ def test_the_scan_stands_for_its_layers_one_by_one(random_variables):
             np.testing.assert_array_equal(stats.load.sum(-1), 2 * (ids > 0).sum())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
-    ('pattern', 'policy'),
-    [
-        ('dense', 'full'),
-        pytest.param('mixed', 'none', marks=pytest.mark.slow),
-        pytest.param('mixed', 'fp8_offload', marks=pytest.mark.slow),
-    ],
+    ('pattern', 'policy'), [('dense', 'full'), ('mixed', 'none'), ('mixed', 'fp8_offload')]
 )
 def test_the_gates_of_every_layer_can_be_looked_at_under_every_policy(
     random_variables, pattern, policy
@@ -241,6 +238,7 @@ def test_parameters_are_counted_and_their_axes_known(model):
     assert q == jax.sharding.PartitionSpec(None, 'fsdp', 'tensor', None)
 
 
+@pytest.mark.slow
 def test_a_fresh_network_has_the_variances_it_was_promised():
     model = Transformer(dataclasses.replace(MIXED, num_layers=3))
     zeros = jnp.zeros((1, 2), jnp.int32)
@@ -313,6 +311,7 @@ def test_bfloat16_computes_on_float32_parameters(random_variables):
     assert loss != exact
 
 
+@pytest.mark.slow
 def test_the_program_does_not_grow_with_depth():
     def size(num_layers, **changes):
         model = Transformer(dataclasses.replace(MIXED, num_layers=num_layers, **changes))

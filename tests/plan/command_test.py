@@ -48,6 +48,7 @@ def test_the_text_names_what_is_large_and_what_binds(capsys):
     assert 'bound by                 compute' in out
 
 
+@pytest.mark.slow
 def test_what_does_not_fit_comes_with_changes_that_do(capsys):
     arguments = ('--config=helios_8b', '--topology=v5e:4x4', '--batch=96')
     assert 'DOES NOT FIT' in run(capsys, *arguments)

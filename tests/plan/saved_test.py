@@ -101,7 +101,9 @@ def test_what_each_preset_saves_is_what_is_traced(preset, gmu, platform):
     compare(make(model, config.Memory(preset)), 8, platform)
 
 
-@pytest.mark.parametrize('preset', ['minimal', 'fp8', 'full'])
+@pytest.mark.parametrize(
+    'preset', ['minimal', *(pytest.param(p, marks=pytest.mark.slow) for p in ('fp8', 'full'))]
+)
 @pytest.mark.parametrize(
     'packing', ['best_fit', pytest.param('concatenate', marks=pytest.mark.slow)]
 )
@@ -131,12 +133,14 @@ def test_any_table_of_actions_saves_what_is_traced(gmu, skipped):
     compare(make(model, config.Memory('minimal', actions=config.Actions(**saves))), 8, 'gpu')
 
 
+@pytest.mark.slow
 def test_shared_experts_and_bounded_buffers_are_counted():
     bounded = {'moe.num_shared_experts': 2, 'moe.capacity_factor': 1.5}
     model = config.replace(MODEL, {'attention': 'reference'} | bounded)
     compare(make(model, config.Memory('fp8')), 8, 'gpu')
 
 
+@pytest.mark.slow
 def test_rows_split_over_devices_are_counted():
     compare(make(MODEL, config.Memory('minimal'), config.Mesh(context=2, fsdp=2)), 4, 'tpu')
 

@@ -77,7 +77,7 @@ def test_every_parameter_has_the_rule_of_its_axes(name):
         assert rule.columns == (tuple(axes[i] for i in sides[1]) if muon else ())
 
 
-@pytest.mark.parametrize('name', NAMES)
+@pytest.mark.parametrize('name', ['adamw', pytest.param('muon', marks=pytest.mark.slow)])
 def test_decay_changes_exactly_the_matrices_and_by_its_rate(name):
     with_decay, without = first_update(name, 0.3), first_update(name)
     for leaf, (_, _, decays, _) in LEAVES.items():
@@ -187,7 +187,7 @@ def test_the_only_update_of_a_run_is_its_last(shape):
     ('dtype', 'name'),
     [
         ('float32', 'adamw'),
-        ('bfloat16', 'muon'),
+        pytest.param('bfloat16', 'muon', marks=pytest.mark.slow),
         pytest.param('bfloat16', 'adamw', marks=pytest.mark.slow),
         pytest.param('float32', 'muon', marks=pytest.mark.slow),
     ],

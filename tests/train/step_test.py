@@ -127,7 +127,8 @@ def logits_and_load(pattern: str):
     return jax.device_get(forward(variables))
 
 
-@pytest.mark.parametrize('pattern', ['dense', pytest.param('moe', marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize('pattern', ['dense', 'moe'])
 def test_the_loss_is_the_mean_over_the_next_tokens_that_count(pattern):
     batch, (logits, _) = random_batch(0), logits_and_load(pattern)
     assert np.isneginf(logits[..., V:]).all()
@@ -146,6 +147,7 @@ def test_the_loss_is_the_mean_over_the_next_tokens_that_count(pattern):
     assert metrics['tokens'] == (batch.segment_ids > 0).sum()
 
 
+@pytest.mark.slow
 def test_the_balance_bias_moves_by_its_rate_towards_the_mean_load():
     (stats,) = logits_and_load('moe')[1]['periods'].values()
     load = stats.load

@@ -68,6 +68,7 @@ def test_unknown_names_are_refused():
             compare.compare_products(target, shapes, **how | {'names': names})
 
 
+@pytest.mark.slow
 def test_megablox_visits_are_those_of_its_lists():
     visits = megablox.multiply_visits(SMALL, PRODUCTS[0], (512, 256, 512), 2)
     runs = {name: sum(s.number * s.runs[name] for s in visits.steps) for name in visits.bodies}
