@@ -51,20 +51,20 @@ def with_targets(batch: Any) -> tuple[Any, Int[Array, 'B T'], Float[Array, 'B T'
 
 
 def project(
-    hidden: Float[Array, 'B T D'], head: Float[Array, 'D V'], vocab_size: int
-) -> Float[Array, 'B T V']:
+    hidden: Float[Array, '*tokens D'], head: Float[Array, 'D V'], vocab_size: int
+) -> Float[Array, '*tokens V']:
     """Computes float32 logits; those beyond vocab_size are −∞."""
     dtype = hidden.dtype
     wide = jnp.promote_types(dtype, jnp.float32)
     logits = jnp.einsum(
-        'btd,dv->btv',
+        '...d,dv->...v',
         hidden,
         head.astype(dtype),
         preferred_element_type=wide,
         precision=precision(dtype),
     )
     real = jnp.arange(head.shape[1]) < vocab_size
-    return jnp.where(real[None, None], logits, -jnp.inf)
+    return jnp.where(jnp.expand_dims(real, range(hidden.ndim - 1)), logits, -jnp.inf)
 
 
 def _num_chunks(hidden: Array, head: Array) -> int:
@@ -78,31 +78,35 @@ def _num_chunks(hidden: Array, head: Array) -> int:
 def _chunk(
     hidden: Array, head: Array, targets: Array, weights: Array, vocab_size: int, z_loss: float
 ) -> tuple[Array, Array, Array]:
-    """Computes weighted loss, nll [B C] and d loss / d logits [B C V] of a chunk, in float32."""
-    hidden = constrain(hidden, 'loss_batch', 'whole', 'stream')
-    logits = project(hidden, head, vocab_size)
-    logits = constrain(logits, 'loss_batch', 'whole', 'unembed_vocab')
+    """Computes weighted loss, nll [N] and d loss / d logits [N V] of N tokens, in float32."""
+    logits = project(constrain(hidden, 'loss_batch', 'stream'), head, vocab_size)
+    logits = constrain(logits, 'loss_batch', 'unembed_vocab')
     lse = jax.nn.logsumexp(logits, axis=-1)
-    ids = jnp.arange(head.shape[1], dtype=targets.dtype)[None, None]
-    is_target = ids == targets[..., None]
+    ids = jnp.arange(head.shape[1], dtype=targets.dtype)[None]
+    is_target = ids == targets[:, None]
     nll = lse - jnp.sum(jnp.where(is_target, logits, 0), axis=-1)
     loss = jnp.sum(weights * (nll + z_loss * lse**2))
-    scale = (weights * (1 + 2 * z_loss * lse))[..., None]
-    gradient = scale * jnp.exp(logits - lse[..., None]) - jnp.where(
-        is_target, weights[..., None], 0
-    )
+    scale = (weights * (1 + 2 * z_loss * lse))[:, None]
+    gradient = scale * jnp.exp(logits - lse[:, None]) - jnp.where(is_target, weights[:, None], 0)
     return loss, nll, gradient
 
 
 def _split(x: Array, chunks: int) -> Array:
-    """Cuts [B, T, …] into [chunks, B, T/chunks, …]."""
+    """Cuts [B T …] into [chunks, B · T/chunks, …].
+
+    Tokens in one dimension: a few rows a device are no multiple of a TPU's tile, and the sum of
+    d_hidden over devices would not be scattered.
+    """
     batch, length, *rest = x.shape
-    return jnp.moveaxis(x.reshape(batch, chunks, length // chunks, *rest), 1, 0)
+    apart = jnp.moveaxis(x.reshape(batch, chunks, length // chunks, *rest), 1, 0)
+    return apart.reshape(chunks, -1, *rest)
 
 
-def _join(x: Array) -> Array:
-    x = jnp.moveaxis(x, 0, 1)
-    return x.reshape(x.shape[0], -1, *x.shape[3:])
+def _join(x: Array, batch: int) -> Array:
+    """Undoes `_split`."""
+    chunks, _, *rest = x.shape
+    apart = jnp.moveaxis(x.reshape(chunks, batch, -1, *rest), 0, 1)
+    return apart.reshape(batch, -1, *rest)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(4, 5))
@@ -127,7 +131,7 @@ def cross_entropy(
 
     cut = tuple(_split(x, chunks) for x in (hidden, targets, weights))
     total, nll = jax.lax.scan(step, jnp.zeros((), weights.dtype), cut)
-    return Losses(total, _join(nll))
+    return Losses(total, _join(nll, len(hidden)))
 
 
 def _forward(hidden, head, targets, weights, vocab_size, z_loss):
@@ -138,13 +142,13 @@ def _forward(hidden, head, targets, weights, vocab_size, z_loss):
     def step(carry, chunk):
         total, d_head = carry
         h, t, w = chunk
-        h = constrain(h, 'loss_batch', 'whole', 'stream')
+        h = constrain(h, 'loss_batch', 'stream')
         loss, nll, gradient = _chunk(h, head, t, w, vocab_size, z_loss)
         gradient = gradient.astype(dtype)
-        d_hidden = jnp.einsum('bcv,dv->bcd', gradient, head.astype(dtype), precision=exact)
-        d_hidden = constrain(d_hidden, 'batch', 'whole', 'stream')
+        d_hidden = jnp.einsum('nv,dv->nd', gradient, head.astype(dtype), precision=exact)
+        d_hidden = constrain(d_hidden, 'batch', 'stream')
         d_head = d_head + jnp.einsum(
-            'bcd,bcv->dv', h, gradient, precision=exact, preferred_element_type=wide
+            'nd,nv->dv', h, gradient, precision=exact, preferred_element_type=wide
         )
         return (total + loss, constrain(d_head, 'stream', 'unembed_vocab')), (nll, d_hidden)
 
@@ -153,7 +157,10 @@ def _forward(hidden, head, targets, weights, vocab_size, z_loss):
     (total, d_head), (nll, d_hidden) = jax.lax.scan(
         step, (jnp.zeros((), weights.dtype), zeros), cut
     )
-    return Losses(total, _join(nll)), (_join(d_hidden), d_head.astype(head.dtype))
+    return (
+        Losses(total, _join(nll, len(hidden))),
+        (_join(d_hidden, len(hidden)), d_head.astype(head.dtype)),
+    )
 
 
 def _backward(vocab_size, z_loss, residuals, cotangents):

@@ -18,6 +18,7 @@ from jaxtyping import Array, Float, Int
 
 from helios_jax.arch.buffers import expert_capacity
 from helios_jax.arch.rules import BATCH_AXES
+from helios_jax.kernels import permutation
 from helios_jax.kernels.grouped_matmul import grouped_matmul
 from helios_jax.parallel.sharding import spec
 
@@ -61,9 +62,9 @@ def assign_slots(experts: Int[Array, 'P'], num_experts: int, capacity: int) -> S
     return Slots(source, slot, sizes, dropped)
 
 
-def _rows(x: Array, index: Int[Array, '...'], mode: str = 'fill') -> Array:
-    """Returns x[index]; an index beyond x gives zeros, or with mode 'clip' the last row."""
-    return x.at[index].get(mode=mode, fill_value=0 if mode == 'fill' else None)
+def _rows(x: Array, index: Int[Array, '...']) -> Array:
+    """Returns x[index], zeros for an index beyond x."""
+    return x.at[index].get(mode='fill', fill_value=0)
 
 
 # All directions gather: XLA would transpose a gather into a scatter-add, which is slow.
@@ -81,41 +82,55 @@ reorder.defvjp(
 )
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(3,))
+@partial(jax.custom_vjp, nondiff_argnums=(3, 4))
 def dispatch(
-    x: Float[Array, 'A D'], source: Int[Array, 'M'], slot: Int[Array, 'A X'], mode: str
+    x: Float[Array, 'A D'],
+    source: Int[Array, 'M'],
+    slot: Int[Array, 'A X'],
+    mode: str,
+    platform: str = '',
 ) -> Float[Array, 'M D']:
     """Copies row n of x to every slot of its pairs.
 
     Args:
-      mode: what an empty slot receives (`_rows`). A grouped matmul does not read what belongs to no
-        group, and gives zeros for it: there 'clip' saves a pass that blanks.
+      mode: what an empty slot receives: 'fill': zeros; 'clip': the last row. A grouped matmul does
+        not read what belongs to no group, and gives zeros for it: there 'clip' saves a pass that
+        blanks.
+      platform: as `apply_experts`.
     """
-    return _rows(x, source // slot.shape[1], mode)
+    index = source // slot.shape[1]
+    return _rows(x, index) if mode == 'fill' else permutation.take(x, index, platform or None)
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(3,))
+@partial(jax.custom_vjp, nondiff_argnums=(3, 4))
 def combine(
-    rows: Float[Array, 'M D'], source: Int[Array, 'M'], slot: Int[Array, 'A X'], mode: str
+    rows: Float[Array, 'M D'],
+    source: Int[Array, 'M'],
+    slot: Int[Array, 'A X'],
+    mode: str,
+    platform: str = '',
 ) -> Float[Array, 'A D']:
     """Sums the slots of each token's pairs in float32.
 
     Args:
       mode: 'fill': a pair without a slot adds nothing; 'clip': it adds the last row, which belongs
         to no group if there is such a pair, and is zero.
+      platform: as `apply_experts`.
     """
+    if mode == 'clip':
+        return permutation.take_sums(rows, slot, platform or None)
     wide = jnp.promote_types(rows.dtype, jnp.float32)
-    return _rows(rows, slot, mode).sum(axis=1, dtype=wide).astype(rows.dtype)
+    return _rows(rows, slot).sum(axis=1, dtype=wide).astype(rows.dtype)
 
 
 # Each is the other's transpose.
 dispatch.defvjp(
-    lambda x, source, slot, mode: (dispatch(x, source, slot, mode), (source, slot)),
-    lambda mode, at, d_rows: (combine(d_rows, *at, mode), None, None),
+    lambda x, source, slot, *how: (dispatch(x, source, slot, *how), (source, slot)),
+    lambda mode, platform, at, d_rows: (combine(d_rows, *at, mode, platform), None, None),
 )
 combine.defvjp(
-    lambda rows, source, slot, mode: (combine(rows, source, slot, mode), (source, slot)),
-    lambda mode, at, d_x: (dispatch(d_x, *at, mode), None, None),
+    lambda rows, source, slot, *how: (combine(rows, source, slot, *how), (source, slot)),
+    lambda mode, platform, at, d_x: (dispatch(d_x, *at, mode, platform), None, None),
 )
 
 
@@ -157,7 +172,7 @@ def _local(
         equation = 'ecf,edf->ecd' if transposed else 'ecd,edf->ecf'
         return jnp.einsum(equation, apart, w, precision=exact).reshape(x.shape[0], -1)
 
-    rows = dispatch(x.reshape(-1, x.shape[-1]), p.source, slot, mode)
+    rows = dispatch(x.reshape(-1, x.shape[-1]), p.source, slot, mode, platform)
     rows = checkpoint_name(rows, 'expert_input')
     wide = jnp.promote_types(x.dtype, jnp.float32)
     inside = checkpoint_name(matmul(rows, gate_up), 'gate_up')
@@ -165,7 +180,7 @@ def _local(
     gate, up = (half.astype(wide) for half in jnp.split(inside, 2, axis=-1))
     weight = reorder(weights.reshape(-1).astype(wide), p.source, p.slot)
     product = (jax.nn.silu(gate) * up * weight[:, None]).astype(x.dtype)
-    y = combine(matmul(product, down, turned), p.source, slot, mode)
+    y = combine(matmul(product, down, turned), p.source, slot, mode, platform)
     return y.reshape(x.shape), p.dropped
 
 

@@ -6,9 +6,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax.experimental.pallas.ops.tpu.megablox.gmm import gmm, make_group_metadata, tgmm
 
-from helios_jax.bench.moe.ours import in_turns
 from helios_jax.bench.moe.problem import ROWS, WEIGHTS, GroupedCandidate, GroupedProblem
 from helios_jax.chips import CHIPS
+from helios_jax.plan.compiler.grouped_matmul import in_turns
 from helios_jax.plan.compiler.timing import HALF, Visits, changes, tally
 
 Options = dict[str, Any]

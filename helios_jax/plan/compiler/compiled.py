@@ -69,7 +69,7 @@ def compiled_figures(cfg: config.Config, name: str, timed: bool = False) -> dict
     time that it takes `predicted.figures`.
 
     Args:
-      timed: predict the time too, which compiles the attention kernels once more, alone.
+      timed: predict the time too, which compiles our kernels once more, each alone.
     Raises:
       UserError: as `trace`; an action of memory.actions that did not take effect.
     """

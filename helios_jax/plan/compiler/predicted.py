@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 from helios_jax import config, process
 from helios_jax.arch import flops
 from helios_jax.chips import Chip, topology
-from helios_jax.plan.compiler import attention, operations
+from helios_jax.plan.compiler import attention, grouped_matmul, operations
 from helios_jax.plan.compiler.links import Slice
 from helios_jax.plan.compiler.program import Instruction, moved, multiplies, split
 from helios_jax.plan.compiler.timeline import HOST, NETWORK, Timeline
@@ -23,8 +23,8 @@ class Clock:
 
     A matmul takes the cycles that the compiler expects, which are its schedule's to 3% on v5e and
     v5p; all else of XLA's takes what its bytes in HBM take, for there the compiler expects four
-    times the schedule. What a Pallas kernel takes is for the caller to say: an attention kernel
-    of ours takes what it takes alone, in bfloat16.
+    times the schedule. What a Pallas kernel takes is for the caller to say: a kernel of ours takes
+    what it takes alone, in bfloat16.
     """
 
     def __init__(self, hlo: str, chip: Chip, kernel_seconds: Kernels) -> None:
@@ -45,12 +45,14 @@ class Clock:
 
 
 def own_kernels(cfg: config.Config, chip: Chip) -> Kernels:
-    """Makes the clock of our attention kernels in a step of this config."""
+    """Makes the clock of our kernels in a step of this config."""
     # A kernel does not tell its window: in a model of both kinds all layers count as full ones.
     windowed = all(kind.endswith('window') for kind in cfg.model.kind_counts)
     window = cfg.model.window if windowed else 0
 
     def seconds(kernel: Instruction) -> float | None:
+        if product := grouped_matmul.product(kernel):
+            return product_alone(chip.name, product)
         sizes = attention.heads(kernel)
         if sizes is None:
             return None
@@ -65,6 +67,12 @@ def own_kernels(cfg: config.Config, chip: Chip) -> Kernels:
 def kernels_alone(target: str, sizes: attention.Heads, window: int) -> dict[str, float]:
     """Times the attention kernels (`attention.seconds_alone`) in a process of their own."""
     return process.run(attention.seconds_alone, target, sizes._asdict(), window)
+
+
+@functools.cache
+def product_alone(target: str, product: grouped_matmul.Product) -> float | None:
+    """Times a grouped matmul (`grouped_matmul.seconds_alone`) in a process of its own."""
+    return process.run(grouped_matmul.seconds_alone, target, product._asdict())
 
 
 def figures(

@@ -29,13 +29,14 @@ from helios_jax.plan.compiler.program import (
 )
 
 NETWORK, HOST = 'network', 'host'
-ATTENTION = 'attention|splash'  # in the names of our kernels, and of jax's
+# Kinds of kernels, by what is in the names of ours, and of jax's.
+KERNELS = {'attention': 'attention|splash', 'experts': 'grouped|gmm'}
 
 
 class Item(NamedTuple):
     """A cause of time in a step."""
 
-    kind: str  # matmuls | attention | copies | other | network | host
+    kind: str  # matmuls | attention | experts | copies | other | network | host
     source: str  # name of the operation in the model
     line: str  # file:line, where the program tells
 
@@ -139,7 +140,8 @@ class Timeline:
 
     def _kind(self, instruction: Instruction) -> str:
         if instruction.kernel:
-            return 'attention' if re.search(ATTENTION, instruction.name) else 'other'
+            kinds = (kind for kind, name in KERNELS.items() if re.search(name, instruction.name))
+            return next(kinds, 'other')
         if multiplies(instruction, self._computations):
             return 'matmuls'
         return 'copies' if instruction.opcode in ('copy', 'transpose') else 'other'

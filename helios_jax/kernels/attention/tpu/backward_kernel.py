@@ -28,6 +28,7 @@ from helios_jax.kernels.attention.tpu.tiles import (
     Static,
     capped,
     column,
+    cost,
     dot,
     high,
     rotate,
@@ -127,6 +128,7 @@ def backward(
     )
     adds = in_specs.earlier is at.queries
     keys = jax.ShapeDtypeStruct((B, K, S, H), dtype)
+    dq = jax.ShapeDtypeStruct((B, K, G, T, H), jnp.float32 if adds else dtype)
     # A pytree alone would be taken apart: the kernel gets each in one piece, out of a tuple of one.
     (y,) = pl.pallas_call(
         functools.partial(kernel, static),
@@ -151,16 +153,13 @@ def backward(
                 ),
             ),
         ),
-        out_shape=(
-            BackwardOutputs(
-                jax.ShapeDtypeStruct((B, K, G, T, H), jnp.float32 if adds else dtype), keys, keys
-            ),
-        ),
+        out_shape=(BackwardOutputs(dq, keys, keys),),
         # Counted in arrays: the words, the scale, and `earlier`, the last of the inputs.
         input_output_aliases=({len(listed.items) + len(jax.tree.leaves(x)): 0} if adds else {}),
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=('parallel', 'arbitrary'), vmem_limit_bytes=vmem
         ),
+        cost_estimate=cost(x.out.shape, S, static.window, 5, (x, dq, keys, keys)),
         interpret=interpret,
         name='helios_attention_backward',
     )(listed.items, scale, x)

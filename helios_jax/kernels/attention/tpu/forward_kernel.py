@@ -26,6 +26,7 @@ from helios_jax.kernels.attention.tpu.tiles import (
     capped,
     column,
     compact,
+    cost,
     dot,
     high,
     inverse,
@@ -145,6 +146,7 @@ def forward(
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=('parallel', 'arbitrary'), vmem_limit_bytes=vmem
         ),
+        cost_estimate=cost(x.q.shape, S, static.window, 2, (x, shapes)),
         interpret=interpret,
         name='helios_attention_forward',
     )(listed.items, scale, x)

@@ -16,6 +16,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from helios_jax.kernels.attention.tpu.work import Blocks, Items, spans
+from helios_jax.kernels.cost import estimate
 
 Ref = Any  # a reference to a block in VMEM or SMEM, which pallas has no public type for
 
@@ -35,6 +36,21 @@ class Static(NamedTuple):
     segmented: bool  # there is more than one segment, or padding between tokens
     residuals: str = ''  # form in which forward keeps q, k and v: '' | fp8 | int8
     cached: bool = True  # all rotated keys of a head stay in VMEM, and are fetched only once
+
+
+def cost(
+    queries: tuple[int, ...], num_keys: int, window: int, products: int, arrays: Any
+) -> pl.CostEstimate:
+    """Estimates a kernel (kernels/cost.py), as if each row were one document.
+
+    Args:
+      queries: B, K, G, T and H.
+      products: matmuls of queries, or of what belongs to them, with keys.
+      arrays: all that it reads and writes.
+    """
+    *batch, H = queries
+    pairs = math.prod(batch) * min(num_keys // 2, window or num_keys)
+    return estimate(2 * products * pairs * H, arrays, pairs)
 
 
 def dot(a: Array, b: Array, contract: tuple[int, int]) -> Array:

@@ -15,6 +15,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Float
 
+from helios_jax.kernels.cost import estimate
 from helios_jax.kernels.grouped_matmul.tpu.tiles import GradientTiles
 from helios_jax.kernels.grouped_matmul.tpu.work import GroupItems, GroupWork, walk
 
@@ -35,6 +36,7 @@ def weight_gradient(
     """Runs the kernel on the items of `work.of_groups`; `vmem`: bytes that it may take."""
     D, F = rows.shape[1], gradient.shape[1]
     across = pl.cdiv(D, tiles.height)
+    result = jax.ShapeDtypeStruct((num_groups, D, F), rows.dtype)
 
     # One leading dimension for both, so that two cores always find one to share.
     def place(block: Any) -> tuple[Any, Any]:
@@ -58,10 +60,11 @@ def weight_gradient(
             ),
             scratch_shapes=[pltpu.VMEM((tiles.height, tiles.width), jnp.float32)],
         ),
-        out_shape=jax.ShapeDtypeStruct((num_groups, D, F), rows.dtype),
+        out_shape=result,
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=('parallel', 'arbitrary'), vmem_limit_bytes=vmem
         ),
+        cost_estimate=estimate(2 * rows.size * F, (rows, gradient, result)),
         interpret=interpret,
         name=NAME,
     )(work.items, rows, gradient)

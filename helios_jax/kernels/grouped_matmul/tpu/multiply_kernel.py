@@ -16,6 +16,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Float
 
+from helios_jax.kernels.cost import estimate
 from helios_jax.kernels.grouped_matmul.tpu.tiles import MultiplyTiles
 from helios_jax.kernels.grouped_matmul.tpu.work import GroupItems, GroupWork, Turns, walk
 
@@ -45,6 +46,7 @@ def multiply(
     assert N % (columns * tiles.cores) == 0, 'tiles are chosen so'
     each = N // columns // tiles.cores
     held = (columns, depth) if transposed else (depth, columns)
+    result = jax.ShapeDtypeStruct((M, N), rows.dtype)
     return pl.pallas_call(
         functools.partial(kernel, tiles, transposed),
         grid_spec=pltpu.PrefetchScalarGridSpec(
@@ -62,10 +64,11 @@ def multiply(
                 pltpu.SemaphoreType.DMA((2,)),
             ],
         ),
-        out_shape=jax.ShapeDtypeStruct((M, N), rows.dtype),
+        out_shape=result,
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=('parallel', 'arbitrary', 'arbitrary'), vmem_limit_bytes=vmem
         ),
+        cost_estimate=estimate(2 * M * depth * N, (rows, weights, result)),
         interpret=interpret,
         name=f'{NAME}_transposed' if transposed else NAME,
     )(work.items, turns, rows, weights)

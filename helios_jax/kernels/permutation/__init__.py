@@ -1,0 +1,36 @@
+"""Permutation of rows: copies of chosen rows, and sums of chosen rows, each a gather.
+
+On a TPU, XLA's gather of rows takes about 24 cycles for 4 KB on one core, more than four times what
+the bytes take; our kernels (tpu.py) are bound by HBM. Elsewhere, and for what they cannot take,
+XLA's gather does. No function here is differentiable: parallel/experts.py knows that each is the
+other's transpose.
+"""
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from helios_jax.kernels.permutation import tpu
+
+
+def take(
+    x: Float[Array, 'N D'], index: Int[Array, 'M'], platform: str | None = None
+) -> Float[Array, 'M D']:
+    """Copies rows; an index beyond x takes the last one.
+
+    Args:
+      platform: 'tpu', 'gpu' or 'cpu', where it is compiled for another machine.
+    """
+    if (platform or jax.default_backend()) == 'tpu' and tpu.able(x, len(index), 1):
+        return tpu.take(x, index)
+    return x.at[index].get(mode='clip')
+
+
+def take_sums(
+    x: Float[Array, 'N D'], index: Int[Array, 'A X'], platform: str | None = None
+) -> Float[Array, 'A D']:
+    """Sums, in float32 or wider, the X rows that each row of the index names; else as `take`."""
+    if (platform or jax.default_backend()) == 'tpu' and tpu.able(x, *index.shape):
+        return tpu.take_sums(x, index)
+    wide = jnp.promote_types(x.dtype, jnp.float32)
+    return x.at[index].get(mode='clip').sum(axis=1, dtype=wide).astype(x.dtype)

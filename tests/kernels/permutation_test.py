@@ -1,0 +1,81 @@
+"""Rows are copied and summed as indexing does, by XLA and by the TPU's kernels, interpreted."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.experimental.pallas import tpu as pltpu
+
+from helios_jax.kernels import permutation
+from helios_jax.kernels.permutation import tpu
+
+pytestmark = pytest.mark.usefixtures('quick_compilation')
+RACE = 'RACE DETECTED'  # printed by jax 0.10, raised since
+N, M, A, X = 48, 64, 32, 3
+
+
+def rows(num_rows: int, width: int) -> jax.Array:
+    """Random bfloat16 rows, with what is hard to take apart: NaN, infinity, −0, subnormals."""
+    x = np.random.default_rng(0).standard_normal((num_rows, width)).astype(np.float32)
+    x[3, 5], x[4, -1], x[5, 0], x[6, width // 2] = np.nan, np.inf, -0.0, 1e-39
+    return jnp.asarray(x, jnp.bfloat16)
+
+
+def index(*shape: int, below: int) -> jax.Array:
+    """Random indices, with the first, the last, one beyond, and those of `rows`' hard values."""
+    found = np.random.default_rng(1).integers(0, below, shape, np.int32)
+    found.flat[:7] = 0, below - 1, below + 7, 3, 4, 5, 6
+    return jnp.asarray(found)
+
+
+@pytest.fixture
+def interpreted(capsys):
+    yield pltpu.InterpretParams(detect_races=True)
+    assert RACE not in capsys.readouterr().out
+
+
+# 128 words are one sublane of eight, 2560 columns ten of sixteen.
+@pytest.mark.parametrize('width', [256, pytest.param(2560, marks=pytest.mark.slow)])
+def test_kernel_copies_every_bit(interpreted, width):
+    x, at = rows(N, width), index(M, below=N)
+    found = tpu.take(x, at, interpret=interpreted)
+    expected = np.asarray(x)[np.minimum(at, N - 1)]
+    np.testing.assert_array_equal(np.asarray(found).view(np.uint16), expected.view(np.uint16))
+
+
+@pytest.mark.parametrize('width', [256, pytest.param(2560, marks=pytest.mark.slow)])
+def test_kernel_sums_in_float32(interpreted, width):
+    x, at = rows(N, width), index(A, X, below=N)
+    found = tpu.take_sums(x, at, interpret=interpreted)
+    terms = np.asarray(x, np.float32)[np.minimum(at, N - 1)]
+    expected = jnp.asarray((terms[:, 0] + terms[:, 1]) + terms[:, 2], jnp.bfloat16)
+    np.testing.assert_array_equal(found.astype(jnp.float32), expected.astype(jnp.float32))
+
+
+def test_without_a_tpu_it_is_indexing():
+    x = rows(N, 24).astype(jnp.float32)
+    at, several = index(7, below=N), index(5, X, below=N)
+    np.testing.assert_array_equal(permutation.take(x, at), x[np.minimum(at, N - 1)])
+    expected = np.asarray(x)[np.minimum(several, N - 1)].sum(axis=1)
+    np.testing.assert_allclose(permutation.take_sums(x, several), expected, rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ('dtype', 'width', 'length', 'summed', 'rows_a_step'),
+    [
+        ('bfloat16', 2048, 131072, 1, 512),
+        ('bfloat16', 2048, 16384, 8, 64),
+        ('bfloat16', 4096, 16384, 14, 32),
+        ('bfloat16', 8192, 16384, 8, 32),
+        ('bfloat16', 2048, 48, 1, 16),
+        ('bfloat16', 2048, 40, 1, 0),
+        ('bfloat16', 2112, 131072, 1, 0),
+        ('float32', 2048, 131072, 1, 0),
+    ],
+)
+def test_kernels_take_what_fits_their_steps(monkeypatch, dtype, width, length, summed, rows_a_step):
+    monkeypatch.setattr(tpu, 'generation', lambda: 'v5e')
+    x = jnp.zeros((4096, width), dtype)
+    assert tpu.able(x, length, summed) == bool(rows_a_step)
+    if rows_a_step:
+        assert tpu.rows_a_step(width, length, summed, 1) == rows_a_step
