@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 from helios_jax import config, process
 from helios_jax.arch import flops
 from helios_jax.chips import Chip, topology
-from helios_jax.plan.compiler import attention, grouped_matmul, operations
+from helios_jax.plan.compiler import attention, grouped_matmul, operations, permutation
 from helios_jax.plan.compiler.links import Slice
 from helios_jax.plan.compiler.program import Instruction, moved, multiplies, split
 from helios_jax.plan.compiler.timeline import HOST, NETWORK, Timeline
@@ -23,8 +23,8 @@ class Clock:
 
     A matmul takes the cycles that the compiler expects, which are its schedule's to 3% on v5e and
     v5p; all else of XLA's takes what its bytes in HBM take, for there the compiler expects four
-    times the schedule. What a Pallas kernel takes is for the caller to say: a kernel of ours takes
-    what it takes alone, in bfloat16.
+    times the schedule; a gather of rows takes what its rows do. What a Pallas kernel takes is for
+    the caller to say: a kernel of ours takes what it takes alone, in bfloat16.
     """
 
     def __init__(self, hlo: str, chip: Chip, kernel_seconds: Kernels) -> None:
@@ -41,7 +41,8 @@ class Clock:
         if multiplies(instruction, self._computations):
             return cycles
         passing = moved(instruction, self._computations) / self._chip.hbm_bytes_per_second
-        return min(cycles, passing) if cycles else passing
+        least = min(cycles, passing) if cycles else passing
+        return max(least, permutation.gathering(instruction, self._computations, self._chip))
 
 
 def own_kernels(cfg: config.Config, chip: Chip) -> Kernels:
@@ -53,6 +54,8 @@ def own_kernels(cfg: config.Config, chip: Chip) -> Kernels:
     def seconds(kernel: Instruction) -> float | None:
         if product := grouped_matmul.product(kernel):
             return product_alone(chip.name, product)
+        if (permuting := permutation.seconds(kernel, chip)) is not None:
+            return permuting
         sizes = attention.heads(kernel)
         if sizes is None:
             return None

@@ -1,8 +1,9 @@
 """Plays a compiled step through, in the order of its program, and tells where its time goes.
 
-A TensorCore runs one operation after another. Collectives run on the links, a
-collective at a time, and copies to and from the host on the host's link: from an operation that
-starts one to the operation that ends it other work goes on, and the step waits for what is left.
+A TensorCore runs one operation after another. Collectives run on the links, one after another, but
+that a short one shares them with those that are under way and is done before them; copies to and
+from the host run on the host's link. From an operation that starts one to the operation that ends
+it other work goes on, and the step waits for what is left.
 Loops are played twice: the second turn, which finds the links as a turn leaves them, stands for all
 that follow.
 
@@ -115,9 +116,16 @@ class Timeline:
         return instruction.text + ''.join(t for n in names for t in self._computations.get(n, ()))
 
     def _start(self, link: str, time: float, *names: str) -> None:
-        end = max(self.seconds, self._free[link]) + time
-        self._free[link] = end
-        self._ends |= dict.fromkeys(names, (end, link))
+        under_way = {end for end, at in self._ends.values() if at == link and end > self.seconds}
+        self._free[link] = max(self.seconds, self._free[link]) + time
+        shared = self.seconds + (1 + len(under_way)) * time
+        if shared < self._free[link]:
+            later = {end: (end + time, link) for end in under_way}
+            self._ends = {
+                name: later[end] if at == link and end in later else (end, at)
+                for name, (end, at) in self._ends.items()
+            }
+        self._ends |= dict.fromkeys(names, (min(shared, self._free[link]), link))
 
     def _wait(self, name: str, instruction: Instruction) -> None:
         end, link = self._ends.pop(name, (0.0, NETWORK))

@@ -4,7 +4,7 @@ import pytest
 
 from helios_jax import config
 from helios_jax.chips import CHIPS
-from helios_jax.plan.compiler import attention, compiled, predicted, validate
+from helios_jax.plan.compiler import attention, compiled, grouped_matmul, predicted, validate
 from helios_jax.plan.compiler.program import Instruction
 
 CHIP = CHIPS['v5p']
@@ -16,6 +16,10 @@ PROGRAM = """
 
 %sum (p: bf16[4,4]) -> bf16[4,4] {
   ROOT %add.1 = bf16[4,4] add(%p, %p)
+}
+
+%rows (p: bf16[4,4]) -> bf16[4,4] {
+  ROOT %gather.1 = bf16[4,4] gather(%p, %p)
 }
 """
 
@@ -83,6 +87,43 @@ def test_a_kernel_is_timed_alone_once_for_each_of_its_sizes(monkeypatch):
     assert timed(kernel('ragged-dot.3', Q, Q, KEYS)) is None
 
 
+E, D, F, ROWS = 5, 384, 640, 4096
+MATRICES, OF_ROWS = f'bf16[{E},{D},{F}]', f'bf16[{ROWS},{D}]'
+
+
+def test_products_of_experts_are_read_off_their_operands(monkeypatch):
+    multiply = kernel('helios_grouped_multiply.5', f'bf16[{ROWS},{F}]', OF_ROWS, MATRICES)
+    gradient = kernel('helios_grouped_weight_gradient', MATRICES, OF_ROWS, f'bf16[{ROWS},{F}]')
+    transposed = kernel(
+        'helios_grouped_multiply_transposed.2', OF_ROWS, f'bf16[{ROWS},{F}]', MATRICES
+    )
+    for one in (multiply, gradient, transposed):
+        name = one.name.split('.')[0]
+        assert grouped_matmul.product(one) == (name, ROWS, E, D, F)
+    in_float32 = multiply._replace(text=multiply.text.replace('bf16', 'f32'), shape='f32[1,1]')
+    assert grouped_matmul.product(in_float32) is None
+    predicted.product_alone.cache_clear()
+    asked = []
+    monkeypatch.setattr(predicted.process, 'run', lambda _, *given: asked.append(given) or 0.25)
+    assert clock()(multiply) == clock()(multiply._replace(name=f'{multiply.name}.7')) == 0.25
+    sizes = {'num_rows': ROWS, 'num_groups': E, 'height': D, 'width': F}
+    assert asked == [('v5p', {'name': 'helios_grouped_multiply', **sizes})]
+
+
+def test_permuted_rows_take_their_bytes_and_xlas_gathers_their_cycles():
+    words = f'u32[{ROWS * 8},128]'
+    pack = kernel('helios_rows_pack.1', words, OF_ROWS)
+    passing = ROWS * (2 * D + 4096) / CHIP.hbm_bytes_per_second
+    assert clock()(pack) == pytest.approx(passing, rel=1e-4)  # the helper's scalars are small
+    take = kernel('helios_rows_take_sums.1', f'bf16[512,{D}]', words)
+    take = take._replace(text=take.text.replace('s32[32]', 's32[1024]'))
+    assert clock()(take) == (1024 * 4096 + 512 * 2 * D) / CHIP.hbm_bytes_per_second
+    rows = instruction('rows', 0, f'bf16[{ROWS},2048]')
+    assert clock()(rows) == pytest.approx(ROWS * 24 / CHIP.clock)
+    wider = instruction('rows', 0, f'bf16[{ROWS},8192]')
+    assert clock()(wider) == pytest.approx(ROWS * 5 * 16 / CHIP.clock)
+
+
 def test_a_step_with_kernels_of_unknown_time_is_said_to_take_more():
     found = {'step_seconds': 2.0, 'step_mfu': 0.5, 'step_by_kind': {'matmuls': 1.5, 'network': 0.5}}
     found |= {'largest': [], 'left_out': {}}
@@ -94,15 +135,23 @@ def test_a_step_with_kernels_of_unknown_time_is_said_to_take_more():
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    'topology',
-    ['v5p:2x2x1', *(pytest.param(n, marks=pytest.mark.long) for n in ('v5e:2x2', 'v6e:2x2')),
-     pytest.param('tpu7x:2x2x1', marks=pytest.mark.long)],
-)  # fmt: skip
-def test_a_small_step_on_every_tpu(topology):
+    ('layers', 'topology'),
+    [
+        ('dense', 'v5p:2x2x1'),
+        ('moe', 'v5p:2x2x1'),
+        *(
+            pytest.param(layers, name, marks=pytest.mark.long)
+            for layers in ('dense', 'moe')
+            for name in ('v5e:2x2', 'v6e:2x2', 'tpu7x:2x2x1')
+        ),
+    ],
+)
+def test_a_small_step_on_every_tpu(layers, topology):
     pytest.importorskip('libtpu', reason="needs libtpu: pip install 'helios_jax[tpu]'")
     model = config.Model(
         vocab_size=2048, num_layers=4, embed_dim=512, num_heads=4, num_kv_heads=1, head_dim=128,
-        mlp_dim=2048,
+        mlp_dim=2048, period=layers,
+        moe=config.MoE(num_experts=6, num_experts_per_token=2, mlp_dim=256),
     )  # fmt: skip
     cfg = config.Config(
         model=model, data=config.Data(row_length=2048), memory=config.Memory('full'),
@@ -112,6 +161,7 @@ def test_a_small_step_on_every_tpu(topology):
     assert found['left_out'] == {}
     assert sum(found['step_by_kind'].values()) == pytest.approx(found['step_seconds'])
     assert found['step_by_kind']['attention'] > 0
+    assert (found['step_by_kind'].get('experts', 0) > 0) == (layers == 'moe')
     # Full rematerialisation: a third of the FLOPs is not counted.
     assert 0.05 < found['step_mfu'] < 0.75
     assert {'line', 'source', 'kind', 'seconds'} == found['largest'][0].keys()

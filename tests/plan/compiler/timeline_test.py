@@ -134,6 +134,17 @@ def test_collectives_take_turns_on_the_links_and_the_next_turn_finds_them_busy()
     assert found.seconds == pytest.approx((2 * TURNS - 1) * GATHER)
 
 
+def test_a_short_collective_shares_the_links_with_a_long_one():
+    short = '  %sum.1 = f32[2048] all-reduce(%p), channel_id=9, replica_groups={{0,1,2,3}}'
+    alone = played(short).seconds / TURNS
+    assert 0 < alone < GATHER / 10
+    found = played('\n'.join([START, short, DONE]))
+    # Half as fast, and the long one is as much later.
+    assert found.seconds == pytest.approx(TURNS * (GATHER + alone))
+    waited = [found.spent[item] for item in found.spent if item.source != 'step/q']
+    assert waited == [pytest.approx(TURNS * 2 * alone)]
+
+
 def test_a_copy_to_the_host_uses_its_own_link():
     size = 2**20
     start = f'  %copy.1 = (f32[{size}]{{0:S(5)}}, f32[{size}]{{0}}, u32[]) copy-start(%p)'
