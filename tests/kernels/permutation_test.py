@@ -77,5 +77,7 @@ def test_kernels_take_what_fits_their_steps(monkeypatch, dtype, width, length, s
     monkeypatch.setattr(tpu, 'generation', lambda: 'v5e')
     x = jnp.zeros((4096, width), dtype)
     assert tpu.able(x, length, summed) == bool(rows_a_step)
+    monkeypatch.setattr(tpu, 'generation', lambda: 'tpu7x')
+    assert not tpu.able(x, length, summed)
     if rows_a_step:
         assert tpu.rows_a_step(width, length, summed, 1) == rows_a_step

@@ -1,4 +1,4 @@
-"""Predicts the products of a mixture of experts on a TPU: our kernels beside jax's megablox.
+"""Predicts a mixture of experts on a TPU: our products beside jax's megablox, our permutations.
 
     helios bench moe --target=v5p --shapes=e8,e128 [--json]
 
@@ -11,7 +11,8 @@ four times the rows of the idlest, and groups begin at any row.
 
 A step that copies more than it computes waits. What our kernels copy once a group, the next group's
 weights or the last one's gradient, may take all steps of a group, and is counted so. Left out is
-what bench/attention/compare.py leaves out; the work list around a kernel is `around`.
+what bench/attention/compare.py leaves out; the work list around a kernel is `around`. Last come the
+permutations of rows beside XLA's gather (permutation.py).
 """
 
 import dataclasses
@@ -21,6 +22,7 @@ from collections import defaultdict
 import jax
 
 from helios_jax import options
+from helios_jax.bench.moe import permutation
 from helios_jax.bench.moe.problem import LOADS, PRODUCTS, SHAPES, GroupedProblem
 from helios_jax.bench.moe.task import IMPLEMENTATIONS, OURS, GroupedTask, Row, run
 from helios_jax.errors import require
@@ -55,6 +57,9 @@ def compare_products(
             ]
             for row in fastest(row for rows in run(tasks, jobs) for row in rows):
                 print(options.to_json(row) if as_json else describe(row), flush=True)
+        if OURS in (names or IMPLEMENTATIONS):
+            for row in permutation.compare_rows(target, problems[0]):
+                print(options.to_json(row) if as_json else permutation.describe(row), flush=True)
 
 
 def fastest(rows) -> list[Row]:

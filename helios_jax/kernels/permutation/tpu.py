@@ -28,14 +28,16 @@ COPIED = 512  # rows that are copied for them, at most
 BUFFERS = 8 * MIB  # VMEM for rows on their way: those of two grid steps
 UNROLLED = 16  # DMAs that a turn of the loop issues
 HIGH = 0xFFFF0000
+XLA_IS_FAST = 'tpu7x'  # there XLA has the SparseCores gather
 Ref = Any
 
 
 def able(x: Float[Array, 'N D'], length: int, summed: int) -> bool:
     """Tells whether the kernels can take rows of x for a result of `length` rows, each a sum."""
-    if x.dtype != jnp.bfloat16 or x.shape[1] % (2 * LANES) or not len(x):
+    target = generation()
+    if x.dtype != jnp.bfloat16 or x.shape[1] % (2 * LANES) or not len(x) or target == XLA_IS_FAST:
         return False
-    cores = CHIPS[generation()].num_cores
+    cores = CHIPS[target].num_cores
     tile = rows_a_step(x.shape[1], length, summed, cores)
     return bool(tile and rows_a_step(x.shape[1], len(x), 1, 1))
 

@@ -7,9 +7,10 @@ from helios_jax.chips import Chip
 from helios_jax.kernels.permutation.tpu import LANES, PACK, TAKE, TAKE_SUMS, sublanes
 from helios_jax.plan.compiler.program import SHAPE, Instruction, hbm_bytes
 
-# What XLA's gather takes for a row, on one core, whatever the chip: its schedules for rows of 2, 4
-# and 8 KB on v5p, and of 4 and 8 KB on v6e, have 20, 24, 41, 27 and 30 cycles (libtpu 0.0.42).
-ROW_CYCLES, KIB_CYCLES = 24, 5
+# Cycles of one core that XLA's gather takes for a row, and for each KiB of it: its schedules for
+# rows of 4 and 8 KiB have 24 and 41 on v5e and v5p, 19 and 30 on v6e (libtpu 0.0.42, `helios bench
+# moe`). On tpu7x it is SparseCores that gather.
+GATHER_CYCLES = {'v5e': (4, 5), 'v5p': (4, 5), 'v6e': (7, 3)}
 
 
 def seconds(kernel: Instruction, chip: Chip) -> float | None:
@@ -34,6 +35,7 @@ def seconds(kernel: Instruction, chip: Chip) -> float | None:
 
 def gathering(instruction: Instruction, computations: dict[str, list[str]], chip: Chip) -> float:
     """Predicts what XLA's gather of rows takes on the core; 0 for what is none."""
+    each, more = GATHER_CYCLES.get(chip.name, (0, 0))
     called = re.search(r'calls=%([\w.\-]+)', instruction.text)
     texts = computations.get(called[1], ()) if called else (instruction.opcode,)
     if not any(re.search(r'\bgather\b\(|^gather$', text) for text in texts):
@@ -43,4 +45,4 @@ def gathering(instruction: Instruction, computations: dict[str, list[str]], chip
         return 0.0
     *rows, width = map(int, shape[2].split(','))
     kib = hbm_bytes(f'{shape[1]}[{width}]') / 2**10
-    return math.prod(rows) * max(ROW_CYCLES, KIB_CYCLES * kib) / chip.clock if kib >= 1 else 0.0
+    return math.prod(rows) * (each + more * kib) / chip.clock if kib >= 1 else 0.0

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from helios_jax import process
-from helios_jax.bench.moe import compare, megablox, ours, task
+from helios_jax.bench.moe import compare, megablox, ours, permutation, task
 from helios_jax.bench.moe.problem import LOADS, PRODUCTS, SHAPES, WEIGHTS, GroupedProblem
 from helios_jax.chips import CHIPS
 from helios_jax.errors import UserError
@@ -86,3 +86,38 @@ def test_both_cores_of_v5p_are_busy(monkeypatch, product):
     [row] = process.run(task.compile_task, made._asdict())
     assert row['num_cores'] == 2
     assert row['seconds'] < 1.5 * SMALL.floor_seconds(CHIPS['v5p'])['flops']
+
+
+def test_permutations_of_both_stand_beside_each_other(monkeypatch):
+    asked = []
+
+    def alone(function, name, *arguments):
+        assert function is permutation.seconds_here
+        asked.append((name, *arguments))
+        return 0.5 if name == permutation.OURS else 2.0
+
+    monkeypatch.setattr(process, 'run', alone)
+    rows = permutation.compare_rows('v5p', SMALL)
+    assert asked == [
+        (name, 'v5p', what, 4096, 512)
+        for what in permutation.PERMUTATIONS
+        for name in (permutation.OURS, permutation.XLA)
+    ]
+    assert [row['times_ours'] for row in rows] == [1.0, 4.0, 1.0, 4.0]
+    assert permutation.describe(rows[3]).endswith('2000.000 ms 4.00 × helios')
+    assert permutation.describe(rows[0]).endswith('500.000 ms')
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('what', permutation.PERMUTATIONS)
+def test_permutations_are_bound_by_their_bytes_and_xlas_are_not(what):
+    pytest.importorskip('libtpu', reason="needs libtpu: pip install 'helios_jax[tpu]'")
+    problem = GroupedProblem(*SHAPES['e128'])
+    mine, peer = (
+        row for row in permutation.compare_rows('v5p', problem) if row['permutation'] == what
+    )
+    rows, row_bytes = problem.num_rows, 2 * problem.embed_dim
+    # Rows are read, and written, or laid out before.
+    least = 2 * rows * row_bytes / CHIPS['v5p'].hbm_bytes_per_second
+    assert least < mine['seconds'] < 1.8 * least
+    assert peer['times_ours'] > 2.5
