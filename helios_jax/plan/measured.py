@@ -27,6 +27,7 @@ _TRACED = ('2026-11-23', 'the traced gradient: jax 0.12.0')
 _H100 = ('2026-11-22', 'one H100 80GB HBM3')
 _PROFILE = ('2026-11-22', 'profile of helios_1b on one H100: jax 0.12.0')
 _STEPS = ('2026-11-29', 'helios plan --compile of helios_8b, 16 chips: jax 0.10.2')
+_MOE_STEP = ('2026-11-29', 'helios plan --compile of hydra_30b_a3b, v5p:4x4x2: jax 0.10.2')
 _ESTIMATED = ('2026-11-29', 'a matmul, and bytes that helios_8b waits for; no step was played')
 _KERNELS = ('2026-11-29', 'schedules of our kernels, libtpu 0.0.42')
 
@@ -89,6 +90,8 @@ class Speeds(NamedTuple):
     stream_passes: Measured[int]  # elementwise over [B T D] in a layer
     gate_passes: Measured[int]  # more of them for each gated sublayer
     inside_passes: Measured[int]  # elementwise over [B T F] in an MLP
+    expert_passes: Measured[int]  # the same over [pairs F] of experts
+    permuted_passes: Measured[int]  # over [pairs D], to the experts and back
     gathered_passes: Measured[int]  # over a layer's gathered weights
     exposed: Measured[float]  # share of the network's time that nothing hides
 
@@ -108,6 +111,8 @@ def _of_a_tpu(
         Measured(17, '[B T D] in a layer of helios_8b, residual, v5p', *_STEPS),
         Measured(50, '[B T D] more in a gated sublayer: convex, in parts, v5p', *_STEPS),
         Measured(0, '[B T F]: part of matmuls', *_STEPS),
+        Measured(13, '[pairs F] of experts: hydra_30b_a3b, full, v5p', *_MOE_STEP),
+        Measured(12, '[pairs D]: two of each take, three of each sum', *_MOE_STEP),
         Measured(0, 'weights: part of matmuls', *_STEPS),
         Measured(exposed, 'of the network: first gathers, last gradients', *seen),
     )
@@ -123,6 +128,8 @@ SPEEDS = {
         Measured(120, "times that a layer's work reads or writes an array [B T D]", *_PROFILE),
         Measured(35, 'more of them for each gated sublayer', *_PROFILE),
         Measured(9, 'times that an MLP reads or writes an array [B T F]', *_PROFILE),
+        Measured(9, 'the same of experts: not measured', *_PROFILE),
+        Measured(0, '[pairs D]: not measured', *_PROFILE),
         Measured(3, 'times that gathered weights are read or written', *_PROFILE),
         Measured(0.0, 'of the network: not measured on several cards', *_PROFILE),
     ),

@@ -16,7 +16,12 @@ from helios_jax.plan.arguments import local
 from helios_jax.plan.measured import HOST_FRACTION, Speeds, speeds
 from helios_jax.plan.peak import StepMemory
 from helios_jax.plan.placement import Placement
-from helios_jax.plan.saved import inside, recomputed_by_backward, tensor_actions
+from helios_jax.plan.saved import (
+    expert_slots,
+    inside,
+    recomputed_by_backward,
+    tensor_actions,
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -145,8 +150,14 @@ def _memory_bytes(placement: Placement, planned: StepMemory, reached: Speeds) ->
     within, dense = 0, 0
     for kind, number in model.kind_counts.items():
         elements = number * inside(placement, kind)
-        dense += 0 if kind.startswith('moe') else number
-        within += reached.inside_passes.value * elements * placement.dtype_bytes
+        if kind.startswith('moe'):
+            permuted = number * expert_slots(placement) * model.embed_dim
+            passed = reached.expert_passes.value * elements
+            passed += reached.permuted_passes.value * permuted
+        else:
+            dense += number
+            passed = reached.inside_passes.value * elements
+        within += passed * placement.dtype_bytes
     cut = placement.config.memory.backward_parts
     # In parts the gradient of an MLP's input, a float32 sum, is read and written in each.
     summed = 4 * stream * cut * dense if cut > 1 else 0

@@ -68,16 +68,32 @@ def test_without_a_tpu_it_is_indexing():
         ('bfloat16', 4096, 16384, 14, 32),
         ('bfloat16', 8192, 16384, 8, 32),
         ('bfloat16', 2048, 48, 1, 16),
-        ('bfloat16', 2048, 40, 1, 0),
-        ('bfloat16', 2112, 131072, 1, 0),
-        ('float32', 2048, 131072, 1, 0),
     ],
 )
-def test_kernels_take_what_fits_their_steps(monkeypatch, dtype, width, length, summed, rows_a_step):
+def test_steps_are_as_large_as_fit(monkeypatch, dtype, width, length, summed, rows_a_step):
     monkeypatch.setattr(tpu, 'generation', lambda: 'v5e')
-    x = jnp.zeros((4096, width), dtype)
-    assert tpu.able(x, length, summed) == bool(rows_a_step)
-    monkeypatch.setattr(tpu, 'generation', lambda: 'tpu7x')
-    assert not tpu.able(x, length, summed)
-    if rows_a_step:
-        assert tpu.rows_a_step(width, length, summed, 1) == rows_a_step
+    assert tpu.refusal(jnp.zeros((4096, width), dtype), length, summed) == ''
+    assert tpu.rows_a_step(width, length, summed, 1) == rows_a_step
+
+
+@pytest.mark.parametrize(
+    ('target', 'dtype', 'width', 'length', 'reason'),
+    [
+        ('v5p', 'bfloat16', 2048, 16 * 3, 'no steps that divide 48 rows and 4096'),
+        ('v5e', 'bfloat16', 2048, 40, 'no steps that divide 40 rows'),
+        ('v5e', 'bfloat16', 2112, 4096, 'width of 2112: it must be a multiple of 256'),
+        ('v5e', 'float32', 2048, 4096, 'float32: only bfloat16'),
+        ('tpu7x', 'bfloat16', 2048, 4096, 'SparseCores gather'),
+    ],
+)
+def test_what_kernels_refuse_xla_takes_and_the_log_says_why(
+    monkeypatch, caplog, target, dtype, width, length, reason
+):
+    monkeypatch.setattr(tpu, 'generation', lambda: target)
+    permutation.log_refusal.cache_clear()
+    caplog.set_level('INFO', 'helios_jax')
+    x, at = jnp.ones((4096, width), dtype), jnp.zeros(length, jnp.int32)
+    assert permutation.take(x, at, 'tpu').shape == (length, width)
+    permutation.take(x, at, 'tpu')
+    [said] = caplog.messages
+    assert reason in said and 'XLA' in said

@@ -6,6 +6,9 @@ cannot take, XLA's gather does. No function here is differentiable: parallel/exp
 each is the other's transpose.
 """
 
+import functools
+import logging
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
@@ -21,7 +24,7 @@ def take(
     Args:
       platform: 'tpu', 'gpu' or 'cpu', where it is compiled for another machine.
     """
-    if (platform or jax.default_backend()) == 'tpu' and tpu.able(x, len(index), 1):
+    if by_kernel(x, len(index), 1, platform):
         return tpu.take(x, index)
     return x.at[index].get(mode='clip')
 
@@ -30,7 +33,23 @@ def take_sums(
     x: Float[Array, 'N D'], index: Int[Array, 'A X'], platform: str | None = None
 ) -> Float[Array, 'A D']:
     """Sums, in float32 or wider, the X rows that each row of the index names; else as `take`."""
-    if (platform or jax.default_backend()) == 'tpu' and tpu.able(x, *index.shape):
+    if by_kernel(x, len(index), index.shape[1], platform):
         return tpu.take_sums(x, index)
     wide = jnp.promote_types(x.dtype, jnp.float32)
     return x.at[index].get(mode='clip').sum(axis=1, dtype=wide).astype(x.dtype)
+
+
+def by_kernel(x: Float[Array, 'N D'], length: int, summed: int, platform: str | None) -> bool:
+    """Tells whether our kernel makes the result; on a TPU, logs where it does not."""
+    if (platform or jax.default_backend()) != 'tpu':
+        return False
+    reason = tpu.refusal(x, length, summed)
+    if reason:
+        log_refusal(reason)
+    return not reason
+
+
+@functools.cache
+def log_refusal(reason: str) -> None:
+    """Logs each reason once, however often the model is traced."""
+    logging.getLogger(__name__).info("permutation: XLA's gather on tpu: %s", reason)

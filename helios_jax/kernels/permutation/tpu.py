@@ -32,14 +32,18 @@ XLA_IS_FAST = 'tpu7x'  # there XLA has the SparseCores gather
 Ref = Any
 
 
-def able(x: Float[Array, 'N D'], length: int, summed: int) -> bool:
-    """Tells whether the kernels can take rows of x for a result of `length` rows, each a sum."""
-    target = generation()
-    if x.dtype != jnp.bfloat16 or x.shape[1] % (2 * LANES) or not len(x) or target == XLA_IS_FAST:
-        return False
-    cores = CHIPS[target].num_cores
-    tile = rows_a_step(x.shape[1], length, summed, cores)
-    return bool(tile and rows_a_step(x.shape[1], len(x), 1, 1))
+def refusal(x: Float[Array, 'N D'], length: int, summed: int) -> str:
+    """Reason why the kernels do not make `length` rows, each a sum of rows of x; '' if they do."""
+    target, (N, D) = generation(), x.shape
+    if target == XLA_IS_FAST:
+        return 'there XLA has the SparseCores gather.'
+    if x.dtype != jnp.bfloat16:
+        return f'the kernel cannot take {x.dtype}: only bfloat16.'
+    if D % (2 * LANES):
+        return f'the kernel cannot take a width of {D}: it must be a multiple of {2 * LANES}.'
+    if not rows_a_step(D, N, 1, 1) or not rows_a_step(D, length, summed, CHIPS[target].num_cores):
+        return f'the kernel has no steps that divide {length} rows and {N}.'
+    return ''
 
 
 def rows_a_step(width: int, length: int, summed: int, cores: int) -> int:
