@@ -7,7 +7,7 @@ import operator
 import jax
 import pytest
 
-from helios_jax import chips, config
+from helios_jax import chips, config, options
 from helios_jax.errors import UserError
 from helios_jax.parallel import mesh as meshes
 from helios_jax.plan import changes, planning, search
@@ -201,3 +201,22 @@ def test_a_search_is_sorted_and_its_overrides_make_its_plans():
         kind = type(operator.attrgetter(name)(cfg))
         cfg = config.replace(cfg, {name: kind(value)})
     assert plan(cfg, chip, 4).memory.peak == best.plan.memory.peak
+
+
+# By `helios plan --compile`: docs/results/2026-11-29-tpu-step and 2026-11-29-tpu-experts.
+@pytest.mark.parametrize(
+    ('name', 'topology', 'rows', 'compiled_seconds'),
+    [
+        ('helios_8b', 'v5p:2x2x4', 64, 2.296),
+        ('helios_8b', 'v6e:4x4', 32, 0.788),
+        ('helios_8b', 'tpu7x:2x2x4', 64, 0.707),
+        ('hydra_30b_a3b', 'v5p:4x4x2', 128, 1.603),
+    ],
+)
+def test_seconds_are_near_those_of_compiled_steps(name, topology, rows, compiled_seconds):
+    settings = {'model.gmu.kind': 'residual', 'memory.policy': 'full', 'train.batch_rows': rows}
+    cfg = config.replace(options.load_config(name), settings)
+    where = chips.topology(topology)
+    found = plan(cfg.resolve(cfg.model.vocab_size), where.chip, where.num_devices)
+    error = found.seconds.step / compiled_seconds - 1
+    assert abs(error) < (0.15 if name.startswith('hydra') else 0.05), error
