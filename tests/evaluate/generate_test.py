@@ -103,7 +103,7 @@ def growing_cache(monkeypatch):
     monkeypatch.setattr(decoding, 'SMALLEST_CACHE', SMALL_CACHE)
 
 
-@pytest.mark.parametrize('pattern', ['full', slow('mixed')])
+@pytest.mark.parametrize('pattern', [slow('full'), slow('mixed')])
 def test_decoding_is_recomputation_at_every_length_and_across_every_boundary(
     pattern, growing_cache
 ):
@@ -330,6 +330,7 @@ def compilations(caplog):
     jax.config.update('jax_log_compiles', False)
 
 
+@pytest.mark.slow
 def test_what_was_compiled_ahead_is_not_compiled_again(compilations):
     of = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding)
     early = restored()._replace(variables=jax.tree.map(of, restored().variables))

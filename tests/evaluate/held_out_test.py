@@ -88,7 +88,7 @@ def test_a_training_document_more_leaves_the_split_alone(restored, prepared, tmp
     held_out(restored, trained_on=before)
 
 
-@pytest.mark.parametrize('num_rows', [0, 3])
+@pytest.mark.parametrize('num_rows', [pytest.param(0, marks=pytest.mark.slow), 3])
 def test_no_more_rows_at_a_time_than_there_are(restored, prepared, monkeypatch, num_rows):
     sizes = []
     assemble = pipeline._assemble

@@ -32,7 +32,6 @@ SIZES = {
     'fills tiles': (64, 128, 64),
     'every residue modulo 16': (17, 1, 33, 17, 1, 1, 17, 1, 49, 1, 17, 1, 1, 17, 1, 1, 33),
 }
-QUICK = ('few',)
 
 
 @pytest.fixture
@@ -116,10 +115,10 @@ def check_errors(found, x, weights, gradient, sizes):
         assert not found[2][e].any()
 
 
-def cases():
+def cases(quick=()):
     for name in SIZES:
         for dtype in ('bfloat16', 'float32'):
-            num_hard = (name not in QUICK) + (dtype == 'float32')
+            num_hard = (name not in quick) + (dtype == 'float32')
             mark = ((), pytest.mark.slow, pytest.mark.long)[num_hard]
             yield pytest.param(name, dtype, marks=mark, id=f'{name}-{dtype}')
 
@@ -130,7 +129,7 @@ def test_kernels_equal_a_loop_over_groups(interpreted, sizes, dtype):
     check_errors(products(*arrays, 'tpu'), *arrays)
 
 
-@pytest.mark.parametrize(('sizes', 'dtype'), cases())
+@pytest.mark.parametrize(('sizes', 'dtype'), cases(quick=('few',)))
 def test_the_reference_equals_a_loop_over_groups(sizes, dtype):
     arrays = problem(SIZES[sizes], dtype)
     check_errors(products(*arrays, 'reference'), *arrays)

@@ -105,7 +105,11 @@ def equations(jaxpr):
             yield from equations(j)
 
 
-@pytest.mark.parametrize('model', [DENSE, MOE, MIXED], ids=['dense', 'moe', 'mixed'])
+@pytest.mark.parametrize(
+    'model',
+    [DENSE, pytest.param(MOE, marks=pytest.mark.slow), pytest.param(MIXED, marks=pytest.mark.slow)],
+    ids=['dense', 'moe', 'mixed'],
+)
 def test_every_policy_computes_the_same_jaxpr(model):
     args = jax.eval_shape(lambda: arguments(model))
     of = lambda memory: list(equations(jax.make_jaxpr(loss_of(model, memory))(*args).jaxpr))

@@ -148,7 +148,7 @@ def of_a_model(model: config.Model, memory: config.Memory, mesh: jax.sharding.Me
 @pytest.mark.parametrize(
     ('model', 'gmu', 'sizes'),
     [
-        (SMALL, config.GMU(), {}),
+        pytest.param(SMALL, config.GMU(), {}, marks=pytest.mark.slow),
         pytest.param(SMALL, config.GMU(kind='residual'), {}, marks=pytest.mark.slow),
         pytest.param(SMALL, config.GMU(kind='additive', gate='full'), {}, marks=pytest.mark.long),
         pytest.param(MIXED, config.GMU(kind='highway', gate='scalar'), {}, marks=pytest.mark.long),

@@ -198,7 +198,7 @@ def whole(request, random_variables):
     return value_and_gradients, arguments, jax.jit(value_and_gradients)(*arguments)
 
 
-@pytest.mark.parametrize('name', ['tpu', 'cudnn'])
+@pytest.mark.parametrize('name', [pytest.param('tpu', marks=pytest.mark.slow), 'cudnn'])
 def test_with_a_cache_the_machine_chooses_whatever_is_named_for_training(name, random_variables):
     """Or a run would fail at its last line, a sample, where the kernel takes no cache."""
     made = []

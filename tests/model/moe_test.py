@@ -111,8 +111,8 @@ def objective(y, stats, real):
 @pytest.mark.parametrize(
     'case',
     [
-        'tight',
         'tight_shared_sigmoid',
+        pytest.param('tight', marks=pytest.mark.slow),
         *(pytest.param(name, marks=pytest.mark.slow) for name in SLOW),
     ],
 )

@@ -144,6 +144,7 @@ def test_every_mesh_gives_the_same_values_and_gradients(sizes):
     assert_close(actual, expected())
 
 
+@pytest.mark.slow
 def test_capacity_drops_the_late_and_counts_them_on_every_mesh():
     x, chosen, *rest = inputs()
     counts = np.bincount(np.asarray(chosen).ravel(), minlength=E + 1)[:E]
