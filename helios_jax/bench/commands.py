@@ -79,18 +79,20 @@ def moe_bench(argv: Sequence[str]) -> None:
     flags.DEFINE_list('implementations', [], text, flag_values=values)
     flags.DEFINE_integer('jobs', 1, 'TPU: compilations at a time.', flag_values=values)
     flags.DEFINE_list('loads', ['even', 'skew'], 'GPU: rows of the experts.', flag_values=values)
-    text = 'GPU: layer, or the products multiply, transposed, gradient.'
+    text = 'GPU: sublayer, passes, layer, or multiply, transposed, gradient.'
     flags.DEFINE_list('what', ['layer'], text, flag_values=values)
     flags.DEFINE_bool('verify', False, 'GPU: our kernels against float64.', flag_values=values)
     flags.DEFINE_bool('json', False, 'JSON lines.', flag_values=values)
     options.parse(values, argv)
     if values.target == 'gpu':
+        if values.verify:
+            from helios_jax.verify import grouped_matmul
+
+            grouped_matmul.verify_all()
+            return
         from helios_jax.bench.moe import gpu
 
-        if values.verify:
-            gpu.verify_all()
-        else:
-            gpu.measure_all(values.shapes, values.loads, values.what)
+        gpu.measure_all(values.shapes, values.loads, values.what)
         return
     os.environ['JAX_PLATFORMS'] = 'cpu'
     from helios_jax.bench.moe import compare

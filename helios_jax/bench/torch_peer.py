@@ -1,10 +1,13 @@
-"""Measures PyTorch's training speed on the same card: transformers' Llama in helios_1b's shape.
+"""Measures PyTorch's training speed on the same card: transformers' Llama, or its Qwen3-MoE.
 
     helios bench torch_peer --json
+    helios bench torch_peer --experts=64 --layers=8 --heads=32 --json
 
 It trains the usual way there: torch.compile, scaled dot-product attention, fused AdamW, bfloat16
-autocast over float32 parameters, the loss inside the model. Needs torch and transformers, which
-nothing else here does. One H100 takes about a minute to compile, then half a second a step.
+autocast over float32 parameters, the loss inside the model. With experts, parameters and their
+state are bfloat16: transformers' grouped experts compile in no other dtype. Needs torch and
+transformers, which nothing else here does. One H100 takes about a minute to compile, then half a
+second a step.
 """
 
 import dataclasses
@@ -16,7 +19,7 @@ from typing import Any
 import numpy as np
 from etils import epath
 
-from helios_jax import options
+from helios_jax import config, options
 from helios_jax.chips import peak_flops
 from helios_jax.errors import UserError, require
 
@@ -36,7 +39,9 @@ class Peer:
     heads: int = 16  # Query heads, N.
     kv_heads: int = 4  # Key heads, K; must divide N.
     head: int = 128  # Width of a head, H.
-    mlp: int = 8192  # Hidden width of the MLP, F.
+    mlp: int = 8192  # Hidden width of the MLP, or of an expert, F.
+    experts: int = 0  # Experts of each layer, E; 0: one dense MLP.
+    chosen: int = 8  # Experts that a token visits, X.
     vocab: int = 32768  # Tokens of the vocabulary, V.
     tokens: str = ''  # File of token ids (.npy) to train on; none: random ones.
     device: str = 'cuda'  # Device, by its name in torch.
@@ -45,10 +50,18 @@ class Peer:
 
     def __post_init__(self) -> None:
         for name, value in dataclasses.asdict(self).items():
-            require(type(value) is not int or value > 0, f'--{name}={value} must be above 0.')
+            least = 0 if name == 'experts' else 1
+            require(
+                type(value) is not int or value >= least,
+                f'--{name}={value} must be at least {least}.',
+            )
         require(
             self.heads % self.kv_heads == 0,
             f'--kv_heads={self.kv_heads} must divide --heads={self.heads}.',
+        )
+        require(
+            not self.experts or self.chosen <= self.experts,
+            f'--chosen={self.chosen} must be at most --experts={self.experts}.',
         )
 
     @property
@@ -61,8 +74,40 @@ class Peer:
         Args:
           parameters: all of the model's, the embedding included.
         """
-        matmuls = parameters - self.vocab * self.embed
+        idle = max(0, self.experts - self.chosen) * 3 * self.embed * self.mlp
+        matmuls = parameters - self.vocab * self.embed - self.layers * idle
         return 6 * matmuls + 6 * self.layers * self.length * self.heads * self.head
+
+
+def same_shape(cfg: config.Config) -> Peer:
+    """Describes PyTorch's training of a config's shape.
+
+    Raises:
+      UserError: the model has what neither Llama nor Qwen3-MoE has, or no vocabulary.
+    """
+    model, moe = cfg.model, cfg.model.moe
+    kinds = set(model.layer_kinds)
+    require(model.vocab_size > 0, '--peer: model.vocab_size=0; set it for PyTorch, above 0.')
+    require(
+        kinds in ({'dense'}, {'moe'}) and not (model.attention_softcap or moe.num_shared_experts),
+        f'--peer: PyTorch has no model of layers {", ".join(sorted(kinds))} with softcap '
+        f'{model.attention_softcap} and {moe.num_shared_experts} shared experts; leave it out.',
+    )
+    sizes: dict[str, Any] = {'mlp': model.mlp_dim}
+    if kinds == {'moe'}:
+        sizes = {'mlp': model.expert_mlp_dim, 'experts': moe.num_experts}
+        sizes['chosen'] = moe.num_experts_per_token
+    return Peer(
+        batch=cfg.train.batch_rows,
+        length=cfg.data.row_length,
+        layers=model.num_layers,
+        embed=model.embed_dim,
+        heads=model.num_heads,
+        kv_heads=model.num_kv_heads,
+        head=model.head_dim,
+        vocab=model.vocab_size,
+        **sizes,
+    )
 
 
 def batches(peer: Peer) -> Iterator[np.ndarray]:
@@ -97,24 +142,38 @@ def batches(peer: Peer) -> Iterator[np.ndarray]:
 
 
 def build(peer: Peer, torch: Any, transformers: Any) -> Any:
-    """Makes the model in float32 on the device."""
-    config = transformers.LlamaConfig(
-        vocab_size=peer.vocab,
-        hidden_size=peer.embed,
-        intermediate_size=peer.mlp,
-        num_hidden_layers=peer.layers,
-        num_attention_heads=peer.heads,
-        num_key_value_heads=peer.kv_heads,
-        head_dim=peer.head,
-        max_position_embeddings=peer.length,
-        tie_word_embeddings=False,
-        use_cache=False,
-        attn_implementation='sdpa',
-    )
+    """Makes the model on the device, in float32, or in bfloat16 if it has experts."""
+    settings = {
+        'vocab_size': peer.vocab,
+        'hidden_size': peer.embed,
+        'intermediate_size': peer.mlp,
+        'num_hidden_layers': peer.layers,
+        'num_attention_heads': peer.heads,
+        'num_key_value_heads': peer.kv_heads,
+        'head_dim': peer.head,
+        'max_position_embeddings': peer.length,
+        'tie_word_embeddings': False,
+        'use_cache': False,
+        'attn_implementation': 'sdpa',
+    }
     torch.manual_seed(0)
     with torch.device(peer.device):
-        model = transformers.LlamaForCausalLM(config)
-    model = model.to(peer.device, torch.float32).train()
+        if peer.experts:
+            settings |= {
+                'num_experts': peer.experts,
+                'num_experts_per_tok': peer.chosen,
+                'moe_intermediate_size': peer.mlp,
+                'norm_topk_prob': True,
+                'experts_implementation': 'grouped_mm',
+            }
+            described = transformers.Qwen3MoeConfig(**settings)
+            model = transformers.Qwen3MoeForCausalLM(described)
+            # A router of zeros, which transformers begins with, sends all tokens one way.
+            for layer in model.model.layers:
+                torch.nn.init.normal_(layer.mlp.gate.weight, std=peer.embed**-0.5)
+        else:
+            model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**settings))
+    model = model.to(peer.device, torch.bfloat16 if peer.experts else torch.float32).train()
     if peer.checkpointing:
         model.gradient_checkpointing_enable({'use_reentrant': False})
     return model

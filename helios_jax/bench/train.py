@@ -109,16 +109,18 @@ def compare_training(
     """Measures and prints the config with each GMU kind and packing.
 
     Raises:
-      UserError: a kind or a packing is none, before anything is measured; a measurement failed.
+      UserError: a kind or a packing is none, or PyTorch has no such model, before anything is
+        measured; a measurement failed.
     """
     variants = [variant(cfg, kind, packing) for packing in packings for kind in kinds]
+    same = torch_peer.same_shape(cfg) if with_peer else None
     rows = []
     for values in map(dataclasses.asdict, variants):
         rows.append(process.run(measure_training, values, warmup_steps, profiled_steps))
         print(options.to_json(rows[-1]), flush=True)
     peer: dict[str, Any] = {}
-    if with_peer:
-        peer = process.run(torch_peer.measure_peer, dataclasses.asdict(torch_peer.Peer()))
+    if same:
+        peer = process.run(torch_peer.measure_peer, dataclasses.asdict(same))
         print(options.to_json(peer), flush=True)
     if not as_json:
         print('\n'.join(describe(row, peer) for row in rows))

@@ -18,6 +18,7 @@ from jaxtyping import Array, Float, Int
 from helios_jax import config
 from helios_jax.arch import weights
 from helios_jax.memory.parts import Cut, Parts, in_parts
+from helios_jax.model.exact import exact_product
 from helios_jax.model.layers import Einsum, float32_or_wider, partitioned, precision
 from helios_jax.parallel.experts import apply_experts
 from helios_jax.parallel.sharding import constrain
@@ -126,8 +127,9 @@ class MixtureOfExperts(nn.Module):
         """Sums each token's weighted experts and the shared ones; padding gives zeros."""
         moe, dtype = self.model.moe, x.dtype
         rows, balance = weights.moe(self.model), weights.router_bias(self.model)
-        wide = float32_or_wider(x)
-        logits = Einsum(rows['router'], wide.dtype, name='router')('btd,de->bte', wide)
+        wide = jnp.promote_types(x.dtype, jnp.float32)
+        router = Einsum(rows['router'], wide, name='router').weight()
+        logits = exact_product(x, router, self.platform)
         zeros = partitioned(jnp.zeros, balance.axes)
         bias = self.variable('router', 'bias', zeros, balance.shape, jnp.float32).value
         choices, shares, scores = route(logits, bias, moe)

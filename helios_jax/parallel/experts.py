@@ -7,6 +7,7 @@ nearly every token visits nearly every device, so that gathering moves about wha
 exactly the chosen tokens would, and its size never depends on the routing: nothing is dropped.
 """
 
+from collections.abc import Callable
 from functools import partial
 from typing import NamedTuple
 
@@ -18,7 +19,7 @@ from jaxtyping import Array, Float, Int
 
 from helios_jax.arch.buffers import expert_capacity
 from helios_jax.arch.rules import BATCH_AXES
-from helios_jax.kernels import permutation
+from helios_jax.kernels import permutation, swiglu
 from helios_jax.kernels.grouped_matmul import grouped_matmul
 from helios_jax.parallel.sharding import spec
 
@@ -134,6 +135,40 @@ combine.defvjp(
 )
 
 
+@partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def through_swiglu(
+    matmul: Callable[[Array, Array, Array], Array],
+    platform: str,
+    gate_up: Float[Array, 'M two_F'],
+    weight: Float[Array, 'M'],
+    down: Float[Array, 'E _ _'],
+    sizes: Int[Array, 'E'],
+) -> Float[Array, 'M D']:
+    """Multiplies SwiGLU's weighted results with the last matrix of each row's expert.
+
+    The backward pass keeps neither: it makes the product again where it reads gate and up.
+    """
+    return matmul(swiglu.multiply(gate_up, weight), down, sizes)
+
+
+def _through_swiglu_backward(
+    matmul: Callable, platform: str, saved: tuple, d_out: Float[Array, 'M D']
+) -> tuple[Array, Array, Array, None]:
+    gate_up, weight, down, sizes = saved
+    # A gradient of rows reads none of them: any of this shape stand in for the product.
+    _, pull = jax.vjp(lambda rows: matmul(rows, down, sizes), gate_up[:, : gate_up.shape[1] // 2])
+    d_product = pull(d_out)[0]
+    d_gate_up, product, d_weight = swiglu.gradient(gate_up, weight, d_product, platform or None)
+    _, pull = jax.vjp(lambda down: matmul(product, down, sizes), down)
+    return d_gate_up, d_weight, pull(d_out)[0], None
+
+
+through_swiglu.defvjp(
+    lambda matmul, platform, *given: (through_swiglu(matmul, platform, *given), given),
+    _through_swiglu_backward,
+)
+
+
 def _local(
     x: Float[Array, 'B T D'],
     choices: Int[Array, 'B T X'],
@@ -163,10 +198,9 @@ def _local(
     p = assign_slots(jnp.where(valid, experts, ours), ours, capacity)
     slot, mode = p.slot.reshape(-1, num_chosen), 'fill' if capacity else 'clip'
 
-    def matmul(x: Array, w: Array, transposed: bool = False) -> Array:
+    def matmul(x: Array, w: Array, sizes: Array, transposed: bool = False) -> Array:
         if not capacity:
-            where = platform or None
-            return grouped_matmul(x, w, p.group_sizes, transposed=transposed, platform=where)
+            return grouped_matmul(x, w, sizes, transposed=transposed, platform=platform or None)
         exact = jax.lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
         apart = x.reshape(ours, capacity, -1)
         equation = 'ecf,edf->ecd' if transposed else 'ecd,edf->ecf'
@@ -175,13 +209,11 @@ def _local(
     rows = dispatch(x.reshape(-1, x.shape[-1]), p.source, slot, mode, platform)
     rows = checkpoint_name(rows, 'expert_input')
     wide = jnp.promote_types(x.dtype, jnp.float32)
-    inside = checkpoint_name(matmul(rows, gate_up), 'gate_up')
-    # Widened once cut: XLA would store the whole in float32.
-    gate, up = (half.astype(wide) for half in jnp.split(inside, 2, axis=-1))
+    inside = checkpoint_name(matmul(rows, gate_up, p.group_sizes), 'gate_up')
     weight = reorder(weights.reshape(-1).astype(wide), p.source, p.slot)
-    product = (jax.nn.silu(gate) * up * weight[:, None]).astype(x.dtype)
-    y = combine(matmul(product, down, turned), p.source, slot, mode, platform)
-    return y.reshape(x.shape), p.dropped
+    last = partial(matmul, transposed=turned)
+    out = through_swiglu(last, platform, inside, weight, down, p.group_sizes)
+    return combine(out, p.source, slot, mode, platform).reshape(x.shape), p.dropped
 
 
 def beside(gate: Float[Array, 'E D F'], up: Float[Array, 'E D F']) -> Float[Array, 'E D two_F']:

@@ -1,5 +1,6 @@
 """PyTorch's side of the comparison, without PyTorch: its batches, its FLOPs, its flags."""
 
+import dataclasses
 import itertools
 import json
 import re
@@ -8,7 +9,7 @@ import numpy as np
 import pytest
 from refusals import refused
 
-from helios_jax import cli
+from helios_jax import cli, config, options
 from helios_jax.arch import flops, weights
 from helios_jax.bench import torch_peer
 from helios_jax.bench.torch_peer import Peer
@@ -27,6 +28,15 @@ def test_its_flops_a_token_are_those_of_helios_without_gates():
     )  # fmt: skip
     ours = flops.flops_per_token(model, peer.length)
     assert peer.flops_per_token(weights.count(model)) == pytest.approx(ours, rel=1e-4)
+
+
+def test_its_flops_a_token_are_those_of_active_experts():
+    cfg = options.load_config('bench_qwen3_moe').resolve(32768)
+    model = config.replace(cfg, {'model.gmu.kind': 'residual'}).model
+    peer = torch_peer.same_shape(cfg)
+    ours = flops.flops_per_token(model, peer.length)
+    # Its norms' scales and its router, which both count, are within this.
+    assert peer.flops_per_token(weights.count(model)) == pytest.approx(ours, rel=2e-4)
 
 
 def test_speed_counts_the_timed_steps_alone():
@@ -78,6 +88,40 @@ def test_a_file_that_holds_no_such_tokens_is_refused(tokens, message, tmp_path):
         next(torch_peer.batches(Peer(batch=2, length=5, vocab=37, tokens=str(path))))
 
 
+def test_the_peer_of_a_config_has_its_shape():
+    assert torch_peer.same_shape(options.load_config('helios_1b')) == Peer()
+    peer = torch_peer.same_shape(options.load_config('bench_qwen3_moe'))
+    assert (peer.experts, peer.chosen, peer.mlp, peer.layers, peer.heads) == (64, 8, 768, 8, 32)
+
+
+@pytest.mark.parametrize(
+    ('changes', 'message'),
+    [
+        ({'model.vocab_size': 0}, 'model.vocab_size=0'),
+        ({'model.attention_softcap': 30.0}, 'softcap 30'),
+        ({'model.period': 'dense,dense_window', 'model.window': 64}, 'dense, dense_window'),
+    ],
+)
+def test_a_model_that_pytorch_lacks_has_no_peer(changes, message):
+    cfg = config.replace(options.load_config('helios_1b'), changes)
+    with pytest.raises(UserError, match=message):
+        torch_peer.same_shape(cfg)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('experts', [0, 4])
+def test_the_peer_trains(experts):
+    pytest.importorskip('transformers')
+    peer = Peer(
+        batch=2, length=24, steps=2, warmup=1, layers=2, embed=64, heads=4, kv_heads=2, head=16,
+        mlp=48, experts=experts, chosen=2, vocab=96, device='cpu', eager=True,
+    )  # fmt: skip
+    row = torch_peer.measure_peer(dataclasses.asdict(peer))
+    assert row['last_loss'] < row['first_loss'] + 0.1
+    each = 3 * 64 * 48 * (experts or 1)
+    assert row['parameters'] > 2 * each + 2 * 96 * 64
+
+
 def test_flags_are_the_fields(monkeypatch, capsys):
     given = []
 
@@ -97,7 +141,12 @@ def test_flags_are_the_fields(monkeypatch, capsys):
 
 @pytest.mark.parametrize(
     ('flag', 'message'),
-    [('--steps=0', 'steps=0.*above 0'), ('--kv_heads=3', 'kv_heads=3.*heads=16')],
+    [
+        ('--steps=0', 'steps=0.*at least 1'),
+        ('--experts=-1', 'experts=-1.*at least 0'),
+        ('--kv_heads=3', 'kv_heads=3.*heads=16'),
+        ('--experts=4', 'chosen=8.*experts=4'),
+    ],
 )
 def test_a_shape_that_cannot_be_is_refused(flag, message, capsys):
     line = refused(capsys, 'bench', 'torch_peer', flag, alone=True)

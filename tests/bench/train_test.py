@@ -6,7 +6,7 @@ import json
 import pytest
 import small_run
 
-from helios_jax import config, process
+from helios_jax import config, options, process
 from helios_jax.bench import torch_peer, train
 from helios_jax.errors import UserError
 
@@ -34,11 +34,13 @@ def processes(monkeypatch):
 
 
 def test_each_variant_runs_in_a_process_with_all_other_settings_kept(processes, capsys):
-    cfg = config.Config(train=config.Train(num_steps=11))
+    changes = {'train.num_steps': 11, 'model.num_layers': 3, 'data.row_length': 48}
+    cfg = config.replace(options.load_config('helios_1b'), changes)
     kinds, packings = ['residual', 'convex'], ['concatenate', 'best_fit']
     train.compare_training(cfg, kinds=kinds, packings=packings, with_peer=True, **FLAGS)
     *variants, peer = processes
-    assert peer == (torch_peer.measure_peer, dataclasses.asdict(torch_peer.Peer()))
+    same = torch_peer.Peer(layers=3, length=48)
+    assert peer == (torch_peer.measure_peer, dataclasses.asdict(same))
     expected = [(kind, packing) for packing in packings for kind in kinds]
     for (function, values, *steps), (kind, packing) in zip(variants, expected, strict=True):
         assert (function, steps) == (train.measure_training, [7, 2])
@@ -58,6 +60,15 @@ def test_a_variant_that_is_none_is_refused_before_anything_runs(processes):
     with pytest.raises(UserError, match=r"'convicts'.*'convex'"):
         train.compare_training(
             config.Config(), kinds=kinds, packings=['best_fit'], with_peer=False, **FLAGS
+        )
+    assert not processes
+
+
+def test_a_model_that_pytorch_lacks_is_refused_before_anything_runs(processes):
+    cfg = config.replace(options.load_config('helios_1b'), {'model.attention_softcap': 30.0})
+    with pytest.raises(UserError, match='softcap'):
+        train.compare_training(
+            cfg, kinds=['residual'], packings=['best_fit'], with_peer=True, **FLAGS
         )
     assert not processes
 

@@ -7,7 +7,7 @@ import pytest
 from jax.experimental.pallas import tpu as pltpu
 
 from helios_jax.kernels import permutation
-from helios_jax.kernels.permutation import tpu
+from helios_jax.kernels.permutation import gpu, tpu
 
 pytestmark = pytest.mark.usefixtures('quick_compilation')
 RACE = 'RACE DETECTED'  # printed by jax 0.10, raised since
@@ -50,6 +50,33 @@ def test_kernel_sums_in_float32(interpreted, width):
     terms = np.asarray(x, np.float32)[np.minimum(at, N - 1)]
     expected = jnp.asarray((terms[:, 0] + terms[:, 1]) + terms[:, 2], jnp.bfloat16)
     np.testing.assert_array_equal(found.astype(jnp.float32), expected.astype(jnp.float32))
+
+
+# 384 and 2560 columns are no power of two, 63 rows fill no program.
+@pytest.mark.parametrize(('width', 'length'), [(384, M), (2560, M - 1)])
+def test_the_kernel_for_gpus_copies_every_bit(width, length):
+    x, at = rows(N, width), index(length, below=N)
+    assert gpu.can_take(x, length)
+    found = gpu.take(x, at, interpret=True)
+    expected = np.asarray(x)[np.minimum(at, N - 1)]
+    np.testing.assert_array_equal(np.asarray(found).view(np.uint16), expected.view(np.uint16))
+
+
+@pytest.mark.parametrize(
+    ('shape', 'dtype', 'length'),
+    [
+        ((N, 200), 'bfloat16', M),
+        ((N, 256), 'float32', M),
+        ((N, 256), 'bfloat16', 0),
+        ((2**23, 256), 'bfloat16', M),
+        ((N, 256), 'bfloat16', 2**23),
+    ],
+)
+def test_what_the_kernel_for_gpus_cannot_take(shape, dtype, length):
+    found = []
+    of = lambda x: found.append(gpu.can_take(x, length))
+    jax.eval_shape(of, jax.ShapeDtypeStruct(shape, dtype))
+    assert found == [False]
 
 
 def test_without_a_tpu_it_is_indexing():

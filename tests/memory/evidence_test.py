@@ -119,13 +119,8 @@ def test_every_policy_computes_the_same_jaxpr(model):
         assert of(config.Memory(preset)) == plain, preset
 
 
-# Every pair of the three runs in CI, the rest before a release.
-IN_CI = [
-    ('dense', 'float32', 8),
-    ('dense', 'bfloat16', 1),
-    ('moe', 'float32', 1),
-    ('moe', 'bfloat16', 8),
-]
+# Both models, both dtypes and both sizes run in CI, the rest before a release.
+IN_CI = [('dense', 'float32', 8), ('dense', 'bfloat16', 1), ('moe', 'float32', 1)]
 RUNS = [
     pytest.param(
         {'dense': DENSE, 'moe': MOE}[case[0]],

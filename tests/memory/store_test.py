@@ -8,6 +8,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from helios_jax.kernels import quantize
 from helios_jax.memory import policy, store, traced
+from helios_jax.memory.unrolled import unrolled
 
 B, D, F, L = 3, 6, 10, 4
 NONE = dict.fromkeys(policy.NAMES, 'remat') | {'block_input': 'device'}
@@ -38,8 +39,8 @@ def plain(params, x, scales, ids):
     return jax.lax.scan(step, x, (params, scales))
 
 
-def stored(table, params, x, scales, ids):
-    x, reports = store.scan(
+def stored(table, params, x, scales, ids, run=store.scan):
+    x, reports = run(
         [block], table=table, params=[params], x=x, scanned=[scales], others=(ids,),
         input_name='block_input',
     )  # fmt: skip
@@ -182,14 +183,39 @@ def test_a_layer_outside_a_scan_quantises_where_it_stores():
     assert len(held) == 1 and f'tensor<{B}x{D}xui8>, tensor<{B}xi8>' in held[0], held
 
 
-def test_two_functions_take_turns(arguments):
+@pytest.mark.parametrize('table', [None, *TABLES.values()], ids=['none', *TABLES])
+def test_unrolled_layers_compute_what_scanned_ones_do(table, arguments):
+    """Forward to the bit; gradients of weights and input as near as XLA's rounding."""
+    full = None if table is None else NONE | table
+    runs = [lambda *args, run=run: stored(full, *args, run=run) for run in (store.scan, unrolled)]
+    for one, other in zip(*(jax.jit(run)(*arguments) for run in runs), strict=True):
+        np.testing.assert_array_equal(one, other)
+    gradients = [jax.jit(jax.grad(loss_of(run), argnums=(0, 1)))(*arguments) for run in runs]
+    for one, other in zip(*map(jax.tree.leaves, gradients), strict=True):
+        np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-6)
+
+
+def test_unrolled_layers_save_what_scanned_ones_do_and_stack_nothing(arguments):
+    table = NONE | {'gate_up': 'device', 'block_input': 'fp8+offload'}
+    run = lambda *args: stored(table, *args, run=unrolled)
+    traced_step = jax.jit(jax.grad(loss_of(run))).trace(*arguments)
+    found = [(a.name, a.shape, a.layers) for a in traced.saved(traced_step.jaxpr)]
+    payloads = [(name, shape) for name, shape, _ in found if shape in ((B, D), (B, F))]
+    assert sorted(payloads) == sorted([('block_input', (B, D)), ('gate_up', (B, F))] * L)
+    assert 'while' not in traced_step.lower().as_text()
+
+
+@pytest.mark.parametrize(
+    ('in_turn', 'stacks', 'layers'), [(store.scan, 1, L // 2), (unrolled, L // 2, 0)]
+)
+def test_two_functions_take_turns(in_turn, stacks, layers, arguments):
     """A period of two layers: each recomputed on its own."""
     params, x, scales, ids = arguments
     even, odd = (jax.tree.map(lambda a, i=i: a[i::2], (params, scales)) for i in range(2))
 
     def run(even, odd, x):
         table = NONE | {'gate_up': 'device', 'block_input': 'fp8+offload'}
-        x, reports = store.scan(
+        x, reports = in_turn(
             [block, block], table=table, params=[even[0], odd[0]], x=x,
             scanned=[even[1], odd[1]], others=(ids,), input_name='block_input',
         )  # fmt: skip
@@ -199,7 +225,8 @@ def test_two_functions_take_turns(arguments):
         np.testing.assert_allclose(got, expected, rtol=1e-6)
     gradient = jax.jit(jax.grad(lambda params: run((params, even[1]), odd, x)[0].sum()))
     found = sorted((a.name, a.layers) for a in traced.saved(gradient.trace(even[0]).jaxpr))
-    assert found == [('block_input', L // 2)] * 4 + [('gate_up', L // 2)] * 2
+    own = [('block_input', layers)] * 4 * stacks + [('gate_up', layers)] * 2 * stacks
+    assert found == own
 
 
 def test_nan_infinity_and_zero_survive_storage():

@@ -38,7 +38,8 @@ def test_every_tpu_has_options_for_a_step_and_for_evaluation():
 
 def test_a_chip_that_the_table_lacks_has_its_platforms_options():
     assert options.of_table('', 'gpu', options.TRANSFERS) == {'xla_gpu_enable_command_buffer': ''}
-    assert options.of_table('', 'gpu', options.STEP) == {}
+    step = options.of_table('', 'gpu', options.STEP)
+    assert step == {'xla_gpu_enable_dynamic_slice_fusion': False}
     assert options.of_table('', 'cpu', *options.PROGRAMS, options.TRANSFERS) == {}
 
 

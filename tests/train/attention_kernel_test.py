@@ -57,8 +57,13 @@ def gradients(implementation: str, platform: str, sizes: dict[str, int]) -> tupl
 MESHES = [{'data': 4, 'tensor': 2}, {'data': 2, 'context': 2, 'tensor': 2}]
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize('sizes', MESHES)
+@pytest.mark.parametrize(
+    'sizes',
+    [
+        pytest.param(MESHES[0], marks=pytest.mark.slow),
+        pytest.param(MESHES[1], marks=pytest.mark.long),
+    ],
+)
 def test_step_is_that_of_the_reference(sizes):
     expected = gradients('reference', '', sizes)
     with pltpu.force_tpu_interpret_mode(pltpu.InterpretParams()):

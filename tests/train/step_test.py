@@ -98,6 +98,15 @@ def test_eight_devices_compute_what_one_does(pattern, sizes):
 
 @pytest.mark.slow
 @pytest.mark.parametrize('pattern', PATTERNS)
+def test_unrolled_layers_step_as_scanned_ones_do(pattern):
+    cfg = config.replace(settings(pattern), {'memory.layers': 'unrolled'})
+    setup, done = run(cfg, {'data': 2, 'fsdp': 2}, 4)
+    assert_close(jax.device_get(done), on_one_device(pattern))
+    assert_placed(setup, done[-1][0])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('pattern', PATTERNS)
 def test_four_microbatches_equal_one_with_unequal_padding(pattern):
     cfg = settings(pattern)
     train = dataclasses.replace(cfg.train, microbatches=4)

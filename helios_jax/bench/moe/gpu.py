@@ -1,7 +1,7 @@
 """Measures the grouped products on an NVIDIA GPU beside torch.nn.functional.grouped_mm.
 
     helios bench moe --target=gpu --shapes=e8,e128,e56 --loads=even,skew --what=layer
-    helios bench moe --target=gpu --verify
+    helios bench moe --target=gpu --shapes=e128 --what=sublayer
 
 A layer is forward and backward of a SwiGLU over sorted rows: out, and the gradients of rows and
 weights. Ours computes gate and up as one product. Of torch's two forms, compiled, the faster is
@@ -9,13 +9,12 @@ the peer: with gate and up as one product, or as two. Windows of ours and of tor
 the card's clock follows its power and its heat. Prints a JSON row a measurement, in TFLOP/s of the
 rows that there are. Needs torch with CUDA, in one process with jax.
 
-Verification compares each expert's results with float64: error over a rounded exact product's.
+A sublayer is all of a mixture of experts beside a dense one (sublayer.py); passes.py has what lies
+between the products.
 """
 
 import functools
 import os
-import statistics
-import time
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -26,15 +25,15 @@ import jax.numpy as jnp
 import numpy as np
 
 from helios_jax import options
-from helios_jax.arch.grouped_matmul import ROWS
+from helios_jax.bench.moe import passes, sublayer
 from helios_jax.bench.moe.problem import SHAPES
+from helios_jax.bench.moe.timed import Timed, take_turns, timed
 from helios_jax.errors import require
 from helios_jax.kernels.grouped_matmul import hopper
+from helios_jax.verify.grouped_matmul import require_hopper
 
-SECONDS = 0.1  # of a window
-WINDOWS = 5
 LOADS = ('even', 'skew', 'hot', 'natural')
-WHAT = ('layer', 'multiply', 'transposed', 'gradient')
+WHAT = ('sublayer', 'passes', 'layer', 'multiply', 'transposed', 'gradient')
 
 
 class Layer(NamedTuple):
@@ -47,13 +46,6 @@ class Layer(NamedTuple):
 
 
 LAYERS = {name: Layer(*sizes) for name, sizes in SHAPES.items()}
-
-
-class Timed(NamedTuple):
-    """Something to time: `start` begins it, `finish` waits for all that were begun."""
-
-    start: Callable[[], Any]
-    finish: Callable[[], Any]
 
 
 def group_sizes(shape: Layer, load: str) -> np.ndarray:
@@ -117,13 +109,7 @@ def ours(shape: Layer, what: str, loads: list[str]) -> dict[str, Timed]:
     compiled = jax.jit(function).lower(*arguments, jnp.zeros(E, jnp.int32)).compile()
 
     def run(load: str) -> Timed:
-        sizes = jnp.asarray(group_sizes(shape, load))
-        last: list[Any] = []
-
-        def start() -> None:
-            last[:] = [compiled(*arguments, sizes)]
-
-        return Timed(start, lambda: jax.block_until_ready(last))
+        return timed(compiled, (*arguments, jnp.asarray(group_sizes(shape, load))))
 
     return {load: run(load) for load in loads}
 
@@ -169,26 +155,6 @@ def torchs(shape: Layer, what: str, loads: list[str], *, fused: bool) -> dict[st
     return {load: run(load) for load in loads}
 
 
-def take_turns(runs: dict[Any, Timed]) -> dict[Any, float]:
-    """Times runs in windows that take turns; the median of each run's seconds."""
-    calls = {}
-    for key, run in runs.items():
-        run.start(), run.finish()  # the first one compiles
-        begin = time.perf_counter()
-        run.start(), run.finish()
-        calls[key] = max(2, round(SECONDS / (time.perf_counter() - begin)))
-    seconds: dict[Any, list[float]] = {key: [] for key in runs}
-    for window in range(WINDOWS + 1):
-        for key, run in runs.items():
-            begin = time.perf_counter()
-            for _ in range(calls[key]):
-                run.start()
-            run.finish()
-            if window:  # the first warms up
-                seconds[key].append((time.perf_counter() - begin) / calls[key])
-    return {key: statistics.median(times) for key, times in seconds.items()}
-
-
 def measure(name: str, what: str, loads: list[str]) -> None:
     """Prints a row for each load."""
     shape = LAYERS[name]
@@ -209,81 +175,6 @@ def measure(name: str, what: str, loads: list[str]) -> None:
         print(options.to_json(row), flush=True)
 
 
-def patterns(E: int, M: int) -> dict[str, np.ndarray]:
-    """Group sizes that are hard in some way."""
-    draw = np.random.default_rng(E)
-    random = lambda rows, spread: draw.multinomial(rows, draw.dirichlet(np.full(E, spread)))
-    e = np.arange(E)
-    return {
-        'random': random(M, 2.0),
-        'rows of no group': random(M * 2 // 3, 0.4),
-        'all rows to one': np.where(e == E // 2, M, 0),
-        'every offset modulo 16': np.full(E, min(17, M // E)),
-        'one row each': np.where(e == E - 1, min(300, M - E + 1), 1),
-        'every other empty': np.where(e % 2, M // E, 0),
-        'no rows': np.zeros(E, int),
-        'first and last': np.where(e == 0, min(M, 129), 0)
-        + np.where(e == E - 1, (M - min(M, 129)) // 2, 0),
-    }
-
-
-def verify(E: int, M: int, D: int, F: int) -> None:
-    """Compares the three products with float64, by the worst expert, and prints a row.
-
-    Rows of no group hold NaN; so do, in a second run, the rows of the fullest expert.
-
-    Raises:
-      AssertionError: an error above twice a rounded product's, or what should be zero is not.
-    """
-    draw = np.random.default_rng(E)
-    normal = lambda *size: jnp.asarray(draw.standard_normal(size, np.float32), jnp.bfloat16)
-    x, w, d = normal(M, D), normal(E, D, F), normal(M, F)
-    x64, w64, d64 = (np.asarray(each, np.float64) for each in (x, w, d))
-    forward, weights = jax.jit(hopper.multiply), jax.jit(hopper.weight_gradient)
-    backward = jax.jit(functools.partial(hopper.multiply, transposed=True))
-    norm = np.linalg.norm
-    worst = {'multiply': 0.0, 'transposed': 0.0, 'gradient': 0.0}
-    for name, sizes in patterns(E, M).items():
-        ends = np.cumsum(sizes)
-        hurts = [None, int(np.argmax(sizes))] if E > 1 and sizes.any() else [None]
-        exact = [
-            (x64[a:b] @ w64[e], d64[a:b] @ w64[e].T, x64[a:b].T @ d64[a:b])
-            for e, (a, b) in enumerate(zip(ends - sizes, ends, strict=True))
-        ]
-        for hurt in hurts:
-            nan = (np.arange(M) >= ends[-1])[:, None]
-            if hurt is not None:
-                nan[ends[hurt] - sizes[hurt] : ends[hurt]] = True
-            rows, gradient = (jnp.where(nan, jnp.nan, each) for each in (x, d))
-            groups = jnp.asarray(sizes, jnp.int32)
-            out = forward(rows, w, groups), backward(gradient, w, groups)
-            out_rows = [np.asarray(each, np.float64) for each in out]
-            out_weights = np.asarray(weights(rows, gradient, groups), np.float64)
-            assert not any(each[ends[-1] :].any() for each in out_rows), f'{name}: rows of no group'
-            for e in set(range(E)) - {hurt}:
-                own = slice(ends[e] - sizes[e], ends[e])
-                found = (*(each[own] for each in out_rows), out_weights[e])
-                for product, one, best in zip(worst, found, exact[e], strict=True):
-                    plain = norm(np.asarray(jnp.asarray(best, jnp.bfloat16), np.float64) - best)
-                    error = norm(one - best)
-                    ratio = error / plain if plain else (np.inf if error else 0)
-                    assert ratio <= 2, f'{product}, {name}, expert {e} of {E}: {ratio}'
-                    worst[product] = max(worst[product], float(ratio))
-    print(options.to_json({'E': E, 'M': M, 'D': D, 'F': F, 'worst': worst}), flush=True)
-
-
-def verify_all() -> None:
-    """Runs `verify` for few and many experts, and rows that fill no tile.
-
-    Raises:
-      UserError: no Hopper GPU.
-    """
-    require_hopper()
-    for E in (1, 2, 5, 8, 56, 128):
-        verify(E, M=1111, D=384, F=512)
-    verify(3, M=77, D=256, F=384)
-
-
 def measure_all(shapes: list[str], loads: list[str], what: list[str]) -> None:
     """Prints a row for each.
 
@@ -298,13 +189,9 @@ def measure_all(shapes: list[str], loads: list[str], what: list[str]) -> None:
     require_hopper()
     for name in shapes:
         for one in what:
-            measure(name, one, loads)
-
-
-def require_hopper() -> None:
-    device = jax.devices()[0]
-    found = getattr(device, 'compute_capability', '')
-    require(
-        device.platform == 'gpu' and found == ROWS['hopper'].capability,
-        f'--target=gpu: the kernels need a Hopper GPU, and here is {device.device_kind}.',
-    )
+            if one == 'sublayer':
+                sublayer.measure(name, *LAYERS[name])
+            elif one == 'passes':
+                passes.measure(name, LAYERS[name].M, LAYERS[name].D, LAYERS[name].F)
+            else:
+                measure(name, one, loads)

@@ -6,11 +6,14 @@ from helios_jax.plan import measured
 from helios_jax.plan.compiler import validate
 
 # Both kinds of layers, every policy, every topology, one in parts; .ci/release compiles all 30.
-SOME = [
+IN_CI = [
     validate.StepCase('dense', 'full', 'v6e:2x2'),
+    validate.StepCase('moe', 'fp8', 'v5e:2x2'),
+]
+SOME = [
+    *IN_CI,
     validate.StepCase('dense', 'offload', 'v5e:2x2'),
     validate.StepCase('dense', 'fp8_offload', 'v5p:2x2x1', 4),
-    validate.StepCase('moe', 'fp8', 'v5e:2x2'),
 ]
 
 
@@ -21,8 +24,14 @@ def test_the_cases_cover_layers_policies_and_topologies():
         assert {getattr(c, field) for c in SOME} == {getattr(c, field) for c in validate.CASES}
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize('case', SOME, ids=str)
+@pytest.mark.parametrize(
+    'case',
+    [
+        pytest.param(case, marks=pytest.mark.slow if case in IN_CI else pytest.mark.long)
+        for case in SOME
+    ],
+    ids=str,
+)
 def test_the_closed_form_is_near_the_compiler(case):
     pytest.importorskip('libtpu')
     row = validate.errors(case)

@@ -1,0 +1,62 @@
+"""`store.scan` without a loop: each layer is compiled by itself, and keeps its own arrays.
+
+A loop keeps what its layers save in stacks. XLA fills each with zeros before the loop, and on a GPU
+copies a layer's slice out of it for every kernel that is not XLA's own. Without the loop nothing is
+stacked but the gradients of the weights, which the optimizer updates as one array.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, PyTree
+
+from helios_jax.memory import store
+
+
+def unrolled(
+    functions: Sequence[Callable[..., Any]],
+    *,
+    table: Mapping[str, str] | None,
+    params: Sequence[PyTree],
+    x: Array,
+    scanned: Sequence[PyTree],
+    others: Sequence[Any] = (),
+    input_name: str,
+    host: bool = True,
+) -> tuple[Array, list[Any]]:
+    """Calls the functions in turn, over and over; arguments and result are `store.scan`'s."""
+    length = jax.tree.leaves(params)[0].shape[0]
+    reports = []
+    for n, mine in enumerate(apart(length, list(params))):
+        its, own = layer_of(scanned, n), []
+        for function, weights, extra in zip(functions, mine, its, strict=True):
+            x, report = store.apply(
+                function, table=table, params=weights, x=x, others=(extra, *others),
+                input_name=input_name, host=host,
+            )  # fmt: skip
+            own.append(report)
+        reports.append(own)
+    return x, jax.tree.map(lambda *each: jnp.stack(each), *reports)
+
+
+def layer_of(stacks: PyTree, n: int) -> PyTree:
+    """Returns row n of every array."""
+    return jax.tree.map(lambda a: a[n], stacks)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def apart(length: int, stacks: PyTree) -> list[PyTree]:
+    """Cuts every array along its first axis.
+
+    Differentiation would add up arrays of the stack's size, one for each cut; its gradient stacks.
+    """
+    return [layer_of(stacks, n) for n in range(length)]
+
+
+apart.defvjp(
+    lambda length, stacks: (apart(length, stacks), None),
+    lambda length, _, cuts: (jax.tree.map(lambda *each: jnp.stack(each), *cuts),),
+)
