@@ -220,3 +220,32 @@ def test_seconds_are_near_those_of_compiled_steps(name, topology, rows, compiled
     found = plan(cfg.resolve(cfg.model.vocab_size), where.chip, where.num_devices)
     error = found.seconds.step / compiled_seconds - 1
     assert abs(error) < (0.15 if name.startswith('hydra') else 0.05), error
+
+
+# By `helios bench train` on an H200: docs/results/2026-11-30-h200-hydra.
+@pytest.mark.parametrize(
+    ('name', 'settings', 'measured_seconds'),
+    [
+        ('helios_1b', {}, 0.1330),
+        (
+            'helios_1b',
+            {
+                'model.period': 'moe',
+                'model.moe.num_experts': 8,
+                'model.moe.num_experts_per_token': 2,
+                'model.moe.mlp_dim': 4096,
+            },
+            0.1465,
+        ),
+        ('bench_qwen3_moe', {}, 0.2855),
+    ],
+    ids=['dense', '8 experts', '64 experts'],
+)
+def test_seconds_are_near_those_of_measured_steps(name, settings, measured_seconds):
+    settings = {'model.gmu.kind': 'residual'} | settings
+    if name == 'helios_1b':
+        settings |= {'model.num_layers': 4}
+    cfg = config.replace(options.load_config(name), settings)
+    found = plan(cfg, chips.CHIPS['h200'], 1)
+    error = found.seconds.step / measured_seconds - 1
+    assert abs(error) < 0.15, error
