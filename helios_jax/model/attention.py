@@ -4,10 +4,13 @@ Keys are cached after their norm and before rotation, because with dynamic YaRN 
 key depends on the query that reads it.
 """
 
+from functools import partial
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
+from jax.experimental.layout import Layout, with_layout_constraint
 from jax.sharding import PartitionSpec
 from jax.typing import ArrayLike
 from jaxtyping import Array, Float, Int
@@ -19,6 +22,19 @@ from helios_jax.model import rope
 from helios_jax.model.layers import Einsum, RMSNorm
 from helios_jax.parallel import context
 from helios_jax.parallel.sharding import constrain, spec
+
+
+def heads_in_front(x: Float[Array, 'B T N H'], platform: str) -> Float[Array, 'B T N H']:
+    """Has a TPU lay an array out as its attention kernel reads it, a head's tokens together.
+
+    XLA would normalise with tokens in the lanes, and transpose before and after.
+
+    Args:
+      platform: the one to compile for where it is not the running one.
+    """
+    if (platform or jax.default_backend()) != 'tpu':
+        return x
+    return with_layout_constraint(x, Layout(major_to_minor=(0, 2, 1, 3)))
 
 
 class Attention(nn.Module):
@@ -46,8 +62,9 @@ class Attention(nn.Module):
         k = Einsum(rows['k'], dtype, name='k')('btd,dkh->btkh', x)
         v = Einsum(rows['v'], dtype, name='v')('btd,dkh->btkh', x)
         if model.qk_norm:
-            q = RMSNorm(name='q_norm')(q, model.norm_eps)
-            k = RMSNorm(name='k_norm')(k, model.norm_eps)
+            front = partial(heads_in_front, platform=self.platform)
+            q = front(RMSNorm(name='q_norm')(front(q), model.norm_eps))
+            k = front(RMSNorm(name='k_norm')(front(k), model.norm_eps))
         q = checkpoint_name(constrain(q, 'batch', 'length', 'heads', 'head_dim'), 'q')
         k = checkpoint_name(constrain(k, 'batch', 'length', 'kv_heads', 'head_dim'), 'k')
         v = checkpoint_name(constrain(v, 'batch', 'length', 'kv_heads', 'head_dim'), 'v')
