@@ -4,7 +4,7 @@ helios train --config=hydra_30b_a3b --workdir=gs://BUCKET/hydra_30b --config.dat
     --config.data.tokenizer=tokenizer.json
 helios plan --config=hydra_30b_a3b --topology=v5p:4x4x2 --compile   (memory, without a TPU)
 
-Compiled for 32 v5p chips, with model.gmu.kind=residual: 10.7 GiB of state a chip, 16.1 GiB
+Compiled for 32 v5p chips, with model.gmu.kind=residual: 10.7 GiB of state a chip, 16.0 GiB
 temporary, 20.7 GiB at the peak.
 """
 

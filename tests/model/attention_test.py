@@ -228,3 +228,17 @@ def test_split_over_a_mesh_equals_one_device(whole):
             actual,
             expected,
         )
+
+
+@pytest.mark.parametrize(
+    ('platform', 'case', 'number'), [('tpu', 'norms', 4), ('tpu', 'plain', 0), ('cpu', 'norms', 0)]
+)
+def test_a_tpu_normalises_heads_as_its_kernel_reads_them(platform, case, number, random_variables):
+    """q and k before their norm and behind it: else XLA transposes both, and back."""
+    module, variables = build(case, random_variables)
+    module = module.clone(
+        model=dataclasses.replace(module.model, attention='reference'), platform=platform
+    )
+    positions, segment_ids = map(jnp.asarray, rows(packed=True))
+    jaxpr = jax.make_jaxpr(module.apply)(variables, jnp.asarray(stream()), positions, segment_ids)
+    assert str(jaxpr).count('layout_constraint[') == number
