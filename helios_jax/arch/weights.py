@@ -148,9 +148,8 @@ def gmu(model: Model) -> Rows:
         return rows
     if unit.gate == 'static':
         return rows | {'bias': _vector('bias', D, D)}
-    rows['from_input'] = Weight('from_input.w', (D, width), ('embed', 'gate'), D)
-    if unit.kind != 'highway':
-        rows['from_output'] = Weight('from_output.w', (D, width), ('embed', 'gate'), D)
+    for seen in unit.sees:
+        rows[f'from_{seen}'] = Weight(f'from_{seen}.w', (D, width), ('embed', 'gate'), D)
     if unit.gate == 'low_rank':
         rows['out'] = Weight('out.w', (width, D), ('gate', 'gate_embed'), width)
     return rows | {'bias': _vector('bias', D if unit.gate == 'low_rank' else width, D)}

@@ -15,6 +15,7 @@ ATTENTION = ('tpu', 'cudnn', 'reference')  # kernels/attention has a row for eac
 class GMU:
     kind: str = 'convex'  # mix: convex | additive | residual | layerscale | rezero | highway
     gate: str = 'low_rank'  # what the gate depends on: low_rank | full | per_head | scalar | static
+    gate_input: str = 'both'  # what the gate sees: input (x̂) | output (u) | both; highway: x̂
     rank: int = 0  # r of the low-rank gate; 0 takes max(16, D/64)
     bias: str = 'depth'  # the gate's initial bias: depth (−ln l), or a number such as -3
     normalize_output: str = 'auto'  # mix RMSNorm(u) instead of u: auto (convex alone) | on | off
@@ -27,6 +28,7 @@ class GMU:
             ('convex', 'additive', 'residual', 'layerscale', 'rezero', 'highway'),
         )
         one_of('model.gmu.gate', self.gate, ('low_rank', 'full', 'per_head', 'scalar', 'static'))
+        one_of('model.gmu.gate_input', self.gate_input, ('input', 'output', 'both'))
         one_of('model.gmu.normalize_output', self.normalize_output, ('auto', 'on', 'off'))
         at_least_zero('model.gmu', self, 'rank')
         if self.bias != 'depth':
@@ -49,6 +51,15 @@ class GMU:
     @property
     def has_gate(self) -> bool:
         return self.kind in ('convex', 'additive', 'highway')
+
+    @property
+    def sees(self) -> tuple[str, ...]:
+        """Names what the gate sees of a token: x̂, the sublayer's output, both, or nothing."""
+        if not self.has_gate or self.gate == 'static':
+            return ()
+        if self.kind == 'highway':
+            return ('input',)
+        return ('input', 'output') if self.gate_input == 'both' else (self.gate_input,)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -3,10 +3,11 @@
     g = σ(W_b (W_x x̂ + W_u ū) + b)        y = x + g ⊙ (û − x)
 
 x is the stream, x̂ the sublayer's normalised input, u its output, û = RMSNorm(u) with a learnt
-scale and ū without. b starts at −ln l for the l-th sublayer, so g = 1/(l+1) and the stream is the
-running mean of the embedding and of every output so far. RMSNorm reads only the stream's direction,
-so with u instead of û the network starts as exactly the pre-norm residual network, and the gates
-learn from there. The price is two skinny matmuls a sublayer.
+scale and ū without. `gmu.gate_input` may leave one of the gate's two terms out. b starts at −ln l
+for the l-th sublayer, so g = 1/(l+1) and the stream is the running mean of the embedding and of
+every output so far. RMSNorm reads only the stream's direction, so with u instead of û the network
+starts as exactly the pre-norm residual network, and the gates learn from there. The price is two
+skinny matmuls a sublayer.
 
 Descends from Highway Networks (1505.00387), GTrXL (1910.06764), ReZero (2003.04887), LayerScale
 (2103.17239), Hyper-Connections (2409.19606) and Review Residuals (2606.31859). Another GMU, which
@@ -117,13 +118,13 @@ def gate_of(
     update: Float[Array, 'B T D'],
 ) -> Gate:
     """Computes a gate's inputs; `product` is `normalized_product` with its eps."""
-    hidden = None
+    terms = []
     if weights.from_input is not None:
         dot = partial(jnp.einsum, precision=precision(weights.from_input.dtype))
-        hidden = dot('btd,dr->btr', x_hat, weights.from_input)
-        if weights.from_output is not None:
-            hidden = hidden + product(update, weights.from_output)
-        hidden = checkpoint_name(hidden, name)
+        terms.append(dot('btd,dr->btr', x_hat, weights.from_input))
+    if weights.from_output is not None:
+        terms.append(product(update, weights.from_output))
+    hidden = checkpoint_name(sum(terms[1:], terms[0]), name) if terms else None
     return Gate(hidden, weights.out, weights.vector)
 
 

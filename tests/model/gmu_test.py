@@ -21,8 +21,11 @@ KINDS = ('convex', 'additive', 'residual', 'layerscale', 'rezero', 'highway')
 GATES = ('low_rank', 'full', 'per_head', 'scalar', 'static')
 GATED = ('convex', 'additive', 'highway')
 VARIANTS = [
-    *itertools.product(GATED, GATES, ('on', 'off')),
-    *itertools.product(('residual', 'layerscale', 'rezero'), ('low_rank',), ('on', 'off')),
+    *itertools.product(GATED, GATES, ('on', 'off'), ('both',)),
+    *itertools.product(('convex', 'additive'), GATES[:-1], ('on',), ('input', 'output')),
+    *itertools.product(
+        ('residual', 'layerscale', 'rezero'), ('low_rank',), ('on', 'off'), ('both',)
+    ),
 ]
 
 
@@ -65,8 +68,11 @@ def formula(gmu, p, x, x_hat, u):
         return x + p['scale'] * u_hat
     logits = np.zeros((B, T, 1))
     if gmu.gate != 'static':
-        logits = x_hat @ p['from_input']['w']
-        if gmu.kind != 'highway':
+        own = gmu.kind == 'highway'
+        logits = 0.0
+        if gmu.gate_input != 'output' or own:
+            logits = logits + x_hat @ p['from_input']['w']
+        if gmu.gate_input != 'input' and not own:
             logits = logits + rms(u) @ p['from_output']['w']
         if gmu.gate == 'low_rank':
             logits = logits @ p['out']['w']
@@ -76,9 +82,9 @@ def formula(gmu, p, x, x_hat, u):
     return x + g * u_hat if gmu.kind == 'additive' else x + g * (u_hat - x)
 
 
-@pytest.mark.parametrize(('kind', 'gate', 'normalize'), VARIANTS)
-def test_computes_its_formula_and_learns(kind, gate, normalize, random_variables):
-    model = shape(kind=kind, gate=gate, normalize_output=normalize)
+@pytest.mark.parametrize(('kind', 'gate', 'normalize', 'gate_input'), VARIANTS)
+def test_computes_its_formula_and_learns(kind, gate, normalize, gate_input, random_variables):
+    model = shape(kind=kind, gate=gate, normalize_output=normalize, gate_input=gate_input)
     module = GatedMemoryUnit(model, 'mlp')
     variables = random_variables(module, *arrays(), INDEX)
     run = lambda variables, *arrays: module.apply(variables, *arrays, INDEX)
@@ -90,7 +96,7 @@ def test_computes_its_formula_and_learns(kind, gate, normalize, random_variables
     for path, gradient in jax.tree_util.tree_leaves_with_path(gradients[0]):
         assert np.abs(gradient).min() > 0, jax.tree_util.keystr(path)
     # The stream always passes, the update always matters, x̂ only where a gate reads it.
-    reads = kind in GATED and gate != 'static'
+    reads = kind in GATED and gate != 'static' and gate_input != 'output'
     for name, gradient in zip(('x', 'x_hat', 'update'), gradients[1:], strict=True):
         assert bool(np.any(gradient)) == (reads or name != 'x_hat'), name
 
@@ -157,9 +163,10 @@ def test_initial_values_of_the_baselines():
     assert [kind for kind in KINDS if 'output_norm' in params[kind]] == ['convex']
 
 
+@pytest.mark.parametrize('gate_input', ['input', 'output', 'both'])
 @pytest.mark.parametrize('gate', ['low_rank', 'full', 'per_head', 'scalar'])
-def test_the_last_matrix_starts_at_zero_and_moves_first(gate):
-    module, params = initialize(shape(gate=gate))
+def test_the_last_matrix_starts_at_zero_and_moves_first(gate, gate_input):
+    module, params = initialize(shape(gate=gate, gate_input=gate_input))
     loss = lambda p: jnp.sum(jnp.sin(module.apply({'params': p}, *arrays(), INDEX)))
     gradients = jax.grad(loss)(params)
     last = {'out'} if gate == 'low_rank' else {'from_input', 'from_output'}
