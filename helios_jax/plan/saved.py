@@ -127,17 +127,16 @@ def _graph(placement: Placement, kind: str, table: dict[str, str]) -> Graph:
     read = ['block_input', 'attention_input', *qkv, 'attention_output']
     read += ['q_product', 'k_product'] if model.qk_norm else []
     read += ['log_sum_exp'] if placement.attention_kernel or placement.shape['context'] > 1 else []
-    logits = unit.has_gate and unit.gate != 'static'
     for name, stream in (('attention', 'block_input'), ('mlp', 'middle')):
         update = f'{name}_update'
-        inputs = (f'{name}_input',) if unit.kind == 'highway' else (f'{name}_input', update)
+        inputs = tuple(update if seen == 'output' else f'{name}_input' for seen in unit.sees)
         sources[f'{name}_gate'] = inputs
         if name == 'attention':
-            gate = ('attention_gate',) if logits else ()
+            gate = ('attention_gate',) if unit.sees else ()
             sources['middle'] = ('block_input', update, *gate)  # the stream between sublayers
             sources['mlp_input'] = ('middle',)
             sources |= _feed_forward(placement, kind)
-        read += [*inputs, f'{name}_gate'] if logits else []
+        read += [*inputs, f'{name}_gate'] if unit.sees else []
         read += [update] if unit.kind != 'residual' or unit.normalizes else []
         # The gate's gradient is d y · (u − x) of a mix, d y · u of a sum.
         read += [stream] if unit.kind in ('convex', 'highway') else []

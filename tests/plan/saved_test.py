@@ -121,11 +121,13 @@ GMUS = [
     config.GMU(kind='residual', normalize_output='on'),
     config.GMU(kind='rezero'),
     config.GMU(kind='convex', gate='static', normalize_output='off'),
+    config.GMU(kind='convex', gate_input='input'),
+    config.GMU(kind='additive', gate_input='output'),
 ]
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize('gmu', GMUS, ids=lambda gmu: f'{gmu.kind}-{gmu.gate}')
+@pytest.mark.parametrize('gmu', GMUS, ids=lambda gmu: f'{gmu.kind}-{gmu.gate}-{gmu.gate_input}')
 @pytest.mark.parametrize('skipped', ['q', 'attention_output', 'gate_up', 'attention_update'])
 def test_any_table_of_actions_saves_what_is_traced(gmu, skipped):
     saves = dict.fromkeys(policy.NAMES, 'device') | {skipped: 'remat'}
