@@ -297,6 +297,8 @@ def test_a_save_that_fails_is_one_line(root, tmp_path):
     limit = 20_000  # bytes of a file: less than the arrays take, more than all else
     done = start(
         ['train', f'--config={root}/small.py', f'--workdir={tmp_path}/run'],
+        # Python 3.11 would leave compiled modules cut at the limit, and none could import them.
+        env={'PYTHONDONTWRITEBYTECODE': '1'},
         preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit)),
     )
     assert done.returncode == 2

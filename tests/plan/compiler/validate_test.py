@@ -5,7 +5,7 @@ import pytest
 from helios_jax.plan import measured
 from helios_jax.plan.compiler import validate
 
-# Both kinds of layers, every policy, every topology, one in parts; .ci/release compiles all 30.
+# Both kinds of layers, every policy, every topology, one in parts; .ci/release compiles all 34.
 IN_CI = [
     validate.StepCase('dense', 'full', 'v6e:2x2'),
     validate.StepCase('moe', 'fp8', 'v5e:2x2'),
@@ -18,7 +18,7 @@ SOME = [
 
 
 def test_the_cases_cover_layers_policies_and_topologies():
-    assert len(set(validate.CASES)) == 30
+    assert len(set(validate.CASES)) == 34
     assert set(SOME) < set(validate.CASES)
     for field in ('layers', 'policy', 'topology'):
         assert {getattr(c, field) for c in SOME} == {getattr(c, field) for c in validate.CASES}
@@ -44,6 +44,7 @@ def test_a_row_outside_its_limits_is_counted():
         'policy': 'full',
         'topology': 'v5e:2x2',
         'backward_parts': 4,
+        'axis': '',
         'within': False,
     }
     for name in ('arguments', 'live_temp', 'peak', 'host_temp'):
@@ -60,6 +61,7 @@ def test_a_report_says_when_each_figure_was_last_true_and_fails_beyond_the_limit
     within, capsys, monkeypatch
 ):
     row = {'layers': 'dense', 'policy': 'full', 'topology': 'v5e:2x2', 'backward_parts': 1}
+    row |= {'axis': 'context'}
     for name in ('arguments', 'live_temp', 'peak', 'host_temp'):
         row |= {f'{name}_predicted': 1.0, f'{name}_compiled': 1.25, f'{name}_error': -0.2}
     monkeypatch.setattr(validate, 'errors', lambda case: row | {'within': within})
