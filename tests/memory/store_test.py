@@ -183,7 +183,16 @@ def test_a_layer_outside_a_scan_quantises_where_it_stores():
     assert len(held) == 1 and f'tensor<{B}x{D}xui8>, tensor<{B}xi8>' in held[0], held
 
 
-@pytest.mark.parametrize('table', [None, *TABLES.values()], ids=['none', *TABLES])
+@pytest.mark.parametrize(
+    'table',
+    [
+        None if name == 'none'
+        else TABLES[name] if name == 'fp8'
+        else pytest.param(TABLES[name], marks=pytest.mark.slow)
+        for name in ('none', *TABLES)
+    ],
+    ids=['none', *TABLES],
+)  # fmt: skip
 def test_unrolled_layers_compute_what_scanned_ones_do(table, arguments):
     """Forward to the bit; gradients of weights and input as near as XLA's rounding."""
     full = None if table is None else NONE | table
