@@ -29,6 +29,11 @@ class GMU:
         )
         one_of('model.gmu.gate', self.gate, ('low_rank', 'full', 'per_head', 'scalar', 'static'))
         one_of('model.gmu.gate_input', self.gate_input, ('input', 'output', 'both'))
+        require(
+            self.kind != 'highway' or self.gate_input != 'output',
+            "model.gmu.gate_input='output', but the gate of kind='highway' sees its input alone; "
+            'choose another kind, or input.',
+        )
         one_of('model.gmu.normalize_output', self.normalize_output, ('auto', 'on', 'off'))
         at_least_zero('model.gmu', self, 'rank')
         if self.bias != 'depth':

@@ -5,7 +5,7 @@ copies a layer's slice out of it for every kernel that is not XLA's own. Without
 stacked but the gradients of the weights, which the optimizer updates as one array.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -19,24 +19,24 @@ from helios_jax.memory import store
 def unrolled(
     functions: Sequence[Callable[..., Any]],
     *,
-    table: Mapping[str, str] | None,
     params: Sequence[PyTree],
     x: Array,
     scanned: Sequence[PyTree],
     others: Sequence[Any] = (),
-    input_name: str,
-    host: bool = True,
+    **stored: Any,
 ) -> tuple[Array, list[Any]]:
-    """Calls the functions in turn, over and over; arguments and result are `store.scan`'s."""
+    """Calls the functions in turn, over and over; arguments and result are `store.scan`'s.
+
+    Args:
+      stored: what `store.apply` takes beside: the table, the input's name, host.
+    """
     length = jax.tree.leaves(params)[0].shape[0]
     reports = []
     for n, mine in enumerate(apart(length, list(params))):
         its, own = layer_of(scanned, n), []
         for function, weights, extra in zip(functions, mine, its, strict=True):
-            x, report = store.apply(
-                function, table=table, params=weights, x=x, others=(extra, *others),
-                input_name=input_name, host=host,
-            )  # fmt: skip
+            given = {'params': weights, 'x': x, 'others': (extra, *others)}
+            x, report = store.apply(function, **given, **stored)
             own.append(report)
         reports.append(own)
     return x, jax.tree.map(lambda *each: jnp.stack(each), *reports)

@@ -11,6 +11,7 @@ import pytest
 
 from helios_jax import config
 from helios_jax.arch import weights
+from helios_jax.errors import UserError
 from helios_jax.model.gmu import GatedMemoryUnit
 from helios_jax.model.transformer import Transformer
 
@@ -143,6 +144,11 @@ def test_the_gate_of_a_fresh_sublayer_is_one_over_its_index_plus_one(gate):
         bias = fresh['params']['bias']
         np.testing.assert_allclose(bias, np.full(len(bias), -np.log(index)), rtol=1e-6, atol=1e-7)
         assert bias.dtype == np.float32
+
+
+def test_a_highway_that_is_to_see_its_output_is_refused():
+    with pytest.raises(UserError, match=r"gate_input='output'.*highway"):
+        config.GMU(kind='highway', gate_input='output')
 
 
 def test_a_constant_bias_ignores_the_index():

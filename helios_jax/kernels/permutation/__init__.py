@@ -26,8 +26,11 @@ def take(
       platform: 'tpu', 'gpu' or 'cpu', where it is compiled for another machine.
     """
     here = jax.default_backend()
-    if here == 'gpu' == (platform or here) and gpu.can_take(x, len(index)):
-        return gpu.take(x, index)
+    if here == 'gpu' == (platform or here):
+        reason = gpu.refusal(x, len(index))
+        if not reason:
+            return gpu.take(x, index)
+        log_refusal('gpu', reason)
     if by_kernel(x, len(index), 1, platform):
         return tpu.take(x, index)
     return x.at[index].get(mode='clip')
@@ -49,11 +52,11 @@ def by_kernel(x: Float[Array, 'N D'], length: int, summed: int, platform: str | 
         return False
     reason = tpu.refusal(x, length, summed)
     if reason:
-        log_refusal(reason)
+        log_refusal('tpu', reason)
     return not reason
 
 
 @functools.cache
-def log_refusal(reason: str) -> None:
+def log_refusal(platform: str, reason: str) -> None:
     """Logs each reason once, however often the model is traced."""
-    logging.getLogger(__name__).info("permutation: XLA's gather on tpu: %s", reason)
+    logging.getLogger(__name__).info("permutation: XLA's gather on %s: %s", platform, reason)

@@ -14,10 +14,14 @@ GRAIN = 128  # D must be a multiple
 INDEXED = 2**31  # values that a 32-bit index reaches
 
 
-def can_take(x: Float[Array, 'N D'], length: int) -> bool:
+def refusal(x: Float[Array, 'N D'], length: int) -> str:
+    """Reason why the kernel cannot copy so many rows; '' if it can."""
     width = x.shape[1]
-    fits = x.dtype == jnp.bfloat16 and width % GRAIN == 0
-    return fits and 0 < x.size < INDEXED and 0 < length * width < INDEXED
+    if x.dtype != jnp.bfloat16 or width % GRAIN:
+        return f'the kernel copies bfloat16 and multiples of {GRAIN} columns, no {x.dtype} {width}.'
+    if min(x.size, length) == 0 or max(x.size, length * width) >= INDEXED:
+        return f'the kernel copies 1 to {INDEXED - 1} values, not {length} rows of {x.shape}.'
+    return ''
 
 
 def take(

@@ -6,6 +6,8 @@ gradient of the weight. XLA makes three passes of it. On an NVIDIA GPU a Triton 
 the pass; elsewhere XLA's fusions are.
 """
 
+import functools
+import logging
 from typing import NamedTuple
 
 import jax
@@ -41,9 +43,18 @@ def gradient(
       platform: 'tpu', 'gpu' or 'cpu', where it is compiled for another machine.
     """
     here = jax.default_backend()
-    if here == 'gpu' == (platform or here) and gpu.can_take(gate_up, weight):
-        return Pass(*gpu.gradient(gate_up, weight, d_product))
+    if here == 'gpu' == (platform or here):
+        reason = gpu.refusal(gate_up, weight)
+        if not reason:
+            return Pass(*gpu.gradient(gate_up, weight, d_product))
+        log_refusal(reason)
     return reference(gate_up, weight, d_product)
+
+
+@functools.cache
+def log_refusal(reason: str) -> None:
+    """Logs each reason once, however often the model is traced."""
+    logging.getLogger(__name__).info("swiglu: XLA's passes on gpu: %s", reason)
 
 
 def reference(

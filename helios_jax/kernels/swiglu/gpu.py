@@ -18,10 +18,13 @@ GRAIN = 128  # F must be a multiple
 INDEXED = 2**31  # values that a 32-bit index reaches
 
 
-def can_take(gate_up: Float[Array, 'M two_F'], weight: Float[Array, 'M']) -> bool:
-    width = gate_up.shape[1]
-    fits = gate_up.dtype == jnp.bfloat16 and weight.dtype == jnp.float32
-    return fits and width % (2 * GRAIN) == 0 and 0 < gate_up.size < INDEXED
+def refusal(gate_up: Float[Array, 'M two_F'], weight: Float[Array, 'M']) -> str:
+    """Reason why the kernel cannot take these; '' if it can."""
+    if gate_up.dtype != jnp.bfloat16 or weight.dtype != jnp.float32:
+        return f'the kernel takes bfloat16 and float32 weights, no {gate_up.dtype}.'
+    if gate_up.shape[1] % (2 * GRAIN) or not 0 < gate_up.size < INDEXED:
+        return f'the kernel takes F in multiples of {GRAIN}, up to {INDEXED - 1} values.'
+    return ''
 
 
 def gradient(

@@ -19,7 +19,7 @@ def small(monkeypatch):
 def test_a_sublayer_is_measured_beside_a_dense_one(capsys):
     sublayer.measure('small', num_rows=3 * 64, E=5, D=32, F=24)
     row = json.loads(capsys.readouterr().out)
-    assert row['ratio'] > 0 and row['permuted_rows_gib'] == 0
+    assert row['ratio'] > 0
     assert set(row['tflops']) == set(row['temp_gib']) == {'experts', 'dense'}
 
 
