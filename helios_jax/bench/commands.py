@@ -106,6 +106,27 @@ def moe_bench(argv: Sequence[str]) -> None:
     )
 
 
+def gates_bench(argv: Sequence[str]) -> None:
+    """Times the gated mix and the norm behind it on this GPU, beside XLA and PyTorch.
+
+    helios bench gates --widths=2048,4096
+    """
+    values = flags.FlagValues()
+    flags.DEFINE_list('widths', ['2048', '4096'], 'Widths of the stream.', flag_values=values)
+    flags.DEFINE_bool('verify', False, 'The kernel against float64.', flag_values=values)
+    options.parse(values, argv)
+    for width in values.widths:
+        require(width.isdigit() and width != '0', f'--widths={width}: not a number of channels.')
+    if values.verify:
+        from helios_jax.verify import gated_norm
+
+        gated_norm.verify_all()
+        return
+    from helios_jax.bench import gates
+
+    gates.measure_all([int(width) for width in values.widths])
+
+
 def train_bench(argv: Sequence[str]) -> None:
     """Measures training speed on real text.
 
@@ -216,6 +237,7 @@ BENCHMARKS = options.Group(
     'Measures speed and memory.',
     {
         'attention': attention_bench,
+        'gates': gates_bench,
         'memory': memory_bench,
         'moe': moe_bench,
         'start': start_bench,

@@ -30,10 +30,11 @@ MATMULS = (
     'block_input', 'q', 'k', 'v', 'attention_output', 'attention_update', 'gate_up', 'dispatched',
     'mlp_update',
 )  # fmt: skip
+SMALL = ('log_sum_exp', 'attention_gate', 'mlp_gate')  # kept whole: a byte would save nothing
 PRESETS: dict[str, dict[str, str]] = {
-    'minimal': dict.fromkeys(MATMULS, 'device') | {'log_sum_exp': 'device'},
+    'minimal': dict.fromkeys((*MATMULS, *SMALL), 'device'),
     'full': {'block_input': 'device'},
-    'fp8': dict.fromkeys(MATMULS, 'fp8') | {'log_sum_exp': 'device'},
+    'fp8': dict.fromkeys(MATMULS, 'fp8') | dict.fromkeys(SMALL, 'device'),
     'offload': {'block_input': 'offload'},
     'fp8_offload': {'block_input': 'fp8+offload'},
 }

@@ -1,5 +1,6 @@
 """One layer, attention and feed-forward each behind a norm and joined by a GMU; a run of them."""
 
+from functools import partial
 from typing import Any
 
 import flax.linen as nn
@@ -8,7 +9,7 @@ from jaxtyping import Array, Float, Int
 
 from helios_jax import config
 from helios_jax.model.attention import Attention
-from helios_jax.model.gmu import GatedMemoryUnit, input_eps
+from helios_jax.model.gmu import GatedMemoryUnit, Norm, input_eps
 from helios_jax.model.layers import RMSNorm
 from helios_jax.model.moe import MixtureOfExperts, Stats, SwiGLU
 from helios_jax.parallel.sharding import constrain
@@ -35,7 +36,7 @@ class Block(nn.Module):
         cache_length: int = 0,
     ) -> tuple[Float[Array, 'B T D'], Stats | None]:
         """Layer `index` (from 0; may be traced) of the stream x."""
-        model = self.model
+        model, parts = self.model, self.backward_parts
         x = constrain(x, 'batch', 'length', 'stream')
         window = model.window if self.kind.endswith('window') else 0
 
@@ -45,23 +46,22 @@ class Block(nn.Module):
         attention = Attention(model, window, self.platform, self.residuals, name='attention')
         update = attention(x_hat, positions, segment_ids, cache_length)
         update = checkpoint_name(update, 'attention_update')
-        gated = GatedMemoryUnit(model, 'attention', self.backward_parts, name='attention_gmu')
-        x = gated(x, x_hat, update, sublayer)
-        x = constrain(x, 'batch', 'length', 'stream')
+        gate = partial(GatedMemoryUnit, model, backward_parts=parts, platform=self.platform)
+        norm = Norm(RMSNorm(name='mlp_norm').scale(model.embed_dim), input_eps(model, sublayer + 1))
+        gated = gate(name_prefix='attention', name='attention_gmu')
+        x, x_hat = gated(x, x_hat, update, sublayer, norm)
 
-        sublayer = sublayer + 1
-        x_hat = RMSNorm(name='mlp_norm')(x, input_eps(model, sublayer))
         x_hat = checkpoint_name(x_hat, 'mlp_input')
         stats = None
         if self.kind.startswith('moe'):
             update, stats = MixtureOfExperts(model, self.platform, name='moe')(x_hat, segment_ids)
         else:
-            mlp = SwiGLU(model.embed_dim, model.mlp_dim, self.backward_parts, name='mlp')
+            mlp = SwiGLU(model.embed_dim, model.mlp_dim, parts, name='mlp')
             update = mlp(x_hat)
         update = checkpoint_name(update, 'mlp_update')
-        gated = GatedMemoryUnit(model, 'mlp', self.backward_parts, name='mlp_gmu')
-        x = gated(x, x_hat, update, sublayer)
-        return constrain(x, 'batch', 'length', 'stream'), stats
+        gated = gate(name_prefix='mlp', name='mlp_gmu')
+        x, _ = gated(x, x_hat, update, sublayer + 1)
+        return x, stats
 
 
 class Layers(nn.Module):

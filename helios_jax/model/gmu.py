@@ -22,11 +22,13 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
+from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float
 
 from helios_jax import config
 from helios_jax.arch.weights import Rows, Weight
 from helios_jax.arch.weights import gmu as gmu_rows
+from helios_jax.kernels import gated_norm
 from helios_jax.memory.parts import Cut, Parts, in_parts
 from helios_jax.model.layers import (
     Einsum,
@@ -37,6 +39,9 @@ from helios_jax.model.layers import (
     precision,
     scaled,
 )
+from helios_jax.parallel.sharding import constrain, spec
+
+INTERPOLATING = ('convex', 'highway')  # y = x + g ⊙ (û − x); else y = x + g ⊙ û
 
 
 def follows_stream(gmu: config.GMU) -> bool:
@@ -61,6 +66,13 @@ class Weights(NamedTuple):
     out: Float[Array, 'W D'] | None = None  # W_b of a low-rank gate
     vector: Float[Array, '1 1 V'] | None = None  # the bias, or the factor that replaces the gate
     scale: Float[Array, 'D'] | None = None  # scale of the output norm
+
+
+class Norm(NamedTuple):
+    """Norm that reads the stream behind a unit."""
+
+    scale: Float[Array, 'D']
+    eps: Any
 
 
 class Gate(NamedTuple):
@@ -91,7 +103,7 @@ def mix(
     gmu: config.GMU,
     eps: float,
     name: str,
-    recomputed: bool,
+    again: bool,
     weights: Weights,
     x: Float[Array, 'B T D'],
     x_hat: Float[Array, 'B T D'],
@@ -101,13 +113,18 @@ def mix(
 
     Args:
       name: name of the tensor that the gate is computed from, for the memory system.
-      recomputed: True: the backward pass recomputes the mix from its inputs. False: its float32
+      again: True: the backward pass recomputes the mix from its inputs. False: its float32
         intermediates are saved.
     """
-    again = jax.checkpoint if recomputed else lambda function: function
     # The gradient of the update's product with W_u reads the update too, no normalised copy of it.
-    gate = gate_of(again(partial(normalized_product, eps)), name, weights, x_hat, update)
-    return again(partial(join, gmu, eps))(x, update, gate, weights.scale)
+    product = recomputed(partial(normalized_product, eps), again)
+    gate = gate_of(product, name, weights, x_hat, update)
+    return recomputed(partial(join, gmu, eps), again)(x, update, gate, weights.scale)
+
+
+def recomputed(function: Callable[..., Array], again: bool) -> Callable[..., Array]:
+    """Returns a function whose backward pass computes it again, if it is to."""
+    return jax.checkpoint(function) if again else function
 
 
 def gate_of(
@@ -145,11 +162,48 @@ def join(
         update = scaled(update, scale, eps)
     wide, update = float32_or_wider(x), float32_or_wider(update)
     opened = gate.opened(gmu.kind, x.shape[-1])
-    if gmu.kind in ('convex', 'highway'):
+    if gmu.kind in INTERPOLATING:
         wide = wide + opened * (update - wide)
     else:
         wide = wide + opened * update
     return wide.astype(x.dtype)
+
+
+def operands(
+    x: Array, update: Array, gate: Gate, scale: Array | None, behind: Norm | None
+) -> gated_norm.Operands | None:
+    """Returns a kernel's operands; None for a form of the unit that XLA serves better.
+
+    A gate for several channels is one, and a plain sum, which XLA makes where it makes the update.
+    """
+    D = x.shape[-1]
+    if scale is None if gate.vector is None else gate.vector.size != D:
+        return None
+    vector = None if gate.vector is None else gate.vector.reshape(D)
+    eps = behind and jnp.asarray(behind.eps, jnp.float32)
+    next_scale = behind and behind.scale
+    return gated_norm.Operands(
+        x, update, gate.hidden, gate.out, vector, scale, next_scale, eps
+    )
+
+
+def mixed_by_kernel(
+    form: gated_norm.Mix, platform: str, given: gated_norm.Operands
+) -> tuple[Array, Array | None]:
+    """Calls the kernel on each device's tokens."""
+    kernel = partial(gated_norm.gated_norm, form, platform)
+    if jax.sharding.get_abstract_mesh().empty:
+        return kernel(given)
+    tokens, whole = spec(('batch', 'length', 'stream')), PartitionSpec()
+    per_token = ('x', 'update', 'hidden')
+    specs = {name: tokens if name in per_token else whole for name in given.arrays()}
+    results = tokens, tokens if given.next_scale is not None else None
+    return jax.shard_map(
+        kernel,
+        in_specs=(gated_norm.Operands(**(dict.fromkeys(given._fields) | specs)),),
+        out_specs=results,
+        check_vma=False,
+    )(given)
 
 
 def normalized_product(
@@ -164,6 +218,7 @@ class GatedMemoryUnit(nn.Module):
     model: config.Model
     name_prefix: str  # 'attention' or 'mlp': which sublayer's gate the memory system names
     backward_parts: int = 0  # slices of the tokens in backward; 0: no slices, no recomputation
+    platform: str = ''  # compiled for another platform than the running one: 'tpu'; '' is ours
 
     @nn.compact
     def __call__(
@@ -172,8 +227,11 @@ class GatedMemoryUnit(nn.Module):
         x_hat: Float[Array, 'B T D'],
         update: Float[Array, 'B T D'],
         index: Any,
-    ) -> Float[Array, 'B T D']:
+        behind: Norm | None = None,
+    ) -> tuple[Float[Array, 'B T D'], Float[Array, 'B T D'] | None]:
         """Mixes the stream x with `update` = F(x̂) of sublayer `index` (from 1, may be traced).
+
+        Returns the new stream, and what the norm behind the unit makes of it, if there is one.
 
         With a mutable collection `intermediates`, leaves g there as `gate`: a tuple of one float32
         array, broadcastable to [B, T, D]. In a whole network it lies below the layer's name, and
@@ -189,12 +247,22 @@ class GatedMemoryUnit(nn.Module):
         if self.is_mutable_collection('intermediates'):
             gate = gate_of(partial(normalized_product, eps), name, weights, x_hat, update)
             self.sow('intermediates', 'gate', gate.opened(gmu.kind, x.shape[-1]))
+        if not self.is_initializing() and gated_norm.on(self.platform or None):
+            product = recomputed(partial(normalized_product, eps), self.backward_parts > 0)
+            gate = gate_of(product, name, weights, x_hat, update)
+            given = operands(x, update, gate, weights.scale, behind)
+            if given and gated_norm.takes(given, self.platform or None):
+                form = gated_norm.Mix(gmu.kind in INTERPOLATING, gmu.has_gate, eps)
+                return mixed_by_kernel(form, self.platform or jax.default_backend(), given)
         function = partial(mix, gmu, eps, name, self.backward_parts > 0)
         if self.backward_parts < 2 or gmu.kind == 'residual':
-            return function(weights, x, x_hat, update)
-        tokens = Cut(1, 'length')
-        parts = Parts(self.backward_parts, (None, tokens, tokens, tokens), tokens)
-        return in_parts(function, parts, weights, x, x_hat, update)
+            x = function(weights, x, x_hat, update)
+        else:
+            tokens = Cut(1, 'length')
+            parts = Parts(self.backward_parts, (None, tokens, tokens, tokens), tokens)
+            x = in_parts(function, parts, weights, x, x_hat, update)
+        x = constrain(x, 'batch', 'length', 'stream')
+        return x, scaled(x, *behind) if behind else None
 
     @nn.nowrap
     def weights(self, dtype: Any, index: Any) -> Weights:

@@ -88,7 +88,7 @@ def test_computes_its_formula_and_learns(kind, gate, normalize, gate_input, rand
     model = shape(kind=kind, gate=gate, normalize_output=normalize, gate_input=gate_input)
     module = GatedMemoryUnit(model, 'mlp')
     variables = random_variables(module, *arrays(), INDEX)
-    run = lambda variables, *arrays: module.apply(variables, *arrays, INDEX)
+    run = lambda variables, *arrays: module.apply(variables, *arrays, INDEX)[0]
     y, vjp = jax.vjp(run, variables, *arrays())
     gradients = vjp(jnp.asarray(np.random.default_rng(4).normal(size=y.shape), y.dtype))
 
@@ -107,7 +107,7 @@ def test_the_gate_can_be_looked_at(gate, random_variables):
     module = GatedMemoryUnit(shape(gate=gate, normalize_output='off'), 'mlp')
     x, x_hat, update = arrays()
     variables = random_variables(module, x, x_hat, update, INDEX)
-    y, seen = module.apply(variables, x, x_hat, update, INDEX, mutable=['intermediates'])
+    (y, _), seen = module.apply(variables, x, x_hat, update, INDEX, mutable=['intermediates'])
     (g,) = seen['intermediates']['gate']
     assert np.ptp(g) > 0.1
     np.testing.assert_allclose(x + g * (update - x), y, atol=2e-6, rtol=2e-5)
@@ -121,7 +121,7 @@ def test_backward_reads_the_stream_and_the_update_and_no_float32_of_their_size(g
 
     def read_by_backward(backward_parts):
         module = GatedMemoryUnit(model, 'mlp', backward_parts)
-        run = lambda params, *arrays: module.apply({'params': params}, *arrays, INDEX)
+        run = lambda params, *arrays: module.apply({'params': params}, *arrays, INDEX)[0]
         _, vjp = jax.vjp(run, params, x, x_hat, update)
         return [leaf for leaf in jax.tree.leaves(vjp) if leaf.shape == (B, T, D)]
 
@@ -139,7 +139,7 @@ def test_the_gate_of_a_fresh_sublayer_is_one_over_its_index_plus_one(gate):
     x, x_hat, update = arrays()
     for row, index in enumerate(indices):
         fresh = {'params': jax.tree.map(lambda w, row=row: w[row], params)}
-        y = module.apply(fresh, x, x_hat, update, index)
+        y, _ = module.apply(fresh, x, x_hat, update, index)
         np.testing.assert_allclose(y, x + (update - x) / (index + 1), rtol=1e-5, atol=1e-6)
         bias = fresh['params']['bias']
         np.testing.assert_allclose(bias, np.full(len(bias), -np.log(index)), rtol=1e-6, atol=1e-7)
@@ -156,7 +156,7 @@ def test_a_constant_bias_ignores_the_index():
     np.testing.assert_array_equal(params['bias'], np.full((2, D), -3, np.float32))
     x, x_hat, update = arrays()
     fresh = {'params': jax.tree.map(lambda w: w[1], params)}
-    y = module.apply(fresh, x, x_hat, update, 7)
+    y, _ = module.apply(fresh, x, x_hat, update, 7)
     np.testing.assert_allclose(y, x + (update - x) / (1 + np.exp(3)), rtol=1e-5, atol=1e-6)
 
 
@@ -178,7 +178,7 @@ def test_initial_values_of_the_baselines():
 )
 def test_the_last_matrix_starts_at_zero_and_moves_first(gate, gate_input):
     module, params = initialize(shape(gate=gate, gate_input=gate_input))
-    loss = lambda p: jnp.sum(jnp.sin(module.apply({'params': p}, *arrays(), INDEX)))
+    loss = lambda p: jnp.sum(jnp.sin(module.apply({'params': p}, *arrays(), INDEX)[0]))
     gradients = jax.grad(loss)(params)
     last = {'out'} if gate == 'low_rank' else {'from_input', 'from_output'}
     for name in {'from_input', 'from_output', 'out'} & set(params):
@@ -190,7 +190,7 @@ def test_a_bfloat16_stream_is_rounded_once(random_variables):
     module = GatedMemoryUnit(shape(gate='static', normalize_output='off'), 'mlp')
     variables = random_variables(module, *arrays(), INDEX)
     narrow = [a.astype(jnp.bfloat16) for a in arrays()]
-    y = module.apply(variables, *narrow, INDEX)
+    y, _ = module.apply(variables, *narrow, INDEX)
     assert y.dtype == jnp.bfloat16
     expected = formula(module.model.gmu, variables['params'], *map(np.asarray, narrow))
     np.testing.assert_allclose(np.asarray(y, np.float64), expected, rtol=2**-8)

@@ -27,7 +27,7 @@ import numpy as np
 from helios_jax import options
 from helios_jax.bench.moe import passes, sublayer
 from helios_jax.bench.moe.problem import SHAPES
-from helios_jax.bench.moe.timed import Timed, take_turns, timed
+from helios_jax.bench.timed import Timed, take_turns, timed
 from helios_jax.errors import require
 from helios_jax.kernels.grouped_matmul import hopper
 from helios_jax.verify.grouped_matmul import require_hopper

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 
 from helios_jax import options
 from helios_jax.bench.moe.sublayer import TOKENS
-from helios_jax.bench.moe.timed import take_turns, timed
+from helios_jax.bench.timed import take_turns, timed
 from helios_jax.kernels import permutation, swiglu
 
 

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from helios_jax import config, options
-from helios_jax.bench.moe.timed import take_turns, timed
+from helios_jax.bench.timed import take_turns, timed
 from helios_jax.memory.policy import PRESETS
 from helios_jax.model.moe import MixtureOfExperts, SwiGLU
 

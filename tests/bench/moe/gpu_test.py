@@ -4,7 +4,8 @@ import json
 
 import pytest
 
-from helios_jax.bench.moe import passes, sublayer, timed
+from helios_jax.bench import timed
+from helios_jax.bench.moe import passes, sublayer
 
 pytestmark = pytest.mark.slow
 

@@ -1,0 +1,81 @@
+"""The gated mix of a sublayer's output into the stream, and the norm behind it, in one pass.
+
+    û = RMSNorm(u)        y = x + g ⊙ (û − x)        x̂ = RMSNorm(y)
+
+XLA makes several passes over memory of it, and more of its gradient. A kernel reads stream and
+update once and writes both results once; backward it reads them and two gradients, and writes two.
+It saves nothing but its arguments. On an NVIDIA GPU it is gpu.py, on a TPU tpu.py; elsewhere, and
+for what they cannot take, the model's own formulas are XLA's (model/gmu.py).
+"""
+
+import functools
+import logging
+from typing import Any
+
+import jax
+from jaxtyping import Array, Float
+
+from helios_jax.kernels.gated_norm import gpu
+from helios_jax.kernels.gated_norm.operands import Mix, Operands
+
+__all__ = ['Mix', 'Operands', 'gated_norm', 'on', 'takes']
+
+KERNELS: dict[str, Any] = {'gpu': gpu}
+
+
+def on(platform: str | None = None) -> bool:
+    """Tells whether there is a kernel here, or where it is compiled for: 'tpu', 'gpu' or 'cpu'."""
+    here = jax.default_backend()
+    platform = platform or here
+    return platform in KERNELS and (platform != 'gpu' or here == 'gpu')
+
+
+def takes(given: Operands, platform: str | None = None) -> bool:
+    """Tells whether the platform's kernel takes these; logs why it does not."""
+    platform = platform or jax.default_backend()
+    reason = KERNELS[platform].refusal(given.flat())
+    if reason:
+        log_refusal(platform, reason)
+    return not reason
+
+
+@functools.cache
+def log_refusal(platform: str, reason: str) -> None:
+    """Logs each reason once, however often the model is traced."""
+    logging.getLogger(__name__).info("gated_norm: XLA's passes on %s: %s", platform, reason)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def gated_norm(
+    mix: Mix, platform: str, given: Operands
+) -> tuple[Float[Array, '*N D'], Float[Array, '*N D'] | None]:
+    """Returns the new stream and its normalised form, None without a norm behind.
+
+    All arithmetic is float32.
+
+    Args:
+      platform: the one whose kernel `takes` found able.
+    """
+    return forward_rule(mix, platform, given)[0]
+
+
+def forward_rule(mix: Mix, platform: str, given: Operands) -> tuple[Any, Any]:
+    made = KERNELS[platform].forward(mix, given.flat())
+    shaped = lambda a: None if a is None else a.reshape(given.x.shape)
+    return (shaped(made.stream), shaped(made.normalized)), (given, made.stream_factor)
+
+
+def backward_rule(mix: Mix, platform: str, saved: Any, gradients: Any) -> tuple[Operands]:
+    given, stream_factor = saved
+    flat = given.flat()
+    d_stream, d_normalized = (None if d is None else d.reshape(flat.x.shape) for d in gradients)
+    found = KERNELS[platform].backward(mix, flat, stream_factor, d_stream, d_normalized)
+
+    def like(name: str, d: Any) -> Any:
+        operand = getattr(given, name)
+        return None if d is None else d.reshape(operand.shape).astype(operand.dtype)
+
+    return (Operands(**{name: like(name, d) for name, d in found._asdict().items()}),)
+
+
+gated_norm.defvjp(forward_rule, backward_rule)
