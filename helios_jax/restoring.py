@@ -102,12 +102,22 @@ def saved_config(opened: checkpoint.Opened) -> config.Config:
     Raises:
       UserError: it has none, or one that this version refuses.
     """
+    values = opened.metadata.get('config')
     try:
-        return config.from_dict(opened.metadata.get('config'))
+        return config.from_dict(with_earlier_defaults(values))
     except UserError as error:
         raise UserError(
             f'the config in checkpoint {opened.folder} cannot be used: {error}'
         ) from error
+
+
+def with_earlier_defaults(values: Any) -> Any:
+    """Fills in a setting that came after a config was saved by what held before it came."""
+    match values:
+        case {'model': {'gmu': {**gmu}}} if 'gate_input' not in gmu:
+            gmu = gmu | {'gate_input': 'both'}
+            return values | {'model': values['model'] | {'gmu': gmu}}
+    return values
 
 
 def load_tokenizer(opened: checkpoint.Opened) -> tokenizers.Tokenizer:

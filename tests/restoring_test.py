@@ -263,3 +263,11 @@ def test_a_checkpoint_of_format_1_loads_with_the_tokenizer_that_is_there(workdir
     listed = json.loads((folder / 'manifest.json').read_text())['files']
     (folder / 'manifest.json').write_text(json.dumps(listed, indent=0))
     assert restoring.restore(workdir, mesh=mesh_of('one')).tokenizer.vocab_size == 290
+
+
+def test_a_config_of_before_gate_input_means_both(workdir):
+    saved = restoring.read_metadata(workdir)['config']
+    assert saved['model']['gmu'].pop('gate_input') == 'input'
+    change_metadata(workdir, config=saved)
+    opened = checkpoint.open_step(workdir / 'checkpoints', 'latest')
+    assert restoring.saved_config(opened).model.gmu.gate_input == 'both'

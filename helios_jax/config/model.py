@@ -15,7 +15,7 @@ ATTENTION = ('tpu', 'cudnn', 'reference')  # kernels/attention has a row for eac
 class GMU:
     kind: str = 'convex'  # mix: convex | additive | residual | layerscale | rezero | highway
     gate: str = 'low_rank'  # what the gate depends on: low_rank | full | per_head | scalar | static
-    gate_input: str = 'both'  # what the gate sees: input (x̂) | output (u) | both; highway: x̂
+    gate_input: str = 'input'  # what the gate sees: input (x̂) | output (u) | both; highway: x̂
     rank: int = 0  # r of the low-rank gate; 0 takes max(16, D/64)
     bias: str = 'depth'  # the gate's initial bias: depth (−ln l), or a number such as -3
     normalize_output: str = 'auto'  # mix RMSNorm(u) instead of u: auto (convex alone) | on | off

@@ -175,14 +175,14 @@ class Memory:
     optimizer: str = 'device'  # memory of the optimizer's moments: device | host
     parameters: str = 'device'  # memory of the float32 parameters: device | host
     backward_parts: int = 1  # parts in which dense MLPs and gates run backward
-    layers: str = 'scan'  # a loop, or each compiled by itself, for faster steps: scan | unrolled
+    layers: str = 'auto'  # a loop, or each compiled by itself: scan | unrolled | auto (see memory/)
     actions: Actions = Actions()
 
     def __post_init__(self) -> None:
         one_of('memory.policy', self.policy, POLICIES)
         one_of('memory.optimizer', self.optimizer, ('device', 'host'))
         one_of('memory.parameters', self.parameters, ('device', 'host'))
-        one_of('memory.layers', self.layers, ('scan', 'unrolled'))
+        one_of('memory.layers', self.layers, ('scan', 'unrolled', 'auto'))
         positive('memory', self, 'backward_parts')
         require(
             self.backward_parts == 1 or self.policy != 'none',

@@ -111,6 +111,8 @@ def _apply_forward(scheme: Scheme, params: PyTree, x: Array, others: Any) -> Any
 def _apply_backward(scheme: Scheme, residuals: Any, cotangents: Any) -> Any:
     linear, params, others, kept = residuals
     kept = Kept(kept.near, fetch(kept.far))
+    # XLA would see that what is to be computed again was computed before, and keep that instead.
+    kept, cotangents = jax.lax.optimization_barrier((kept, cotangents))
     leaves = leaves_of(linear, kept, params, others)
     return *linear.backward(leaves, cotangents), None
 

@@ -2,7 +2,9 @@
 
 A loop keeps what its layers save in stacks. XLA fills each with zeros before the loop, and on a GPU
 copies a layer's slice out of it for every kernel that is not XLA's own. Without the loop nothing is
-stacked but the gradients of the weights, which the optimizer updates as one array.
+stacked but the gradients of the weights, which the optimizer updates as one array: on one H200 a
+step of 16 dense layers takes 6% less time and 5% less memory. Each layer is compiled, though: about
+a second for a dense one on a GPU, a quarter of a minute for one with experts, more on a TPU.
 """
 
 from collections.abc import Callable, Sequence
@@ -13,7 +15,23 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, PyTree
 
+from helios_jax import config
 from helios_jax.memory import store
+
+MOST_LAYERS = 64  # that are compiled one by one without being asked for
+
+
+def unrolls(memory: config.Memory, model: config.Model, platform: str = '') -> bool:
+    """Tells whether layers run without a loop; `auto` wants few dense ones, on a GPU with its state.
+
+    Args:
+      platform: the one to compile for where it is not the running one.
+    """
+    if memory.layers != 'auto':
+        return memory.layers == 'unrolled'
+    dense = not any(kind.startswith('moe') for kind in model.kind_counts)
+    on_gpu = (platform or jax.default_backend()) == 'gpu'
+    return on_gpu and dense and model.num_layers <= MOST_LAYERS and not memory.on_host
 
 
 def unrolled(

@@ -9,7 +9,7 @@ from jaxtyping import Array, Float, Int
 
 from helios_jax import config
 from helios_jax.memory import policy, store
-from helios_jax.memory.unrolled import unrolled
+from helios_jax.memory.unrolled import unrolled, unrolls
 from helios_jax.model.block import Block, LayerStats
 from helios_jax.model.gmu import input_eps
 from helios_jax.model.layers import RMSNorm
@@ -59,7 +59,7 @@ class Stack:
                 statistics.setdefault('prefix', {})[f'layer_{i}'] = own
 
         period = [layer_variables(variables['periods'], i) for i in range(len(model.period_kinds))]
-        run = unrolled if self.memory.layers == 'unrolled' else store.scan
+        run = unrolled if unrolls(self.memory, model, self.platform) else store.scan
         x, stacked = run(
             [partial(self.scanned_layer, kind, i) for i, kind in enumerate(model.period_kinds)],
             params=[params for params, _ in period],

@@ -151,7 +151,8 @@ def verify_all() -> None:
 def ratio(found: np.ndarray, best: np.ndarray) -> float:
     """Error over that of the exact result rounded to bfloat16, in the worst block of rows."""
     rounded = np.asarray(jnp.asarray(best, jnp.bfloat16), np.float64)
-    size = lambda a: np.sqrt(np.add.reduceat((a**2).sum(-1), range(0, len(a), ROWS)))
+    starts = range(0, max(len(best) - ROWS, 0) + 1, ROWS)  # the last block has what is left
+    size = lambda a: np.sqrt(np.add.reduceat((a**2).sum(-1), starts))
     if best.ndim == 1:
         size = lambda a: np.linalg.norm(a, keepdims=True)
     error, least = size(found - best), size(rounded - best)

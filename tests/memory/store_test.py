@@ -6,9 +6,10 @@ import numpy as np
 import pytest
 from jax.ad_checkpoint import checkpoint_name
 
+from helios_jax import config
 from helios_jax.kernels import quantize
 from helios_jax.memory import policy, store, traced
-from helios_jax.memory.unrolled import unrolled
+from helios_jax.memory.unrolled import unrolled, unrolls
 
 B, D, F, L = 3, 6, 10, 4
 NONE = dict.fromkeys(policy.NAMES, 'remat') | {'block_input': 'device'}
@@ -180,7 +181,23 @@ def test_a_layer_outside_a_scan_quantises_where_it_stores():
     )
     text = jax.jit(jax.grad(run)).lower(jnp.ones((D, F)), jnp.ones((B, D))).as_text()
     held = [line for line in text.splitlines() if 'optimization_barrier' in line]
-    assert len(held) == 1 and f'tensor<{B}x{D}xui8>, tensor<{B}xi8>' in held[0], held
+    assert any(f'tensor<{B}x{D}xui8>, tensor<{B}xi8>\n' in f'{line}\n' for line in held), held
+
+
+@pytest.mark.parametrize('run', [store.apply, unrolled])
+def test_without_a_loop_what_is_computed_again_is_not_what_was_computed(run):
+    """XLA would find it computed already, and keep it: then nothing is saved but time."""
+    one = lambda p, x, *_: (jnp.sin(x @ p), None)
+    given = {'table': NONE, 'x': jnp.ones((B, D)), 'input_name': 'block_input'}
+    if run is unrolled:
+        loss = lambda p: unrolled([one], params=[p], scanned=[()], **given)[0].sum()
+    else:
+        loss = lambda p: store.apply(one, params=p[0], **given)[0].sum()
+    text = jax.jit(jax.grad(loss)).lower(jnp.ones((L, D, D))).as_text()
+    held = [line for line in text.splitlines() if 'optimization_barrier' in line]
+    # A layer's input and the gradient of its output pass together.
+    assert len(held) == (L if run is unrolled else 1)
+    assert all(line.count(f'tensor<{B}x{D}xf32>') == 2 for line in held)
 
 
 @pytest.mark.parametrize(
@@ -248,3 +265,21 @@ def test_nan_infinity_and_zero_survive_storage():
     assert np.isnan(lost) and np.isnan(lost_too)
     assert zero == 0
     np.testing.assert_allclose(kept, 12.0, rtol=2**-4)
+
+
+@pytest.mark.parametrize(
+    ('changes', 'platform', 'expected'),
+    [
+        ({}, 'gpu', True),
+        ({}, 'tpu', False),
+        ({}, '', False),
+        ({'memory.layers': 'unrolled'}, 'tpu', True),
+        ({'memory.layers': 'scan'}, 'gpu', False),
+        ({'model.num_layers': 65}, 'gpu', False),
+        ({'memory.optimizer': 'host'}, 'gpu', False),
+        ({'model.period': 'dense,moe', 'model.moe.num_experts': 4}, 'gpu', False),
+    ],
+)
+def test_auto_unrolls_a_few_dense_layers_on_a_gpu(changes, platform, expected):
+    cfg = config.replace(config.Config(), changes)
+    assert unrolls(cfg.memory, cfg.model, platform) == expected

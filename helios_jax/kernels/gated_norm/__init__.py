@@ -15,12 +15,12 @@ from typing import Any
 import jax
 from jaxtyping import Array, Float
 
-from helios_jax.kernels.gated_norm import gpu
+from helios_jax.kernels.gated_norm import gpu, tpu
 from helios_jax.kernels.gated_norm.operands import Mix, Operands
 
 __all__ = ['Mix', 'Operands', 'gated_norm', 'on', 'takes']
 
-KERNELS: dict[str, Any] = {'gpu': gpu}
+KERNELS: dict[str, Any] = {'gpu': gpu, 'tpu': tpu}
 
 
 def on(platform: str | None = None) -> bool:
@@ -60,7 +60,9 @@ def gated_norm(
 
 
 def forward_rule(mix: Mix, platform: str, given: Operands) -> tuple[Any, Any]:
-    made = KERNELS[platform].forward(mix, given.flat())
+    # JAX removes a jitted call that nothing reads, and no kernel: at a layer's end the backward pass
+    # needs no result of the forward one.
+    made = jax.jit(functools.partial(KERNELS[platform].forward, mix))(given.flat())
     shaped = lambda a: None if a is None else a.reshape(given.x.shape)
     return (shaped(made.stream), shaped(made.normalized)), (given, made.stream_factor)
 

@@ -92,7 +92,7 @@ class Kernel:
         logits = vector if logits is None else each(jnp.add, logits, vector)
         return each(lambda z: 1 / (1 + jnp.exp(-z)), logits)
 
-    def normalized(self, row: Row, factor: Array, scale: str) -> Row:
+    def normalized(self, row: Row, factor: Array | None, scale: str) -> Row:
         """Returns a row as its norm does; as it is without a norm."""
         if scale not in self.vectors:
             return row

@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 from helios_jax import config, process
 from helios_jax.arch import flops
 from helios_jax.chips import Chip, topology
-from helios_jax.plan.compiler import attention, grouped_matmul, operations, permutation
+from helios_jax.plan.compiler import attention, gated_norm, grouped_matmul, operations, permutation
 from helios_jax.plan.compiler.links import Slice
 from helios_jax.plan.compiler.program import Instruction, moved, multiplies, split
 from helios_jax.plan.compiler.timeline import HOST, NETWORK, Timeline
@@ -56,6 +56,8 @@ def own_kernels(cfg: config.Config, chip: Chip) -> Kernels:
             return product_alone(chip.name, product)
         if (permuting := permutation.seconds(kernel, chip)) is not None:
             return permuting
+        if mixing := gated_norm.form(kernel):
+            return mix_alone(chip.name, mixing)
         sizes = attention.heads(kernel)
         if sizes is None:
             return None
@@ -76,6 +78,12 @@ def kernels_alone(target: str, sizes: attention.Heads, window: int) -> dict[str,
 def product_alone(target: str, product: grouped_matmul.Product) -> float | None:
     """Times a grouped matmul (`grouped_matmul.seconds_alone`) in a process of its own."""
     return process.run(grouped_matmul.seconds_alone, target, product._asdict())
+
+
+@functools.cache
+def mix_alone(target: str, form: gated_norm.Form) -> float:
+    """Times a gated mix (`gated_norm.seconds_alone`) in a process of its own."""
+    return process.run(gated_norm.seconds_alone, target, form._asdict())
 
 
 def figures(

@@ -1,0 +1,73 @@
+"""The gated mix by kernel, in a layer: equal to XLA's formulas, on one device and on several."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from interpreted import KERNELS, interpreted
+
+from helios_jax import config
+from helios_jax.kernels import gated_norm
+from helios_jax.model.block import Block
+from helios_jax.parallel import mesh as meshes
+
+
+ROUNDED = 3e-2  # sums over devices round otherwise; a part of them that was missed would be 50%
+
+
+def block(kind, **settings):
+    gmu = config.GMU(kind=kind, **settings)
+    model = config.Model(
+        embed_dim=128, num_heads=3, num_kv_heads=1, head_dim=16, mlp_dim=96, gmu=gmu, norm_eps=1e-3
+    )
+    return Block(model, 'dense', backward_parts=1)
+
+
+def gradients(module, variables, x, d_out):
+    positions = jnp.broadcast_to(jnp.arange(x.shape[1]), x.shape[:2])
+    run = lambda variables, x: module.apply(variables, x, 3, positions, None)[0]
+    out, pull = jax.vjp(run, variables, x)
+    return out, *pull(d_out)
+
+
+@pytest.mark.parametrize('name', KERNELS)
+@pytest.mark.parametrize(('kind', 'settings'), [
+    ('convex', {}), ('highway', {}), ('additive', {'gate_input': 'output'}),
+    ('layerscale', {'normalize_output': 'on'}), ('convex', {'gate': 'static'}),
+])  # fmt: skip
+def test_a_layer_is_the_same_by_kernel_and_by_xla(name, kind, settings, random_variables, monkeypatch):
+    module = block(kind, **settings)
+    rng = np.random.default_rng(2)
+    x, d_out = (jnp.asarray(rng.normal(size=(4, 16, 128)), jnp.bfloat16) for _ in range(2))
+    positions = jnp.broadcast_to(jnp.arange(16), (4, 16))
+    variables = random_variables(module, x, 3, positions, None)
+    by_xla = gradients(module, variables, x, d_out)
+    calls = []
+    kernel = interpreted(name)
+    kernel.forward = lambda *given: calls.append(1) or interpreted(name).forward(*given)
+    monkeypatch.setitem(gated_norm.KERNELS, 'cpu', kernel)
+    by_kernel = gradients(module, variables, x, d_out)
+    assert calls
+    exact = gradients(module, *jax.tree.map(jnp.float32, (variables, x, d_out)))
+    for one, other, best in zip(*map(jax.tree.leaves, (by_kernel, by_xla, exact)), strict=True):
+        size = lambda a: float(jnp.linalg.norm(jnp.float32(a) - best))
+        assert size(one) <= 1.5 * size(other) + 1e-6 * float(jnp.linalg.norm(best))
+
+
+@pytest.mark.parametrize('name', KERNELS)
+def test_devices_that_share_tokens_and_weights_compute_what_one_does(name, random_variables, monkeypatch):
+    module = block('convex')
+    monkeypatch.setitem(gated_norm.KERNELS, 'cpu', interpreted(name))
+    rng = np.random.default_rng(3)
+    x, d_out = (jnp.asarray(rng.normal(size=(8, 64, 128)), jnp.bfloat16) for _ in range(2))
+    positions = jnp.broadcast_to(jnp.arange(64), (8, 64))
+    variables = random_variables(module, x, 3, positions, None)
+    alone = jax.jit(functools.partial(gradients, module))(variables, x, d_out)
+    mesh = meshes.make(config.Mesh(data=2, fsdp=2, context=2))
+    with jax.set_mesh(mesh):
+        shared = jax.jit(functools.partial(gradients, module))(variables, x, d_out)
+    for one, other in zip(*map(jax.tree.leaves, (shared, alone)), strict=True):
+        size = float(jnp.linalg.norm(jnp.float32(other)))
+        assert float(jnp.linalg.norm(jnp.float32(one) - jnp.float32(other))) <= ROUNDED * size
