@@ -114,8 +114,8 @@ def saved_config(opened: checkpoint.Opened) -> config.Config:
 def with_earlier_defaults(values: Any) -> Any:
     """Fills in a setting that came after a config was saved by what held before it came."""
     match values:
-        case {'model': {'gmu': {**gmu}}} if 'gate_input' not in gmu:
-            gmu = gmu | {'gate_input': 'both'}
+        case {'model': {'gmu': {**saved}}} if 'gate_input' not in saved:
+            gmu = saved | {'gate_input': 'both'}
             return values | {'model': values['model'] | {'gmu': gmu}}
     return values
 

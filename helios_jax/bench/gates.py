@@ -29,7 +29,7 @@ VALUES = 2**26  # of the stream
 EPS = 1e-6
 
 
-def draw(width: int) -> tuple[Operands, tuple[jax.Array, jax.Array]]:
+def draw(width: int) -> tuple[Operands, list[jax.Array]]:
     """Draws operands of the default gate, and the gradients of both results."""
     tokens, rank = VALUES // width, max(16, width // 64)
     keys = jax.random.split(jax.random.key(0), 6)
@@ -39,10 +39,10 @@ def draw(width: int) -> tuple[Operands, tuple[jax.Array, jax.Array]]:
     )
     ones = jnp.ones(width)
     eps = jnp.float32(EPS)
-    return Operands(x, update, hidden, out / rank, -ones, ones, ones, eps), (*gradients,)
+    return Operands(x, update, hidden, out / rank, -ones, ones, ones, eps), gradients
 
 
-def by_xla(given: Operands) -> tuple[jax.Array, jax.Array]:
+def by_xla(given: Any) -> tuple[jax.Array, jax.Array]:
     """Computes what the kernel does, by the model's formulas."""
     batch = lambda a: a[None]
     gate = Gate(batch(given.hidden), given.out, given.vector[None, None])
@@ -55,7 +55,7 @@ def runs(function: Callable[..., Any], given: Operands, gradients: Any) -> dict[
     """Makes the runs of a form in JAX."""
     compiled = jax.jit(function)
     _, pull = jax.jit(lambda given: jax.vjp(function, given))(given)
-    pulled = jax.jit(lambda pull, gradients: pull(gradients))
+    pulled = jax.jit(lambda pull, gradients: pull(tuple(gradients)))
     return {'forward': timed(compiled, (given,)), 'gradient': timed(pulled, (pull, gradients))}
 
 
@@ -67,10 +67,12 @@ def by_torch(given: Operands) -> dict[str, Timed]:
         return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + EPS) * scale
 
     @torch.compile(dynamic=False)
-    def mixed(x: Any, update: Any, hidden: Any, out: Any, vector: Any, scale: Any, next: Any) -> Any:
+    def mixed(
+        x: Any, update: Any, hidden: Any, out: Any, vector: Any, scale: Any, next_scale: Any
+    ) -> Any:
         gate = torch.sigmoid((hidden @ out).float() + vector)
         y = torch.lerp(x.float(), normalized(update.float(), scale), gate).bfloat16()
-        return y, normalized(y.float(), next).bfloat16()
+        return y, normalized(y.float(), next_scale).bfloat16()
 
     def tensor(array: Any) -> Any:
         kind = torch.bfloat16 if array.dtype == jnp.bfloat16 else torch.float32

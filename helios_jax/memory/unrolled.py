@@ -22,7 +22,9 @@ MOST_LAYERS = 64  # that are compiled one by one without being asked for
 
 
 def unrolls(memory: config.Memory, model: config.Model, platform: str = '') -> bool:
-    """Tells whether layers run without a loop; `auto` wants few dense ones, on a GPU with its state.
+    """Tells whether layers run without a loop: under `auto` few dense ones on a GPU.
+
+    A state that lies on the host comes a layer at a time, which takes a loop.
 
     Args:
       platform: the one to compile for where it is not the running one.

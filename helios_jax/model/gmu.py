@@ -1,9 +1,9 @@
 """Gated Memory Units, which replace the residual connection.
 
-    g = σ(W_b (W_x x̂ + W_u ū) + b)        y = x + g ⊙ (û − x)
+    g = σ(W_b W_x x̂ + b)        y = x + g ⊙ (û − x)
 
 x is the stream, x̂ the sublayer's normalised input, u its output, û = RMSNorm(u) with a learnt
-scale and ū without. `gmu.gate_input` may leave one of the gate's two terms out. b starts at −ln l
+scale. The gate may see the output, as W_u ū, too or alone (`gmu.gate_input`). b starts at −ln l
 for the l-th sublayer, so g = 1/(l+1) and the stream is the running mean of the embedding and of
 every output so far. RMSNorm reads only the stream's direction, so with u instead of û the network
 starts as exactly the pre-norm residual network, and the gates learn from there. The price is two
@@ -39,7 +39,7 @@ from helios_jax.model.layers import (
     precision,
     scaled,
 )
-from helios_jax.parallel.sharding import constrain, spec
+from helios_jax.parallel.sharding import constrain, sharing, spec
 
 INTERPOLATING = ('convex', 'highway')  # y = x + g ⊙ (û − x); else y = x + g ⊙ û
 
@@ -177,14 +177,13 @@ def operands(
     A gate for several channels is one, and a plain sum, which XLA makes where it makes the update.
     """
     D = x.shape[-1]
-    if scale is None if gate.vector is None else gate.vector.size != D:
+    plain_sum = gate.vector is None and scale is None
+    if plain_sum or (gate.vector is not None and gate.vector.size != D):
         return None
     vector = None if gate.vector is None else gate.vector.reshape(D)
     eps = behind and jnp.asarray(behind.eps, jnp.float32)
     next_scale = behind and behind.scale
-    return gated_norm.Operands(
-        x, update, gate.hidden, gate.out, vector, scale, next_scale, eps
-    )
+    return gated_norm.Operands(x, update, gate.hidden, gate.out, vector, scale, next_scale, eps)
 
 
 def mixed_by_kernel(
@@ -196,11 +195,12 @@ def mixed_by_kernel(
         return kernel(given)
     tokens, whole = spec(('batch', 'length', 'stream')), PartitionSpec()
     per_token = ('x', 'update', 'hidden')
-    specs = {name: tokens if name in per_token else whole for name in given.arrays()}
+    specs: dict[str, Any] = dict.fromkeys(given._fields)
+    specs |= {name: tokens if name in per_token else whole for name in given.arrays()}
     results = tokens, tokens if given.next_scale is not None else None
     return jax.shard_map(
         kernel,
-        in_specs=(gated_norm.Operands(**(dict.fromkeys(given._fields) | specs)),),
+        in_specs=(gated_norm.Operands(**specs),),
         out_specs=results,
         check_vma=False,
     )(given)
@@ -228,7 +228,7 @@ class GatedMemoryUnit(nn.Module):
         update: Float[Array, 'B T D'],
         index: Any,
         behind: Norm | None = None,
-    ) -> tuple[Float[Array, 'B T D'], Float[Array, 'B T D'] | None]:
+    ) -> tuple[Float[Array, 'B T D'], Any]:
         """Mixes the stream x with `update` = F(x̂) of sublayer `index` (from 1, may be traced).
 
         Returns the new stream, and what the norm behind the unit makes of it, if there is one.
@@ -251,7 +251,7 @@ class GatedMemoryUnit(nn.Module):
             product = recomputed(partial(normalized_product, eps), self.backward_parts > 0)
             gate = gate_of(product, name, weights, x_hat, update)
             given = operands(x, update, gate, weights.scale, behind)
-            if given and gated_norm.takes(given, self.platform or None):
+            if given and gated_norm.takes(given, self.platform or None, sharing('batch', 'length')):
                 form = gated_norm.Mix(gmu.kind in INTERPOLATING, gmu.has_gate, eps)
                 return mixed_by_kernel(form, self.platform or jax.default_backend(), given)
         function = partial(mix, gmu, eps, name, self.backward_parts > 0)

@@ -1,5 +1,6 @@
 """Shardings of all arrays: logical axes (arch/rules.py) turned into JAX's shardings."""
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -70,6 +71,12 @@ def fitting(shape: Sequence[int], axes: Axes) -> Axes:
     """Applies `rules.fitting` on the mesh that is set; returns `axes` without `jax.set_mesh`."""
     mesh = jax.sharding.get_abstract_mesh()
     return axes if mesh.empty else rules.fitting(shape, axes, mesh)
+
+
+def sharing(*axes: str) -> int:
+    """Counts the devices that share an array of these logical axes; 1 without `jax.set_mesh`."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return 1 if mesh.empty else math.prod(rules.shards(mesh, name) for name in axes)
 
 
 def rules_text() -> str:

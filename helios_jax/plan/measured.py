@@ -30,6 +30,8 @@ _MOE_PROFILE = ('2026-11-30', 'profiles of Hydra on one H200: jax 0.11.2')
 _STEPS = ('2026-11-29', 'helios plan --compile of helios_8b, 16 chips: jax 0.10.2')
 _MOE_STEP = ('2026-11-29', 'helios plan --compile of hydra_30b_a3b, v5p:4x4x2: jax 0.10.2')
 _ESTIMATED = ('2026-11-29', 'a matmul, and bytes that helios_8b waits for; no step was played')
+_GATES = ('2026-11-30', 'helios plan --compile of helios_8b, full, v5p:2x2x4: jax 0.10.2')
+_GATES_GPU = ('2026-11-30', 'steps of helios_1b on one H200: jax 0.11.2')
 _KERNELS = ('2026-11-29', 'schedules of our kernels, libtpu 0.0.42')
 
 # One layer's backward pass, in arrays [B T D] or, inside an MLP, [B T F].
@@ -110,7 +112,7 @@ def _of_a_tpu(
         Measured(attention_tokens, 'keys more: the same at T 2048 and 4096', *_KERNELS),
         Measured(1.0, 'of HBM bandwidth: counted so', *_STEPS),
         Measured(17, '[B T D] in a layer of helios_8b, residual, v5p', *_STEPS),
-        Measured(50, '[B T D] more in a gated sublayer: convex, in parts, v5p', *_STEPS),
+        Measured(20, '[B T D] more in a gated sublayer: convex by its kernel, v5p', *_GATES),
         Measured(0, '[B T F]: part of matmuls', *_STEPS),
         Measured(13, '[pairs F] of experts: hydra_30b_a3b, full, v5p', *_MOE_STEP),
         Measured(12, '[pairs D]: two of each take, three of each sum', *_MOE_STEP),
@@ -127,7 +129,7 @@ SPEEDS = {
         Measured(0, 'keys more: not measured by length', *_H100),
         Measured(0.9, 'of HBM bandwidth: a copy, 3.0 of 3.35 TB/s', *_H100),
         Measured(120, "times that a layer's work reads or writes an array [B T D]", *_PROFILE),
-        Measured(35, 'more of them for each gated sublayer', *_PROFILE),
+        Measured(16, 'more of them for each gated sublayer: convex by its kernel', *_GATES_GPU),
         Measured(9, 'times that an MLP reads or writes an array [B T F]', *_PROFILE),
         Measured(13, 'the same of experts, and copies of a layer out of its stack', *_MOE_PROFILE),
         Measured(8, 'times that an array [pairs D] is read or written', *_MOE_PROFILE),

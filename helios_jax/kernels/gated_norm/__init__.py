@@ -18,7 +18,7 @@ from jaxtyping import Array, Float
 from helios_jax.kernels.gated_norm import gpu, tpu
 from helios_jax.kernels.gated_norm.operands import Mix, Operands
 
-__all__ = ['Mix', 'Operands', 'gated_norm', 'on', 'takes']
+__all__ = ['KERNELS', 'Mix', 'Operands', 'gated_norm', 'on', 'takes']
 
 KERNELS: dict[str, Any] = {'gpu': gpu, 'tpu': tpu}
 
@@ -30,10 +30,15 @@ def on(platform: str | None = None) -> bool:
     return platform in KERNELS and (platform != 'gpu' or here == 'gpu')
 
 
-def takes(given: Operands, platform: str | None = None) -> bool:
-    """Tells whether the platform's kernel takes these; logs why it does not."""
+def takes(given: Operands, platform: str | None = None, devices: int = 1) -> bool:
+    """Tells whether the platform's kernel takes these; logs why it does not.
+
+    Args:
+      devices: number of those that share the tokens.
+    """
     platform = platform or jax.default_backend()
-    reason = KERNELS[platform].refusal(given.flat())
+    num_tokens = given.x.size // given.x.shape[-1] // devices
+    reason = KERNELS[platform].refusal(given, num_tokens)
     if reason:
         log_refusal(platform, reason)
     return not reason
@@ -60,18 +65,18 @@ def gated_norm(
 
 
 def forward_rule(mix: Mix, platform: str, given: Operands) -> tuple[Any, Any]:
-    # JAX removes a jitted call that nothing reads, and no kernel: at a layer's end the backward pass
-    # needs no result of the forward one.
+    # JAX removes a jitted call that nothing reads, and no kernel: at a layer's end the backward
+    # pass needs no result of the forward one.
     made = jax.jit(functools.partial(KERNELS[platform].forward, mix))(given.flat())
     shaped = lambda a: None if a is None else a.reshape(given.x.shape)
-    return (shaped(made.stream), shaped(made.normalized)), (given, made.stream_factor)
+    return (shaped(made.stream), shaped(made.normalized)), (given, made.factors)
 
 
 def backward_rule(mix: Mix, platform: str, saved: Any, gradients: Any) -> tuple[Operands]:
-    given, stream_factor = saved
+    given, factors = saved
     flat = given.flat()
     d_stream, d_normalized = (None if d is None else d.reshape(flat.x.shape) for d in gradients)
-    found = KERNELS[platform].backward(mix, flat, stream_factor, d_stream, d_normalized)
+    found = KERNELS[platform].backward(mix, flat, factors, d_stream, d_normalized)
 
     def like(name: str, d: Any) -> Any:
         operand = getattr(given, name)

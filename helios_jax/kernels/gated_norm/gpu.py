@@ -15,7 +15,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton
 from jaxtyping import Array, Float
 
-from helios_jax.kernels.gated_norm.operands import Gradients, Mix, Mixed, Operands
+from helios_jax.kernels.gated_norm.operands import Factors, Gradients, Mix, Mixed, Operands
 
 ROWS = 32  # of a program that adds up gradients
 SUMS = 2**20  # values of the parts of a long sum, at most
@@ -26,19 +26,19 @@ MOST = 8192  # D: more values than registers hold
 INDEXED = 2**31  # values that a 32-bit index reaches
 Ref = Any
 ROW = ('x', 'update', 'logits', 'd_stream', 'd_normalized')  # what has a row for each token
-FACTOR = 'stream_factor'  # and a number
+FACTORS = ('update_factor', 'stream_factor')  # what has a number
 Row = tuple[Array, ...]  # a row in pieces, whose sizes are powers of two
 
 
-def refusal(given: Operands) -> str:
-    """Reason why the kernel cannot take these; '' if it can."""
-    N, D = given.x.shape
-    if given.x.dtype != jnp.bfloat16 or given.x.size >= INDEXED:
+def refusal(given: Operands, num_tokens: int) -> str:
+    """Reason why the kernel cannot take so many tokens of these; '' if it can."""
+    D, dtype = given.x.shape[-1], given.x.dtype
+    if dtype != jnp.bfloat16 or num_tokens * D >= INDEXED:
         return (
-            f'the kernel takes bfloat16 and up to {INDEXED - 1} values, no {given.x.dtype} of '
-            f'shape {given.x.shape}.'
+            f'the kernel takes bfloat16 and up to {INDEXED - 1} values, no {num_tokens} tokens of '
+            f'{D} values in {dtype}.'
         )
-    if D % LEAST or not D <= MOST:
+    if D % LEAST or D > MOST:
         return f'the kernel takes widths in multiples of {LEAST} up to {MOST}, not {D}.'
     return ''
 
@@ -110,13 +110,18 @@ class Kernel:
 
 
 def forward(mix: Mix, given: Operands, *, interpret: bool = False) -> Mixed:
-    """Computes the new stream, and what the norm behind it makes of it."""
+    """Computes the new stream, and what the norm behind it makes of it.
+
+    With such a norm the factors of both are handed on. Without one the backward pass needs nothing
+    of this call, and may leave it out.
+    """
     arrays = operands(given)
     of_row = jax.ShapeDtypeStruct(given.x.shape[:1], jnp.float32)
+    normalizes = given.next_scale is not None
     results: dict[str, Any] = {'stream': given.x}
-    if given.next_scale is not None:
+    if normalizes:
         results |= {'normalized': given.x, 'stream_factor': of_row}
-
+        results |= {'update_factor': of_row} if given.scale is not None else {}
 
     def body(refs: dict[str, Ref]) -> None:
         kernel = Kernel(mix, arrays, refs)
@@ -124,44 +129,26 @@ def forward(mix: Mix, given: Operands, *, interpret: bool = False) -> Mixed:
         row = {name: kernel.wide(kernel.load(name, index)) for name in ROW if name in arrays}
         update = row['update']
         if given.scale is not None:
-            update = kernel.normalized(update, kernel.inverse_rms(update, mix.eps), 'scale')
+            factor = kernel.inverse_rms(update, mix.eps)
+            update = kernel.normalized(update, factor, 'scale')
+            if normalizes:
+                triton.store(refs['update_factor'].at[index], factor)
         y = kernel.mixed(row['x'], update, kernel.gate(row.get('logits')))
         kernel.store('stream', index, y)
-        if given.next_scale is not None:
+        if normalizes:
             factor = kernel.inverse_rms(y, triton.load(refs['next_eps']))
             triton.store(refs['stream_factor'].at[index], factor)
             kernel.store('normalized', index, kernel.normalized(y, factor, 'next_scale'))
 
-    return Mixed(**call(body, arrays, results, len(given.x), 'gated_norm', interpret))
-
-
-def walk(
-    kernel: 'Kernel',
-    first: Any,
-    rows: int,
-    step: Callable[[Any, dict[str, Any], dict[str, Row]], dict[str, Row]],
-    totals: dict[str, Row],
-) -> dict[str, Row]:
-    """Takes a step for each row, while the next one's is on its way; returns the last totals."""
-    names = [name for name in (*ROW, FACTOR) if name in kernel.arrays]
-
-    def fetched(index: Any) -> dict[str, Any]:
-        one = lambda name: triton.load(kernel.refs[name].at[index])
-        return {n: one(n) if n == FACTOR else kernel.load(n, index) for n in names}
-
-    def body(i: Array, carry: Any) -> Any:
-        totals, row = carry
-        following = fetched(first + jnp.minimum(i + 1, rows - 1))
-        return step(first + i, row, totals), following
-
-    start = totals, fetched(first)
-    return jax.lax.fori_loop(0, rows, body, start)[0]
+    made = call(body, arrays, results, len(given.x), 'gated_norm', interpret)
+    factors = Factors(made.pop('update_factor', None), made.pop('stream_factor', None))
+    return Mixed(**made, factors=factors)
 
 
 def backward(
     mix: Mix,
     given: Operands,
-    stream_factor: Array | None,
+    factors: Factors,
     d_stream: Array,
     d_normalized: Array | None,
     *,
@@ -170,12 +157,14 @@ def backward(
     """Computes the gradients of all operands.
 
     Args:
-      stream_factor: as `forward` made it.
+      factors: as `forward` made them.
     """
-    arrays = operands(given) | {'d_stream': d_stream}
+    arrays: dict[str, Any] = operands(given) | {'d_stream': d_stream}
     arrays.pop('next_eps', None)
     if d_normalized is not None:
-        arrays |= {'d_normalized': d_normalized, 'stream_factor': stream_factor}
+        arrays |= {'d_normalized': d_normalized, 'stream_factor': factors.stream}
+    if factors.update is not None:
+        arrays['update_factor'] = factors.update
     N, D = given.x.shape
     rows = math.gcd(N, ROWS)
     results: dict[str, Any] = {'d_x': given.x, 'd_update': given.x}
@@ -210,24 +199,44 @@ def backward(
     return Gradients(**{name.removeprefix('d_'): array for name, array in found.items()})
 
 
+def walk(
+    kernel: Kernel,
+    first: Any,
+    rows: int,
+    step: Callable[[Any, dict[str, Any], dict[str, Row]], dict[str, Row]],
+    totals: dict[str, Row],
+) -> dict[str, Row]:
+    """Takes a step for each row, while the next one's is on its way; returns the last totals."""
+    names = [name for name in (*ROW, *FACTORS) if name in kernel.arrays]
+
+    def fetched(index: Any) -> dict[str, Any]:
+        one = lambda name: triton.load(kernel.refs[name].at[index])
+        return {n: one(n) if n in FACTORS else kernel.load(n, index) for n in names}
+
+    def body(i: Array, carry: Any) -> Any:
+        totals, row = carry
+        following = fetched(first + jnp.minimum(i + 1, rows - 1))
+        return step(first + i, row, totals), following
+
+    start = totals, fetched(first)
+    return jax.lax.fori_loop(0, rows, body, start)[0]
+
+
 def gradients(kernel: Kernel, row: dict[str, Any]) -> tuple[dict[str, Row], dict[str, Row]]:
     """Computes a row's terms of the gradients of vectors, and its own gradients."""
-    mix, width = kernel.mix, kernel.width
+    mix, vectors = kernel.mix, kernel.vectors
     terms, found = {}, {}
     wide = {name: kernel.wide(row[name]) for name in ROW if name in row}
     x, u, d_y = wide['x'], wide['update'], wide['d_stream']
-    factor = kernel.inverse_rms(u, mix.eps) if 'scale' in kernel.vectors else None
-    update = kernel.normalized(u, factor, 'scale')
-    gate = kernel.gate(wide.get('logits'))
+    factor = row.get('update_factor')
+    if factor is None and 'scale' in vectors:
+        factor = kernel.inverse_rms(u, mix.eps)
+    update, gate = kernel.normalized(u, factor, 'scale'), kernel.gate(wide.get('logits'))
     if 'd_normalized' in row:
-        y, d_normal, next_factor = kernel.mixed(x, update, gate), wide['d_normalized'], row['stream_factor']
-        scale = kernel.vectors['next_scale']
-        terms['next_scale'] = each(lambda d, v: d * v * next_factor, d_normal, y)
-        # what y loses along itself, for the norm does not see its length
-        along = total(lambda d, s, v: d * s * v, d_normal, scale, y) * next_factor**3 / width
-        back = lambda d_y, d, s, v: d_y + d * s * next_factor - v * along
-        d_y = each(back, d_y, d_normal, scale, y)
-
+        y = kernel.mixed(x, update, gate)
+        given = wide['d_normalized'], y, row['stream_factor'], vectors['next_scale']
+        terms['next_scale'], through = through_norm(*given)
+        d_y = each(jnp.add, d_y, through)
     d_update = d_y if gate is None else each(jnp.multiply, d_y, gate)  # of û
     found['d_x'] = each(jnp.subtract, d_y, d_update) if mix.interpolates else d_y
     if gate is not None:
@@ -236,12 +245,21 @@ def gradients(kernel: Kernel, row: dict[str, Any]) -> tuple[dict[str, Row], dict
         terms['vector'] = each(slope, d_y, other, gate)
         if 'logits' in row:
             found['d_logits'] = terms['vector']
-    if 'scale' in kernel.vectors:
-        scale = kernel.vectors['scale']
-        terms['scale'] = each(lambda d, v: d * v * factor, d_update, u)
-        along = total(lambda d, s, v: d * s * v, d_update, scale, u) * factor**3 / width
-        d_update = each(lambda d, s, v: d * s * factor - v * along, d_update, scale, u)
+    if factor is not None:
+        terms['scale'], d_update = through_norm(d_update, u, factor, vectors['scale'])
     return terms, found | {'d_update': d_update}
+
+
+def through_norm(d_normal: Row, x: Row, factor: Array, scale: Row) -> tuple[Row, Row]:
+    """Returns gradients of a norm's scale and of its input x, whose 1 / rms is the factor.
+
+    What goes along x is lost, for the norm does not see its length.
+    """
+    width = sum(part.size for part in x)
+    weighted = each(jnp.multiply, d_normal, scale)
+    along = total(jnp.multiply, weighted, x) * factor**3 / width
+    d_x = each(lambda d, v: d * factor - v * along, weighted, x)
+    return each(lambda d, v: d * v * factor, d_normal, x), d_x
 
 
 def product_of_rows(a: Float[Array, 'N W'], b: Float[Array, 'N D']) -> Float[Array, 'W D']:
@@ -249,7 +267,8 @@ def product_of_rows(a: Float[Array, 'N W'], b: Float[Array, 'N D']) -> Float[Arr
 
     The result is small and the sum long: XLA's product would occupy a few of the card's processors.
     """
-    parts = math.gcd(len(a), 2 ** max(SUMS // (a.shape[1] * b.shape[1]), 1).bit_length() // 2)
+    wanted = max(SUMS // (a.shape[1] * b.shape[1]), 1)
+    parts = math.gcd(len(a), 2 ** (wanted.bit_length() - 1))
     a, b = (x.reshape(parts, -1, x.shape[1]) for x in (a, b))
     return jnp.sum(jnp.einsum('pnw,pnd->pwd', a, b, preferred_element_type=jnp.float32), axis=0)
 

@@ -34,8 +34,15 @@ class Operands(NamedTuple):
 
     def flat(self) -> 'Operands':
         """Returns the operands with one axis of tokens."""
-        rows = lambda a: None if a is None else a.reshape(-1, a.shape[-1])
+        rows: Any = lambda a: None if a is None else a.reshape(-1, a.shape[-1])
         return self._replace(x=rows(self.x), update=rows(self.update), hidden=rows(self.hidden))
+
+
+class Factors(NamedTuple):
+    """What a forward kernel may hand to the backward one, which else computes it again."""
+
+    update: Float[Array, 'N'] | None = None  # 1 / rms(u)
+    stream: Float[Array, 'N'] | None = None  # 1 / rms(y)
 
 
 class Mixed(NamedTuple):
@@ -43,7 +50,7 @@ class Mixed(NamedTuple):
 
     stream: Float[Array, 'N D']  # y
     normalized: Float[Array, 'N D'] | None = None  # y behind the next norm
-    stream_factor: Float[Array, 'N'] | None = None  # 1 / rms(y)
+    factors: Factors = Factors()
 
 
 class Gradients(NamedTuple):

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 
 from helios_jax.chips import CHIPS
 from helios_jax.kernels.gated_norm import tpu
-from helios_jax.kernels.gated_norm.operands import Mix, Operands
+from helios_jax.kernels.gated_norm.operands import Factors, Mix, Operands
 from helios_jax.plan.compiler import alone
 from helios_jax.plan.compiler.program import SHAPE, Instruction
 from helios_jax.plan.compiler.schedule import Region
@@ -36,12 +36,10 @@ def form(kernel: Instruction) -> Form | None:
         (kind, tuple(map(int, dims.split(',')))) for kind, dims, *_ in SHAPE.findall(shapes[1])
     ]
     N, D = found[0][1]
-    ranks = [dims[0] for kind, dims in found if kind == 'bf16' and dims[0] != N]
+    rank = next((dims[0] for kind, dims in found if kind == 'bf16' and dims[0] != N), 0)
     numbers = [dims for kind, dims in found if kind == 'f32']
     normalizes = (1, 1) in numbers
-    return Form(
-        name == tpu.BACKWARD, N, D, *(ranks or [0]), len(numbers) - normalizes, normalizes
-    )
+    return Form(name == tpu.BACKWARD, N, D, rank, len(numbers) - normalizes, normalizes)
 
 
 def seconds_alone(target: str, sizes: dict[str, Any]) -> float:
@@ -52,22 +50,24 @@ def seconds_alone(target: str, sizes: dict[str, Any]) -> float:
       sizes: fields of `Form`.
     """
     at, chip = Form(**sizes), CHIPS[target]
-    shape = lambda *dims: jax.ShapeDtypeStruct(dims, jnp.bfloat16)
-    stream, vector = shape(at.num_tokens, at.width), jax.ShapeDtypeStruct((at.width,), jnp.float32)
+    shape: Any = lambda *dims: jax.ShapeDtypeStruct(dims, jnp.bfloat16)
+    stream = shape(at.num_tokens, at.width)
+    vector: Any = jax.ShapeDtypeStruct((at.width,), jnp.float32)
+    eps: Any = jax.ShapeDtypeStruct((), jnp.float32)
     given = Operands(stream, stream)
     if at.rank:
         given = given._replace(hidden=shape(at.num_tokens, at.rank), out=shape(at.rank, at.width))
     names = ['next_scale'] * at.normalizes + ['vector', 'scale']
     given = given._replace(**dict.fromkeys(names[: at.vectors], vector))
     if at.normalizes:
-        given = given._replace(next_eps=jax.ShapeDtypeStruct((), jnp.float32))
+        given = given._replace(next_eps=eps)
     mix = Mix(interpolates=True, sigmoid=at.rank > 0, eps=1e-6)
-    gradients = (stream, stream if at.normalizes else None)
+    function: Any = lambda given: tpu.forward(mix, given)
+    arguments: tuple[Any, ...] = (given,)
     if at.backward:
-        function: Any = lambda given, *rest: tpu.backward(mix, given, None, *rest)
-    else:
-        function, gradients = (lambda given: tpu.forward(mix, given)), ()
-    compiled = alone.compile_here(function, (given, *gradients), chip)
+        function = lambda given, *gradients: tpu.backward(mix, given, Factors(), *gradients)
+        arguments = given, stream, stream if at.normalizes else None
+    compiled = alone.compile_here(function, arguments, chip)
     (own,) = (o for o in compiled.kernels if o.name.startswith(tpu.FORWARD))
     step = compiled.schedules[own.name].grid
     rows = tpu.rows_of(target, at.num_tokens, at.width)
