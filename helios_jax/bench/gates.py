@@ -48,7 +48,7 @@ def by_xla(given: Any) -> tuple[jax.Array, jax.Array]:
     gate = Gate(batch(given.hidden), given.out, given.vector[None, None])
     unit = config.GMU()
     y = join(unit, EPS, batch(given.x), batch(given.update), gate, given.scale)[0]
-    return y, scaled(y, given.next_scale, given.next_eps)
+    return y, scaled(y, given.next_scale, jax.lax.stop_gradient(given.next_eps))
 
 
 def runs(function: Callable[..., Any], given: Operands, gradients: Any) -> dict[str, Timed]:
@@ -95,9 +95,13 @@ def by_torch(given: Operands) -> dict[str, Timed]:
 
 
 def measure(width: int) -> None:
-    """Prints a row for each direction."""
+    """Prints a row for each direction.
+
+    Raises:
+      UserError: a width that the kernel does not take.
+    """
     given, gradients = draw(width)
-    require(gated_norm.on() and gated_norm.takes(given), f'--widths={width}: no kernel here.')
+    require(gated_norm.takes(given), f'--widths={width}: the kernel takes multiples of 64 to 8192.')
     ours = lambda given: gated_norm.gated_norm(Mix(True, True, EPS), 'gpu', given)
     forms = {'ours': runs(ours, given, gradients), 'xla': runs(by_xla, given, gradients)}
     forms['torch'] = by_torch(given)
@@ -121,5 +125,7 @@ def measure_all(widths: list[int]) -> None:
     Raises:
       UserError: no NVIDIA GPU, or a width that the kernel does not take.
     """
+    here = jax.default_backend()
+    require(here == 'gpu', f'helios bench gates measures on an NVIDIA GPU, and this is a {here}.')
     for width in widths:
         measure(width)
