@@ -21,7 +21,7 @@ from helios_jax import chips, config, options
 from helios_jax.bench.timed import Timed, take_turns, timed
 from helios_jax.errors import require
 from helios_jax.kernels import gated_norm
-from helios_jax.kernels.gated_norm import Mix, Operands
+from helios_jax.kernels.gated_norm import Mix, MixOperands
 from helios_jax.model.gmu import Gate, join
 from helios_jax.model.layers import scaled
 
@@ -29,7 +29,7 @@ VALUES = 2**26  # of the stream
 EPS = 1e-6
 
 
-def draw(width: int) -> tuple[Operands, list[jax.Array]]:
+def draw(width: int) -> tuple[MixOperands, list[jax.Array]]:
     """Draws operands of the default gate, and the gradients of both results."""
     tokens, rank = VALUES // width, max(16, width // 64)
     keys = jax.random.split(jax.random.key(0), 6)
@@ -39,7 +39,7 @@ def draw(width: int) -> tuple[Operands, list[jax.Array]]:
     )
     ones = jnp.ones(width)
     eps = jnp.float32(EPS)
-    return Operands(x, update, hidden, out / rank, -ones, ones, ones, eps), gradients
+    return MixOperands(x, update, hidden, out / rank, -ones, ones, ones, eps), gradients
 
 
 def by_xla(given: Any) -> tuple[jax.Array, jax.Array]:
@@ -51,7 +51,7 @@ def by_xla(given: Any) -> tuple[jax.Array, jax.Array]:
     return y, scaled(y, given.next_scale, jax.lax.stop_gradient(given.next_eps))
 
 
-def runs(function: Callable[..., Any], given: Operands, gradients: Any) -> dict[str, Timed]:
+def runs(function: Callable[..., Any], given: MixOperands, gradients: Any) -> dict[str, Timed]:
     """Makes the runs of a form in JAX."""
     compiled = jax.jit(function)
     _, pull = jax.jit(lambda given: jax.vjp(function, given))(given)
@@ -59,7 +59,7 @@ def runs(function: Callable[..., Any], given: Operands, gradients: Any) -> dict[
     return {'forward': timed(compiled, (given,)), 'gradient': timed(pulled, (pull, gradients))}
 
 
-def by_torch(given: Operands) -> dict[str, Timed]:
+def by_torch(given: MixOperands) -> dict[str, Timed]:
     """Makes the runs of PyTorch."""
     import torch
 

@@ -30,7 +30,8 @@ MATMULS = (
     'block_input', 'q', 'k', 'v', 'attention_output', 'attention_update', 'gate_up', 'dispatched',
     'mlp_update',
 )  # fmt: skip
-SMALL = ('log_sum_exp', 'attention_gate', 'mlp_gate')  # kept whole: a byte would save nothing
+GATES = ('attention_gate', 'mlp_gate')
+SMALL = ('log_sum_exp', *GATES)  # kept whole: a byte would save nothing
 PRESETS: dict[str, dict[str, str]] = {
     'minimal': dict.fromkeys((*MATMULS, *SMALL), 'device'),
     'full': {'block_input': 'device'},
@@ -76,7 +77,7 @@ def actions(memory: config.Memory) -> dict[str, str]:
         "memory.actions.block_input='remat', but a layer is recomputed from its input; choose "
         'device, fp8 or offload.',
     )
-    table = _completed(chosen, memory.policy)
+    table = _completed(chosen, memory)
     in_parts = [name for name in IN_PARTS if table[name] != 'remat']
     require(
         memory.backward_parts == 1 or not in_parts,
@@ -87,10 +88,13 @@ def actions(memory: config.Memory) -> dict[str, str]:
     return table
 
 
-def _completed(chosen: Mapping[str, str], preset: str) -> dict[str, str]:
+def _completed(chosen: Mapping[str, str], memory: config.Memory) -> dict[str, str]:
     # Routing again could break a tie otherwise than the forward pass did.
     table = dict.fromkeys(NAMES, 'remat') | {'router_choices': 'device', 'final_hidden': 'device'}
-    return table | PRESETS.get(preset, {}) | dict(chosen)
+    table |= PRESETS.get(memory.policy, {})
+    if memory.backward_parts > 1:
+        table |= dict.fromkeys(GATES, 'remat')  # which run in parts
+    return table | dict(chosen)
 
 
 def chosen_actions(memory: config.Memory) -> dict[str, str]:

@@ -171,7 +171,7 @@ def join(
 
 def operands(
     x: Array, update: Array, gate: Gate, scale: Array | None, behind: Norm | None
-) -> gated_norm.Operands | None:
+) -> gated_norm.MixOperands | None:
     """Returns a kernel's operands; None for a form of the unit that XLA serves better.
 
     A gate for several channels is one, and a plain sum, which XLA makes where it makes the update.
@@ -183,11 +183,11 @@ def operands(
     vector = None if gate.vector is None else gate.vector.reshape(D)
     eps = behind and jnp.asarray(behind.eps, jnp.float32)
     next_scale = behind and behind.scale
-    return gated_norm.Operands(x, update, gate.hidden, gate.out, vector, scale, next_scale, eps)
+    return gated_norm.MixOperands(x, update, gate.hidden, gate.out, vector, scale, next_scale, eps)
 
 
 def mixed_by_kernel(
-    form: gated_norm.Mix, platform: str, given: gated_norm.Operands
+    form: gated_norm.Mix, platform: str, given: gated_norm.MixOperands
 ) -> tuple[Array, Array | None]:
     """Calls the kernel on each device's tokens."""
     kernel = partial(gated_norm.gated_norm, form, platform)
@@ -200,7 +200,7 @@ def mixed_by_kernel(
     results = tokens, tokens if given.next_scale is not None else None
     return jax.shard_map(
         kernel,
-        in_specs=(gated_norm.Operands(**specs),),
+        in_specs=(gated_norm.MixOperands(**specs),),
         out_specs=results,
         check_vma=False,
     )(given)

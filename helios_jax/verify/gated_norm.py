@@ -16,7 +16,7 @@ import numpy as np
 from helios_jax import options
 from helios_jax.errors import require
 from helios_jax.kernels import gated_norm
-from helios_jax.kernels.gated_norm import Mix, Operands
+from helios_jax.kernels.gated_norm import Mix, MixOperands
 
 ROWS = 16  # of a block
 MOST = 2.0  # error over that of one rounding
@@ -24,7 +24,7 @@ WIDTHS = 320, 64, 2048, 4096, 5120
 EPS, NEXT_EPS = 1e-3, 3e-3  # large, so that a norm without it would show
 
 
-class Case(NamedTuple):
+class MixCase(NamedTuple):
     name: str
     mix: Mix
     tokens: int
@@ -33,7 +33,7 @@ class Case(NamedTuple):
     norms: str  # 'both', or those that there are: 'output', 'next', ''
 
 
-def cases(tokens: int, widths: tuple[int, ...], rank: int) -> Iterator[Case]:
+def cases(tokens: int, widths: tuple[int, ...], rank: int) -> Iterator[MixCase]:
     """Yields every form at the first width, and the default one at the others."""
     convex, additive = Mix(True, True, EPS), Mix(False, True, EPS)
     plain, scaled = Mix(False, False, EPS), Mix(False, False, EPS)
@@ -44,19 +44,19 @@ def cases(tokens: int, widths: tuple[int, ...], rank: int) -> Iterator[Case]:
         ('additive, û, layer end', additive, rank, 'output'), ('layerscale', scaled, 0, 'next'),
     ]  # fmt: skip
     for name, mix, own, norms in forms:
-        yield Case(name, mix, tokens, widths[0], own, norms)
+        yield MixCase(name, mix, tokens, widths[0], own, norms)
     for width in widths[1:]:
-        yield Case('convex', convex, tokens, width, max(16, width // 64), 'both')
-    yield Case('residual', plain, tokens, widths[0], 0, 'next')
+        yield MixCase('convex', convex, tokens, width, max(16, width // 64), 'both')
+    yield MixCase('residual', plain, tokens, widths[0], 0, 'next')
 
 
-def draw(case: Case) -> tuple[Operands, jax.Array, jax.Array | None]:
+def draw(case: MixCase) -> tuple[MixOperands, jax.Array, jax.Array | None]:
     """Draws a case's operands, and the gradients of its results."""
     rng = np.random.default_rng(case.width + case.rank)
     N, D = case.tokens, case.width
     narrow = lambda *shape: jnp.asarray(rng.normal(size=shape), jnp.bfloat16)
     near = lambda mean, spread: jnp.asarray(rng.normal(mean, spread, D), jnp.float32)
-    given = Operands(narrow(N, D), narrow(N, D) * 3)
+    given = MixOperands(narrow(N, D), narrow(N, D) * 3)
     if case.rank > 0:
         out = narrow(case.rank, D) * jnp.bfloat16(case.rank**-0.5)
         given = given._replace(hidden=narrow(N, case.rank), out=out)
@@ -73,7 +73,7 @@ def draw(case: Case) -> tuple[Operands, jax.Array, jax.Array | None]:
     return given, narrow(N, D), d_normalized
 
 
-def oracle(mix: Mix, given: Operands, d_stream: Any, d_normalized: Any) -> dict[str, np.ndarray]:
+def oracle(mix: Mix, given: MixOperands, d_stream: Any, d_normalized: Any) -> dict[str, np.ndarray]:
     """Computes results and gradients in float64; those of operands are called d_…."""
     wide = lambda array: np.asarray(array, np.float64)
     own = {name: wide(array) for name, array in given.arrays().items()}
@@ -115,7 +115,7 @@ def oracle(mix: Mix, given: Operands, d_stream: Any, d_normalized: Any) -> dict[
 
 
 def compare(
-    case: Case, forward: Callable[..., Any], backward: Callable[..., Any]
+    case: MixCase, forward: Callable[..., Any], backward: Callable[..., Any]
 ) -> dict[str, float]:
     """Runs a kernel's two directions; returns the `ratio` of each result."""
     given, d_stream, d_normalized = draw(case)

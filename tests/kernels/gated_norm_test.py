@@ -13,9 +13,15 @@ from helios_jax.verify.gated_norm import MOST, cases, compare, draw, ratio
 pytestmark = pytest.mark.usefixtures('quick_compilation')
 
 # Rows that fill no program and no block; widths that are no powers of two.
+QUICK = ('convex', 'convex, layer end', 'layerscale')
 CASES = [
-    *(('gpu', case) for case in cases(81, (320, 64), rank=24)),
-    *(('tpu', case) for case in cases(96, (384, 128), rank=24) if case.rank >= 0),
+    pytest.param(name, case, marks=() if case.name in QUICK else pytest.mark.slow)
+    for name, every in (
+        ('gpu', cases(81, (320, 64), rank=24)),
+        ('tpu', cases(96, (384, 128), rank=24)),
+    )
+    for case in every
+    if name == 'gpu' or case.rank >= 0
 ]
 
 

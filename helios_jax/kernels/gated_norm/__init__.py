@@ -16,9 +16,9 @@ import jax
 from jaxtyping import Array, Float
 
 from helios_jax.kernels.gated_norm import gpu, tpu
-from helios_jax.kernels.gated_norm.operands import Mix, Operands
+from helios_jax.kernels.gated_norm.operands import Mix, MixOperands
 
-__all__ = ['KERNELS', 'Mix', 'Operands', 'gated_norm', 'on', 'takes']
+__all__ = ['KERNELS', 'Mix', 'MixOperands', 'gated_norm', 'on', 'takes']
 
 KERNELS: dict[str, Any] = {'gpu': gpu, 'tpu': tpu}
 
@@ -30,7 +30,7 @@ def on(platform: str | None = None) -> bool:
     return platform in KERNELS and (platform != 'gpu' or here == 'gpu')
 
 
-def takes(given: Operands, platform: str | None = None, devices: int = 1) -> bool:
+def takes(given: MixOperands, platform: str | None = None, devices: int = 1) -> bool:
     """Tells whether the platform's kernel takes these; logs why it does not.
 
     Args:
@@ -52,7 +52,7 @@ def log_refusal(platform: str, reason: str) -> None:
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def gated_norm(
-    mix: Mix, platform: str, given: Operands
+    mix: Mix, platform: str, given: MixOperands
 ) -> tuple[Float[Array, '*N D'], Float[Array, '*N D'] | None]:
     """Returns the new stream and its normalised form, None without a norm behind.
 
@@ -64,7 +64,7 @@ def gated_norm(
     return forward_rule(mix, platform, given)[0]
 
 
-def forward_rule(mix: Mix, platform: str, given: Operands) -> tuple[Any, Any]:
+def forward_rule(mix: Mix, platform: str, given: MixOperands) -> tuple[Any, Any]:
     # JAX removes a jitted call that nothing reads, and no kernel: at a layer's end the backward
     # pass needs no result of the forward one.
     made = jax.jit(functools.partial(KERNELS[platform].forward, mix))(given.flat())
@@ -72,7 +72,7 @@ def forward_rule(mix: Mix, platform: str, given: Operands) -> tuple[Any, Any]:
     return (shaped(made.stream), shaped(made.normalized)), (given, made.factors)
 
 
-def backward_rule(mix: Mix, platform: str, saved: Any, gradients: Any) -> tuple[Operands]:
+def backward_rule(mix: Mix, platform: str, saved: Any, gradients: Any) -> tuple[MixOperands]:
     given, factors = saved
     flat = given.flat()
     d_stream, d_normalized = (None if d is None else d.reshape(flat.x.shape) for d in gradients)
@@ -82,7 +82,7 @@ def backward_rule(mix: Mix, platform: str, saved: Any, gradients: Any) -> tuple[
         operand = getattr(given, name)
         return None if d is None else d.reshape(operand.shape).astype(operand.dtype)
 
-    return (Operands(**{name: like(name, d) for name, d in found._asdict().items()}),)
+    return (MixOperands(**{name: like(name, d) for name, d in found._asdict().items()}),)
 
 
 gated_norm.defvjp(forward_rule, backward_rule)

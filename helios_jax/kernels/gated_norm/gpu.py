@@ -15,7 +15,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton
 from jaxtyping import Array, Float
 
-from helios_jax.kernels.gated_norm.operands import Factors, Gradients, Mix, Mixed, Operands
+from helios_jax.kernels.gated_norm.operands import Factors, Gradients, Mix, Mixed, MixOperands
 
 ROWS = 32  # of a program that adds up gradients
 SUMS = 2**20  # values of the parts of a long sum, at most
@@ -30,7 +30,7 @@ FACTORS = ('update_factor', 'stream_factor')  # what has a number
 Row = tuple[Array, ...]  # a row in pieces, whose sizes are powers of two
 
 
-def refusal(given: Operands, num_tokens: int) -> str:
+def refusal(given: MixOperands, num_tokens: int) -> str:
     """Reason why the kernel cannot take so many tokens of these; '' if it can."""
     D, dtype = given.x.shape[-1], given.x.dtype
     if dtype != jnp.bfloat16 or num_tokens * D >= INDEXED:
@@ -59,7 +59,7 @@ def total(function: Callable[..., Array], *rows: Row) -> Array:
     return sum(jnp.sum(x) for x in each(function, *rows))  # type: ignore[return-value]
 
 
-class Kernel:
+class RowArrays:
     """References to every array by name, and what both directions do with them."""
 
     def __init__(self, mix: Mix, arrays: dict[str, Array], refs: dict[str, Ref]) -> None:
@@ -109,7 +109,7 @@ class Kernel:
         return each(lambda v: v.astype(jnp.bfloat16).astype(jnp.float32), y)
 
 
-def forward(mix: Mix, given: Operands, *, interpret: bool = False) -> Mixed:
+def forward(mix: Mix, given: MixOperands, *, interpret: bool = False) -> Mixed:
     """Computes the new stream, and what the norm behind it makes of it.
 
     With such a norm the factors of both are handed on. Without one the backward pass needs nothing
@@ -124,7 +124,7 @@ def forward(mix: Mix, given: Operands, *, interpret: bool = False) -> Mixed:
         results |= {'update_factor': of_row} if given.scale is not None else {}
 
     def body(refs: dict[str, Ref]) -> None:
-        kernel = Kernel(mix, arrays, refs)
+        kernel = RowArrays(mix, arrays, refs)
         index = pl.program_id(0)
         row = {name: kernel.wide(kernel.load(name, index)) for name in ROW if name in arrays}
         update = row['update']
@@ -147,7 +147,7 @@ def forward(mix: Mix, given: Operands, *, interpret: bool = False) -> Mixed:
 
 def backward(
     mix: Mix,
-    given: Operands,
+    given: MixOperands,
     factors: Factors,
     d_stream: Array,
     d_normalized: Array | None,
@@ -174,7 +174,7 @@ def backward(
     results |= {f'd_{n}': jax.ShapeDtypeStruct((N // rows, D), jnp.float32) for n in vectors}
 
     def body(refs: dict[str, Ref]) -> None:
-        kernel = Kernel(mix, arrays, refs)
+        kernel = RowArrays(mix, arrays, refs)
         program = pl.program_id(0)
 
         def step(index: Any, row: dict[str, Any], totals: Any) -> Any:
@@ -200,7 +200,7 @@ def backward(
 
 
 def walk(
-    kernel: Kernel,
+    kernel: RowArrays,
     first: Any,
     rows: int,
     step: Callable[[Any, dict[str, Any], dict[str, Row]], dict[str, Row]],
@@ -222,7 +222,7 @@ def walk(
     return jax.lax.fori_loop(0, rows, body, start)[0]
 
 
-def gradients(kernel: Kernel, row: dict[str, Any]) -> tuple[dict[str, Row], dict[str, Row]]:
+def gradients(kernel: RowArrays, row: dict[str, Any]) -> tuple[dict[str, Row], dict[str, Row]]:
     """Computes a row's terms of the gradients of vectors, and its own gradients."""
     mix, vectors = kernel.mix, kernel.vectors
     terms, found = {}, {}
@@ -273,7 +273,7 @@ def product_of_rows(a: Float[Array, 'N W'], b: Float[Array, 'N D']) -> Float[Arr
     return jnp.sum(jnp.einsum('pnw,pnd->pwd', a, b, preferred_element_type=jnp.float32), axis=0)
 
 
-def operands(given: Operands) -> dict[str, Array]:
+def operands(given: MixOperands) -> dict[str, Array]:
     """Returns what a kernel reads: the logits in the place of the gate's hidden and its matrix."""
     arrays = given.arrays()
     out, hidden = arrays.pop('out', None), arrays.pop('hidden', None)

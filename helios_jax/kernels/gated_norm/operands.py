@@ -1,4 +1,4 @@
-"""What the gated mix takes and gives."""
+"""Operands, results and gradients of the gated mix."""
 
 from typing import Any, NamedTuple
 
@@ -6,14 +6,14 @@ from jaxtyping import Array, Float
 
 
 class Mix(NamedTuple):
-    """How a sublayer's output enters the stream."""
+    """Way in which a sublayer's output enters the stream."""
 
     interpolates: bool  # y = x + g (û − x), else x + g û
     sigmoid: bool  # g = σ(hidden · out + vector), else g is the vector
     eps: float  # of the output norm
 
 
-class Operands(NamedTuple):
+class MixOperands(NamedTuple):
     """Arrays that go in; None where a form of the gate, or a layer's end, lacks one.
 
     x, update, hidden and out have the compute dtype, the others are float32.
@@ -32,21 +32,21 @@ class Operands(NamedTuple):
         """Returns the arrays that there are, by name."""
         return {name: array for name, array in self._asdict().items() if array is not None}
 
-    def flat(self) -> 'Operands':
+    def flat(self) -> 'MixOperands':
         """Returns the operands with one axis of tokens."""
         rows: Any = lambda a: None if a is None else a.reshape(-1, a.shape[-1])
         return self._replace(x=rows(self.x), update=rows(self.update), hidden=rows(self.hidden))
 
 
 class Factors(NamedTuple):
-    """What a forward kernel may hand to the backward one, which else computes it again."""
+    """Numbers of a row that a forward kernel may hand on, to save the backward one their sums."""
 
     update: Float[Array, 'N'] | None = None  # 1 / rms(u)
     stream: Float[Array, 'N'] | None = None  # 1 / rms(y)
 
 
 class Mixed(NamedTuple):
-    """What comes out of N tokens."""
+    """Results of N tokens."""
 
     stream: Float[Array, 'N D']  # y
     normalized: Float[Array, 'N D'] | None = None  # y behind the next norm

@@ -19,7 +19,7 @@ from jax.experimental.pallas import tpu as pltpu
 from helios_jax.chips import CHIPS, MIB
 from helios_jax.kernels.attention.tpu.blocks import generation
 from helios_jax.kernels.cost import estimate
-from helios_jax.kernels.gated_norm.operands import Factors, Gradients, Mix, Mixed, Operands
+from helios_jax.kernels.gated_norm.operands import Factors, Gradients, Mix, Mixed, MixOperands
 
 FORWARD, BACKWARD = 'helios_gated_norm', 'helios_gated_norm_gradient'
 LANES = 128
@@ -34,7 +34,7 @@ TOKENS = ('x', 'update', 'hidden', 'd_stream', 'd_normalized')  # cut into block
 Ref = Any
 
 
-def refusal(given: Operands, num_tokens: int) -> str:
+def refusal(given: MixOperands, num_tokens: int) -> str:
     """Reason why the kernel cannot take so many tokens of these; '' if it can."""
     D = given.x.shape[-1]
     if given.x.dtype != jnp.bfloat16 or D % LANES:
@@ -66,7 +66,7 @@ def tile_columns(width: int) -> int:
     return math.gcd(width, COLUMNS)
 
 
-def forward(mix: Mix, given: Operands, *, interpret: Any = False) -> Mixed:
+def forward(mix: Mix, given: MixOperands, *, interpret: Any = False) -> Mixed:
     """Computes the new stream, and what the norm behind it makes of it."""
     results = {'stream': given.x}
     if given.next_scale is not None:
@@ -194,7 +194,7 @@ def product(a: Array, b: Array, axis: int, other: int) -> Array:
 
 def backward(
     mix: Mix,
-    given: Operands,
+    given: MixOperands,
     factors: Factors,
     d_stream: Array,
     d_normalized: Array | None,

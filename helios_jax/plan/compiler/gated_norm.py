@@ -8,7 +8,7 @@ import jax.numpy as jnp
 
 from helios_jax.chips import CHIPS
 from helios_jax.kernels.gated_norm import tpu
-from helios_jax.kernels.gated_norm.operands import Factors, Mix, Operands
+from helios_jax.kernels.gated_norm.operands import Factors, Mix, MixOperands
 from helios_jax.plan.compiler import alone
 from helios_jax.plan.compiler.program import SHAPE, Instruction
 from helios_jax.plan.compiler.schedule import Region
@@ -54,7 +54,7 @@ def seconds_alone(target: str, sizes: dict[str, Any]) -> float:
     stream = shape(at.num_tokens, at.width)
     vector: Any = jax.ShapeDtypeStruct((at.width,), jnp.float32)
     eps: Any = jax.ShapeDtypeStruct((), jnp.float32)
-    given = Operands(stream, stream)
+    given = MixOperands(stream, stream)
     if at.rank:
         given = given._replace(hidden=shape(at.num_tokens, at.rank), out=shape(at.rank, at.width))
     names = ['next_scale'] * at.normalizes + ['vector', 'scale']
