@@ -203,18 +203,25 @@ def test_a_search_is_sorted_and_its_overrides_make_its_plans():
     assert plan(cfg, chip, 4).memory.peak == best.plan.memory.peak
 
 
-# By `helios plan --compile`: docs/results/2026-11-29-tpu-step and 2026-11-30-tpu-hydra-step.
+# By `helios plan --compile`: docs/results/2026-11-29-tpu-step, 2026-11-30-tpu-hydra-step and
+# 2026-11-30-gates.
 @pytest.mark.parametrize(
-    ('name', 'topology', 'rows', 'compiled_seconds'),
+    ('name', 'topology', 'kind', 'policy', 'rows', 'compiled_seconds'),
     [
-        ('helios_8b', 'v5p:2x2x4', 64, 2.296),
-        ('helios_8b', 'v6e:4x4', 32, 0.788),
-        ('helios_8b', 'tpu7x:2x2x4', 64, 0.707),
-        ('hydra_30b_a3b', 'v5p:4x4x2', 128, 1.576),
+        ('helios_8b', 'v5p:2x2x4', 'residual', 'full', 64, 2.296),
+        ('helios_8b', 'v6e:4x4', 'residual', 'full', 32, 0.788),
+        ('helios_8b', 'tpu7x:2x2x4', 'residual', 'full', 64, 0.707),
+        ('hydra_30b_a3b', 'v5p:4x4x2', 'residual', 'full', 128, 1.576),
+        ('helios_8b', 'v5p:2x2x4', 'convex', 'full', 64, 2.492),
+        ('helios_8b', 'v5p:2x2x4', 'convex', 'minimal', 64, 1.975),
+        ('helios_8b', 'v6e:4x4', 'convex', 'full', 32, 0.881),
+        ('helios_8b', 'v5e:4x4', 'convex', 'full', 32, 3.148),
     ],
 )
-def test_seconds_are_near_those_of_compiled_steps(name, topology, rows, compiled_seconds):
-    settings = {'model.gmu.kind': 'residual', 'memory.policy': 'full', 'train.batch_rows': rows}
+def test_seconds_are_near_those_of_compiled_steps(
+    name, topology, kind, policy, rows, compiled_seconds
+):
+    settings = {'model.gmu.kind': kind, 'memory.policy': policy, 'train.batch_rows': rows}
     cfg = config.replace(options.load_config(name), settings)
     where = chips.topology(topology)
     found = plan(cfg.resolve(cfg.model.vocab_size), where.chip, where.num_devices)
@@ -222,14 +229,17 @@ def test_seconds_are_near_those_of_compiled_steps(name, topology, rows, compiled
     assert abs(error) < (0.15 if name.startswith('hydra') else 0.05), error
 
 
-# By `helios bench train` on an H200: docs/results/2026-11-30-h200-hydra.
+# By `helios bench train` on an H200: docs/results/2026-11-30-h200-hydra and 2026-11-30-gates.
 @pytest.mark.parametrize(
     ('name', 'settings', 'measured_seconds'),
     [
-        ('helios_1b', {}, 0.1330),
+        ('helios_1b', {}, 0.4314),
+        ('helios_1b', {'model.gmu.kind': 'convex'}, 0.4511),
+        ('helios_1b', {'model.num_layers': 4}, 0.1330),
         (
             'helios_1b',
             {
+                'model.num_layers': 4,
                 'model.period': 'moe',
                 'model.moe.num_experts': 8,
                 'model.moe.num_experts_per_token': 2,
@@ -239,12 +249,10 @@ def test_seconds_are_near_those_of_compiled_steps(name, topology, rows, compiled
         ),
         ('bench_qwen3_moe', {}, 0.2855),
     ],
-    ids=['dense', '8 experts', '64 experts'],
+    ids=['dense', 'gated', 'dense, 4 layers', '8 experts', '64 experts'],
 )
 def test_seconds_are_near_those_of_measured_steps(name, settings, measured_seconds):
     settings = {'model.gmu.kind': 'residual'} | settings
-    if name == 'helios_1b':
-        settings |= {'model.num_layers': 4}
     cfg = config.replace(options.load_config(name), settings)
     found = plan(cfg, chips.CHIPS['h200'], 1)
     error = found.seconds.step / measured_seconds - 1
