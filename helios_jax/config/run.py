@@ -175,7 +175,7 @@ class Memory:
     optimizer: str = 'device'  # memory of the optimizer's moments: device | host
     parameters: str = 'device'  # memory of the float32 parameters: device | host
     backward_parts: int = 1  # parts in which dense MLPs and gates run backward
-    layers: str = 'auto'  # a loop, or each compiled by itself: scan | unrolled | auto (see memory/)
+    layers: str = 'auto'  # a loop, or each by itself: scan | unrolled | auto (on a GPU, if dense)
     actions: Actions = Actions()
 
     def __post_init__(self) -> None:

@@ -170,15 +170,22 @@ def join(
 
 
 def operands(
-    x: Array, update: Array, gate: Gate, scale: Array | None, behind: Norm | None
+    platform: str,
+    x: Array,
+    update: Array,
+    gate: Gate,
+    scale: Array | None,
+    behind: Norm | None,
 ) -> gated_norm.MixOperands | None:
-    """Returns a kernel's operands; None for a form of the unit that XLA serves better.
+    """Returns the operands of the platform's kernel; None for forms of the unit that it lacks.
 
-    A gate for several channels is one, and a plain sum, which XLA makes where it makes the update.
+    A plain sum XLA makes where it makes the update; a gate for several channels is logged.
     """
     D = x.shape[-1]
-    plain_sum = gate.vector is None and scale is None
-    if plain_sum or (gate.vector is not None and gate.vector.size != D):
+    if gate.vector is None and scale is None:
+        return None
+    if gate.vector is not None and gate.vector.size != D:
+        gated_norm.log_refusal(platform, 'the kernel has no gate that serves several channels.')
         return None
     vector = None if gate.vector is None else gate.vector.reshape(D)
     eps = behind and jnp.asarray(behind.eps, jnp.float32)
@@ -247,13 +254,14 @@ class GatedMemoryUnit(nn.Module):
         if self.is_mutable_collection('intermediates'):
             gate = gate_of(partial(normalized_product, eps), name, weights, x_hat, update)
             self.sow('intermediates', 'gate', gate.opened(gmu.kind, x.shape[-1]))
-        if not self.is_initializing() and gated_norm.on(self.platform or None):
+        platform = self.platform or jax.default_backend()
+        if not self.is_initializing() and gated_norm.available(platform):
             product = recomputed(partial(normalized_product, eps), self.backward_parts > 0)
             gate = gate_of(product, name, weights, x_hat, update)
-            given = operands(x, update, gate, weights.scale, behind)
-            if given and gated_norm.takes(given, self.platform or None, sharing('batch', 'length')):
+            given = operands(platform, x, update, gate, weights.scale, behind)
+            if given and gated_norm.takes(given, platform, sharing('batch', 'length')):
                 form = gated_norm.Mix(gmu.kind in INTERPOLATING, gmu.has_gate, eps)
-                return mixed_by_kernel(form, self.platform or jax.default_backend(), given)
+                return mixed_by_kernel(form, platform, given)
         function = partial(mix, gmu, eps, name, self.backward_parts > 0)
         if self.backward_parts < 2 or gmu.kind == 'residual':
             x = function(weights, x, x_hat, update)

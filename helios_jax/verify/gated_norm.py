@@ -136,7 +136,7 @@ def verify_all() -> None:
       AssertionError: an error above twice that of one rounding.
     """
     platform = jax.default_backend()
-    require(gated_norm.on(), f'--verify: there is no kernel for {platform}.')
+    require(gated_norm.available(), f'--verify: there is no kernel for {platform}.')
     kernel = gated_norm.KERNELS[platform]
     forward, backward = (jax.jit(f, static_argnums=0) for f in (kernel.forward, kernel.backward))
     for case in cases(528, WIDTHS, rank=24):

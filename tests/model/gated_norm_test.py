@@ -97,3 +97,15 @@ def test_a_kernel_is_asked_for_a_devices_own_tokens(random_variables, monkeypatc
         jax.eval_shape(lambda x: module.apply(variables, x, 3, positions, None), x)
     jax.eval_shape(lambda x: module.apply(variables, x, 3, positions, None), x)
     assert asked == [64, 64, 512, 512]
+
+
+def test_a_gate_for_several_channels_is_left_to_xla(random_variables, monkeypatch, caplog):
+    module = block('convex', gate='per_head')
+    monkeypatch.setitem(gated_norm.KERNELS, 'cpu', interpreted('tpu'))
+    gated_norm.log_refusal.cache_clear()
+    x = jnp.zeros((4, 16, 128), jnp.bfloat16)
+    positions = jnp.broadcast_to(jnp.arange(16), (4, 16))
+    variables = random_variables(module, x, 3, positions, None)
+    with caplog.at_level('INFO'):
+        jax.eval_shape(lambda x: module.apply(variables, x, 3, positions, None), x)
+    assert 'no gate that serves several channels' in caplog.text

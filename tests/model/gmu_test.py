@@ -21,9 +21,15 @@ INDEX = 5
 KINDS = ('convex', 'additive', 'residual', 'layerscale', 'rezero', 'highway')
 GATES = ('low_rank', 'full', 'per_head', 'scalar', 'static')
 GATED = ('convex', 'additive', 'highway')
+QUICK = (('convex', 'low_rank'), ('convex', 'per_head'))
 VARIANTS = [
     *itertools.product(GATED, GATES, ('on', 'off'), ('both',)),
-    *itertools.product(('convex',), ('low_rank', 'per_head'), ('on',), ('input', 'output')),
+    *(
+        pytest.param(*form, marks=() if form[:2] in QUICK else pytest.mark.slow)
+        for form in itertools.product(
+            ('convex', 'additive'), GATES[:-1], ('on',), ('input', 'output')
+        )
+    ),
     *itertools.product(
         ('residual', 'layerscale', 'rezero'), ('low_rank',), ('on', 'off'), ('both',)
     ),
@@ -174,6 +180,10 @@ def test_initial_values_of_the_baselines():
     [
         *itertools.product(('low_rank', 'full', 'per_head', 'scalar'), ('both',)),
         *itertools.product(('low_rank', 'scalar'), ('input', 'output')),
+        *(
+            pytest.param(*form, marks=pytest.mark.slow)
+            for form in itertools.product(('full', 'per_head'), ('input', 'output'))
+        ),
     ],
 )
 def test_the_last_matrix_starts_at_zero_and_moves_first(gate, gate_input):

@@ -18,12 +18,12 @@ from jaxtyping import Array, Float
 from helios_jax.kernels.gated_norm import gpu, tpu
 from helios_jax.kernels.gated_norm.operands import Mix, MixOperands
 
-__all__ = ['KERNELS', 'Mix', 'MixOperands', 'gated_norm', 'on', 'takes']
+__all__ = ['KERNELS', 'Mix', 'MixOperands', 'available', 'gated_norm', 'takes']
 
 KERNELS: dict[str, Any] = {'gpu': gpu, 'tpu': tpu}
 
 
-def on(platform: str | None = None) -> bool:
+def available(platform: str | None = None) -> bool:
     """Tells whether there is a kernel here, or where it is compiled for: 'tpu', 'gpu' or 'cpu'."""
     here = jax.default_backend()
     platform = platform or here

@@ -2,6 +2,7 @@
 
 import pytest
 
+from helios_jax import process
 from helios_jax.chips import CHIPS
 from helios_jax.plan.compiler import gated_norm
 from helios_jax.plan.compiler.gated_norm import Form
@@ -51,8 +52,6 @@ def test_loops_count_by_their_turns():
 @pytest.mark.slow
 def test_a_kernel_takes_what_its_bytes_take_or_a_little_more():
     sizes = Form(True, 4096, 1024, 16, 3, True)
-    from helios_jax import process
-
     seconds = process.run(gated_norm.seconds_alone, 'v5e', sizes._asdict())
     least = 6 * 4096 * 1024 * 2 / CHIPS['v5e'].hbm_bytes_per_second
     assert least <= seconds <= 1.5 * least
