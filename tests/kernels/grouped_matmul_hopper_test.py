@@ -11,7 +11,8 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from helios_jax.kernels.grouped_matmul import hopper
 from helios_jax.kernels.grouped_matmul.hopper import block, weights
-from helios_jax.kernels.grouped_matmul.hopper.block import ROWS, Buffers
+from helios_jax.kernels.grouped_matmul.hopper.block import Buffers
+from helios_jax.kernels.grouped_matmul.hopper.tile import ROWS
 from helios_jax.kernels.grouped_matmul.hopper.work import descending, running_sum, work_list
 
 list_work = jax.jit(work_list, static_argnums=1)

@@ -13,7 +13,7 @@ from jax import Array
 from helios_jax.chips import CHIPS
 from helios_jax.kernels.attention import Setting, Tokens, tpu
 from helios_jax.kernels.attention.tpu import blocks, work
-from helios_jax.kernels.attention.tpu.tiles import MARKS
+from helios_jax.kernels.attention.tpu.specs import MARKS
 from helios_jax.kernels.attention.tpu.work import Blocks
 from helios_jax.plan.compiler import alone, timing
 from helios_jax.plan.compiler.program import SHAPE, Instruction

@@ -5,7 +5,7 @@ from attention_shapes import PROBLEMS, total, visible
 
 from helios_jax.bench.attention import ours
 from helios_jax.kernels.attention.tpu.blocks import Shape
-from helios_jax.kernels.attention.tpu.tiles import MARKS
+from helios_jax.kernels.attention.tpu.specs import MARKS
 
 # Rows, keys of a block, keys of a part, parts of a run, and the width of a product.
 SHAPE, LONG = Shape(768, 1024, 256, 4, 512), Shape(768, 4096, 256, 4, 512)

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 from jax.ad_checkpoint import checkpoint_name
-from jaxtyping import Float
+from jaxtyping import Float, Float32
 
 from helios_jax.chips import CHIPS
 from helios_jax.kernels.attention.arguments import Setting, Tokens
@@ -29,8 +29,9 @@ from helios_jax.kernels.attention.tpu.layout import (
     padded,
     tokens_first,
 )
+from helios_jax.kernels.attention.tpu.specs import MARKS, Static
 from helios_jax.kernels.attention.tpu.tables import mark, position_tables
-from helios_jax.kernels.attention.tpu.tiles import LOG2E, MARKS, Static
+from helios_jax.kernels.attention.tpu.tiles import LOG2E
 from helios_jax.kernels.attention.tpu.work import Blocks
 from helios_jax.kernels.quantize import Stored
 
@@ -53,17 +54,17 @@ def attention(
     tokens: Tokens,
     setting: Setting,
     *,
-    residuals: str = '',
     interpret: Any = False,
     blocks: tuple[Blocks, Blocks] | None = None,
+    residuals: str = '',
 ) -> Float[Array, 'B T N H']:
     """Computes `kernels.attention.attention` on one device's arrays.
 
     Args:
-      residuals: form of q, k and v that backward reads: '', or 'fp8' or 'int8', which the
-        backward kernel decodes block by block. The output does not change.
       interpret: run the kernels in Python on any device; `pltpu.InterpretParams` looks for races.
       blocks: sizes for the forward and the backward kernel, in place of the table's.
+      residuals: form of q, k and v that backward reads: '', or 'fp8' or 'int8', which the
+        backward kernel decodes block by block. The output does not change.
     """
     options = dataclasses.replace(options_for(q, k, interpret, blocks), residuals=residuals)
     return differentiable(options, q, k, v, tokens, one_factor(setting))
@@ -78,8 +79,8 @@ def forward(
     *,
     interpret: Any = False,
     blocks: tuple[Blocks, Blocks] | None = None,
-) -> tuple[Float[Array, 'B T N H'], Float[Array, 'B N T']]:
-    """Returns (output, natural log-sum-exp of the logits, float32, −∞ where a query sees nothing).
+) -> tuple[Float[Array, 'B T N H'], Float32[Array, 'B N T']]:
+    """Returns (output, natural log-sum-exp of the logits, −∞ where a query sees nothing).
 
     Arguments are `attention`'s.
     """
@@ -92,7 +93,7 @@ def backward(
     k: Float[Array, 'B S K H'],
     v: Float[Array, 'B S K H'],
     out: Float[Array, 'B T N H'],
-    lse: Float[Array, 'B N T'],
+    lse: Float32[Array, 'B N T'],
     cotangent: Float[Array, 'B T N H'],
     tokens: Tokens,
     setting: Setting,

@@ -19,20 +19,17 @@ from jax.experimental.pallas import tpu as pltpu
 
 from helios_jax.kernels.attention.tpu import work
 from helios_jax.kernels.attention.tpu.blocks import working_set
+from helios_jax.kernels.attention.tpu.specs import MARKS, Static, high, specs
 from helios_jax.kernels.attention.tpu.tiles import (
     LANES,
     LOG2E,
-    MARKS,
     MASKED,
     Ref,
-    Static,
     capped,
     column,
     cost,
     dot,
-    high,
     rotate,
-    specs,
     spread,
     visible,
     walk,

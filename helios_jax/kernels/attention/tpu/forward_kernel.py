@@ -16,22 +16,19 @@ from jax.experimental.pallas import tpu as pltpu
 
 from helios_jax.kernels.attention.tpu import work
 from helios_jax.kernels.attention.tpu.blocks import working_set
+from helios_jax.kernels.attention.tpu.specs import MARKS, Static, high, specs
 from helios_jax.kernels.attention.tpu.tiles import (
     LANES,
     LOG2E,
-    MARKS,
     MASKED,
     Ref,
-    Static,
     capped,
     column,
     compact,
     cost,
     dot,
-    high,
     inverse,
     rotate,
-    specs,
     spread,
     swapped,
     visible,

@@ -9,7 +9,7 @@ from jax import Array
 from helios_jax.kernels.attention.arguments import Tokens
 from helios_jax.kernels.attention.tpu import work
 from helios_jax.kernels.attention.tpu.layout import pad
-from helios_jax.kernels.attention.tpu.tiles import MARKS
+from helios_jax.kernels.attention.tpu.specs import MARKS
 from helios_jax.kernels.attention.tpu.work import Blocks
 
 

@@ -20,8 +20,9 @@ from jax import Array
 from jax.experimental import pallas as pl
 from jaxtyping import Float, Int
 
-from helios_jax.kernels.grouped_matmul.hopper.block import DEPTH, GRAIN, ROWS, columns_of, launch
+from helios_jax.kernels.grouped_matmul.hopper.block import launch
 from helios_jax.kernels.grouped_matmul.hopper.rows import row_products
+from helios_jax.kernels.grouped_matmul.hopper.tile import DEPTH, GRAIN, ROWS, columns_of
 from helios_jax.kernels.grouped_matmul.hopper.weights import weight_products
 from helios_jax.kernels.grouped_matmul.hopper.work import descending, running_sum, work_list
 

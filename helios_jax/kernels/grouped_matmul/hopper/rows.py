@@ -7,15 +7,12 @@ from jax import Array, lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from helios_jax.kernels.grouped_matmul.hopper.block import (
+from helios_jax.kernels.grouped_matmul.hopper.block import Buffers, Kernel, Numbers, Ring
+from helios_jax.kernels.grouped_matmul.hopper.tile import (
     CHUNK,
     DEPTH,
     HALF,
     ROWS,
-    Buffers,
-    Kernel,
-    Numbers,
-    Ring,
     columns_of,
     place,
 )

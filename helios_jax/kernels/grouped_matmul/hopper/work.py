@@ -5,7 +5,7 @@ from jax import Array
 from jax.experimental import pallas as pl
 from jaxtyping import Int
 
-from helios_jax.kernels.grouped_matmul.hopper.block import ROWS
+from helios_jax.kernels.grouped_matmul.hopper.tile import ROWS
 
 
 def work_list(
