@@ -15,7 +15,7 @@ from helios_jax.model.transformer import Transformer, abstract_variables
 DEVICES, T, V = 64, 24, 80
 MODEL = config.Model(
     vocab_size=V, num_layers=2, embed_dim=32, num_heads=6, num_kv_heads=2, head_dim=4, mlp_dim=56,
-    compute_dtype='bfloat16',
+    compute_dtype='bfloat16', gmu=config.GMU(gate_input='both'),
 )  # fmt: skip
 
 
