@@ -141,6 +141,8 @@ def gmu(model: Model) -> Rows:
     """Weights of a Gated Memory Unit; a kind that lacks a weight lacks its row."""
     D, unit, width = model.embed_dim, model.gmu, model.gate_width
     rows = {'output_norm': norm('output_norm', D)} if unit.normalizes else {}
+    if unit.adds_embedding:
+        rows['embedding'] = _vector('embedding', 1, D)
     if not unit.has_gate:
         sizes = {'layerscale': D, 'rezero': 1}
         if unit.kind in sizes:

@@ -22,8 +22,8 @@ from helios_jax.bench.timed import Timed, take_turns, timed
 from helios_jax.errors import require
 from helios_jax.kernels import gated_norm
 from helios_jax.kernels.gated_norm import Mix, MixOperands
-from helios_jax.model.gmu import Gate, join
 from helios_jax.model.layers import scaled
+from helios_jax.model.mixing import Gate, join
 
 VALUES = 2**26  # of the stream
 EPS = 1e-6

@@ -20,6 +20,7 @@ class GMU:
     bias: str = 'depth'  # the gate's initial bias: depth (−ln l), or a number such as -3
     normalize_output: str = 'auto'  # mix RMSNorm(u) instead of u: auto (convex alone) | on | off
     layerscale: float = 0.1  # initial λ of kind=layerscale
+    embedding: str = 'off'  # add α x₀, what the embedding gave, α one scalar a sublayer: on | off
 
     def __post_init__(self) -> None:
         one_of(
@@ -35,6 +36,7 @@ class GMU:
             'choose another kind, or input.',
         )
         one_of('model.gmu.normalize_output', self.normalize_output, ('auto', 'on', 'off'))
+        one_of('model.gmu.embedding', self.embedding, ('on', 'off'))
         at_least_zero('model.gmu', self, 'rank')
         if self.bias != 'depth':
             try:
@@ -52,6 +54,10 @@ class GMU:
         if self.normalize_output == 'auto':
             return self.kind == 'convex'
         return self.normalize_output == 'on'
+
+    @property
+    def adds_embedding(self) -> bool:
+        return self.embedding == 'on'
 
     @property
     def has_gate(self) -> bool:

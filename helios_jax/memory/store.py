@@ -127,31 +127,37 @@ def scan(
     params: Sequence[PyTree],
     x: Array,
     scanned: Sequence[PyTree],
+    shared: PyTree = None,
     others: Sequence[Any] = (),
     input_name: str,
     host: bool = True,
 ) -> tuple[Array, list[Any]]:
     """The functions one after another, over and over: (the last x, each one's statistics, stacked).
 
-    Function i is called as function(params[i], x, scanned[i], *others) → (x, statistics), with
-    `params` and `scanned` cut along their leading axis. Differentiable in params and x; the other
-    arguments are `apply`'s.
+    Function i is called as function((params[i], shared), x, scanned[i], *others) → (x, statistics),
+    with `params` and `scanned` cut along their leading axis. Differentiable in params, shared and
+    x; what is shared is not stored again for each function. The other arguments are `apply`'s.
     """
     if table is None:
-        return in_turn(functions, list(params), x, list(scanned), tuple(others))
+        return in_turn(functions, list(params), shared, x, list(scanned), tuple(others))
     scheme = Scheme(functions, table, input_name, host)
-    return _scan(scheme, list(params), x, list(scanned), tuple(others))
+    return _scan(scheme, list(params), shared, x, list(scanned), tuple(others))
 
 
 def in_turn(
-    functions: Sequence[Callable[..., Any]], params: Any, x: Array, scanned: Any, others: Any
+    functions: Sequence[Callable[..., Any]],
+    params: Any,
+    shared: Any,
+    x: Array,
+    scanned: Any,
+    others: Any,
 ) -> Any:
     """`scan` without a table."""
 
     def step(x: Array, slices: Any) -> Any:
         statistics = []
         for function, mine, its in zip(functions, *slices, strict=True):
-            x, own = function(mine, x, its, *others)
+            x, own = function((mine, shared), x, its, *others)
             statistics.append(own)
         return x, statistics
 
@@ -159,58 +165,64 @@ def in_turn(
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _scan(scheme: Scheme, params: Any, x: Array, scanned: Any, others: Any) -> Any:
-    return in_turn(scheme.functions, params, x, scanned, others)
+def _scan(scheme: Scheme, params: Any, shared: Any, x: Array, scanned: Any, others: Any) -> Any:
+    return in_turn(scheme.functions, params, shared, x, scanned, others)
 
 
-def _scan_forward(scheme: Scheme, params: Any, x: Array, scanned: Any, others: Any) -> Any:
+def _scan_forward(
+    scheme: Scheme, params: Any, shared: Any, x: Array, scanned: Any, others: Any
+) -> Any:
     one = jax.eval_shape(lambda tree: jax.tree.map(lambda a: a[0], tree), (params, scanned))
     linears = tuple(
-        scheme.linearize(i, mine, x, its, *others)
+        scheme.linearize(i, (mine, shared), x, its, *others)
         for i, (mine, its) in enumerate(zip(*one, strict=True))
     )
 
     def step(x: Array, slices: Any) -> Any:
         statistics, kept = [], []
         for linear, mine, its in zip(linears, *slices, strict=True):
-            (x, own), leaves = linear.forward(mine, x, its, *others)
+            (x, own), leaves = linear.forward((mine, shared), x, its, *others)
             statistics.append(own)
             kept.append(keep(scheme, linear, leaves, scanned=True))
         return x, (statistics, kept)
 
     x, (statistics, kept) = jax.lax.scan(step, x, (params, scanned))
-    return (x, statistics), (linears, params, scanned, others, kept)
+    return (x, statistics), (linears, params, shared, scanned, others, kept)
 
 
 def _scan_backward(scheme: Scheme, residuals: Any, cotangents: Any) -> Any:
-    linears, params, scanned, others, kept = residuals
+    linears, params, shared, scanned, others, kept = residuals
     near, far = [k.near for k in kept], [k.far for k in kept]
     length = jax.tree.leaves(params)[0].shape[0]
 
     def step(carry: Any) -> Any:
-        i, d_x, arrived, gradients = carry
+        i, d_x, arrived, gradients, d_shared = carry
         index = length - 1 - i
         mine, its, d_statistics, close = _slices((params, scanned, cotangents[1], near), index)
         # The slice's start is clamped to 0: the last step fetches its own layer once more.
         following = fetch(_slices(far, index - 1))
         for f in reversed(range(len(linears))):
             kept = Kept(close[f], arrived[f])
-            leaves = leaves_of(linears[f], kept, mine[f], (its[f], *others))
-            gradient, d_x = linears[f].backward(leaves, (d_x, d_statistics[f]))
+            leaves = leaves_of(linears[f], kept, (mine[f], shared), (its[f], *others))
+            (gradient, more), d_x = linears[f].backward(leaves, (d_x, d_statistics[f]))
+            d_shared = jax.tree.map(jnp.add, d_shared, more)
             gradients[f] = jax.tree.map(
                 lambda stack, g: jax.lax.dynamic_update_index_in_dim(stack, g, index, 0),
                 gradients[f],
                 gradient,
             )
-        return i + 1, d_x, following, gradients
+        return i + 1, d_x, following, gradients, d_shared
 
     # Not jax.lax.scan, which would hand each step its own layer's slices: what is on the host is
     # wanted a step earlier.
     first = fetch(_slices(far, length - 1))
     zeros = [jax.tree.map(jnp.zeros_like, p) for p in params]
-    start = (jnp.zeros((), jnp.int32), cotangents[0], first, zeros)
-    _, d_x, _, gradients = jax.lax.while_loop(lambda carry: carry[0] < length, step, start)
-    return gradients, d_x, None, None
+    none = jax.tree.map(jnp.zeros_like, shared)
+    start = (jnp.zeros((), jnp.int32), cotangents[0], first, zeros, none)
+    _, d_x, _, gradients, d_shared = jax.lax.while_loop(
+        lambda carry: carry[0] < length, step, start
+    )
+    return gradients, d_shared, d_x, None, None
 
 
 def _slices(stacks: PyTree, index: Any) -> PyTree:

@@ -42,6 +42,7 @@ def unrolled(
     params: Sequence[PyTree],
     x: Array,
     scanned: Sequence[PyTree],
+    shared: PyTree = None,
     others: Sequence[Any] = (),
     **stored: Any,
 ) -> tuple[Array, list[Any]]:
@@ -55,8 +56,8 @@ def unrolled(
     for n, mine in enumerate(apart(length, list(params))):
         its, own = layer_of(scanned, n), []
         for function, weights, extra in zip(functions, mine, its, strict=True):
-            given = {'params': weights, 'x': x, 'others': (extra, *others)}
-            x, report = store.apply(function, **given, **stored)
+            given = {'others': (extra, *others), **stored}
+            x, report = store.apply(function, params=(weights, shared), x=x, **given)
             own.append(report)
         reports.append(own)
     return x, jax.tree.map(lambda *each: jnp.stack(each), *reports)

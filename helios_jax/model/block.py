@@ -33,9 +33,14 @@ class Block(nn.Module):
         index: Any,
         positions: Int[Array, 'B T'],
         segment_ids: Int[Array, 'B T'] | None,
+        x_0: Float[Array, 'B T D'] | None = None,
         cache_length: int = 0,
     ) -> tuple[Float[Array, 'B T D'], Stats | None]:
-        """Layer `index` (from 0; may be traced) of the stream x."""
+        """Runs layer `index` (from 0; may be traced) on the stream x.
+
+        Args:
+          x_0: what the embedding gave; None where the config does not add it (`gmu.embedding`).
+        """
         model, parts = self.model, self.backward_parts
         x = constrain(x, 'batch', 'length', 'stream')
         window = model.window if self.kind.endswith('window') else 0
@@ -49,7 +54,7 @@ class Block(nn.Module):
         gate = partial(GatedMemoryUnit, model, backward_parts=parts, platform=self.platform)
         norm = Norm(RMSNorm(name='mlp_norm').scale(model.embed_dim), input_eps(model, sublayer + 1))
         gated = gate(name_prefix='attention', name='attention_gmu')
-        x, x_hat = gated(x, x_hat, update, sublayer, norm)
+        x, x_hat = gated(x, x_hat, update, sublayer, norm, x_0)
 
         x_hat = checkpoint_name(x_hat, 'mlp_input')
         stats = None
@@ -60,7 +65,7 @@ class Block(nn.Module):
             update = mlp(x_hat)
         update = checkpoint_name(update, 'mlp_update')
         gated = gate(name_prefix='mlp', name='mlp_gmu')
-        x, _ = gated(x, x_hat, update, sublayer + 1)
+        x, _ = gated(x, x_hat, update, sublayer + 1, x_0=x_0)
         return x, stats
 
 
@@ -78,13 +83,14 @@ class Layers(nn.Module):
         first_index: Any,
         positions: Int[Array, 'B T'],
         segment_ids: Int[Array, 'B T'] | None,
+        x_0: Float[Array, 'B T D'] | None = None,
         cache_length: int = 0,
     ) -> tuple[Float[Array, 'B T D'], LayerStats]:
         stats = {}
         for i, kind in enumerate(self.kinds):
             name = f'layer_{i}'
             layer = Block(self.model, kind, self.platform, name=name)
-            x, reported = layer(x, first_index + i, positions, segment_ids, cache_length)
+            x, reported = layer(x, first_index + i, positions, segment_ids, x_0, cache_length)
             if reported is not None:
                 stats[name] = reported
         return x, stats

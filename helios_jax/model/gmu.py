@@ -1,27 +1,26 @@
 """Gated Memory Units, which replace the residual connection.
 
-    g = σ(W_b W_x x̂ + b)        y = x + g ⊙ (û − x)
+    g = σ(W_b W_x x̂ + b)        y = x + g ⊙ (û − x) [+ α x₀]
 
 x is the stream, x̂ the sublayer's normalised input, u its output, û = RMSNorm(u) with a learnt
 scale. The gate may see the output, as W_u ū, too or alone (`gmu.gate_input`). b starts at −ln l
 for the l-th sublayer, so g = 1/(l+1) and the stream is the running mean of the embedding and of
 every output so far. RMSNorm reads only the stream's direction, so with u instead of û the network
 starts as exactly the pre-norm residual network, and the gates learn from there. The price is two
-skinny matmuls a sublayer.
+skinny matmuls a sublayer. With `gmu.embedding` what the embedding gave, x₀, is added behind every
+sublayer, times a learnt number that starts at 0.
 
 Descends from Highway Networks (1505.00387), GTrXL (1910.06764), ReZero (2003.04887), LayerScale
 (2103.17239), Hyper-Connections (2409.19606) and Review Residuals (2606.31859). Another GMU, which
 gates a memory shared between SSM layers, is unrelated.
 """
 
-from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float
 
@@ -33,15 +32,19 @@ from helios_jax.memory.parts import Cut, Parts, in_parts
 from helios_jax.model.layers import (
     Einsum,
     RMSNorm,
-    float32_or_wider,
-    normalize,
     partitioned,
-    precision,
     scaled,
 )
+from helios_jax.model.mixing import (
+    INTERPOLATING,
+    Gate,
+    Weights,
+    gate_of,
+    mix,
+    normalized_product,
+    recomputed,
+)
 from helios_jax.parallel.sharding import constrain, sharing, spec
-
-INTERPOLATING = ('convex', 'highway')  # y = x + g ⊙ (û − x); else y = x + g ⊙ û
 
 
 def follows_stream(gmu: config.GMU) -> bool:
@@ -58,115 +61,11 @@ def input_eps(model: config.Model, index: Any) -> Any:
     return model.norm_eps / index**2 if follows_stream(model.gmu) else model.norm_eps
 
 
-class Weights(NamedTuple):
-    """Weights of a GMU; None where its kind lacks one. Matrices are in the compute dtype."""
-
-    from_input: Float[Array, 'D W'] | None = None
-    from_output: Float[Array, 'D W'] | None = None
-    out: Float[Array, 'W D'] | None = None  # W_b of a low-rank gate
-    vector: Float[Array, '1 1 V'] | None = None  # the bias, or the factor that replaces the gate
-    scale: Float[Array, 'D'] | None = None  # scale of the output norm
-
-
 class Norm(NamedTuple):
     """Norm that reads the stream behind a unit."""
 
     scale: Float[Array, 'D']
     eps: Any
-
-
-class Gate(NamedTuple):
-    """Inputs of a gate; None where a kind of gate lacks one."""
-
-    hidden: Float[Array, 'B T W'] | None = None  # hidden vector of each token
-    out: Float[Array, 'W D'] | None = None  # W_b, which multiplies a low-rank gate's hidden
-    vector: Float[Array, '1 1 V'] | None = None
-
-    def opened(self, kind: str, dim: int) -> Array:
-        """Returns g in [0, 1], or the factor in its place: float32, broadcastable to [B, T, D]."""
-        if self.vector is None:
-            return jnp.ones((1, 1, 1), jnp.float32)
-        if kind in ('layerscale', 'rezero'):
-            return self.vector
-        logits = self.hidden
-        if logits is not None and self.out is not None:
-            dtype = self.out.dtype
-            logits = jnp.einsum('btw,wd->btd', logits, self.out, precision=precision(dtype))
-        bias = self.vector
-        gate = jax.nn.sigmoid(bias if logits is None else float32_or_wider(logits) + bias)
-        # one gate serves a run of D / width neighbouring channels
-        width = gate.shape[-1]
-        return jnp.repeat(gate, dim // width, axis=-1) if 1 < width < dim else gate
-
-
-def mix(
-    gmu: config.GMU,
-    eps: float,
-    name: str,
-    again: bool,
-    weights: Weights,
-    x: Float[Array, 'B T D'],
-    x_hat: Float[Array, 'B T D'],
-    update: Float[Array, 'B T D'],
-) -> Float[Array, 'B T D']:
-    """Mixes a sublayer's output into the stream x through a gate.
-
-    Args:
-      name: name of the tensor that the gate is computed from, for the memory system.
-      again: True: the backward pass recomputes the mix from its inputs. False: its float32
-        intermediates are saved.
-    """
-    # The gradient of the update's product with W_u reads the update too, no normalised copy of it.
-    product = recomputed(partial(normalized_product, eps), again)
-    gate = gate_of(product, name, weights, x_hat, update)
-    return recomputed(partial(join, gmu, eps), again)(x, update, gate, weights.scale)
-
-
-def recomputed(function: Callable[..., Array], again: bool) -> Callable[..., Array]:
-    """Returns a function whose backward pass computes it again, if it is to."""
-    return jax.checkpoint(function) if again else function
-
-
-def gate_of(
-    product: Callable[[Array, Array], Array],
-    name: str,
-    weights: Weights,
-    x_hat: Float[Array, 'B T D'],
-    update: Float[Array, 'B T D'],
-) -> Gate:
-    """Computes a gate's inputs; `product` is `normalized_product` with its eps."""
-    terms = []
-    if weights.from_input is not None:
-        dot = partial(jnp.einsum, precision=precision(weights.from_input.dtype))
-        terms.append(dot('btd,dr->btr', x_hat, weights.from_input))
-    if weights.from_output is not None:
-        terms.append(product(update, weights.from_output))
-    hidden = checkpoint_name(sum(terms[1:], terms[0]), name) if terms else None
-    return Gate(hidden, weights.out, weights.vector)
-
-
-def join(
-    gmu: config.GMU,
-    eps: float,
-    x: Float[Array, 'B T D'],
-    update: Float[Array, 'B T D'],
-    gate: Gate,
-    scale: Float[Array, 'D'] | None,
-) -> Float[Array, 'B T D']:
-    """Mixes a sublayer's output into the stream x in float32; returns x.dtype.
-
-    Args:
-      scale: scale of the output norm; None without one.
-    """
-    if scale is not None:
-        update = scaled(update, scale, eps)
-    wide, update = float32_or_wider(x), float32_or_wider(update)
-    opened = gate.opened(gmu.kind, x.shape[-1])
-    if gmu.kind in INTERPOLATING:
-        wide = wide + opened * (update - wide)
-    else:
-        wide = wide + opened * update
-    return wide.astype(x.dtype)
 
 
 def operands(
@@ -176,13 +75,17 @@ def operands(
     gate: Gate,
     scale: Array | None,
     behind: Norm | None,
+    x_0: Array | None,
 ) -> gated_norm.MixOperands | None:
     """Returns the operands of the platform's kernel; None for forms of the unit that it lacks.
 
-    A plain sum XLA makes where it makes the update; a gate for several channels is logged.
+    A plain sum XLA makes where it makes the update; what else the kernel lacks is logged.
     """
     D = x.shape[-1]
     if gate.vector is None and scale is None:
+        return None
+    if x_0 is not None:
+        gated_norm.log_refusal(platform, 'the kernel adds no embedding (model.gmu.embedding).')
         return None
     if gate.vector is not None and gate.vector.size != D:
         gated_norm.log_refusal(platform, 'the kernel has no gate that serves several channels.')
@@ -213,14 +116,6 @@ def mixed_by_kernel(
     )(given)
 
 
-def normalized_product(
-    eps: float, update: Float[Array, 'B T D'], weight: Float[Array, 'D W']
-) -> Float[Array, 'B T W']:
-    """Multiplies ū with a weight, in the weight's dtype."""
-    normalized = normalize(update, eps).astype(weight.dtype)
-    return jnp.einsum('btd,dw->btw', normalized, weight, precision=precision(weight.dtype))
-
-
 class GatedMemoryUnit(nn.Module):
     model: config.Model
     name_prefix: str  # 'attention' or 'mlp': which sublayer's gate the memory system names
@@ -235,10 +130,12 @@ class GatedMemoryUnit(nn.Module):
         update: Float[Array, 'B T D'],
         index: Any,
         behind: Norm | None = None,
+        x_0: Float[Array, 'B T D'] | None = None,
     ) -> tuple[Float[Array, 'B T D'], Any]:
         """Mixes the stream x with `update` = F(x̂) of sublayer `index` (from 1, may be traced).
 
         Returns the new stream, and what the norm behind the unit makes of it, if there is one.
+        x_0 is what the embedding gave; None where the config does not add it.
 
         With a mutable collection `intermediates`, leaves g there as `gate`: a tuple of one float32
         array, broadcastable to [B, T, D]. In a whole network it lies below the layer's name, and
@@ -258,37 +155,42 @@ class GatedMemoryUnit(nn.Module):
         if not self.is_initializing() and gated_norm.available(platform):
             product = recomputed(partial(normalized_product, eps), self.backward_parts > 0)
             gate = gate_of(product, name, weights, x_hat, update)
-            given = operands(platform, x, update, gate, weights.scale, behind)
+            given = operands(platform, x, update, gate, weights.scale, behind, x_0)
             if given and gated_norm.takes(given, platform, sharing('batch', 'length')):
                 form = gated_norm.Mix(gmu.kind in INTERPOLATING, gmu.has_gate, eps)
                 return mixed_by_kernel(form, platform, given)
+        arrays = (x, x_hat, update) if x_0 is None else (x, x_hat, update, x_0)
         function = partial(mix, gmu, eps, name, self.backward_parts > 0)
         if self.backward_parts < 2 or gmu.kind == 'residual':
-            x = function(weights, x, x_hat, update)
+            x = function(weights, *arrays)
         else:
             tokens = Cut(1, 'length')
-            parts = Parts(self.backward_parts, (None, tokens, tokens, tokens), tokens)
-            x = in_parts(function, parts, weights, x, x_hat, update)
+            parts = Parts(self.backward_parts, (None, *[tokens] * len(arrays)), tokens)
+            x = in_parts(function, parts, weights, *arrays)
         x = constrain(x, 'batch', 'length', 'stream')
         return x, scaled(x, *behind) if behind else None
 
     @nn.nowrap
     def weights(self, dtype: Any, index: Any) -> Weights:
         gmu, rows = self.model.gmu, gmu_rows(self.model)
-        scale = RMSNorm(name='output_norm').scale(self.model.embed_dim) if gmu.normalizes else None
+        zeros, found = nn.initializers.zeros, Weights()
+        if gmu.normalizes:
+            found = found._replace(scale=RMSNorm(name='output_norm').scale(self.model.embed_dim))
+        if gmu.adds_embedding:
+            found = found._replace(embedding=self.vector(rows['embedding'], zeros))
         if gmu.kind == 'residual':
-            return Weights(scale=scale)
+            return found
         if not gmu.has_gate:
             first = gmu.layerscale if gmu.kind == 'layerscale' else 0.0
             init: Any = nn.initializers.constant(first)
-            return Weights(vector=self.vector(rows['scale'], init), scale=scale)
+            return found._replace(vector=self.vector(rows['scale'], init))
         if gmu.bias == 'depth':
             init = lambda key, shape, dtype: jnp.full(shape, -jnp.log(index), dtype)
         else:
             init = nn.initializers.constant(float(gmu.bias))
         names = ('from_input', 'from_output', 'out')
         matrices = {name: self.matrix(rows, name, dtype) for name in names}
-        return Weights(**matrices, vector=self.vector(rows['bias'], init), scale=scale)
+        return found._replace(**matrices, vector=self.vector(rows['bias'], init))
 
     @nn.nowrap
     def matrix(self, rows: Rows, name: str, dtype: Any) -> Array | None:

@@ -33,6 +33,7 @@ class Stack:
         indices: Int[Array, 'R'],
         positions: Int[Array, 'B T'],
         segment_ids: Int[Array, 'B T'] | None,
+        x_0: Float[Array, 'B T D'] | None = None,
     ) -> tuple[Float[Array, 'B T D'], dict[str, LayerStats]]:
         """The normalised stream behind the last layer, and the routers' statistics.
 
@@ -40,6 +41,7 @@ class Stack:
           variables: of `prefix` (where the model has one), of `periods`, stacked, and of `norm`.
           x: the stream below the first layer.
           indices: number of the first layer in each of the R repeats of the period.
+          x_0: what the embedding gave, if every layer adds it.
         """
         model = self.model
         # Policy `none` names nothing: its gradient is JAX's own.
@@ -52,7 +54,7 @@ class Stack:
             params, router = layer_variables(variables['prefix'], i)
             x, own = store.apply(
                 partial(self.layer, kind, i),
-                params=params, x=x, others=(router, positions, segment_ids),
+                params=(params, x_0), x=x, others=(router, positions, segment_ids),
                 input_name='block_input', **where,
             )  # fmt: skip
             if own is not None:
@@ -64,6 +66,7 @@ class Stack:
             [partial(self.scanned_layer, kind, i) for i, kind in enumerate(model.period_kinds)],
             params=[params for params, _ in period],
             x=x,
+            shared=x_0,
             scanned=[(indices, router) for _, router in period],
             others=(positions, segment_ids),
             input_name='block_input',
@@ -80,27 +83,32 @@ class Stack:
         self,
         kind: str,
         index: Any,
-        params: Any,
+        given: Any,
         x: Array,
         router: Any,
         positions: Array,
         segment_ids: Array | None,
     ) -> Any:
-        """Layer `index` of a kind: the stream behind it, and its router's statistics or None."""
+        """Layer `index` of a kind: the stream behind it, and its router's statistics or None.
+
+        Args:
+          given: its parameters, and x₀ or None.
+        """
         form, num_parts = '', 0
         if self.memory.policy != 'none':
             form = policy.kernel_form(policy.actions(self.memory))
             num_parts = self.memory.backward_parts
         block = Block(self.model, kind, self.platform, form, num_parts, parent=None)
+        params, x_0 = given
         variables = {'params': params, 'router': router}
-        return block.apply(variables, x, index, positions, segment_ids)
+        return block.apply(variables, x, index, positions, segment_ids, x_0)
 
     def scanned_layer(
-        self, kind: str, i: int, params: Any, x: Array, period: Any, *others: Any
+        self, kind: str, i: int, given: Any, x: Array, period: Any, *others: Any
     ) -> Any:
         """Layer i of a period: `layer` as `store.scan` calls it."""
         first_index, router = period
-        return self.layer(kind, first_index + i, params, x, router, *others)
+        return self.layer(kind, first_index + i, given, x, router, *others)
 
     def last_norm(self, params: Any, x: Array) -> Array:
         eps = input_eps(self.model, 2 * self.model.num_layers + 1)

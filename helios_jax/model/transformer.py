@@ -43,7 +43,7 @@ class Transformer(nn.Module):
             Layers,
             variable_axes={'params': 0, 'router': 0, 'cache': 0, 'intermediates': 0},
             split_rngs={'params': True},
-            in_axes=(0, nn.broadcast, nn.broadcast, nn.broadcast),
+            in_axes=(0, *[nn.broadcast] * 4),
             length=model.num_periods,
             metadata_params={nn.PARTITION_NAME: 'layers'},
             # It would trace the layers once more, and takes interpreted kernels for variables.
@@ -72,10 +72,11 @@ class Transformer(nn.Module):
         """
         model = self.model
         x = constrain(self.embed(tokens), 'batch', 'length', 'stream')
+        x_0 = x if model.gmu.adds_embedding else None
         first = len(model.prefix_kinds)
         indices = first + len(model.period_kinds) * jnp.arange(model.num_periods)
         if cache_length or self.is_mutable_collection('intermediates') or self.is_initializing():
-            args = (positions, segment_ids, cache_length)
+            args = (positions, segment_ids, x_0, cache_length)
             statistics: dict[str, LayerStats] = {}
             if first:
                 x, statistics['prefix'] = self.prefix(x, 0, *args)
@@ -86,7 +87,7 @@ class Transformer(nn.Module):
             if first:
                 variables['prefix'] = self.prefix.variables
             stack = Stack(model, self.memory, self.platform)
-            x, statistics = stack(variables, x, indices, positions, segment_ids)
+            x, statistics = stack(variables, x, indices, positions, segment_ids, x_0)
         if self.is_initializing():
             self.unembedding_weight()
         return x, {group: layers for group, layers in statistics.items() if layers}

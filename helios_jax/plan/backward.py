@@ -11,6 +11,7 @@ from helios_jax.memory import policy
 from helios_jax.plan import saved
 from helios_jax.plan.arguments import layer_weights, local
 from helios_jax.plan.measured import (
+    EMBEDDING_STREAMS,
     IN_A_PART,
     INSIDE,
     INSIDE_QUANTISED,
@@ -35,6 +36,8 @@ def _layer(placement: Placement, kind: str) -> int:
     model, tokens = placement.config.model, placement.local_tokens
     stream = tokens * model.embed_dim
     elements = STREAMS.value * stream
+    if model.gmu.adds_embedding:
+        elements += EMBEDDING_STREAMS.value * stream
     recomputed = set(saved.recomputed_by_backward(placement, kind, table)).intersection(
         ('q', 'k', 'v', 'attention_output', 'attention_update', 'mlp_update')
     )

@@ -52,6 +52,11 @@ RECOMPUTED_OF_A_GATE = Measured(
     'last, are to be made of',
     *_SCHEDULES,
 )
+EMBEDDING_STREAMS = Measured(
+    2,
+    '[B T D] more where units add what the embedding gave: it, and the sum of its gradients',
+    *_SCHEDULES,
+)
 REPLAYED_STREAMS = Measured(
     7,
     "[B T D] while an MLP in parts runs again, whole: both sublayers' x̂, the stream between them "

@@ -33,13 +33,14 @@ PATTERNS = {'full': 'dense', 'mixed': 'dense,dense_window,moe'}
 
 @functools.cache
 def model_of(pattern: str) -> Transformer:
-    """Three layers with convex GMUs and dynamic YaRN, in float32."""
+    """Three layers with convex GMUs and dynamic YaRN, in float32; mixed ones add the embedding."""
     cfg = config.Config(
         model=config.Model(
             vocab_size=256, num_layers=3, embed_dim=32, num_heads=4, num_kv_heads=2, head_dim=16,
             mlp_dim=48, period=PATTERNS[pattern], window=11, qk_norm=True,
             compute_dtype='float32', rope=config.Rope(scaling='dynamic', trained_length=TRAINED),
             moe=config.MoE(num_experts=4, num_experts_per_token=2, mlp_dim=24),
+            gmu=config.GMU(embedding='on' if pattern == 'mixed' else 'off'),
         ),
         data=config.Data(row_length=TRAINED),
     )  # fmt: skip

@@ -30,6 +30,7 @@ MOE = dataclasses.replace(
     period='moe',
     num_layers=3,
     moe=config.MoE(num_experts=E, num_experts_per_token=X, mlp_dim=EXPERT_F),
+    gmu=config.GMU(embedding='on'),  # which every layer reads, and none stores
 )
 MIXED = dataclasses.replace(MOE, prefix='', period='dense,moe', num_layers=6)
 # What a period of MIXED, one dense layer and one of experts, stores under each name.
@@ -64,7 +65,8 @@ def fill(model):
         if 'scale' in name or "['embed']" in name:
             value = value if "['embed']" in name else 1 + 0.1 * value
         else:
-            value *= 0.02 if 'bias' in name else leaf.shape[-2] ** -0.5
+            fan_in = leaf.shape[-2] if leaf.ndim > 1 else 1
+            value *= 0.02 if 'bias' in name else fan_in**-0.5
         return jnp.asarray(value, leaf.dtype)
 
     return jax.tree_util.tree_map_with_path(one, nn.unbox(abstract_variables(Transformer(model))))

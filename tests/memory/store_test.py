@@ -15,8 +15,9 @@ B, D, F, L = 3, 6, 10, 4
 NONE = dict.fromkeys(policy.NAMES, 'remat') | {'block_input': 'device'}
 
 
-def block(params, x, scale, ids):
+def block(given, x, scale, ids):
     """Two named tensors, one of them read twice, one inside a jit."""
+    params, _ = given
     h = checkpoint_name(x @ params['up'], 'gate_up')
     out = jax.jit(lambda h: checkpoint_name(jnp.sin(h) * h, 'mlp_update'))(h)
     return x + scale * jnp.where(ids[:, None] > 0, jnp.tanh(out) @ params['down'], 0), h.sum()
@@ -35,7 +36,7 @@ def arguments():
 
 def plain(params, x, scales, ids):
     def step(x, parts):
-        return block(*parts[:1], x, *parts[1:], ids)
+        return block((parts[0], None), x, parts[1], ids)
 
     return jax.lax.scan(step, x, (params, scales))
 
@@ -149,7 +150,7 @@ def test_what_backward_does_not_read_is_not_stored():
 
     table = NONE | {'mlp_update': 'device'}
     run = lambda p, x: store.scan(
-        [lambda p, x, _: linear(p, x)], table=table, params=[p], x=x, scanned=[()],
+        [lambda p, x, _: linear(p[0], x)], table=table, params=[p], x=x, scanned=[()],
         input_name='block_input',
     )[0].sum()  # fmt: skip
     params, x = jnp.ones((L, D, D)), jnp.ones((B, D))
@@ -188,7 +189,7 @@ def test_a_layer_outside_a_scan_quantises_where_it_stores():
 @pytest.mark.parametrize('run', [store.apply, unrolled])
 def test_without_a_loop_what_is_computed_again_is_not_what_was_computed(run):
     """XLA would find it computed already, and keep it: then nothing is saved but time."""
-    one = lambda p, x, *_: (jnp.sin(x @ p), None)
+    one = lambda p, x, *_: (jnp.sin(x @ jax.tree.leaves(p)[0]), None)
     given = {'table': NONE, 'x': jnp.ones((B, D)), 'input_name': 'block_input'}
     if run is unrolled:
         loss = lambda p: unrolled([one], params=[p], scanned=[()], **given)[0].sum()
@@ -230,6 +231,41 @@ def test_unrolled_layers_save_what_scanned_ones_do_and_stack_nothing(arguments):
     payloads = [(name, shape) for name, shape, _ in found if shape in ((B, D), (B, F))]
     assert sorted(payloads) == sorted([('block_input', (B, D)), ('gate_up', (B, F))] * L)
     assert 'while' not in traced_step.lower().as_text()
+
+
+@pytest.mark.parametrize(
+    'table', [None, NONE, NONE | TABLES['offload']], ids=['none', 'full', 'offload']
+)
+@pytest.mark.parametrize('run', [store.scan, unrolled])
+def test_what_layers_share_is_stored_by_none_and_has_the_sum_of_their_gradients(
+    run, table, arguments
+):
+    params, x, scales, ids = arguments
+    shared = jax.random.normal(jax.random.key(5), (B, D))
+
+    def layer(given, x, scale, ids):
+        x, report = block(given, x, scale, ids)
+        return x + jnp.tanh(scale * given[1]), report
+
+    def loss(shared):
+        out, _ = run(
+            [layer], table=table, params=[params], shared=shared, x=x, scanned=[scales],
+            others=(ids,), input_name='block_input',
+        )  # fmt: skip
+        return jnp.sum(jnp.cos(out))
+
+    def one_by_one(shared):
+        out = x
+        for n in range(L):
+            mine = {name: weight[n] for name, weight in params.items()}
+            out, _ = layer((mine, shared), out, scales[n], ids)
+        return jnp.sum(jnp.cos(out))
+
+    gradient, expected = jax.jit(jax.grad(loss))(shared), jax.grad(one_by_one)(shared)
+    np.testing.assert_allclose(gradient, expected, rtol=2e-5, atol=1e-5)
+    if table is not None:
+        found = {a.name for a in traced.saved(jax.jit(jax.grad(loss)).trace(shared).jaxpr)}
+        assert found <= {'block_input', 'gate_up', 'mlp_update'}
 
 
 @pytest.mark.parametrize(

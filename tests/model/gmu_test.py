@@ -108,6 +108,36 @@ def test_computes_its_formula_and_learns(kind, gate, normalize, gate_input, rand
         assert bool(np.any(gradient)) == (reads or name != 'x_hat'), name
 
 
+@pytest.mark.parametrize('parts', [0, 3])
+@pytest.mark.parametrize('kind', ['convex', 'residual', 'rezero'])
+def test_the_embedding_is_added_times_a_number_of_each_unit(kind, parts, random_variables):
+    without = shape(kind=kind)
+    model = dataclasses.replace(without, gmu=dataclasses.replace(without.gmu, embedding='on'))
+    module = GatedMemoryUnit(model, 'mlp', backward_parts=parts)
+    x_0 = jnp.asarray(np.random.default_rng(6).normal(size=(B, T, D)), jnp.float32)
+    variables = random_variables(module, *arrays(), INDEX, None, x_0)
+    run = lambda variables, x_0: module.apply(variables, *arrays(), INDEX, None, x_0)[0]
+    y, vjp = jax.vjp(run, variables, x_0)
+    params = variables['params']
+    (alpha,) = params['embedding']
+    expected = formula(model.gmu, params, *inputs()) + np.float64(alpha) * x_0
+    np.testing.assert_allclose(y, expected, atol=2e-6, rtol=2e-5)
+    cotangent = np.random.default_rng(4).normal(size=y.shape).astype(np.float32)
+    gradient, d_x_0 = vjp(jnp.asarray(cotangent))
+    np.testing.assert_allclose(d_x_0, alpha * cotangent, rtol=1e-5, atol=1e-6)
+    (found,) = gradient['params']['embedding']
+    np.testing.assert_allclose(found, np.sum(cotangent * x_0), rtol=1e-4)
+
+
+def test_a_fresh_unit_adds_nothing_of_the_embedding():
+    module, params = initialize(shape(embedding='on'))
+    np.testing.assert_array_equal(params['embedding'], np.zeros(1, np.float32))
+    plain = {name: value for name, value in params.items() if name != 'embedding'}
+    y, _ = module.apply({'params': params}, *arrays(), INDEX, None, 3 * arrays()[1])
+    expected, _ = GatedMemoryUnit(shape(), 'mlp').apply({'params': plain}, *arrays(), INDEX)
+    np.testing.assert_array_equal(y, expected)
+
+
 @pytest.mark.parametrize('gate', GATES)
 def test_the_gate_can_be_looked_at(gate, random_variables):
     module = GatedMemoryUnit(shape(gate=gate, normalize_output='off'), 'mlp')

@@ -38,6 +38,7 @@ MIXED = config.Model(
     compute_dtype='float32',
     rope=config.Rope(base=100.0, scaling='dynamic', trained_length=4),
     moe=config.MoE(num_experts=E, num_experts_per_token=2, mlp_dim=24, num_shared_experts=1),
+    gmu=config.GMU(embedding='on'),
 )
 PATTERNS = {
     'mixed': {},
@@ -152,10 +153,10 @@ def test_the_scan_stands_for_its_layers_one_by_one(random_variables):
     assert config_.layer_kinds == ('moe', 'dense_window', *['dense', 'moe_window'] * 2)
 
     def unrolled(variables):
-        x = variables['params']['embed']['w'][tokens]
+        x = x_0 = variables['params']['embed']['w'][tokens]
         for index, kind in enumerate(config_.layer_kinds):
             layer = of_layer(config_, variables, index)
-            x, _ = Block(config_, kind).apply(layer, x, index, positions, ids)
+            x, _ = Block(config_, kind).apply(layer, x, index, positions, ids, x_0)
         norm = {'params': variables['params']['final_norm']}
         return RMSNorm().apply(norm, x, input_eps(config_, 2 * config_.num_layers + 1))
 
@@ -187,11 +188,12 @@ def test_the_gates_of_every_layer_can_be_looked_at_under_every_policy(
 
     @jax.jit
     def one_by_one(variables):
-        x, gates = variables['params']['embed']['w'][tokens], []
+        x = x_0 = variables['params']['embed']['w'][tokens]
+        gates = []
         for index, kind in enumerate(config_.layer_kinds):
             layer = of_layer(config_, variables, index)
             (x, _), own = Block(config_, kind).apply(
-                layer, x, index, positions, ids, mutable=['intermediates']
+                layer, x, index, positions, ids, x_0, mutable=['intermediates']
             )
             gates.append(own['intermediates'])
         return gates

@@ -115,6 +115,14 @@ def test_state_on_the_host_leaves_the_device():
     assert seconds.update == seconds.host > 0
 
 
+def test_an_embedding_that_layers_add_stays_there_with_its_gradient():
+    plain = plan(large(), V5E, 16).memory
+    added = plan(config.replace(large(), {'model.gmu.embedding': 'on'}), V5E, 16).memory
+    cfg = large()
+    tokens = cfg.train.batch_rows * cfg.data.row_length // 16
+    assert added.working - plain.working == 2 * 2 * tokens * cfg.model.embed_dim
+
+
 def test_accumulating_takes_fewer_activations_and_float32_sums_of_gradients():
     one = plan(large(), V5E, 16).memory
     two = plan(config.replace(large(), {'train.microbatches': 2}), V5E, 16).memory

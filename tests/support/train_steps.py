@@ -16,7 +16,10 @@ LINEAR = config.Optimizer(
     learning_rate=2.0, warmup_steps=0, eps=1.0, weight_decay=0.01, clip_norm=0.5
 )
 MUON = dataclasses.replace(LINEAR, name='muon', learning_rate=0.02)
-PATTERNS = {'dense': {'period': 'dense'}, 'moe': {'prefix': 'dense', 'period': 'moe'}}
+PATTERNS = {
+    'dense': {'period': 'dense'},
+    'moe': {'prefix': 'dense', 'period': 'moe', 'gmu': config.GMU(embedding='on')},
+}
 
 
 def settings(pattern: str, **replaced) -> config.Config:
