@@ -7,12 +7,15 @@ from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
+import jax.numpy as jnp
 from etils import epath
 from jaxtyping import PyTree
 
 from helios_jax import checkpoint, config
+from helios_jax.arch.rules import Axes
+from helios_jax.arch.weights import read_in_compute_dtype
 from helios_jax.data import tokenizer as tokenizers
-from helios_jax.errors import UserError, require
+from helios_jax.errors import UserError, one_of, require
 from helios_jax.model.transformer import Transformer, abstract_variables
 from helios_jax.parallel import mesh as meshes
 from helios_jax.parallel import sharding
@@ -20,6 +23,7 @@ from helios_jax.parallel import sharding
 log = logging.getLogger(__name__)
 
 VARIABLES = ('params', 'router')  # the items that a model reads
+WEIGHTS = ('auto', 'ema', 'trained')  # whose item is 'ema', if there is one, or 'params'
 
 
 class Restored(NamedTuple):
@@ -39,6 +43,7 @@ def restore(
     directory: epath.PathLike,
     step: int | str = 'latest',
     *,
+    weights: str = 'auto',
     mesh: jax.sharding.Mesh | None = None,
     rope: dict[str, Any] | None = None,
     meanwhile: Callable[[Restored], object] | None = None,
@@ -46,10 +51,14 @@ def restore(
     """Reads a checkpoint onto this machine's devices, whatever mesh wrote it.
 
     Only the files of the variables, the metadata and the tokenizer are read, each hashed.
+    Parameters are float32. Where bfloat16 was exported they are what a train step's copy is:
+    bfloat16 if the model reads them in no other dtype, else widened to float32.
 
     Args:
       directory: a run's workdir, or its `checkpoints`; local or gs://.
       step: latest, best, or a number.
+      weights: trained (those of the last update), ema (their running average, see `train.ema`), or
+        auto: the average where the checkpoint has one, which is logged.
       mesh: where the parameters go; all devices by default (`default_mesh`). Call the model under
         `jax.set_mesh` of it if it has several.
       rope: settings to replace, such as {'scaling': 'dynamic'} to read past the trained length.
@@ -57,22 +66,24 @@ def restore(
         is given `jax.ShapeDtypeStruct`s in their place.
     Raises:
       UserError: no checkpoint there, no such step, damaged files, a config that this version
-        refuses, or a tokenizer that is not the checkpoint's.
+        refuses, a tokenizer that is not the checkpoint's, or no average where it is asked for.
     """
+    one_of('weights', weights, WEIGHTS)
     directory = checkpoint_directory(directory)
     opened = checkpoint.open_step(directory, step)
     try:
-        return _restored(opened, mesh, rope or {}, meanwhile)
+        return _restored(opened, weights, mesh, rope or {}, meanwhile)
     except checkpoint.DamageError:
         if step not in ('latest', 'best'):
             raise
     # Hashed now before it is chosen: those that are damaged are named, and passed over.
-    opened = checkpoint.open_step(directory, step, VARIABLES)
-    return _restored(opened, mesh, rope or {}, meanwhile)
+    opened = checkpoint.open_step(directory, step, (*VARIABLES, 'ema'))
+    return _restored(opened, weights, mesh, rope or {}, meanwhile)
 
 
 def _restored(
     opened: checkpoint.Opened,
+    weights: str,
     mesh: jax.sharding.Mesh | None,
     rope: dict[str, Any],
     meanwhile: Callable[[Restored], object] | None,
@@ -83,12 +94,36 @@ def _restored(
         changes['model.attention'] = 'auto'  # the run named what its own machine has
     cfg = config.replace(cfg, changes)
     made = Restored(Transformer(cfg.model), None, load_tokenizer(opened), cfg)
-    shapes = abstract_arrays(made.model, mesh)
+    item = weights_item(opened, weights)
+    if weights == 'auto' and item == 'ema':
+        log.info('Reading the average of the weights (ema); weights=trained reads the last ones.')
+    shapes = abstract_arrays(made.model, mesh, narrow=is_bfloat16(opened, item))
     with concurrent.futures.ThreadPoolExecutor(1) as pool:
-        reading = pool.submit(read_arrays, opened, shapes)
+        reading = pool.submit(read_arrays, opened, shapes, item)
         if meanwhile:
             meanwhile(made._replace(variables=shapes))
         return made._replace(variables=reading.result())
+
+
+def weights_item(opened: checkpoint.Opened, weights: str) -> str:
+    """Names the item that holds the weights which are asked for, one of `WEIGHTS`.
+
+    Raises:
+      UserError: the average is asked for, and the checkpoint has none.
+    """
+    has_average = 'ema' in opened.items
+    require(
+        has_average or weights != 'ema',
+        f'weights=ema, but checkpoint {opened.folder} has no average of its weights (train.ema was '
+        'off); leave it out, or write trained.',
+    )
+    return 'ema' if has_average and weights != 'trained' else 'params'
+
+
+def is_bfloat16(opened: checkpoint.Opened, item: str) -> bool:
+    """True if an item's arrays are bfloat16, as `helios ckpt export` writes parameters."""
+    arrays = opened.metadata['arrays'].get(item, {}).values()
+    return bool(arrays) and all(shape.startswith('bfloat16[') for shape in arrays)
 
 
 def read_metadata(directory: epath.PathLike, step: int | str = 'latest') -> dict[str, Any]:
@@ -146,21 +181,36 @@ def load_tokenizer(opened: checkpoint.Opened) -> tokenizers.Tokenizer:
 
 
 def abstract_arrays(
-    model: Transformer, mesh: jax.sharding.Mesh | None = None
+    model: Transformer, mesh: jax.sharding.Mesh | None = None, *, narrow: bool = False
 ) -> PyTree[jax.ShapeDtypeStruct]:
-    """Shapes and shardings of the model's variables over `mesh`."""
+    """Shapes and shardings of the model's variables over `mesh`.
+
+    Args:
+      narrow: parameters that the model reads in the compute dtype alone are in that dtype.
+    """
     boxed = abstract_variables(model)
     shapes, axes = nn.unbox(boxed), sharding.logical_axes(boxed)
     mesh = default_mesh(axes, shapes) if mesh is None else mesh
     shardings = sharding.tree_shardings(mesh, axes, shapes)
-    return jax.tree.map(
-        lambda x, where: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where), shapes, shardings
-    )
+    compute = jnp.dtype(model.model.compute_dtype)
+
+    def place(x: Any, axes: Axes, where: jax.sharding.Sharding) -> jax.ShapeDtypeStruct:
+        dtype = compute if narrow and read_in_compute_dtype(axes) else x.dtype
+        return jax.ShapeDtypeStruct(x.shape, dtype, sharding=where)
+
+    return jax.tree.map(place, shapes, axes, shardings)
 
 
-def read_arrays(opened: checkpoint.Opened, abstract: PyTree[jax.ShapeDtypeStruct]) -> PyTree:
-    """The items of one step that are collections of variables, where `abstract` has them."""
-    return {collection: opened.restore(collection, tree) for collection, tree in abstract.items()}
+def read_arrays(
+    opened: checkpoint.Opened, abstract: PyTree[jax.ShapeDtypeStruct], params: str = 'params'
+) -> PyTree:
+    """The items of one step that are collections of variables, where `abstract` has them.
+
+    Args:
+      params: the item that the parameters are read from.
+    """
+    items = {'params': params}
+    return {name: opened.restore(items.get(name, name), tree) for name, tree in abstract.items()}
 
 
 def default_mesh(axes: PyTree, shapes: PyTree) -> jax.sharding.Mesh:

@@ -77,8 +77,9 @@ class Opened:
         )
         for name in sorted({*saved[item], *wanted}):
             ours, theirs = wanted.get(name, 'nothing'), saved[item].get(name, 'nothing')
+            widened = theirs.replace('bfloat16', 'float32')  # which loses nothing
             require(
-                ours == theirs,
+                ours in (theirs, widened),
                 f'{self.folder / item} does not fit: {name} is {theirs} in the checkpoint and '
                 f'{ours} in this configuration; use the configuration that it was trained with.',
             )
@@ -87,7 +88,8 @@ class Opened:
         """Reads one item, verified, straight onto the devices that `abstract` names.
 
         Args:
-          abstract: the tree to restore; each leaf has a sharding, on whichever mesh.
+          abstract: the tree to restore; each leaf has a sharding, on whichever mesh. One that was
+            saved in bfloat16 may be float32 there, and is widened while it is read.
         Raises:
           UserError: as `require_fit`.
           DamageError: a damaged item, or one that cannot be read.

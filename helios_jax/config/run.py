@@ -72,6 +72,7 @@ class Train:
     microbatches: int = 1  # pieces of a step's rows, whose gradients add up
     seed: int = 0  # seed of initialisation and of the order of rows
     z_loss: float = 0.0  # weight of the squared log-sum-exp of the logits
+    ema: float = 0.0  # decay d of a running average: ema ← d·ema + (1 − d)·θ; 0 is off
     init_from: str = ''  # checkpoint directory whose parameters a new run starts from
     log_every: int = 10  # steps between metric lines
     eval_every: int = 200  # steps between evaluations; 0: at the end only
@@ -93,6 +94,10 @@ class Train:
         )
         at_least_zero(
             'train', self, 'eval_every', 'eval_rows', 'checkpoint_every', 'profile_steps', 'z_loss'
+        )
+        require(
+            0 <= self.ema < 1,
+            f'train.ema={self.ema} must be 0 (off) or a decay below 1, such as 0.999.',
         )
 
 

@@ -14,10 +14,12 @@ class Style(NamedTuple):
 # The figures of a run's end, in the order in which they are read.
 FINAL = {
     'bits_per_byte': Style('held-out text', '{:.4f}', 'bits/byte'),
+    'trained_bits_per_byte': Style('held-out text, trained weights', '{:.4f}', 'bits/byte'),
     'lost_fraction': Style('left out: bytes that the tokenizer loses', '{:.2%}'),
     'gzip_bits_per_byte': Style('gzip -9 on it', '{:.4f}', 'bits/byte'),
     'order0_bits_per_byte': Style('byte frequencies on it', '{:.4f}', 'bits/byte'),
     'loss': Style('held-out loss', '{:.4f}', 'nats/token'),
+    'trained_loss': Style('held-out loss, trained weights', '{:.4f}', 'nats/token'),
     'perplexity': Style('held-out perplexity', '{:,.2f}'),
     'targets': Style('held-out tokens', '{:,.0f}'),
     'bytes': Style('held-out bytes', '{:,.0f}'),

@@ -1,4 +1,4 @@
-"""Bytes of a step's arguments: parameters, optimizer state, router biases and the batch."""
+"""Bytes of a step's arguments: parameters, optimizer state, their average, biases, the batch."""
 
 from typing import NamedTuple
 
@@ -12,6 +12,7 @@ class Arguments(NamedTuple):
 
     parameters: int
     optimizer: int
+    ema: int  # running average of the parameters, which lies where the moments do
     router: int
     batch: int
 
@@ -21,7 +22,7 @@ class Arguments(NamedTuple):
     def on_host(self, placement: Placement) -> int:
         memory = placement.config.memory
         host = self.parameters if memory.parameters == 'host' else 0
-        return host + (self.optimizer if memory.optimizer == 'host' else 0)
+        return host + (self.optimizer + self.ema if memory.optimizer == 'host' else 0)
 
 
 def arguments(placement: Placement) -> Arguments:
@@ -38,9 +39,11 @@ def arguments(placement: Placement) -> Arguments:
     rows = placement.config.train.batch_rows // rules.shards(placement, 'batch')
     # tokens, segment ids and positions in int32, the loss mask in bool; a row's number of bytes
     batch = rows * (placement.local_length * 13 + 4)
+    parameters = 4 * sum(local(placement, weight) for weight in weights)
     return Arguments(
-        parameters=4 * sum(local(placement, weight) for weight in weights),
+        parameters=parameters,
         optimizer=moment * moments,
+        ema=parameters if placement.config.train.ema else 0,
         router=4 * sum(local(placement, bias) for bias in router_biases(placement.config.model)),
         batch=batch,
     )

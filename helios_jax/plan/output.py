@@ -38,6 +38,7 @@ def as_dict(made: Plan, topology: Topology) -> dict[str, Any]:
         'host_available_bytes': made.chip.host_bytes,
         'parameters': {'bytes': given.parameters, 'place': memory.parameters},
         'optimizer': {'bytes': given.optimizer, 'place': memory.optimizer},
+        'ema': {'bytes': given.ema, 'place': memory.optimizer},
         'router_and_batch_bytes': given.router + given.batch,
         'gradients_bytes': counted.gradients + counted.accumulated,
         'weights_copy_bytes': counted.weights_copy,
@@ -98,6 +99,7 @@ def _memory(made: Plan) -> list[str]:
     lines = [
         placed('parameters, float32', given.parameters, memory.parameters),
         placed('optimizer', given.optimizer, memory.optimizer),
+        *([placed('average of the parameters', given.ema, memory.optimizer)] if given.ema else []),
         line('batch and router', given.batch + given.router),
     ]
     saved: dict[tuple[str, str, str], int] = collections.Counter()

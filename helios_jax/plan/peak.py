@@ -147,8 +147,13 @@ def _loss(placement: Placement) -> int:
 def _fetched_early(placement: Placement) -> int:
     if placement.config.memory.optimizer == 'device':
         return 0
-    moment = DTYPE_BYTES[placement.config.optimizer.moments_dtype]
-    return 2 * moment * sum(_alone(placement))
+    return _moments_bytes(placement) * sum(_alone(placement))
+
+
+def _moments_bytes(placement: Placement) -> int:
+    """Bytes of one parameter's moments and of its running average."""
+    cfg = placement.config
+    return 2 * DTYPE_BYTES[cfg.optimizer.moments_dtype] + (4 if cfg.train.ema else 0)
 
 
 def _alone(placement: Placement) -> list[int]:
@@ -164,9 +169,8 @@ def _streamed(placement: Placement) -> int:
     The layer being updated and the one being fetched, or the largest array that is no layer's.
     """
     memory = placement.config.memory
-    moment = DTYPE_BYTES[placement.config.optimizer.moments_dtype]
     each = (4 if memory.parameters == 'host' else 0) + (
-        2 * moment if memory.optimizer == 'host' else 0
+        _moments_bytes(placement) if memory.optimizer == 'host' else 0
     )
     layers = [2 * sum(local(placement, w) for w in ws) for ws in layer_weights(placement)]
     return each * max([*layers, *_alone(placement)])

@@ -141,7 +141,7 @@ def _memory_bytes(placement: Placement, planned: StepMemory, reached: Speeds) ->
     """Bytes over HBM: the update, weights, saved tensors, elementwise passes over activations."""
     model, microbatches = placement.config.model, placement.config.train.microbatches
     weights = sum(local(placement, weight) for weight in all_weights(model))
-    moments = planned.arguments.optimizer
+    moments = planned.arguments.optimizer + planned.arguments.ema
     # Parameters and moments are read and written, gradients written and read; three bfloat16 reads.
     update = 8 * weights + 2 * moments + 8 * weights
     stream = placement.local_tokens * model.embed_dim * placement.dtype_bytes

@@ -63,7 +63,10 @@ def _parameters(setup: states.Setup) -> str:
 def _state_bytes(setup: states.Setup) -> str:
     lines = []
     memory = setup.config.memory
-    for name, where in (('params', memory.parameters), ('optimizer', memory.optimizer)):
+    places = {'params': memory.parameters, 'optimizer': memory.optimizer}
+    if setup.config.train.ema:
+        places['ema'] = memory.optimizer
+    for name, where in places.items():
         leaves = jax.tree.leaves(getattr(setup.state, name))
         total = sum(leaf.size * jnp.dtype(leaf.dtype).itemsize for leaf in leaves)
         note = ', in the memory of its host' if where == 'host' else ''

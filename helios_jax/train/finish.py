@@ -7,6 +7,7 @@ import jax
 import rich.console
 import rich.text
 from etils import epath
+from jaxtyping import PyTree
 
 from helios_jax import display
 from helios_jax.data import baselines, pipeline
@@ -24,7 +25,19 @@ SAMPLE_TOKENS = 400
 
 
 def score(run: Run, state: states.TrainState) -> dict[str, float]:
-    """Computes held-out loss and bits per byte."""
+    """Computes held-out loss and bits per byte.
+
+    Of the running average where there is one, as `helios eval` does; those of the parameters
+    themselves stand beside them, as `trained_loss` and `trained_bits_per_byte`.
+    """
+    trained = _score(run, readable(run, state, ema=False))
+    if not run.config.train.ema:
+        return trained
+    beside = {f'trained_{name}': trained[name] for name in ('loss', 'bits_per_byte')}
+    return _score(run, readable(run, state, ema=True)) | beside
+
+
+def _score(run: Run, variables: PyTree) -> dict[str, float]:
     cfg = run.config
     rows = sharding.sharding(run.setup.mesh, ('batch', 'length'))
     batches = pipeline.eval_batches(
@@ -32,7 +45,7 @@ def score(run: Run, state: states.TrainState) -> dict[str, float]:
     )
     return evaluate(
         Transformer(cfg.model),
-        readable(run, state),
+        variables,
         (pipeline.to_global(batch, rows) for batch in batches),
         eos_id=run.tokenizer.eos_id,
         documents_apart=cfg.data.documents_apart,
@@ -101,7 +114,7 @@ def continuation(run: Run, state: states.TrainState) -> tuple[str, str]:
     prompt = [int(token) for token in row.tokens[0, :length]]
     made = generate(
         Transformer(run.config.model),
-        readable(run, state),
+        readable(run, state, ema=bool(run.config.train.ema)),
         [prompt],
         max_tokens=SAMPLE_TOKENS,
         eos_id=run.tokenizer.eos_id,

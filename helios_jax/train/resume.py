@@ -20,7 +20,7 @@ from helios_jax.train.run import CONFIG_FILE, flat_settings, variables
 
 log = logging.getLogger(__name__)
 
-ITEMS = ('params', 'optimizer', 'router')  # the items of the state in a checkpoint
+ITEMS = ('params', 'optimizer', 'router', 'ema')  # the items of the state in a checkpoint
 
 # Settings that may change when a run is resumed: none changes what a step computes, but for its
 # rounding and for num_steps, where the learning rate's schedule ends.
@@ -101,17 +101,34 @@ def initial_state(
     counter = setup.state.step
     if own is None:
         borrowed = load(setup, parent, *restoring.VARIABLES) if parent else {}
+        if parent:
+            borrowed['ema'] = begun_average(setup, parent)
         return states.initialize(setup).replace(**borrowed), 0
-    restored = load(setup, own, *ITEMS)
+    if setup.state.ema and lacks_setting(own):
+        log.info('train.ema: checkpoint %s is from before it; its parameters begin it.', own.folder)
+        restored = load(setup, own, *(item for item in ITEMS if item != 'ema'))
+        restored['ema'] = begun_average(setup, own)
+    else:
+        restored = load(setup, own, *ITEMS)
     count = jax.device_put(jax.numpy.asarray(own.step, counter.dtype), counter.sharding)
     log.info('Resuming %s from step %d.', own.directory.parent, own.step)
     return states.TrainState(count, **restored), own.metadata['samples']
 
 
+def begun_average(setup: states.Setup, opened: checkpoint.Opened) -> PyTree:
+    """Reads parameters once more, as the running average that begins with them."""
+    return opened.restore('params', setup.state.ema) if setup.state.ema else {}
+
+
+def lacks_setting(opened: checkpoint.Opened) -> bool:
+    """True if the checkpoint was saved before there was a setting `train.ema`."""
+    return 'ema' not in opened.metadata['config']['train']
+
+
 def load(setup: states.Setup, opened: checkpoint.Opened, *items: str) -> dict[str, PyTree]:
     """Restores items of a checkpoint to where this run keeps them."""
     abstract = {item: getattr(setup.state, item) for item in items}
-    # A dense model has no router to be saved.
+    # A dense model has no router to be saved, and few runs keep an average.
     return {item: opened.restore(item, tree) if tree else tree for item, tree in abstract.items()}
 
 
@@ -125,8 +142,9 @@ def require_resumable(workdir: epath.Path, cfg: config.Config, opened: checkpoin
         'raise it to go on, or choose another workdir.',
     )
     for name, value in flat_settings(dataclasses.asdict(cfg)).items():
+        free = name.startswith(FREE_TO_CHANGE) or (name == 'train.ema' and lacks_setting(opened))
         require(
-            name.startswith(FREE_TO_CHANGE) or saved[name] == value,
+            free or saved[name] == value,
             f'{name}={value!r}, but {workdir} was trained with {saved[name]!r}; set it back, or '
             'start in another workdir (train.init_from takes its parameters along).',
         )

@@ -62,11 +62,17 @@ def variables(state: states.TrainState) -> PyTree:
     return {'params': state.params} | ({'router': state.router} if state.router else {})
 
 
-def readable(run: Run, state: states.TrainState) -> PyTree:
-    """Returns `variables` on the device for the model to read, in the copy that a step makes."""
-    if run.config.memory.parameters == 'device':
-        return variables(state)
-    return variables(state.replace(params=run.to_working_copy(state.params)))
+def readable(run: Run, state: states.TrainState, *, ema: bool) -> PyTree:
+    """Returns `variables` on the device for the model to read; from the host, in a step's copy.
+
+    Args:
+      ema: the running average of the parameters in their place.
+    """
+    memory = run.config.memory
+    params, place = (state.ema, memory.optimizer) if ema else (state.params, memory.parameters)
+    if place == 'host':
+        params = run.to_working_copy(params)
+    return variables(state.replace(params=params))
 
 
 def shared_facts(cfg: config.Config, tokenizer: tokenizers.Tokenizer) -> dict[str, Any]:
@@ -110,6 +116,8 @@ def save(run: Run, state: states.TrainState, step: int, scores: dict[str, float]
         'environment': report.environment(),
     }
     items = {**variables(state), 'optimizer': state.optimizer}
+    if state.ema:
+        items['ema'] = state.ema
     run.lock.check()
     run.checkpoints.save(step, items, metadata, scores)
 

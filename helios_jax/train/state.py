@@ -22,6 +22,8 @@ class TrainState(flax.struct.PyTreeNode):
     params: PyTree  # float32
     optimizer: PyTree  # optax's state
     router: PyTree  # balance bias of each MoE layer; not trained by gradient
+    # Running average of params, float32; no arrays at all unless train.ema is set.
+    ema: PyTree = flax.struct.field(default_factory=dict)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,15 +60,15 @@ def create(
     tx = optimizer.make(cfg.optimizer, cfg.train.num_steps, axes['params'])
     moments = jax.eval_shape(tx.init, variables['params'])
     of_params = in_memory(cfg.memory.parameters, shardings['params'])
-    of_moments = optimizer.state_shardings(
-        moments, in_memory(cfg.memory.optimizer, shardings['params'])
-    )
+    beside_moments = in_memory(cfg.memory.optimizer, shardings['params'])
+    of_moments = optimizer.state_shardings(moments, beside_moments)
     place = lambda shape, where: jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=where)
     state = TrainState(
         step=place(jax.ShapeDtypeStruct((), jnp.int32), sharding.sharding(mesh, ())),
         params=jax.tree.map(place, variables['params'], of_params),
         optimizer=jax.tree.map(place, moments, of_moments),
         router=jax.tree.map(place, variables.get('router', {}), shardings.get('router', {})),
+        ema=jax.tree.map(place, variables['params'], beside_moments) if cfg.train.ema else {},
     )
     return Setup(cfg, mesh, model, tx, axes['params'], state)
 
@@ -91,6 +93,7 @@ def initialize(setup: Setup) -> TrainState:
             params,
             setup.optimizer.init(params),
             variables.get('router', {}),
+            params if setup.config.train.ema else {},
         )
 
     shardings = jax.tree.map(lambda leaf: leaf.sharding, setup.state)

@@ -74,12 +74,14 @@ def make_train_step(setup: Setup) -> Callable[[TrainState, Batch], tuple[TrainSt
         gradients, metrics, rest = begin(setup, state, batch)
         if setup.config.memory.on_host:
             norm = metrics['gradient_norm']
-            params, moments = update.in_one_program(setup, gradients, norm, state)
+            updated = update.in_one_program(setup, gradients, norm, state)
         else:
             wide = jax.tree.map(lambda g, p: g.astype(p.dtype), gradients, state.params)
             updates, moments = setup.optimizer.update(wide, state.optimizer, state.params)
             params = optax.apply_updates(state.params, updates)
-        return TrainState(params=params, optimizer=moments, **rest), metrics
+            ema = update.averaged(setup, state.ema, params)
+            updated = state.replace(params=params, optimizer=moments, ema=ema)
+        return updated.replace(**rest), metrics
 
     return train_step
 
@@ -95,10 +97,10 @@ def in_programs(
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         gradients, metrics, rest = first(state, batch)
-        params, moments = programs(gradients, metrics['gradient_norm'], state)
+        updated = programs(gradients, metrics['gradient_norm'], state)
         # Or the next step's gradients would take memory while this one's still wait to be used.
-        jax.block_until_ready(params)
-        return TrainState(params=params, optimizer=moments, **rest), metrics
+        jax.block_until_ready(updated.params)
+        return updated.replace(**rest), metrics
 
     return train_step
 

@@ -1,6 +1,7 @@
 """Updates a state that lies on the host, of which one group at a time comes to the device.
 
-    norm of the whole gradient → group by group: fetch → clip, moments, decay, rate → write back
+    norm of the whole gradient
+    → group by group: fetch → clip, moments, decay, rate → average → write back
 
 A group is one layer of the scanned ones, or one array of the rest. Each is updated by the optimizer
 of its parameters alone: past the clipping no parameter's update reads another's, so that only the
@@ -30,8 +31,7 @@ from helios_jax.train import optimizer
 from helios_jax.train.state import Setup, TrainState
 
 Arrays = dict[Any, Array]  # parameters by key, leaves of optax's state by path
-Pair = tuple[Arrays, Arrays]  # both
-Updated = tuple[PyTree, PyTree]  # new parameters and optimizer state, each where it was
+Kept = tuple[Arrays, Arrays, Arrays]  # a group's parameters, its moments, and their average if any
 
 
 class ParameterGroup(NamedTuple):
@@ -63,17 +63,29 @@ def working_copy(setup: Setup, params: PyTree) -> PyTree:
     return jax.tree.map(copy, params, setup.axes)
 
 
+def averaged(setup: Setup, ema: PyTree, params: PyTree) -> PyTree:
+    """The running average after an update, d·ema + (1 − d)·params; none where there is none.
+
+    Written as ema + (1 − d)·(params − ema), which rounds once and leaves equal ones equal: the
+    float32 numbers nearest to d and to 1 − d do not add up to 1.
+    """
+    share = 1 - setup.config.train.ema
+    return jax.tree.map(lambda e, p: e + share * (p - e), ema, params) if ema else ema
+
+
 def in_one_program(
     setup: Setup, gradients: PyTree, norm: Float[Array, ''], state: TrainState
-) -> Updated:
+) -> TrainState:
     """The update as a piece of the program that computed the gradient.
 
     Args:
       gradients: of the working copy, in its dtypes.
       norm: of all of them together.
+    Returns:
+      The state, with new parameters, moments and average.
     """
 
-    def run(group: ParameterGroup, change: Callable[..., Any]) -> Callable[..., Pair]:
+    def run(group: ParameterGroup, change: Callable[..., Any]) -> Callable[..., Kept]:
         return partial(layer_by_layer if group.stacked else at_once, change)
 
     return updated(setup, gradients, norm, state, run)
@@ -84,13 +96,13 @@ class Programs:
 
     def __init__(self, setup: Setup, options: dict[str, Any]):
         self.setup, self.options = setup, options  # for the compiler
-        self.compiled: dict[optimizer.Key, Callable[..., Pair]] = {}  # by a group's first key
+        self.compiled: dict[optimizer.Key, Callable[..., Kept]] = {}  # by a group's first key
 
-    def __call__(self, gradients: PyTree, norm: Float[Array, ''], state: TrainState) -> Updated:
+    def __call__(self, gradients: PyTree, norm: Float[Array, ''], state: TrainState) -> TrainState:
         """`in_one_program`'s arguments and results; the state is used up."""
         return updated(self.setup, gradients, norm, state, self.program)
 
-    def program(self, group: ParameterGroup, change: Callable[..., Any]) -> Callable[..., Pair]:
+    def program(self, group: ParameterGroup, change: Callable[..., Any]) -> Callable[..., Kept]:
         if group.keys[0] not in self.compiled:
             run = jax.jit(
                 partial(one_layer if group.stacked else at_once, change),
@@ -106,31 +118,35 @@ def updated(
     gradients: PyTree,
     norm: Float[Array, ''],
     state: TrainState,
-    run: Callable[[ParameterGroup, Callable[..., Any]], Callable[..., Pair]],
-) -> Updated:
-    """New parameters and optimizer state, group after group.
+    run: Callable[[ParameterGroup, Callable[..., Any]], Callable[..., Kept]],
+) -> TrainState:
+    """The state with new parameters, moments and average, group after group.
 
     Args:
       run: (a group, `changed` of it) → what updates the group's arrays in their memory space.
     """
-    axes, gradients, params = map(flatten_dict, (setup.axes, gradients, state.params))
+    trees = setup.axes, gradients, state.params, state.ema
+    axes, gradients, params, ema = map(flatten_dict, trees)
     slots, structure = named(state.optimizer)
     owners = optimizer.owners(state.optimizer, axes)
     counts = {path: slots[path] for path in slots if not owners[path]}
     new_params: Arrays = {}
     new_slots: Arrays = {}
+    new_ema: Arrays = {}
     for group in groups(axes):
         own_params = {key: params[key] for key in group.keys}
         own_gradients = {key: gradients[key] for key in group.keys}
         moments = {path: slots[path] for path in slots if owners[path] in group.keys}
+        own_ema = {key: ema[key] for key in group.keys if ema}
         cut = {key: axes[key][group.stacked :] for key in group.keys}
         update = run(group, partial(changed, setup, cut))
-        group_params, group_slots = update(norm, counts, own_gradients, (own_params, moments))
-        new_params |= group_params
-        new_slots |= group_slots
-    return (
-        unflatten_dict(new_params),
-        jax.tree.unflatten(structure, [new_slots[path] for path in slots]),
+        kept = update(norm, counts, own_gradients, (own_params, moments, own_ema))
+        for new, group_arrays in zip((new_params, new_slots, new_ema), kept, strict=True):
+            new |= group_arrays
+    return state.replace(
+        params=unflatten_dict(new_params),
+        optimizer=jax.tree.unflatten(structure, [new_slots[path] for path in slots]),
+        ema=unflatten_dict(new_ema),
     )
 
 
@@ -152,17 +168,16 @@ def changed(
     norm: Float[Array, ''],
     counts: Arrays,
     gradients: Arrays,
-    old: Pair,
-) -> tuple[Arrays, Arrays, Arrays]:
-    """New parameters, moments and counts of some parameters, all on the device.
+    old: Kept,
+) -> tuple[Kept, Arrays]:
+    """New parameters, moments and average of some parameters, and counts, all on the device.
 
     Args:
       axes: of these parameters, without their layers.
       counts: what else the optimizer's state holds.
-      old: parameters and moments.
     """
     cfg = setup.config.optimizer
-    params, moments = old
+    params, moments, ema = old
     wide = unflatten_dict({key: g.astype(params[key].dtype) for key, g in gradients.items()})
     clipped = optimizer.clip(cfg, wide, norm)
     # Clipped already; its state is as empty as the clipping's.
@@ -174,24 +189,25 @@ def changed(
     updates, state = tx.update(clipped, state, tree)
     slots, _ = named(state)
     own = {name: slots.pop(name) for name in moments}
-    return flatten_dict(optax.apply_updates(tree, updates)), own, slots
+    params = flatten_dict(optax.apply_updates(tree, updates))
+    return (params, own, averaged(setup, ema, params)), slots
 
 
 def at_once(
-    change: Callable[..., Any], norm: Any, counts: Arrays, gradients: Arrays, old: Pair
-) -> Pair:
-    params, moments, counts = change(norm, counts, gradients, fetch(old))
-    params, moments = jax.tree.map(put_like, (params, moments), old)
-    return params, moments | counts
+    change: Callable[..., Any], norm: Any, counts: Arrays, gradients: Arrays, old: Kept
+) -> Kept:
+    new, counts = change(norm, counts, gradients, fetch(old))
+    params, moments, ema = jax.tree.map(put_like, new, old)
+    return params, moments | counts, ema
 
 
 def layer_by_layer(
-    change: Callable[..., Any], norm: Any, counts: Arrays, gradients: Arrays, old: Pair
-) -> Pair:
+    change: Callable[..., Any], norm: Any, counts: Arrays, gradients: Arrays, old: Kept
+) -> Kept:
     """`change` of each layer, which is fetched while the one below changes."""
     num_layers = jax.tree.leaves(gradients)[0].shape[0]
 
-    def step(i: Any, carry: tuple[Pair, Pair]) -> tuple[Pair, Pair]:
+    def step(i: Any, carry: tuple[Kept, Kept]) -> tuple[Kept, Kept]:
         stacks, arrived = carry
         following = bring(stacks, jnp.minimum(i + 1, num_layers - 1))
         return replaced(change, i, norm, counts, gradients, stacks, arrived), following
@@ -201,22 +217,22 @@ def layer_by_layer(
 
 
 def one_layer(
-    change: Callable[..., Any], norm: Any, counts: Arrays, gradients: Arrays, old: Pair, i: Any
-) -> Pair:
+    change: Callable[..., Any], norm: Any, counts: Arrays, gradients: Arrays, old: Kept, i: Any
+) -> Kept:
     """`change` of layer i, in place where `old` is donated: outside a loop XLA:GPU can do that."""
     return replaced(change, i, norm, counts, gradients, old, bring(old, i))
 
 
 def each_layer(
-    run: Callable[..., Pair], norm: Any, counts: Arrays, gradients: Arrays, old: Pair
-) -> Pair:
+    run: Callable[..., Kept], norm: Any, counts: Arrays, gradients: Arrays, old: Kept
+) -> Kept:
     """Runs `one_layer`, compiled, for every layer."""
     for i in range(jax.tree.leaves(gradients)[0].shape[0]):
         old = run(norm, counts, gradients, old, i)
     return old
 
 
-def bring(stacks: Pair, i: Any) -> Pair:
+def bring(stacks: Kept, i: Any) -> Kept:
     return fetch(jax.tree.map(partial(layer, i), stacks))
 
 
@@ -226,13 +242,13 @@ def replaced(
     norm: Any,
     counts: Arrays,
     gradients: Arrays,
-    stacks: Pair,
-    arrived: Pair,
-) -> Pair:
+    stacks: Kept,
+    arrived: Kept,
+) -> Kept:
     """The stacks, their layer i as `change` leaves it; `arrived` is that layer on the device."""
     own = jax.tree.map(partial(layer, i), gradients)
-    params, moments, _ = change(norm, counts, own, arrived)
-    return jax.tree.map(partial(replace_layer, i), stacks, (params, moments))
+    new, _ = change(norm, counts, own, arrived)
+    return jax.tree.map(partial(replace_layer, i), stacks, new)
 
 
 def named(tree: PyTree) -> tuple[dict[str, Any], Any]:

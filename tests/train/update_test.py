@@ -71,13 +71,14 @@ def test_the_update_of_each_layer_alone_is_the_update_of_all(pattern, rule):
                 gradients = draw(setup.state.params)
                 norm = optax.global_norm(gradients)
                 if memory == ON_HOST:
-                    params, moments = update.in_one_program(setup, gradients, norm, state)
+                    state = update.in_one_program(setup, gradients, norm, state)
                 else:
                     updates, moments = setup.optimizer.update(
                         gradients, state.optimizer, state.params
                     )
                     params = optax.apply_updates(state.params, updates)
-                state = state.replace(params=params, optimizer=moments)
+                    ema = update.averaged(setup, state.ema, params)
+                    state = state.replace(params=params, optimizer=moments, ema=ema)
         kept = state.params, state.optimizer
         assert_placed(kept, (setup.state.params, setup.state.optimizer))
         made.append(kept)
