@@ -101,6 +101,7 @@ def commands() -> 'Group':
 
     from helios_jax import options
     from helios_jax.bench.commands import BENCHMARKS
+    from helios_jax.ckpt.command import CHECKPOINTS
     from helios_jax.data.command import DATA
     from helios_jax.evaluate import command as evaluate
     from helios_jax.plan import command as plan
@@ -115,7 +116,7 @@ def commands() -> 'Group':
             'generate': evaluate.generate_command,
             'data': DATA,
             'plan': plan.plan_command,
-            'ckpt': evaluate.CHECKPOINTS,
+            'ckpt': CHECKPOINTS,
             'explain': options.explain_command,
             'bench': BENCHMARKS,
         },

@@ -13,7 +13,7 @@ import helios_jax
 ORDER = [
     {'errors', 'display'}, {'chips', 'config', 'paths', 'process'}, {'options', 'arch'},
     {'kernels'}, {'parallel'}, {'memory'}, {'model'}, {'data', 'checkpoint'}, {'restoring'},
-    {'evaluate'}, {'train'}, {'plan', 'convert', 'ablate', 'verify'}, {'bench'}, {'cli'},
+    {'evaluate'}, {'train'}, {'plan', 'convert', 'ablate', 'verify', 'ckpt'}, {'bench'}, {'cli'},
     {'__main__'},
 ]  # fmt: skip
 RANKS = {part: rank for rank, parts in enumerate(ORDER) for part in parts}

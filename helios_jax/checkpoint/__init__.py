@@ -21,24 +21,35 @@ from helios_jax.checkpoint.layout import (
     committed,
     in_the_way,
     incomplete,
+    require_directory,
     require_ours,
     tokenizer_directory,
 )
+from helios_jax.checkpoint.listing import describe_step, list_steps
 from helios_jax.checkpoint.manifest import DamageError
-from helios_jax.checkpoint.read import Opened, list_steps, open_step
-from helios_jax.checkpoint.write import Checkpoints
+from helios_jax.checkpoint.read import Opened, damage_of, open_step, ranked
+from helios_jax.checkpoint.stream import LazyArray, StoredItem, write_step
+from helios_jax.checkpoint.write import Checkpoints, delete_step
 
 __all__ = [
     'FORMAT_VERSION',
     'Checkpoints',
     'DamageError',
+    'LazyArray',
     'Opened',
+    'StoredItem',
     'absolute',
     'committed',
+    'damage_of',
+    'delete_step',
+    'describe_step',
     'in_the_way',
     'incomplete',
     'list_steps',
     'open_step',
+    'ranked',
+    'require_directory',
     'require_ours',
     'tokenizer_directory',
+    'write_step',
 ]

@@ -1,5 +1,6 @@
 """Names and places of files in a checkpoint directory, for the writer and the readers."""
 
+import contextlib
 import json
 import logging
 import re
@@ -11,7 +12,7 @@ from etils import epath
 from jaxtyping import PyTree
 
 from helios_jax.checkpoint import manifest
-from helios_jax.errors import require
+from helios_jax.errors import UserError, require
 
 log = logging.getLogger(__name__)
 
@@ -138,6 +139,18 @@ def flatten(tree: PyTree) -> dict[str, Any]:
 def describe(leaves: dict[str, Any]) -> dict[str, str]:
     """Maps each array's name to its dtype and shape, such as `float32[3, 5]`."""
     return {name: f'{np.dtype(leaf.dtype)}{list(leaf.shape)}' for name, leaf in leaves.items()}
+
+
+def parse_description(text: str) -> tuple[tuple[int, ...], np.dtype]:
+    """Reads the shape and the dtype of one array from its text of `describe`.
+
+    Raises:
+      UserError: it is no such text.
+    """
+    if found := re.fullmatch(r'(\w+)(\[[0-9, ]*\])', text):
+        with contextlib.suppress(TypeError, ValueError):
+            return tuple(json.loads(found[2])), np.dtype(found[1])
+    raise UserError(f'an array is {text!r:.80} by its metadata, which no array is.')
 
 
 def _numbered(directory: epath.Path) -> list[int]:

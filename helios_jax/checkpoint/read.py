@@ -46,9 +46,14 @@ class Opened:
     def items(self) -> tuple[str, ...]:
         return tuple(self.metadata['arrays'])
 
+    @property
+    def folders(self) -> list[str]:
+        """Names of the folders in the manifest: the items', and that of the metadata."""
+        return sorted({name.split('/')[0] for name in self.files})
+
     def damage(self, *items: str) -> str:
         """Describes what is wrong with the files of some items; '' if nothing is."""
-        found = self._fault(items) if jax.process_index() == 0 else ''
+        found = self.fault(items) if jax.process_index() == 0 else ''
         return agreement.from_first(found)
 
     def tokenizer_damage(self) -> str:
@@ -99,13 +104,13 @@ class Opened:
         if any(leaf.sharding is None for leaf in wanted.values()):
             raise ValueError(f'every leaf of abstract needs a sharding to restore {item!r}.')
         by_us = [item] if jax.process_index() == 0 else []
-        if damage := agreement.from_first(self._fault(by_us, hashed=False)):
-            raise DamageError(_refusal(self.folder, damage))
+        if damage := agreement.from_first(self.fault(by_us, hashed=False)):
+            raise DamageError(refusal(self.folder, damage))
         arrays: dict[str, jax.Array] = {}
         failure: Exception | None = None
         # Hashed while it is read: neither holds Python's lock, and each takes about as long.
         with concurrent.futures.ThreadPoolExecutor(1) as pool:
-            hashing = pool.submit(self._fault, by_us)
+            hashing = pool.submit(self.fault, by_us)
             try:
                 arrays = _read(self.folder / item, wanted)
             except Exception as error:
@@ -115,10 +120,11 @@ class Opened:
             cause = f'{type(failure).__name__}: {str(failure).partition(chr(10))[0][:160]}'
             damage = f'{item} cannot be restored ({cause})'
         if damage:
-            raise DamageError(_refusal(self.folder, damage)) from failure
+            raise DamageError(refusal(self.folder, damage)) from failure
         return jax.tree.unflatten(jax.tree.structure(abstract), [arrays[name] for name in wanted])
 
-    def _fault(self, items: Iterable[str], *, hashed: bool = True) -> str:
+    def fault(self, items: Iterable[str], *, hashed: bool = True) -> str:
+        """Describes what is wrong with some items, for one process alone (else: `damage`)."""
         for item in items:
             if item in self._intact:
                 continue
@@ -153,32 +159,6 @@ def open_step(
     return found or Opened(directory, number, metadata, {})
 
 
-def list_steps(directory: epath.PathLike, *, verify: bool = True) -> list[dict[str, Any]]:
-    """Lists each step's `step`, `bytes`, `time` (ISO, UTC), `metrics` and `damage` ('' if intact).
-
-    `damage` reads every byte, the tokenizer's too; without `verify` it is left out. May be called
-    while a run writes.
-    """
-    directory = layout.absolute(directory)
-    layout.require_directory(directory)
-    layout.warn_of_incomplete(directory)
-    rows = []
-    for step in layout.committed(directory):
-        row: dict[str, Any] = {'step': step, 'bytes': 0, 'time': '', 'metrics': {}}
-        damage = ''
-        try:
-            opened = _open(directory, step)
-            row['bytes'] = sum(size for size, _ in opened.files.values())
-            row |= {name: opened.metadata[name] for name in ('time', 'metrics')}
-            if verify:
-                damage = opened._fault(opened.items) or opened.tokenizer_damage()
-        except UserError as error:
-            damage = str(error)
-        if layout.is_committed(directory, step):  # else a run has let it go
-            rows.append(row | ({'damage': damage} if verify else {}))
-    return rows
-
-
 def ranked(directory: epath.Path, *, warn: bool = False) -> list[int]:
     """Lists the steps that have `BEST_METRIC`, lowest first; of equal ones the newest first.
 
@@ -188,7 +168,7 @@ def ranked(directory: epath.Path, *, warn: bool = False) -> list[int]:
     scores = {}
     for step in layout.committed(directory):
         try:
-            score = _open(directory, step).metadata['metrics'].get(BEST_METRIC, math.nan)
+            score = open_number(directory, step).metadata['metrics'].get(BEST_METRIC, math.nan)
         except DamageError as error:
             if warn:
                 _warn_of_damage(directory, step, str(error))
@@ -201,10 +181,10 @@ def ranked(directory: epath.Path, *, warn: bool = False) -> list[int]:
 def damage_of(directory: epath.Path, step: int) -> str:
     """Describes what is wrong with a step, hashing all of its files; '' if nothing is."""
     try:
-        opened = _open(directory, step)
+        opened = open_number(directory, step)
     except DamageError as error:
         return str(error)
-    return opened._fault(opened.items)
+    return opened.fault(opened.items)
 
 
 def _read(folder: epath.Path, wanted: dict[str, jax.ShapeDtypeStruct]) -> dict[str, jax.Array]:
@@ -237,15 +217,15 @@ def _find(directory: epath.Path, step: int | str, items: Sequence[str]) -> Opene
         f'{", ".join(map(str, steps))}.',
     )
     try:
-        return _open(directory, int(step))
+        return open_number(directory, int(step))
     except DamageError as error:
-        raise UserError(_refusal(layout.folder(directory, int(step)), str(error))) from None
+        raise UserError(refusal(layout.folder(directory, int(step)), str(error))) from None
 
 
 def _intact(directory: epath.Path, step: int, items: Sequence[str]) -> Opened | None:
     try:
-        opened = _open(directory, step)
-        damage = opened._fault(item for item in items if item in opened.items)
+        opened = open_number(directory, step)
+        damage = opened.fault(item for item in items if item in opened.items)
         if not damage:
             return opened
     except DamageError as error:
@@ -260,7 +240,7 @@ def _warn_of_damage(directory: epath.Path, step: int, damage: str) -> None:
         log.warning('CHECKPOINT %s IS DAMAGED: %s. Trying another.', folder, damage)
 
 
-def _open(directory: epath.Path, step: int) -> Opened:
+def open_number(directory: epath.Path, step: int) -> Opened:
     """Raises DamageError where the manifest or the metadata is not what was written."""
     folder = layout.folder(directory, step)
     try:
@@ -312,5 +292,5 @@ def _is_number(value: Any) -> bool:
     return isinstance(value, float) or (type(value) is int and value.bit_length() < 1024)
 
 
-def _refusal(folder: epath.Path, damage: str) -> str:
+def refusal(folder: epath.Path, damage: str) -> str:
     return f'checkpoint {folder} is damaged: {damage}; restore another step (see `helios ckpt ls`).'

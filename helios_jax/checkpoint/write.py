@@ -76,25 +76,10 @@ class Checkpoints:
                 if manifest.is_remote(self.directory):  # where Orbax writes to the final name
                     layout.unfinished(self.directory, step).write_text('')
         arrays = {name: layout.flatten(tree) for name, tree in items.items()}
-        record = {
-            **metadata,
-            'format_version': layout.FORMAT_VERSION,
-            'step': step,
-            'time': datetime.datetime.now(datetime.UTC).isoformat(timespec='seconds'),
-            'metrics': metrics or {},
-            'arrays': {name: layout.describe(leaves) for name, leaves in arrays.items()},
-        }
         import orbax.checkpoint as ocp
 
-        saves = {
-            name: ocp.args.PyTreeSave(
-                leaves,
-                save_args={each: ocp.SaveArgs(chunk_byte_size=_CHUNK_BYTES) for each in leaves},
-                ocdbt_target_data_file_size=_FILE_BYTES,
-            )
-            for name, leaves in arrays.items()
-        }
-        saves[layout.METADATA] = ocp.args.JsonSave(record)
+        saves = {name: save_arguments(leaves) for name, leaves in arrays.items()}
+        saves[layout.METADATA] = ocp.args.JsonSave(record(step, arrays, metadata, metrics or {}))
         self._saving = step
         try:
             self._writer.save(self.directory / str(step), ocp.args.Composite(**saves))
@@ -179,20 +164,9 @@ class Checkpoints:
         for step in steps:
             if step not in kept:
                 try:
-                    self._delete(step)
+                    delete_step(self.directory, step)
                 except OSError as error:  # such as a reader's open files on NFS
                     log.warning('Step %d is left for the next save to remove (%s).', step, error)
-
-    def _delete(self, step: int) -> None:
-        folder, unfinished = (of(self.directory, step) for of in (layout.folder, layout.unfinished))
-        if not manifest.is_remote(folder):
-            folder.rename(unfinished)  # at once, and on a full disk too
-            unfinished.rmtree()
-            return
-        unfinished.write_text('')
-        (folder / manifest.NAME).unlink()  # first: half a step never counts as one
-        folder.rmtree()
-        unfinished.unlink()
 
     def _remove_leftovers(self) -> None:
         """Removes what our interrupted saves and deletions left, and logs it."""
@@ -210,6 +184,47 @@ class Checkpoints:
                     path.unlink()
             except OSError as error:  # a thread of a failed save may write into it yet
                 log.warning('%s is left for the next save to remove (%s).', path, error)
+
+
+def record(
+    step: int,
+    arrays: dict[str, dict[str, Any]],
+    metadata: dict[str, Any],
+    metrics: dict[str, float],
+) -> dict[str, Any]:
+    """Returns the metadata of a step, as it is written: the caller's, and what readers look for."""
+    return {
+        **metadata,
+        'format_version': layout.FORMAT_VERSION,
+        'step': step,
+        'time': datetime.datetime.now(datetime.UTC).isoformat(timespec='seconds'),
+        'metrics': metrics,
+        'arrays': {name: layout.describe(leaves) for name, leaves in arrays.items()},
+    }
+
+
+def save_arguments(leaves: dict[str, Any]) -> Any:
+    """Returns how Orbax is to save an item's arrays."""
+    import orbax.checkpoint as ocp
+
+    return ocp.args.PyTreeSave(
+        leaves,
+        save_args={name: ocp.SaveArgs(chunk_byte_size=_CHUNK_BYTES) for name in leaves},
+        ocdbt_target_data_file_size=_FILE_BYTES,
+    )
+
+
+def delete_step(directory: epath.Path, step: int) -> None:
+    """Deletes a whole step; the caller is the directory's one writer."""
+    folder, unfinished = (of(directory, step) for of in (layout.folder, layout.unfinished))
+    if not manifest.is_remote(folder):
+        folder.rename(unfinished)  # at once, and on a full disk too
+        unfinished.rmtree()
+        return
+    unfinished.write_text('')
+    (folder / manifest.NAME).unlink()  # first: half a step never counts as one
+    folder.rmtree()
+    unfinished.unlink()
 
 
 def _unused(path: epath.Path) -> epath.Path:

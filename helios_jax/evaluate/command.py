@@ -1,4 +1,4 @@
-"""helios eval, generate and ckpt: the commands that read checkpoints."""
+"""helios eval and generate: the commands that read a checkpoint's weights."""
 
 import functools
 from collections.abc import Callable, Sequence
@@ -79,32 +79,13 @@ def generate_command(argv: Sequence[str]) -> None:
         print(options.to_json({'prompt': prompt, 'text': text}) if values.json else prompt + text)
 
 
-def list_command(argv: Sequence[str]) -> None:
-    """Lists the checkpoints of a run: step, bytes, held-out figures, damage.
-
-    helios ckpt ls runs/tiny
-    """
-    values = flags.FlagValues()
-    flags.DEFINE_bool('json', False, 'Print JSON, an object a line.', flag_values=values)
-    arguments = options.parse(values, argv, positional=True)
-    require(
-        len(arguments) == 1,
-        f'helios ckpt ls {" ".join(arguments)}: write helios ckpt ls DIR, with one directory.',
-    )
-    from helios_jax import checkpoint, restoring
-
-    paths.check('DIR', arguments[0])
-    for row in checkpoint.list_steps(restoring.checkpoint_directory(arguments[0])):
-        options.show(row | {'damage': row['damage'] or 'none'}, values.json)
-
-
-CHECKPOINTS = options.Group('Shows what checkpoints there are.', {'ls': list_command})
-
-
 def checkpoint_flags(values: flags.FlagValues) -> None:
     """Defines the flags that say which checkpoint to read, and how."""
     flags.DEFINE_string('checkpoint', '', "A run's workdir.", flag_values=values)
     flags.DEFINE_string('step', 'latest', 'latest, best, or a number.', flag_values=values)
+    flags.DEFINE_string(
+        'weights', 'auto', 'ema, trained, or auto: the ema if there is one.', flag_values=values
+    )
     flags.DEFINE_string(
         'yarn', '', "Reads past the trained length: 'dynamic', or a factor.", flag_values=values
     )
@@ -131,7 +112,9 @@ def restore(values: flags.FlagValues, meanwhile: Callable[[Any], object] | None 
     from helios_jax import restoring
 
     scaling = yarn(values.yarn)
-    return restoring.restore(values.checkpoint, values.step, rope=scaling, meanwhile=meanwhile)
+    return restoring.restore(
+        values.checkpoint, values.step, weights=values.weights, rope=scaling, meanwhile=meanwhile
+    )
 
 
 def yarn(value: str) -> dict[str, Any]:

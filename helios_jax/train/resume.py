@@ -3,6 +3,7 @@
 import dataclasses
 import logging
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 from etils import epath
@@ -67,6 +68,12 @@ def own_step(
             f'{checkpoint.in_the_way(directory / str(step))} This run would begin at step {begin}.',
         )
     return opened
+
+
+def fixed_settings(cfg: config.Config) -> dict[str, Any]:
+    """Returns the settings that stay as they are for as long as a run goes on, by dotted name."""
+    settings = flat_settings(dataclasses.asdict(cfg))
+    return {n: value for n, value in settings.items() if not n.startswith(FREE_TO_CHANGE)}
 
 
 def parent_step(setup: states.Setup, tokenizer: tokenizers.Tokenizer) -> checkpoint.Opened | None:
@@ -135,16 +142,17 @@ def load(setup: states.Setup, opened: checkpoint.Opened, *items: str) -> dict[st
 def require_resumable(workdir: epath.Path, cfg: config.Config, opened: checkpoint.Opened) -> None:
     """Refuses to go on with other settings than the run began with, or backwards."""
     samples, rows = opened.metadata.get('samples'), cfg.train.batch_rows
-    saved = flat_settings(dataclasses.asdict(restoring.saved_config(opened)))
+    saved = fixed_settings(restoring.saved_config(opened))
     require(
         opened.step <= cfg.train.num_steps,
         f'train.num_steps={cfg.train.num_steps}, but {workdir} is at step {opened.step} already; '
         'raise it to go on, or choose another workdir.',
     )
-    for name, value in flat_settings(dataclasses.asdict(cfg)).items():
-        free = name.startswith(FREE_TO_CHANGE) or (name == 'train.ema' and lacks_setting(opened))
+    if lacks_setting(opened):
+        saved['train.ema'] = cfg.train.ema
+    for name, value in fixed_settings(cfg).items():
         require(
-            free or saved[name] == value,
+            saved[name] == value,
             f'{name}={value!r}, but {workdir} was trained with {saved[name]!r}; set it back, or '
             'start in another workdir (train.init_from takes its parameters along).',
         )

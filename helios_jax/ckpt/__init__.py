@@ -1,0 +1,1 @@
+"""Commands on whole checkpoints (`helios ckpt`): list, verify, compare, remove, average, export."""
