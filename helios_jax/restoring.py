@@ -68,7 +68,6 @@ def restore(
       UserError: no checkpoint there, no such step, damaged files, a config that this version
         refuses, a tokenizer that is not the checkpoint's, or no average where it is asked for.
     """
-    one_of('weights', weights, WEIGHTS)
     directory = checkpoint_directory(directory)
     opened = checkpoint.open_step(directory, step)
     try:
@@ -88,13 +87,13 @@ def _restored(
     rope: dict[str, Any],
     meanwhile: Callable[[Restored], object] | None,
 ) -> Restored:
+    item = weights_item(opened, weights)
     cfg = saved_config(opened)
     changes = {f'model.rope.{name}': value for name, value in rope.items()}
     if cfg.model.attention != 'reference':
         changes['model.attention'] = 'auto'  # the run named what its own machine has
     cfg = config.replace(cfg, changes)
     made = Restored(Transformer(cfg.model), None, load_tokenizer(opened), cfg)
-    item = weights_item(opened, weights)
     if weights == 'auto' and item == 'ema':
         log.info('Reading the average of the weights (ema); weights=trained reads the last ones.')
     shapes = abstract_arrays(made.model, mesh, narrow=is_bfloat16(opened, item))
@@ -109,8 +108,9 @@ def weights_item(opened: checkpoint.Opened, weights: str) -> str:
     """Names the item that holds the weights which are asked for, one of `WEIGHTS`.
 
     Raises:
-      UserError: the average is asked for, and the checkpoint has none.
+      UserError: no such choice; the average is asked for, and the checkpoint has none.
     """
+    one_of('weights', weights, WEIGHTS)
     has_average = 'ema' in opened.items
     require(
         has_average or weights != 'ema',

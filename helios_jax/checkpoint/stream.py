@@ -46,13 +46,13 @@ class StoredItem:
         )
         folder = self._opened.folder
         try:
-            with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
-                array = reader.restore(folder / self._item, args=wanted)[name]
+            array = ocp.PyTreeCheckpointHandler().restore(folder / self._item, args=wanted)[name]
+            described = array.shape, array.dtype
         except Exception as error:
             cause = f'{type(error).__name__}: {str(error).partition(chr(10))[0][:160]}'
             damage = f'{self._item}/{name} cannot be read ({cause})'
             raise read.DamageError(read.refusal(folder, damage)) from error
-        if (array.shape, array.dtype) != self.arrays[name]:
+        if described != self.arrays[name]:
             damage = f'{self._item}/{name} is {array.dtype}{list(array.shape)}, as it should not be'
             raise read.DamageError(read.refusal(folder, damage))
         return array

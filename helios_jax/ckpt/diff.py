@@ -1,14 +1,12 @@
 """Compares two checkpoints: settings, tokenizer, and each weight's difference."""
 
-import dataclasses
 import math
 from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 
-from helios_jax import checkpoint, restoring
-from helios_jax.train.run import flat_settings
+from helios_jax import checkpoint, config, restoring
 
 ITEMS = ('params', 'router', 'ema')  # the items that hold weights; moments are not compared
 PIECE = 2**22  # elements that are compared at a time
@@ -21,7 +19,7 @@ def settings(a: checkpoint.Opened, b: checkpoint.Opened) -> dict[str, tuple[Any,
       UserError: a config that this version refuses.
     """
     first, second = (
-        flat_settings({'config': dataclasses.asdict(restoring.saved_config(each))})
+        config.settings(restoring.saved_config(each), 'config.')
         | {
             'step': each.step,
             'tokenizer': each.metadata.get('tokenizer'),
@@ -34,7 +32,7 @@ def settings(a: checkpoint.Opened, b: checkpoint.Opened) -> dict[str, tuple[Any,
 
 
 def weights(a: checkpoint.Opened, b: checkpoint.Opened) -> Iterator[dict[str, Any]]:
-    """Yields a row for each weight that either has, read and compared in its turn.
+    """Yields a row for each weight of the items that both have, read and compared in its turn.
 
     A row has `name`, and `difference`: 'none', 'missing' (in b), 'extra' (in b), 'shape', or
     'values' with the largest `max` |a − b| and the `relative` norm ‖a − b‖ / ‖a‖, in float64.
@@ -43,16 +41,16 @@ def weights(a: checkpoint.Opened, b: checkpoint.Opened) -> Iterator[dict[str, An
       DamageError: a file is not what was written.
     """
     for item in ITEMS:
-        sides = [checkpoint.StoredItem(x, item) if item in x.items else None for x in (a, b)]
-        names = dict.fromkeys(name for side in sides if side for name in side.arrays)
-        for name in names:
+        if item not in a.items or item not in b.items:
+            continue
+        first, second = (checkpoint.StoredItem(each, item) for each in (a, b))
+        for name in {**first.arrays, **second.arrays}:
             row = {'name': f'{item}/{name}'}
-            first, second = (side if side and name in side.arrays else None for side in sides)
-            if not first or not second:
-                yield row | {'difference': 'missing' if first else 'extra'}
-            elif first.arrays[name][0] != second.arrays[name][0]:
-                shapes = ' and '.join(str(list(side.arrays[name][0])) for side in (first, second))
-                yield row | {'difference': 'shape', 'shapes': shapes}
+            shapes = [str(list(x.arrays[name][0])) for x in (first, second) if name in x.arrays]
+            if len(shapes) == 1:
+                yield row | {'difference': 'missing' if name in first.arrays else 'extra'}
+            elif shapes[0] != shapes[1]:
+                yield row | {'difference': 'shape', 'shapes': ' and '.join(shapes)}
             else:
                 yield row | difference(first.read(name), second.read(name))
 

@@ -13,7 +13,7 @@ import io
 import math
 import textwrap
 import tokenize
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any, TypeVar
 
 import ml_collections
@@ -37,6 +37,7 @@ __all__ = [
     'describe',
     'from_dict',
     'replace',
+    'settings',
     'to_dict',
 ]
 
@@ -53,7 +54,7 @@ class Config:
     memory: Memory = Memory()
 
     def __post_init__(self) -> None:
-        for name, value in _settings(self):
+        for name, value in settings(self).items():
             if isinstance(value, float):
                 require(math.isfinite(value), f'{name}={value} must be a finite number.')
             elif isinstance(value, int):
@@ -77,14 +78,16 @@ class Config:
         return replace(self, {'model.vocab_size': vocab_size, 'model.rope.trained_length': length})
 
 
-def _settings(config: Any, prefix: str = '') -> Iterator[tuple[str, Any]]:
-    """Yields each setting's dotted name and its value."""
+def settings(config: Any, prefix: str = '') -> dict[str, Any]:
+    """Maps each setting's dotted name to its value."""
+    found: dict[str, Any] = {}
     for field in dataclasses.fields(config):
         value = getattr(config, field.name)
         if dataclasses.is_dataclass(value):
-            yield from _settings(value, f'{prefix}{field.name}.')
+            found |= settings(value, f'{prefix}{field.name}.')
         else:
-            yield prefix + field.name, value
+            found[prefix + field.name] = value
+    return found
 
 
 def replace(config: T, changes: Mapping[str, Any], prefix: str = '') -> T:

@@ -1,6 +1,5 @@
 """Starts a run from its own newest step, from another run's parameters, or fresh."""
 
-import dataclasses
 import logging
 from collections.abc import Sequence
 from typing import Any
@@ -17,7 +16,7 @@ from helios_jax.errors import require
 from helios_jax.parallel import agreement
 from helios_jax.train import metrics
 from helios_jax.train import state as states
-from helios_jax.train.run import CONFIG_FILE, flat_settings, variables
+from helios_jax.train.run import CONFIG_FILE, variables
 
 log = logging.getLogger(__name__)
 
@@ -72,7 +71,7 @@ def own_step(
 
 def fixed_settings(cfg: config.Config) -> dict[str, Any]:
     """Returns the settings that stay as they are for as long as a run goes on, by dotted name."""
-    settings = flat_settings(dataclasses.asdict(cfg))
+    settings = config.settings(cfg)
     return {n: value for n, value in settings.items() if not n.startswith(FREE_TO_CHANGE)}
 
 
@@ -129,7 +128,7 @@ def begun_average(setup: states.Setup, opened: checkpoint.Opened) -> PyTree:
 
 def lacks_setting(opened: checkpoint.Opened) -> bool:
     """True if the checkpoint was saved before there was a setting `train.ema`."""
-    return 'ema' not in opened.metadata['config']['train']
+    return 'ema' not in opened.metadata['config'].get('train', {})
 
 
 def load(setup: states.Setup, opened: checkpoint.Opened, *items: str) -> dict[str, PyTree]:

@@ -77,9 +77,8 @@ def readable(run: Run, state: states.TrainState, *, ema: bool) -> PyTree:
 
 def shared_facts(cfg: config.Config, tokenizer: tokenizers.Tokenizer) -> dict[str, Any]:
     """Facts that must be equal in every process of a run before anything is compiled."""
-    settings = flat_settings(dataclasses.asdict(cfg))
     return {
-        **{name: value for name, value in settings.items() if name not in HOSTS_OWN},
+        **{name: value for name, value in config.settings(cfg).items() if name not in HOSTS_OWN},
         **{f'version of {name}': v for name, v in report.environment()['versions'].items()},
         'source of helios_jax': _source_digest(),
         'tokenizer': tokenizer.fingerprint,
@@ -130,13 +129,3 @@ def _source_digest() -> str:
     for path in sorted(root.rglob('*.py')):
         digest.update(f'{path.relative_to(root)}\n'.encode() + path.read_bytes())
     return digest.hexdigest()[:16]
-
-
-def flat_settings(values: dict[str, Any], prefix: str = '') -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for name, value in values.items():
-        if isinstance(value, dict):
-            flat |= flat_settings(value, f'{prefix}{name}.')
-        else:
-            flat[prefix + name] = value
-    return flat
