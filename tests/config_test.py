@@ -190,6 +190,8 @@ def test_a_config_that_does_not_fit_the_schema_is_refused(values, message):
         ({'model': {'gmu': {'bias': 'nan'}}}, "bias='nan'.*number"),
         ({'model': {'rope': {'base': 1.0}}}, r'base=1\.0 must be greater than 1'),
         ({'model': {'rope': {'trained_length': -1}}}, 'trained_length=-1.*0 or more'),
+        ({'train': {'ema': 1.0}}, r'train\.ema=1\.0 must be 0 \(off\) or a decay below 1'),
+        ({'train': {'ema': -0.1}}, r'train\.ema=-0\.1 must'),
         ({'train': {'seed': 2**31}}, 'train.seed=2147483648 must lie between -2147483648 and'),
         ({'train': {'seed': -(2**31) - 1}}, 'train.seed=-2147483649 must lie between'),
         ({'model': {'embed_dim': 10**20}}, f'model.embed_dim={10**20} must lie between'),

@@ -10,7 +10,9 @@ import shutil
 import jax
 import numpy as np
 import pytest
+import small_checkpoints
 from etils import epath
+from small_checkpoints import flat
 
 import helios_jax
 from helios_jax import checkpoint, config, restoring
@@ -271,3 +273,39 @@ def test_a_config_of_before_gate_input_means_both(workdir):
     change_metadata(workdir, config=saved)
     opened = checkpoint.open_step(workdir / 'checkpoints', 'latest')
     assert restoring.saved_config(opened).model.gmu.gate_input == 'both'
+
+
+@pytest.mark.parametrize(
+    ('weights', 'item'), [('auto', 'ema'), ('ema', 'ema'), ('trained', 'params')]
+)
+def test_only_the_weights_that_are_asked_for_are_read(weights, item, tmp_path, caplog):
+    small_checkpoints.write(tmp_path, [20])
+    for unread in {'params', 'ema', 'optimizer'} - {item}:
+        shutil.rmtree(tmp_path / f'checkpoints/20/{unread}')
+    caplog.set_level('INFO')
+    restored = restoring.restore(tmp_path, weights=weights, mesh=mesh_of('one'))
+    expected = small_checkpoints.numbers(20)
+    jax.tree.map(np.testing.assert_array_equal, restored.variables['params'], expected[item])
+    jax.tree.map(np.testing.assert_array_equal, restored.variables['router'], expected['router'])
+    assert ('Reading the average of the weights' in caplog.text) == (weights == 'auto')
+
+
+def test_weights_that_are_not_there_are_refused(tmp_path):
+    write(tmp_path, 'one')
+    with pytest.raises(UserError, match=r'weights=ema, but .* has no average'):
+        restoring.restore(tmp_path, weights='ema')
+    with pytest.raises(UserError, match=r"weights='emma'.*Did you mean 'ema'"):
+        restoring.restore(tmp_path, weights='emma')
+
+
+def test_a_step_whose_average_is_damaged_is_passed_over(tmp_path, caplog):
+    small_checkpoints.write(tmp_path, [20, 40])
+    small_checkpoints.damage(tmp_path, 40, 'ema')
+    restored = restoring.restore(tmp_path, mesh=mesh_of('one'))
+    given, expected = restored.variables['params'], small_checkpoints.numbers(20)['ema']
+    assert flat(given).keys() == flat(expected).keys()
+    jax.tree.map(np.testing.assert_array_equal, given, expected)
+    assert '40 IS DAMAGED: ema/' in caplog.text
+    trained = restoring.restore(tmp_path, weights='trained', mesh=mesh_of('one'))
+    expected = small_checkpoints.numbers(40)['params']
+    jax.tree.map(np.testing.assert_array_equal, trained.variables['params'], expected)

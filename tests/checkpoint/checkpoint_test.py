@@ -193,6 +193,16 @@ def test_tree_that_differs_names_the_array_and_both_shapes(tmp_path, change, mes
         checkpoint.open_step(tmp_path, 1).restore('params', abstract(change(params())))
 
 
+def test_bfloat16_is_widened_where_float32_is_wanted_and_never_the_reverse(tmp_path):
+    write(tmp_path, [1])
+    wanted = params()
+    wanted['layers']['gate'] = wanted['layers']['gate'].astype(jnp.float32)
+    restored = checkpoint.open_step(tmp_path, 1).restore('params', abstract(wanted))
+    expected = params(1)
+    expected['layers']['gate'] = expected['layers']['gate'].astype(jnp.float32)
+    assert same(restored, expected)
+
+
 def test_unknown_item_lists_what_exists(tmp_path):
     write(tmp_path, [1])
     with pytest.raises(UserError, match="no 'optimizer'; it holds params"):

@@ -123,6 +123,22 @@ def test_an_embedding_that_layers_add_stays_there_with_its_gradient():
     assert added.working - plain.working == 2 * 2 * tokens * cfg.model.embed_dim
 
 
+def test_an_average_of_the_parameters_is_counted_where_the_moments_lie():
+    averaged = lambda **memory: config.replace(large(**memory), {'train.ema': 0.999})
+    without, on_device = (plan(cfg, V5E, 16).memory for cfg in (large(), averaged()))
+    ema = without.arguments.parameters
+    assert on_device.arguments == without.arguments._replace(ema=ema)
+    assert on_device.peak - without.peak == ema
+    mesh = meshes.abstract(config.Mesh(), 16)
+    leaves = jax.tree.leaves(states.create(averaged(), mesh).state.ema)
+    assert ema == 4 * sum(math.prod(x.sharding.shard_shape(x.shape)) for x in leaves)
+    moments, both = (plan(f(optimizer='host'), V5E, 16) for f in (large, averaged))
+    assert both.memory.arguments_device == moments.memory.arguments_device
+    assert both.memory.host - moments.memory.host == ema
+    assert both.seconds.host_bytes - moments.seconds.host_bytes == 2 * ema
+    assert both.memory.streamed > moments.memory.streamed
+
+
 def test_accumulating_takes_fewer_activations_and_float32_sums_of_gradients():
     one = plan(large(), V5E, 16).memory
     two = plan(config.replace(large(), {'train.microbatches': 2}), V5E, 16).memory

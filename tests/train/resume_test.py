@@ -62,6 +62,21 @@ def test_a_checkpoint_that_tells_only_of_its_training_rows_is_compared_by_them()
         resume(changed(train={'rows': 'e'}), {})
 
 
+def test_an_average_may_begin_only_where_a_checkpoint_is_from_before_it():
+    def go_on(now: float, saved: dict) -> None:
+        cfg = config.replace(config.Config(), {'train.ema': now})
+        metadata = {'config': {'train': saved}, 'samples': 3 * cfg.train.batch_rows}
+        opened = mock.Mock(spec=checkpoint.Opened, step=3, folder='x/3', metadata=metadata)
+        resuming.require_resumable(epath.Path('x'), cfg, opened)
+
+    go_on(0.9, {})
+    go_on(0.0, {})
+    go_on(0.9, {'ema': 0.9})
+    for now, before in ((0.9, 0.0), (0.0, 0.9), (0.8, 0.9)):
+        with pytest.raises(UserError, match=f'train.ema={now}, but x was trained with {before}'):
+            go_on(now, {'ema': before})
+
+
 def test_a_checkpoint_from_before_lossy_tokenizers_could_be_allowed_is_gone_on_with():
     old = dataclasses.asdict(config.Config())
     del old['data']['allow_lossy_tokenizer']
