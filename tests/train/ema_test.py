@@ -108,11 +108,10 @@ def trained(cfg: config.Config, sizes, num_devices):
     ('pattern', 'changes', 'sizes', 'backend'),
     [
         ('dense', {}, {}, 'cpu'),
-        ('moe', {'train.microbatches': 2}, {'fsdp': 2, 'expert': 2, 'tensor': 2}, 'cpu'),
-        ('dense', ON_HOST, {}, 'cpu'),
-        ('dense', {**MOMENTS_ON_HOST, 'train.microbatches': 2}, {}, 'gpu'),
+        ('moe', {**ON_HOST, 'train.microbatches': 2}, {'fsdp': 2, 'expert': 4}, 'cpu'),
+        ('dense', MOMENTS_ON_HOST, {}, 'gpu'),
     ],
-    ids=['device', 'split', 'host', 'programs'],
+    ids=['device', 'host', 'programs'],
 )
 def test_each_step_averages_what_it_made(pattern, changes, sizes, backend, monkeypatch):
     if backend == 'gpu':
@@ -121,8 +120,8 @@ def test_each_step_averages_what_it_made(pattern, changes, sizes, backend, monke
     jax.tree.map(np.testing.assert_array_equal, done[0].ema, done[0].params)
     for before, after in itertools.pairwise(done):
         assert_averaged(after.ema, before.ema, after.params)
-        moved = jax.tree.map(lambda e, p: np.abs(e - p).max(), after.ema, after.params)
-        assert min(jax.tree.leaves(moved)) > 0
+    moved = jax.tree.map(lambda e, p: np.abs(e - p).max(), done[3].ema, done[3].params)
+    assert min(jax.tree.leaves(moved)) > 0
     if not changes:
         plain = trained(config.replace(configured(pattern), {'train.ema': 0.0}), sizes, 1)
         expected = [state.replace(ema={}) for state in done]
@@ -149,9 +148,8 @@ def items(cfg, workdir, step: int) -> dict:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize('changes', [{}, MOMENTS_ON_HOST], ids=['device', 'host'])
-def test_a_run_is_resumed_bit_identically_and_scored_by_its_average(small, changes, tmp_path):
-    cfg = config.replace(small, changes)
+def test_a_run_is_resumed_bit_identically_and_scored_by_its_average(small, tmp_path):
+    cfg = small
     straight, resumed = tmp_path / 'straight', tmp_path / 'resumed'
     scores = loop.train(cfg, straight)
     shutil.copytree(straight, resumed)
