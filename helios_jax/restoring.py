@@ -76,7 +76,8 @@ def restore(
         if step not in ('latest', 'best'):
             raise
     # Hashed now before it is chosen: those that are damaged are named, and passed over.
-    opened = checkpoint.open_step(directory, step, (*VARIABLES, 'ema'))
+    items = VARIABLES if weights == 'trained' else (*VARIABLES, 'ema')
+    opened = checkpoint.open_step(directory, step, items)
     return _restored(opened, weights, mesh, rope or {}, meanwhile)
 
 

@@ -25,7 +25,7 @@ def list_command(argv: Sequence[str]) -> None:
 
 
 def verify_command(argv: Sequence[str]) -> None:
-    """Hashes every file of every step against its manifest; exits with 2 if any is damaged.
+    """Hashes every file of every step; exits with code 2 if any is damaged.
 
     helios ckpt verify runs/tiny --step=40
     """
@@ -56,7 +56,7 @@ def verify_command(argv: Sequence[str]) -> None:
 
 
 def diff_command(argv: Sequence[str]) -> None:
-    """Compares two checkpoints: settings, tokenizer, steps, and how far each weight is apart.
+    """Compares two checkpoints: settings, tokenizer, and how far weights are apart.
 
     helios ckpt diff runs/tiny/checkpoints/20 runs/tiny/checkpoints/40
     """
@@ -94,7 +94,7 @@ def line(row: dict[str, Any]) -> str:
 
 
 def prune_command(argv: Sequence[str]) -> None:
-    """Removes old steps of a run that nobody trains at the moment; never its best, unless named.
+    """Removes old steps of a run; never the best one, unless it is named.
 
     helios ckpt prune runs/tiny --keep=2 --dry_run
     """
@@ -148,7 +148,7 @@ def average_command(argv: Sequence[str]) -> None:
     )
     steps = steps or there[-values.last :]
     derived.average(directory, steps, values.to, weights=values.weights)
-    print(f'Wrote the mean of steps {", ".join(map(str, sorted(steps)))} to {values.to}')
+    print(f'Wrote the mean of steps {", ".join(map(str, sorted({*steps})))} to {values.to}')
 
 
 def export_command(argv: Sequence[str]) -> None:

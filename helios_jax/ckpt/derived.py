@@ -27,14 +27,14 @@ def average(directory: epath.Path, steps: Sequence[int], to: str, *, weights: st
     averaged as well.
 
     Args:
-      steps: at least one; each once.
+      steps: at least one.
       to: the new workdir.
       weights: those to average: trained, ema or auto, as of `restoring.restore`.
     Raises:
       UserError: a step that is damaged, has other settings than the newest or arrays of other
         shapes, or has no such weights; a place that is taken.
     """
-    opened = [checkpoint.open_step(directory, step) for step in sorted(steps)]
+    opened = [checkpoint.open_step(directory, step) for step in sorted({*steps})]
     require_alike(opened)
     items = {restoring.weights_item(each, weights) for each in opened}
     require(
@@ -84,9 +84,9 @@ def export(opened: checkpoint.Opened, to: str, *, weights: str) -> str:
 
 def mean(sources: Sequence[checkpoint.StoredItem], name: str) -> np.ndarray:
     """Returns the mean of an array over several steps, float32, of which one is read at a time."""
-    shape, _ = sources[0].arrays[name]
-    total = np.zeros(shape, np.float64)
-    for source in sources:
+    first, *others = sources
+    total = first.read(name).astype(np.float64)
+    for source in others:
         total += source.read(name).astype(np.float32, copy=False)
     return (total / len(sources)).astype(np.float32)
 

@@ -61,7 +61,8 @@ def difference(a: np.ndarray, b: np.ndarray) -> dict[str, Any]:
     for start in range(0, a.size, PIECE):
         x, y = (each.reshape(-1)[start : start + PIECE].astype(np.float64) for each in (a, b))
         same = same and np.array_equal(x, y, equal_nan=True)
-        apart = np.abs(x - y)
+        with np.errstate(invalid='ignore'):  # ∞ − ∞
+            apart = np.abs(x - y)
         largest = float(np.maximum(largest, apart.max()))  # a NaN stays
         squares += float(apart @ apart)
         whole += float(x @ x)

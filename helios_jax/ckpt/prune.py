@@ -1,5 +1,6 @@
 """Removes old steps of a run, as its one writer."""
 
+import logging
 from collections.abc import Iterator, Sequence
 
 from etils import epath
@@ -8,6 +9,8 @@ from helios_jax import checkpoint
 from helios_jax.ckpt import places
 from helios_jax.errors import require
 from helios_jax.train import lock
+
+log = logging.getLogger(__name__)
 
 
 def prune(
@@ -49,7 +52,9 @@ def doomed(directory: epath.Path, keep: int, steps: Sequence[int]) -> list[int]:
             if kept == keep:
                 break
             left.append(step)
-            kept += intact(step)
+            if damage := checkpoint.damage_of(directory, step):
+                log.warning('Step %d is damaged (%s), and left; --steps removes it.', step, damage)
+            kept += not damage
         return [step for step in there if step not in (*left, best)]
     for step in steps:
         require(
