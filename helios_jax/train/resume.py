@@ -140,6 +140,11 @@ def load(setup: states.Setup, opened: checkpoint.Opened, *items: str) -> dict[st
 
 def require_resumable(workdir: epath.Path, cfg: config.Config, opened: checkpoint.Opened) -> None:
     """Refuses to go on with other settings than the run began with, or backwards."""
+    require(
+        'made_from' not in opened.metadata,
+        f'{workdir} holds weights that helios ckpt made, without an optimizer; start in another '
+        f'workdir, with train.init_from={workdir}.',
+    )
     samples, rows = opened.metadata.get('samples'), cfg.train.batch_rows
     saved = fixed_settings(restoring.saved_config(opened))
     require(

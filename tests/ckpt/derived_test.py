@@ -14,6 +14,8 @@ from small_checkpoints import arrays, flat, numbers
 from helios_jax import checkpoint, cli, restoring
 from helios_jax.arch.weights import all_weights, read_in_compute_dtype
 from helios_jax.checkpoint import stream
+from helios_jax.errors import UserError
+from helios_jax.train import resume
 
 pytestmark = pytest.mark.usefixtures('quick_compilation')
 
@@ -66,6 +68,12 @@ def test_an_export_is_rounded_to_bfloat16_and_read_as_a_steps_copy_is(original, 
         assert given[weight.name].dtype == (jnp.bfloat16 if narrow else np.float32), weight
         np.testing.assert_array_equal(given[weight.name], rounded[weight.name], weight.name)
     assert len({x.dtype for x in given.values()}) == 2
+    opened = checkpoint.open_step(new / 'checkpoints')
+    begun = flat(resume.load(small_checkpoints.setup(), opened, 'params')['params'])
+    assert {x.dtype for x in begun.values()} == {np.dtype('float32')}
+    jax.tree.map(np.testing.assert_array_equal, jax.device_get(begun), rounded)
+    with pytest.raises(UserError, match=r'without an optimizer.*train\.init_from='):
+        resume.own_step(checkpoint.absolute(new), small_checkpoints.CONFIG)
     assert 'average' not in caplog.text
 
 
