@@ -124,7 +124,7 @@ def prune_command(argv: Sequence[str]) -> None:
 
 
 def average_command(argv: Sequence[str]) -> None:
-    """Writes the mean of several steps' weights as a new checkpoint, without an optimizer.
+    """Writes the mean of several steps' weights as a new checkpoint.
 
     helios ckpt average runs/tiny --last=3 --to=runs/tiny_mean
     """
@@ -152,7 +152,7 @@ def average_command(argv: Sequence[str]) -> None:
 
 
 def export_command(argv: Sequence[str]) -> None:
-    """Writes the weights of a step in bfloat16, without the optimizer, as a new checkpoint.
+    """Writes a step's weights in bfloat16 as a new checkpoint, without the optimizer.
 
     helios ckpt export runs/tiny --step=best --to=runs/tiny_bfloat16
     """

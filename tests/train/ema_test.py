@@ -192,7 +192,7 @@ def test_a_checkpoint_from_before_begins_it_with_its_parameters(small, tmp_path,
     assert_averaged(fourth['ema'], third['ema'], fourth['params'])
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_fine_tuning_begins_it_with_the_parents_parameters(small, tmp_path):
     loop.train(config.replace(small, {'train.num_steps': 1}), tmp_path / 'parent')
     parent = items(small, tmp_path / 'parent', 1)
