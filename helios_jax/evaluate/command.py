@@ -11,9 +11,10 @@ from helios_jax.errors import UserError, require
 
 
 def eval_command(argv: Sequence[str]) -> None:
-    """Measures a checkpoint's bits per byte, on its held-out text or on any other.
+    """Measures a checkpoint: bits per byte of text, or benchmarks.
 
     helios eval --checkpoint=runs/tiny --step=best --text='other/*.txt'
+    helios eval --checkpoint=runs/tiny --tasks=quiz --include_path=tasks --output=runs/tiny/quiz
     """
     values = flags.FlagValues()
     checkpoint_flags(values)
@@ -27,8 +28,11 @@ def eval_command(argv: Sequence[str]) -> None:
         'allow_lossy_tokenizer', False, 'Score a text that the tokenizer loses some of.',
         flag_values=values,
     )  # fmt: skip
+    task_flags(values)
     options.parse(values, argv)
     prepare(values)
+    if values.tasks:
+        return run_tasks(values)
     restored = restore(values)
     from helios_jax import display, restoring
     from helios_jax.evaluate.figures import labelled
@@ -50,6 +54,35 @@ def eval_command(argv: Sequence[str]) -> None:
     if values.text:
         rows = [(label.removeprefix('held-out '), *rest) for label, *rest in rows]
     display.table(rows)
+
+
+def task_flags(values: flags.FlagValues) -> None:
+    """Defines the flags of benchmarks."""
+    flags.DEFINE_list('tasks', [], 'Tasks of lm-evaluation-harness to run.', flag_values=values)
+    flags.DEFINE_string(
+        'include_path', '', 'Directory of task files, which are code.', flag_values=values
+    )
+    flags.DEFINE_integer('limit', 0, 'Documents of each task; 0 takes all.', flag_values=values)
+    flags.DEFINE_integer(
+        'max_length', 0, "Tokens of a task's row; longer contexts are cut.", flag_values=values
+    )
+    flags.DEFINE_string(
+        'output', '', 'Directory for results; a stopped evaluation goes on.', flag_values=values
+    )
+
+
+def run_tasks(values: flags.FlagValues) -> None:
+    """Runs --tasks on the checkpoint, and prints their table."""
+    require(not values.text, '--text and --tasks are two evaluations; give one of them.')
+    require(paths.is_local(values.output), f'--output={values.output} must be a local directory.')
+    from helios_jax.evaluate import benchmarks
+
+    tasks = benchmarks.load(values.tasks, values.include_path)
+    results = benchmarks.run(
+        restore(values), tasks, limit=values.limit, batch_rows=values.batch_rows,
+        max_length=values.max_length, output=values.output,
+    )  # fmt: skip
+    print(options.to_json(results) if values.json else benchmarks.table(results))
 
 
 def generate_command(argv: Sequence[str]) -> None:

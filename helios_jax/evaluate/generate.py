@@ -160,10 +160,22 @@ def complete(
     Raises:
       UserError: as `generate`, or an empty text to stop at.
     """
-    model, variables, tokenizer, _ = restored
     require(all(stop), 'stop is empty, which every text ends with; name some text.')
-    tokens = encoded(tokenizer, prompts)
-    warn_of_length(model.model.rope, max(map(len, tokens), default=0), max_tokens)
+    tokens = encoded(restored.tokenizer, prompts)
+    warn_of_length(restored.model.model.rope, max(map(len, tokens), default=0), max_tokens)
+    return continued(restored, tokens, max_tokens=max_tokens, stop=stop, **settings)
+
+
+def continued(
+    restored: Restored,
+    prompts: Sequence[Sequence[int]],
+    *,
+    max_tokens: int,
+    stop: Sequence[str] = (),
+    **settings: Any,
+) -> list[str]:
+    """Returns what `complete` does, of prompts that are tokens, BOS included."""
+    model, variables, tokenizer, _ = restored
 
     def stopped(_: int, new: list[int]) -> bool:
         text = tokenizer.decode(new)
@@ -173,7 +185,7 @@ def complete(
         made = generate(
             model,
             variables,
-            tokens,
+            prompts,
             eos_id=tokenizer.eos_id,
             max_tokens=max_tokens,
             stopped=stopped if stop else None,
@@ -243,12 +255,16 @@ def placed(array: Any, where: jax.sharding.Sharding) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=where)
 
 
+def reach(rope: config.Rope) -> int:
+    """Number of positions that a model is good for, as long as no dynamic scaling stretches them."""
+    return int(rope.trained_length * (rope.factor if rope.scaling == 'static' else 1))
+
+
 def warn_of_length(rope: config.Rope, prompt_tokens: int, max_tokens: int) -> None:
     """Warns of a text that would reach past the positions that the model is good for."""
-    reach = rope.trained_length * (rope.factor if rope.scaling == 'static' else 1)
-    if rope.scaling != 'dynamic' and prompt_tokens + max_tokens > reach:
+    if rope.scaling != 'dynamic' and prompt_tokens + max_tokens > reach(rope):
         log.warning(
             'The prompt (%d tokens) and max_tokens=%d reach past the %d tokens that the model was '
             'made for; beyond them text decays unless --yarn=dynamic stretches its positions.',
-            prompt_tokens, max_tokens, reach,
+            prompt_tokens, max_tokens, reach(rope),
         )  # fmt: skip

@@ -1,0 +1,149 @@
+"""Benchmarks by lm-evaluation-harness: finds tasks, runs them offline, and writes the results.
+
+Needs the extra `eval`, which is imported when a task is asked for.
+"""
+
+import importlib.metadata
+import importlib.util
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from etils import epath
+
+from helios_jax import display, options
+from helios_jax.errors import UserError, nearest, require
+from helios_jax.evaluate import responses
+from helios_jax.restoring import Restored
+
+PACKAGE = 'lm_eval'
+OFFLINE = {
+    # The user may set another value: what is not on this machine is then downloaded.
+    'HF_HUB_OFFLINE': '1',
+    'HF_DATASETS_OFFLINE': '1',
+    'TRANSFORMERS_OFFLINE': '1',
+    'HF_UPDATE_DOWNLOAD_COUNTS': '0',
+    # Its standard errors come from a pool of forked processes, which JAX's threads do not survive.
+    'DISABLE_MULTIPROC': '1',
+    'TQDM_DISABLE': '1',  # its bars; the display has ours
+}
+BOOTSTRAP_DRAWS = 1000  # of metrics whose standard error has no closed form
+FEWSHOT_SEED = 1234  # the harness's own
+
+
+def load(names: Sequence[str], include_path: str = '') -> dict[str, Any]:
+    """Loads tasks and their data, from `include_path` or else from the harness itself.
+
+    Args:
+      names: tasks, groups or tags.
+      include_path: directory of task files. They are code: they may name Python functions.
+    Returns:
+      What `lm_eval.evaluator.evaluate` takes as its tasks.
+    Raises:
+      UserError: the extra is missing; no such task, or one whose files or data cannot be read.
+    """
+    require(
+        importlib.util.find_spec(PACKAGE) is not None,
+        "--tasks needs lm-evaluation-harness: pip install 'helios_jax[eval]'.",
+    )
+    require(
+        not include_path or Path(include_path).is_dir(),
+        f'--include_path={include_path} is no directory; name one that has task files.',
+    )
+    for name, value in OFFLINE.items():
+        os.environ.setdefault(name, value)
+    with display.phase('Loading tasks'):
+        from lm_eval.tasks import TaskManager
+
+        manager = TaskManager(include_path=include_path or None, include_defaults=False)
+        if set(names) - set(manager.all_tasks):  # reading all of the harness's files takes long
+            manager = TaskManager(include_path=include_path or None)
+        for name in names:
+            require(
+                name in manager.all_tasks,
+                f'--tasks: {name!r} is no task.{nearest(name, manager.all_tasks)}',
+            )
+        try:
+            loaded: Any = manager.load(list(names))
+        except Exception as error:  # whatever data sets and the functions of tasks raise
+            raise UserError(
+                f'--tasks={",".join(names)} cannot be loaded: {type(error).__name__}: {error}; '
+                'mend its files, or see that its data is on this machine (nothing is downloaded '
+                'unless HF_HUB_OFFLINE=0 and HF_DATASETS_OFFLINE=0).'
+            ) from error
+    for task in loaded['tasks'].values():
+        if task.get_config('num_fewshot') is None:
+            task.set_config(key='num_fewshot', value=0)
+        task.set_fewshot_seed(seed=FEWSHOT_SEED)
+    return loaded
+
+
+def run(
+    restored: Restored,
+    tasks: dict[str, Any],
+    *,
+    limit: int = 0,
+    batch_rows: int = 16,
+    max_length: int = 0,
+    output: str = '',
+) -> dict[str, Any]:
+    """Runs loaded tasks; an evaluation that was interrupted goes on where `output` has answers.
+
+    Args:
+      limit: documents of each task; 0 takes all.
+      batch_rows: as `HarnessModel`.
+      max_length: as `HarnessModel`.
+      output: directory for results.json, results.md and the answers; '' keeps nothing.
+    Returns:
+      The harness's results with standard errors, and `model`, `truncated`, `limit`, `lm_eval`.
+    Raises:
+      UserError: a number out of range; a task that this model cannot do; `output` has answers of
+        another model.
+    """
+    require(limit >= 0, f'limit={limit} must be 0 (all) or more.')
+    from lm_eval.evaluator import evaluate
+
+    from helios_jax.evaluate.harness import HarnessModel
+
+    folder = epath.Path(output).expanduser() if output else None
+    model = responses.identity(restored)
+    known = responses.Responses(folder / responses.FILE if folder else None, model)
+    asked = HarnessModel(restored, batch_rows=batch_rows, max_length=max_length, responses=known)
+    try:
+        found: Any = evaluate(
+            asked, tasks, limit=limit or None, bootstrap_iters=BOOTSTRAP_DRAWS, log_samples=False
+        )
+    except UserError:
+        raise
+    except (ValueError, NotImplementedError) as error:
+        raise UserError(f'--tasks: {error}') from error
+    results = json.loads(json.dumps(found, default=str)) | {
+        'model': model,
+        'truncated': asked.num_truncated,
+        'limit': limit,
+        'lm_eval': importlib.metadata.version(PACKAGE),
+    }
+    if folder and display.speaks():
+        write(folder / 'results.json', options.to_json(results) + '\n')
+        write(folder / 'results.md', table(results))
+    return results
+
+
+def table(results: dict[str, Any]) -> str:
+    """Formats results as Markdown: a row a metric, with its standard error."""
+    from lm_eval.utils import make_table
+
+    tables = [make_table(results)]
+    if results.get('groups'):
+        tables.append(make_table(results, 'groups'))
+    return '\n'.join(tables)
+
+
+def write(path: epath.Path, text: str) -> None:
+    """Writes a file, whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.parent / f'{path.name}.tmp'
+    temporary.write_text(text)
+    temporary.replace(path)

@@ -1,0 +1,226 @@
+"""A model as lm-evaluation-harness asks for it: log-likelihoods and texts.
+
+Rows start with BOS, as rows of training do. Requests are sorted by length, padded to few shapes and
+spread over the mesh; equal ones are computed once. Needs the extra `eval`.
+"""
+
+import json
+import logging
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from lm_eval.api.instance import Instance
+from lm_eval.api.model import TemplateLM
+from lm_eval.models.utils import normalize_gen_kwargs
+
+from helios_jax import display
+from helios_jax.errors import require
+from helios_jax.evaluate.generate import continued, reach
+from helios_jax.evaluate.responses import Responses, digest, identity
+from helios_jax.evaluate.scores import Pair, Shape, score, shapes, windows
+from helios_jax.restoring import Restored, mesh_of
+
+log = logging.getLogger(__name__)
+
+# What a task may ask for in `generation_kwargs`.
+GENERATION = {'until', 'max_gen_toks', 'do_sample', 'temperature', 'top_k', 'top_p'}
+SHORTEST_LIMIT = 3  # tokens: BOS, one that is read, one that is scored
+
+
+class HarnessModel(TemplateLM):
+    """Answers the requests of lm-evaluation-harness with a restored model.
+
+    Args:
+      batch_rows: rows of the run's length at a time; of shorter rows as many more.
+      max_length: tokens of a row. Longer contexts lose their beginning, and `num_truncated` counts
+        them; texts of rolling tasks are cut into rows of it. 0 cuts no context, and texts into
+        rows of the length that the model was made for.
+      responses: answers that are there already, and where new ones go; in memory if left out.
+    Raises:
+      UserError: a number out of range; later, a request that cannot be answered.
+    """
+
+    def __init__(
+        self,
+        restored: Restored,
+        *,
+        batch_rows: int = 16,
+        max_length: int = 0,
+        responses: Responses | None = None,
+    ) -> None:
+        super().__init__()
+        require(batch_rows > 0, f'batch_rows={batch_rows} must be above 0.')
+        require(
+            max_length == 0 or max_length >= SHORTEST_LIMIT,
+            f'max_length={max_length} must be 0 (no limit) or at least {SHORTEST_LIMIT}.',
+        )
+        self.restored = restored
+        self.max_length = max_length
+        self.num_truncated = 0
+        self._batch_tokens = batch_rows * restored.config.data.row_length
+        self._responses = responses or Responses(None, identity(restored))
+
+    @property
+    def eot_token_id(self) -> int:
+        return self.restored.tokenizer.eos_id
+
+    @property
+    def prefix_token_id(self) -> int:
+        return self.restored.tokenizer.bos_id
+
+    @property
+    def tokenizer_name(self) -> str:
+        return self.restored.tokenizer.name
+
+    def tok_encode(
+        self, string: str, add_special_tokens: bool | None = None, **kwargs: Any
+    ) -> list[int]:
+        """Encodes a text, with BOS in front unless `add_special_tokens` is False."""
+        start = [] if add_special_tokens is False else [self.prefix_token_id]
+        return [*start, *self.restored.tokenizer.encode(string)]
+
+    def loglikelihood(
+        self, requests: list[Instance], disable_tqdm: bool = True
+    ) -> list[tuple[float, bool]]:
+        """Computes ln p(continuation | context), and whether greedy decoding would write it."""
+        empty = any(not ''.join(request.args) for request in requests)
+        require(not empty, 'a task has a request without context and continuation; mend its files.')
+        return super().loglikelihood(requests, disable_tqdm=disable_tqdm)
+
+    def _loglikelihood_tokens(
+        self, requests: list[tuple[tuple[str, str], list[int], list[int]]], **kwargs: Any
+    ) -> list[tuple[float, bool]]:
+        pairs = [self._fitting(before, after) for _, before, after in requests]
+        self._warn()
+        return self._scored(pairs)
+
+    def loglikelihood_rolling(
+        self, requests: list[Instance], disable_tqdm: bool = True
+    ) -> list[float]:
+        """Computes ln p of whole texts, each of whose tokens is scored once, in one of its rows."""
+        length = self.max_length or reach(self.restored.model.model.rope)
+        tokenizer = self.restored.tokenizer
+        texts = tokenizer.encode_batch([request.args[0] for request in requests])
+        rows = [list(windows(text, tokenizer.bos_id, length, length - 2)) for text in texts]
+        scored = iter(self._scored([pair for pairs in rows for pair in pairs]))
+        return [sum(next(scored)[0] for _ in pairs) for pairs in rows]
+
+    def generate_until(self, requests: list[Instance], disable_tqdm: bool = True) -> list[str]:
+        """Continues contexts as each request says: greedily, unless it samples."""
+        questions, repeats = [], dict[str, int]()
+        for request in requests:
+            context, settings = request.args[0], _settings(request.args[1])
+            tokens = self._last(self.tok_encode(context), settings['max_tokens'])
+            question = [tokens, settings]
+            if settings['temperature'] > 0:  # each repetition draws anew
+                key = digest(*question)
+                repeats[key] = repeats.get(key, -1) + 1
+                question = [tokens, settings | {'seed': repeats[key]}]
+            questions.append(question)
+        self._warn()
+        answers: dict[int, str] = {}
+        groups: dict[str, list[int]] = {}
+        for index, (_, settings) in enumerate(questions):
+            groups.setdefault(json.dumps(settings), []).append(index)
+        for wanted, own in groups.items():
+            settings = json.loads(wanted)
+            texts = self._answers(
+                'generate',
+                [questions[i] for i in own],
+                [len(questions[i][0]) + settings['max_tokens'] for i in own],
+                lambda some, shape, settings=settings: self._continued(some, shape, settings),
+            )
+            answers |= dict(zip(own, texts, strict=True))
+        return [answers[index] for index in range(len(questions))]
+
+    def _scored(self, pairs: list[Pair]) -> list[tuple[float, bool]]:
+        lengths = [len(before) + len(after) for before, after in pairs]
+        rope = self.restored.model.model.rope
+        beyond = sum(length > reach(rope) for length in lengths)
+        if beyond and rope.scaling != 'dynamic':
+            log.warning(
+                '%d of %d rows are longer than the %d tokens that the model was made for; beyond '
+                'them scores mean little unless --yarn=dynamic stretches positions, or '
+                '--max_length cuts rows.', beyond, len(pairs), reach(rope),
+            )  # fmt: skip
+
+        def compute(some: list[Pair], shape: Shape) -> list[tuple[float, bool]]:
+            return [
+                (-float(tokens.nats.sum(dtype='float64')), bool(tokens.likeliest.all()))
+                for tokens in score(self.restored, some, shape)
+            ]
+
+        answers = self._answers('score', pairs, lengths, compute)
+        return [(total, greedy) for total, greedy in answers]
+
+    def _continued(self, some: list[Any], shape: Shape, settings: dict[str, Any]) -> list[str]:
+        prompts = [tokens for tokens, _ in some]
+        filled = [*prompts, *[prompts[-1]] * (shape.num_rows - len(prompts))]
+        return continued(self.restored, filled, **settings)[: len(prompts)]
+
+    def _answers(
+        self,
+        kind: str,
+        questions: Sequence[Any],
+        lengths: Sequence[int],
+        compute: Callable[[list[Any], Shape], list[Any]],
+    ) -> list[Any]:
+        """Answers questions a batch at a time, but for batches whose answers are all there."""
+        keys = [digest(kind, *question) for question in questions]
+        asked = list(dict(zip(reversed(keys), reversed(range(len(keys))), strict=True)).values())
+        asked.sort()
+        mesh = mesh_of(self.restored.variables)
+        title = {'score': 'Scoring rows', 'generate': 'Generating texts'}[kind]
+        with display.phase(title, len(asked), 'rows') as advance:
+            for shape in shapes([lengths[i] for i in asked], mesh, self._batch_tokens):
+                own = [asked[index] for index in shape.indices]
+                if not all(keys[i] in self._responses for i in own):
+                    found = compute([questions[i] for i in own], shape)
+                    self._responses.add(dict(zip([keys[i] for i in own], found, strict=True)))
+                advance(len(own))
+        return [self._responses[key] for key in keys]
+
+    def _fitting(self, before: list[int], after: list[int]) -> Pair:
+        return self._last(before, len(after)), after
+
+    def _last(self, tokens: list[int], more: int) -> list[int]:
+        """BOS and as many of the last tokens as leave room for `more` within `max_length`."""
+        if not self.max_length or len(tokens) + more <= self.max_length:
+            return tokens
+        kept = self.max_length - more - 1
+        require(
+            kept > 0,
+            f'a task asks for {more} tokens after a context, and --max_length={self.max_length} '
+            'leaves no room for any of it; raise it, or set 0 for no limit.',
+        )
+        self.num_truncated += 1
+        return [tokens[0], *tokens[-kept:]]
+
+    def _warn(self) -> None:
+        if self.num_truncated:
+            log.warning(
+                '%d contexts lost their beginning to --max_length=%d.',
+                self.num_truncated, self.max_length,
+            )  # fmt: skip
+
+
+def _settings(kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Returns a request's `generation_kwargs` as `generate` takes them.
+
+    Raises:
+      UserError: one that `generate` knows nothing of.
+    """
+    known = normalize_gen_kwargs(kwargs)
+    unknown = sorted(known.keys() - GENERATION)
+    require(
+        not unknown,
+        f'a task sets {", ".join(unknown)} in generation_kwargs, and only '
+        f'{", ".join(sorted(GENERATION))} can be set; take it out of the task.',
+    )
+    return {
+        'max_tokens': known['max_gen_toks'],
+        'stop': [text for text in known['until'] if text],
+        'temperature': known.get('temperature', 0.0) if known['do_sample'] else 0.0,
+        'top_k': known.get('top_k', 0),
+        'top_p': known.get('top_p', 1.0),
+    }

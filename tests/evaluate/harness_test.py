@@ -1,0 +1,361 @@
+"""Benchmarks' figures are those of a direct computation, batched, sharded, resumed or not."""
+
+import functools
+import json
+import math
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import task_files
+import tiny_restored
+from etils import epath
+from refusals import refused
+
+from helios_jax import cli
+from helios_jax.errors import UserError
+from helios_jax.evaluate import benchmarks
+
+pytest.importorskip('lm_eval')
+
+import lm_eval.tasks
+from lm_eval.api.instance import Instance
+
+from helios_jax.evaluate import harness
+from helios_jax.evaluate.responses import Responses, identity
+
+pytestmark = pytest.mark.usefixtures('quick_compilation')
+
+BOS, EOS = 0xFE, 0xFF
+
+
+@pytest.fixture(scope='module')
+def tasks_directory(tmp_path_factory) -> Path:
+    return task_files.write(tmp_path_factory.mktemp('tasks') / 'tasks')
+
+
+@pytest.fixture(scope='module', autouse=True)
+def own_data_cache(tmp_path_factory):
+    """A cache of data sets that nothing else has filled."""
+    import datasets
+
+    with pytest.MonkeyPatch.context() as patch:
+        cache = str(tmp_path_factory.mktemp('data'))
+        patch.setattr(datasets.config, 'HF_DATASETS_CACHE', cache)
+        yield
+
+
+@functools.cache
+def logits_of(length: int):
+    made = tiny_restored.restored()
+    apply = jax.jit(functools.partial(made.model.apply, method='logits'))
+    return lambda rows: apply(made.variables, rows, jnp.arange(length)[None])
+
+
+@functools.cache
+def log_p(tokens: tuple[int, ...]) -> np.ndarray:
+    """ln p [T V] of the token after each, in float64 from the logits of this row alone."""
+    length = -(-len(tokens) // 256) * 256
+    row = jnp.zeros((1, length), jnp.int32).at[0, : len(tokens)].set(jnp.array(tokens))
+    logits = np.asarray(logits_of(length)(row)[0, : len(tokens), :256], np.float64)
+    return logits - np.log(np.exp(logits).sum(axis=-1, keepdims=True))
+
+
+def direct(context: str, text: str) -> tuple[float, bool]:
+    """ln p(text | context), and whether greedy decoding writes it."""
+    before, after = [BOS, *context.encode()], list(text.encode())
+    each = log_p((*before, *after))[len(before) - 1 : -1]
+    return float(sum(each[range(len(after)), after])), bool((each.argmax(axis=1) == after).all())
+
+
+def greedy(context: str, max_tokens: int, stop: str) -> str:
+    tokens = [BOS, *context.encode()]
+    start = len(tokens)
+    for _ in range(max_tokens):
+        token = int(log_p(tuple(tokens))[-1].argmax())
+        if token == EOS:
+            break
+        tokens.append(token)
+    written = bytes(t for t in tokens[start:] if t != BOS)
+    return written.decode(errors='replace').split(stop)[0]
+
+
+def rolling(text: str, length: int) -> float:
+    """Rows of `length` tokens at most: BOS, what is read again, what is scored."""
+    data, done, total = text.encode(), 0, 0.0
+    while done < len(data):
+        end = min(len(data), length - 1 if done == 0 else done + length - 2)
+        row = (BOS, *data[max(0, end - length + 1) : end])
+        scored = end - done
+        each = log_p(row)[len(row) - scored - 1 : -1]
+        total += float(sum(each[range(scored), list(row[-scored:])]))
+        done = end
+    return total
+
+
+def expected() -> dict[str, dict[str, float]]:
+    """The figures of the four tasks, document by document."""
+    hits, hits_by_byte = [], []
+    for quiz in task_files.QUIZ:
+        scores = [direct(quiz['question'], f' {c}')[0] for c in quiz['choices']]
+        by_byte = np.divide(scores, [len(c) for c in quiz['choices']])
+        hits.append(np.argmax(scores) == quiz['answer'])
+        hits_by_byte.append(np.argmax(by_byte) == quiz['answer'])
+    words = [direct(d['context'], f' {d["word"]}') for d in task_files.LAST_WORDS]
+    nats = -sum(rolling(text, tiny_restored.TRAINED) for text in task_files.TEXTS)
+    num_bytes = sum(len(text.encode()) for text in task_files.TEXTS)
+    written = [greedy(d['question'], 5, '\n') == d['answer'] for d in task_files.SUMS]
+    return {
+        'quiz': {'acc,none': np.mean(hits), 'acc_norm,none': np.mean(hits_by_byte)},
+        'texts': {
+            'byte_perplexity,none': math.exp(nats / num_bytes),
+            'bits_per_byte,none': nats / num_bytes / math.log(2),
+        },
+        'last_words': {
+            'perplexity,none': math.exp(-np.mean([score for score, _ in words])),
+            'acc,none': np.mean([hit for _, hit in words]),
+        },
+        'sums': {'exact_match,none': np.mean(written)},
+    }
+
+
+def run(directory: Path, restored=None, **settings) -> dict:
+    tasks = benchmarks.load(sorted(task_files.TASKS), str(directory))
+    return benchmarks.run(restored or tiny_restored.restored(), tasks, **settings)
+
+
+def close(found: dict, wanted: dict) -> None:
+    for task, figures in wanted.items():
+        for name, value in figures.items():
+            np.testing.assert_allclose(found[task][name], value, rtol=1e-5, err_msg=name)
+
+
+def test_figures_of_four_kinds_of_tasks_are_those_of_a_direct_computation(
+    tasks_directory, tmp_path
+):
+    results = run(tasks_directory, output=str(tmp_path))
+    close(results['results'], expected())
+    p = results['results']['quiz']['acc,none']
+    np.testing.assert_allclose(
+        results['results']['quiz']['acc_stderr,none'], math.sqrt(p * (1 - p) / 3)
+    )
+    assert results['results']['last_words']['perplexity_stderr,none'] > 0
+    written = json.loads((tmp_path / 'results.json').read_text())
+    assert written['results'] == results['results'] and results['truncated'] == 0
+    table = (tmp_path / 'results.md').read_text()
+    assert all(name in table for name in task_files.TASKS) and '±' in table
+    # What is in the file is not computed again.
+    lines = (tmp_path / 'responses.jsonl').read_text().splitlines()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(harness, 'score', None)
+        patch.setattr(harness, 'continued', None)
+        assert run(tasks_directory, output=str(tmp_path))['results'] == results['results']
+    assert (tmp_path / 'responses.jsonl').read_text().splitlines() == lines
+
+
+def requests(kind: str, *arguments: tuple) -> list[Instance]:
+    return [Instance(kind, {}, each, i, ('t', i, 1)) for i, each in enumerate(arguments)]
+
+
+def asked(**settings) -> harness.HarnessModel:
+    return harness.HarnessModel(tiny_restored.restored(), **settings)
+
+
+PAIRS = [
+    (choice['question'], f' {text}') for choice in task_files.QUIZ for text in choice['choices']
+]
+
+
+@pytest.mark.slow
+def test_a_batch_answers_as_one_by_one():
+    together = asked().loglikelihood(requests('loglikelihood', *PAIRS))
+    alone = [asked(batch_rows=1).loglikelihood(requests('loglikelihood', p))[0] for p in PAIRS]
+    np.testing.assert_allclose([x for x, _ in together], [x for x, _ in alone], rtol=1e-5)
+    assert [x for _, x in together] == [x for _, x in alone]
+    settings = {'until': ['q'], 'max_gen_toks': 6}
+    prompts = [(question['question'], settings) for question in task_files.QUIZ]
+    texts = asked().generate_until(requests('generate_until', *prompts))
+    each = [asked(batch_rows=1).generate_until(requests('generate_until', p))[0] for p in prompts]
+    assert texts == each
+
+
+@pytest.mark.slow
+def test_eight_devices_find_what_one_does(tasks_directory):
+    one = run(tasks_directory)['results']
+    eight = run(tasks_directory, tiny_restored.restored(8, context=2))['results']
+    for task, figures in one.items():
+        figures = {name: v for name, v in figures.items() if isinstance(v, float)}
+        close(eight, {task: figures})
+
+
+def test_equal_requests_are_asked_once_and_samples_of_one_context_differ():
+    model = asked()
+    calls = []
+    real = harness.score
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(harness, 'score', lambda *args: calls.append(args[1]) or real(*args))
+        answers = model.loglikelihood(requests('loglikelihood', *PAIRS[:2], *PAIRS[:2]))
+    assert answers[:2] == answers[2:] and [len(pairs) for pairs in calls] == [2]
+    drawing = ('ab', {'until': [], 'max_gen_toks': 6, 'do_sample': True, 'temperature': 1.0})
+    drawn = model.generate_until(requests('generate_until', drawing, drawing, drawing))
+    assert len(set(drawn)) == 3
+    assert drawn == asked().generate_until(requests('generate_until', drawing, drawing, drawing))
+
+
+def test_a_limit_cuts_the_beginning_of_contexts_and_counts_them():
+    model = asked(max_length=40)
+    context = 'left out: ' + 'k' * 34
+    # BOS, 35 bytes of context and 4 more fill a row of 40.
+    found = model.loglikelihood(requests('loglikelihood', (context, ' xyz'), ('a', ' xyz')))
+    np.testing.assert_allclose(
+        [score for score, _ in found], [direct(' ' + 'k' * 34, ' xyz')[0], direct('a', ' xyz')[0]],
+        rtol=1e-5,
+    )  # fmt: skip
+    assert model.num_truncated == 1
+    with pytest.raises(UserError, match='50 tokens after a context, and --max_length=40'):
+        model.loglikelihood(requests('loglikelihood', ('a', 'x' * 50)))
+    rows = model.loglikelihood_rolling(requests('loglikelihood_rolling', ('p' * 99,), ('',)))
+    np.testing.assert_allclose(rows, [rolling('p' * 99, 40), 0], rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ('call', 'message'),
+    [
+        (lambda: asked(batch_rows=0), 'batch_rows=0 must be above 0'),
+        (lambda: asked(max_length=2), r'max_length=2 must be 0 \(no limit\) or at least 3'),
+        (
+            lambda: asked().generate_until(
+                requests('generate_until', ('a', {'until': [], 'num_beams': 3}))
+            ),
+            'sets num_beams in generation_kwargs',
+        ),
+        (
+            lambda: asked().loglikelihood(requests('loglikelihood', ('', ''))),
+            'without context and continuation',
+        ),
+    ],
+)
+def test_what_cannot_be_answered_is_refused(call, message):
+    with pytest.raises(UserError, match=message):
+        call()
+
+
+def test_answers_of_another_model_or_lines_that_are_none_are_refused(tmp_path):
+    path = epath.Path(tmp_path / 'responses.jsonl')
+    kept = Responses(path, 'one')
+    kept.add({'a': [-1.5, True], 'b': 'text'})
+    with pytest.raises(UserError, match='answers of another model'):
+        Responses(path, 'two')
+    with path.open('a') as file:
+        file.write('{"question": "c", "ans')  # torn by a kill
+    again = Responses(path, 'one')
+    assert 'c' not in again and (again['a'], again['b']) == ([-1.5, True], 'text')
+    again.add({'c': 1})
+    assert Responses(path, 'one')['c'] == 1
+    path.write_text(path.read_text().replace('"question": "b"', '"b"'))
+    with pytest.raises(UserError, match='line 3 is no answer'):
+        Responses(path, 'one')
+
+
+def test_the_identity_of_a_model_is_that_of_each_weight_and_of_its_positions():
+    made = tiny_restored.restored()
+    leaves, tree = jax.tree.flatten(made.variables)
+    found = {identity(made), identity(tiny_restored.restored(scaling='dynamic'))}
+    for index, leaf in enumerate(leaves):
+        changed = [*leaves]
+        changed[index] = leaf.at[(0,) * leaf.ndim].multiply(1.0000002)
+        found.add(identity(made._replace(variables=jax.tree.unflatten(tree, changed))))
+    assert len(found) == 2 + len(leaves)
+    swapped = [leaf[::-1] for leaf in leaves]
+    assert identity(made._replace(variables=jax.tree.unflatten(tree, swapped))) not in found
+
+
+@pytest.mark.slow
+def test_a_mesh_changes_no_identity():
+    assert identity(tiny_restored.restored(8)) == identity(tiny_restored.restored())
+
+
+KILLED = """
+import sys
+sys.path.insert(0, sys.argv[1])
+import os, jax
+jax.config.update('jax_num_cpu_devices', 1)
+import harness_test, tiny_restored
+from helios_jax.evaluate import responses
+add = responses.Responses.add
+def add_and_die(self, answers):
+    add(self, answers)
+    if len(self._answers) > 7:
+        os._exit(9)
+responses.Responses.add = add_and_die
+harness_test.run(harness_test.Path(sys.argv[2]), batch_rows=4, output=sys.argv[3])
+"""
+
+
+@pytest.mark.slow
+def test_an_evaluation_that_is_killed_goes_on_to_the_same_results(tasks_directory, tmp_path):
+    here = Path(__file__).parent
+    path = os.pathsep.join([str(here), str(here.parent / 'support'), os.environ['PYTHONPATH']])
+    environment = os.environ | {'PYTHONPATH': path, 'JAX_DISABLE_MOST_OPTIMIZATIONS': '1'}
+    command = [sys.executable, '-c', KILLED, str(here), str(tasks_directory), str(tmp_path / 'a')]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment)
+    assert done.returncode == 9, done.stderr
+    lines = (tmp_path / 'a' / 'responses.jsonl').read_text().splitlines()
+    assert len(lines) > 8
+    resumed = run(tasks_directory, batch_rows=4, output=str(tmp_path / 'a'))
+    whole = run(tasks_directory, batch_rows=4, output=str(tmp_path / 'b'))
+    assert resumed == whole
+    answers = [(tmp_path / x / 'responses.jsonl').read_text().splitlines() for x in 'ab']
+    assert answers[0] == answers[1] and answers[0][: len(lines)] == lines
+
+
+@pytest.mark.slow
+def test_the_command_prints_the_table_or_json(root, tasks_directory, capsys, tmp_path):
+    command = ['eval', f'--checkpoint={root}/run', f'--include_path={tasks_directory}']
+    cli.main([*command, '--tasks=quiz,sums', '--limit=2', f'--output={tmp_path}/new'])
+    table = capsys.readouterr().out
+    assert re.search(r'\|quiz +\|', table) and 'acc_norm' in table and '±' in table
+    cli.main([*command, '--tasks=quiz,sums', '--limit=2', f'--output={tmp_path}/new', '--json'])
+    results = json.loads(capsys.readouterr().out)
+    assert results['n-samples']['quiz'] == {'original': 4, 'effective': 2}
+    assert results == json.loads((tmp_path / 'new' / 'results.json').read_text())
+
+
+@pytest.mark.parametrize(
+    ('arguments', 'message'),
+    [
+        (['--tasks=quizz'], "'quizz' is no task. Did you mean 'quiz'"),
+        (['--tasks=gone'], 'gone cannot be loaded: .*mend its files'),
+        (['--tasks=quiz', '--text=x'], '--text and --tasks are two evaluations'),
+        (['--tasks=quiz', '--output=gs://x/y'], '--output=gs://x/y must be a local'),
+        (['--tasks=quiz', '--include_path=none'], '--include_path=none is no directory'),
+        (['--tasks=quiz', '--limit=-1'], 'limit=-1 must be 0'),
+    ],
+)
+def test_a_task_that_cannot_be_run_is_one_line(
+    arguments, message, root, tasks_directory, capsys, monkeypatch, tmp_path
+):
+    (tmp_path / 'gone.yaml').write_text(
+        (tasks_directory / 'quiz.yaml').read_text().replace('quiz', 'gone')
+    )
+    (tmp_path / 'quiz.yaml').write_text((tasks_directory / 'quiz.yaml').read_text())
+    manager = lm_eval.tasks.TaskManager
+    local = lambda include_path=None, **_: manager(
+        include_path=include_path, include_defaults=False
+    )
+    monkeypatch.setattr(lm_eval.tasks, 'TaskManager', local)  # its own files take long to read
+    command = ['eval', f'--checkpoint={root}/run', f'--include_path={tmp_path}']
+    line = refused(capsys, *command, *arguments)
+    assert re.search(message, line), line
+
+
+def test_the_extra_that_is_missing_is_named(root, capsys, monkeypatch):
+    monkeypatch.setattr(benchmarks, 'PACKAGE', 'no_such_package')
+    line = refused(capsys, 'eval', f'--checkpoint={root}/run', '--tasks=quiz', alone=True)
+    assert "pip install 'helios_jax[eval]'" in line
