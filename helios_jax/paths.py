@@ -44,6 +44,14 @@ def check(name: str, path: str) -> None:
     )
 
 
+def write_whole(path: epath.Path, content: bytes) -> None:
+    """Writes a file, and the directories above it, whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.parent / f'{path.name}.tmp'
+    temporary.write_bytes(content)
+    temporary.replace(path)
+
+
 def identities(files: Sequence[epath.Path]) -> list[list[Any]]:
     """Returns values of each file that change whenever its content does, without reading it.
 

@@ -13,7 +13,7 @@ from typing import Any
 
 from etils import epath
 
-from helios_jax import display, options
+from helios_jax import display, options, paths
 from helios_jax.errors import UserError, nearest, require
 from helios_jax.evaluate import responses
 from helios_jax.restoring import Restored
@@ -31,6 +31,17 @@ OFFLINE = {
 }
 BOOTSTRAP_DRAWS = 1000  # of metrics whose standard error has no closed form
 FEWSHOT_SEED = 1234  # the harness's own
+SHORTEST_LIMIT = 3  # tokens: BOS, one that is read, one that is scored
+
+
+def check(limit: int, batch_rows: int, max_length: int) -> None:
+    """Refuses numbers that `run` cannot take."""
+    require(limit >= 0, f'limit={limit} must be 0 (all) or more.')
+    require(batch_rows > 0, f'batch_rows={batch_rows} must be above 0.')
+    require(
+        max_length == 0 or max_length >= SHORTEST_LIMIT,
+        f'max_length={max_length} must be 0 (no limit) or at least {SHORTEST_LIMIT}.',
+    )
 
 
 def load(names: Sequence[str], include_path: str = '') -> dict[str, Any]:
@@ -102,7 +113,7 @@ def run(
       UserError: a number out of range; a task that this model cannot do; `output` has answers of
         another model.
     """
-    require(limit >= 0, f'limit={limit} must be 0 (all) or more.')
+    check(limit, batch_rows, max_length)
     from lm_eval.evaluator import evaluate
 
     from helios_jax.evaluate.harness import HarnessModel
@@ -126,8 +137,8 @@ def run(
         'lm_eval': importlib.metadata.version(PACKAGE),
     }
     if folder and display.speaks():
-        write(folder / 'results.json', options.to_json(results) + '\n')
-        write(folder / 'results.md', table(results))
+        paths.write_whole(folder / 'results.json', (options.to_json(results) + '\n').encode())
+        paths.write_whole(folder / 'results.md', table(results).encode())
     return results
 
 
@@ -139,11 +150,3 @@ def table(results: dict[str, Any]) -> str:
     if results.get('groups'):
         tables.append(make_table(results, 'groups'))
     return '\n'.join(tables)
-
-
-def write(path: epath.Path, text: str) -> None:
-    """Writes a file, whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.parent / f'{path.name}.tmp'
-    temporary.write_text(text)
-    temporary.replace(path)

@@ -1,5 +1,6 @@
 """helios eval and generate: the commands that read a checkpoint's weights."""
 
+import dataclasses
 import functools
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -8,18 +9,26 @@ from absl import flags
 
 from helios_jax import config, options, paths
 from helios_jax.errors import UserError, require
+from helios_jax.evaluate.length_settings import METHODS, Lengths
 
 
 def eval_command(argv: Sequence[str]) -> None:
-    """Measures a checkpoint: bits per byte of text, or benchmarks.
+    """Measures a checkpoint: bits per byte of text, benchmarks, or rows of several lengths.
 
     helios eval --checkpoint=runs/tiny --step=best --text='other/*.txt'
     helios eval --checkpoint=runs/tiny --tasks=quiz --include_path=tasks --output=runs/tiny/quiz
+    helios eval --checkpoint=runs/tiny --lengths=256,512,1024 --text='long/*.txt'
     """
     values = flags.FlagValues()
     checkpoint_flags(values)
     flags.DEFINE_string(
         'text', '', 'Corpus to read instead of the held-out split.', flag_values=values
+    )
+    flags.DEFINE_string(
+        'output', '', 'Directory for results; stopped tasks go on there.', flag_values=values
+    )
+    flags.DEFINE_integer(
+        'context', 1, 'Devices that share a row, which travels round a ring.', flag_values=values
     )
     flags.DEFINE_integer('row_length', 0, "Tokens a row; 0 takes the run's.", flag_values=values)
     flags.DEFINE_integer('rows', 0, 'Rows to read; 0 takes all.', flag_values=values)
@@ -29,10 +38,17 @@ def eval_command(argv: Sequence[str]) -> None:
         flag_values=values,
     )  # fmt: skip
     task_flags(values)
+    length_flags(values)
     options.parse(values, argv)
     prepare(values)
+    chosen = [f'--{name}' for name in ('tasks', 'lengths') if values[name].value]
+    require(len(chosen) < 2, f'{" and ".join(chosen)} are two evaluations; give one of them.')
+    require(paths.is_local(values.output), f'--output={values.output} must be a local directory.')
     if values.tasks:
         return run_tasks(values)
+    if values.lengths:
+        return run_lengths(values)
+    require(not values.output, '--output is for --tasks and --lengths; print with --json.')
     restored = restore(values)
     from helios_jax import display, restoring
     from helios_jax.evaluate.figures import labelled
@@ -66,23 +82,50 @@ def task_flags(values: flags.FlagValues) -> None:
     flags.DEFINE_integer(
         'max_length', 0, "Tokens of a task's row; longer contexts are cut.", flag_values=values
     )
-    flags.DEFINE_string(
-        'output', '', 'Directory for results; a stopped evaluation goes on.', flag_values=values
-    )
+
+
+def length_flags(values: flags.FlagValues) -> None:
+    """Defines the flags of an evaluation at several lengths: fields of `Lengths`."""
+    flags.DEFINE_list('lengths', [], 'Tokens of a row, such as 512,1024.', flag_values=values)
+    flags.DEFINE_list('methods', list(METHODS), 'How positions are stretched.', flag_values=values)
+    for name, text in (
+        ('documents', 'Documents to read, each as long as the longest row.'),
+        ('trials', 'Prompts of each task and of each depth; 0 makes none.'),
+        ('stride', 'Tokens that a row scores, in the perplexity.'),
+        ('seed', 'Another seed makes other prompts.'),
+    ):
+        flags.DEFINE_integer(name, getattr(Lengths, name), text, flag_values=values)
 
 
 def run_tasks(values: flags.FlagValues) -> None:
     """Runs --tasks on the checkpoint, and prints their table."""
     require(not values.text, '--text and --tasks are two evaluations; give one of them.')
-    require(paths.is_local(values.output), f'--output={values.output} must be a local directory.')
     from helios_jax.evaluate import benchmarks
 
+    benchmarks.check(values.limit, values.batch_rows, values.max_length)
     tasks = benchmarks.load(values.tasks, values.include_path)
     results = benchmarks.run(
         restore(values), tasks, limit=values.limit, batch_rows=values.batch_rows,
         max_length=values.max_length, output=values.output,
     )  # fmt: skip
     print(options.to_json(results) if values.json else benchmarks.table(results))
+
+
+def run_lengths(values: flags.FlagValues) -> None:
+    """Measures the checkpoint at --lengths, and prints their table."""
+    names = [field.name for field in dataclasses.fields(Lengths)]
+    given = {name: values[name].value for name in names}
+    for length in values.lengths:
+        require(length.isdecimal(), f'--lengths: {length!r} is no number of tokens, such as 512.')
+    given |= {'lengths': tuple(map(int, values.lengths)), 'methods': tuple(values.methods)}
+    wanted = Lengths(**given)
+    from helios_jax.evaluate import length_report
+    from helios_jax.evaluate.lengths import measure
+
+    results = measure(restore(values), wanted)
+    if values.output:
+        length_report.write(values.output, results)
+    print(options.to_json(results) if values.json else length_report.table(results))
 
 
 def generate_command(argv: Sequence[str]) -> None:
@@ -143,10 +186,18 @@ def prepare(values: flags.FlagValues) -> None:
 def restore(values: flags.FlagValues, meanwhile: Callable[[Any], object] | None = None) -> Any:
     """Returns what `checkpoint_flags` name, ready to use; `meanwhile` as in `restoring.restore`."""
     from helios_jax import restoring
+    from helios_jax.parallel import mesh as meshes
 
+    context = values.context if 'context' in values else 1
+    mesh = meshes.make(config.Mesh(context=context)) if context != 1 else None
     scaling = yarn(values.yarn)
     return restoring.restore(
-        values.checkpoint, values.step, weights=values.weights, rope=scaling, meanwhile=meanwhile
+        values.checkpoint,
+        values.step,
+        weights=values.weights,
+        mesh=mesh,
+        rope=scaling,
+        meanwhile=meanwhile,
     )
 
 

@@ -256,7 +256,7 @@ def placed(array: Any, where: jax.sharding.Sharding) -> jax.ShapeDtypeStruct:
 
 
 def reach(rope: config.Rope) -> int:
-    """Number of positions that a model is good for, as long as no dynamic scaling stretches them."""
+    """Number of positions that a model is good for where no dynamic scaling stretches them."""
     return int(rope.trained_length * (rope.factor if rope.scaling == 'static' else 1))
 
 

@@ -15,8 +15,8 @@ from lm_eval.models.utils import normalize_gen_kwargs
 
 from helios_jax import display
 from helios_jax.errors import require
-from helios_jax.evaluate.generate import continued, reach
-from helios_jax.evaluate.responses import Responses, digest, identity
+from helios_jax.evaluate.generate import continued, reach, warn_of_length
+from helios_jax.evaluate.responses import Responses, digest
 from helios_jax.evaluate.scores import Pair, Shape, score, shapes, windows
 from helios_jax.restoring import Restored, mesh_of
 
@@ -24,20 +24,19 @@ log = logging.getLogger(__name__)
 
 # What a task may ask for in `generation_kwargs`.
 GENERATION = {'until', 'max_gen_toks', 'do_sample', 'temperature', 'top_k', 'top_p'}
-SHORTEST_LIMIT = 3  # tokens: BOS, one that is read, one that is scored
 
 
 class HarnessModel(TemplateLM):
     """Answers the requests of lm-evaluation-harness with a restored model.
 
     Args:
-      batch_rows: rows of the run's length at a time; of shorter rows as many more.
-      max_length: tokens of a row. Longer contexts lose their beginning, and `num_truncated` counts
-        them; texts of rolling tasks are cut into rows of it. 0 cuts no context, and texts into
-        rows of the length that the model was made for.
+      batch_rows: rows of the run's length at a time, above 0; of shorter rows as many more.
+      max_length: tokens of a row, at least 3. Longer contexts lose their beginning, and
+        `num_truncated` counts them; texts of rolling tasks are cut into rows of it. 0 cuts no
+        context, and texts into rows of the length that the model was made for.
       responses: answers that are there already, and where new ones go; in memory if left out.
     Raises:
-      UserError: a number out of range; later, a request that cannot be answered.
+      UserError: later, a request that cannot be answered.
     """
 
     def __init__(
@@ -49,16 +48,11 @@ class HarnessModel(TemplateLM):
         responses: Responses | None = None,
     ) -> None:
         super().__init__()
-        require(batch_rows > 0, f'batch_rows={batch_rows} must be above 0.')
-        require(
-            max_length == 0 or max_length >= SHORTEST_LIMIT,
-            f'max_length={max_length} must be 0 (no limit) or at least {SHORTEST_LIMIT}.',
-        )
         self.restored = restored
         self.max_length = max_length
         self.num_truncated = 0
         self._batch_tokens = batch_rows * restored.config.data.row_length
-        self._responses = responses or Responses(None, identity(restored))
+        self._responses = responses or Responses(None, model='')
 
     @property
     def eot_token_id(self) -> int:
@@ -107,16 +101,16 @@ class HarnessModel(TemplateLM):
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = True) -> list[str]:
         """Continues contexts as each request says: greedily, unless it samples."""
-        questions, repeats = [], dict[str, int]()
+        questions: list[tuple[list[int], dict[str, Any]]] = []
+        repeats: dict[str, int] = {}
         for request in requests:
             context, settings = request.args[0], _settings(request.args[1])
             tokens = self._last(self.tok_encode(context), settings['max_tokens'])
-            question = [tokens, settings]
             if settings['temperature'] > 0:  # each repetition draws anew
-                key = digest(*question)
+                key = digest(tokens, settings)
                 repeats[key] = repeats.get(key, -1) + 1
-                question = [tokens, settings | {'seed': repeats[key]}]
-            questions.append(question)
+                settings |= {'seed': repeats[key]}
+            questions.append((tokens, settings))
         self._warn()
         answers: dict[int, str] = {}
         groups: dict[str, list[int]] = {}
@@ -124,6 +118,8 @@ class HarnessModel(TemplateLM):
             groups.setdefault(json.dumps(settings), []).append(index)
         for wanted, own in groups.items():
             settings = json.loads(wanted)
+            longest = max(len(questions[i][0]) for i in own)
+            warn_of_length(self.restored.model.model.rope, longest, settings['max_tokens'])
             texts = self._answers(
                 'generate',
                 [questions[i] for i in own],

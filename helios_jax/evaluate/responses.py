@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from etils import epath
 from jaxtyping import Array, PyTree, UInt32
 
-from helios_jax import options
+from helios_jax import paths
 from helios_jax.errors import require
 from helios_jax.parallel import agreement
 from helios_jax.restoring import Restored, mesh_of
@@ -56,11 +56,9 @@ class Responses:
     def _start(self, model: str) -> None:
         """Writes what was read, without a torn last line."""
         assert self._path is not None
-        self._path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = self._path.parent / f'{FILE}.tmp'
-        lines = [options.to_json({'model': model}) + '\n']
-        temporary.write_text(''.join([*lines, *(_line(*item) for item in self._answers.items())]))
-        temporary.replace(self._path)
+        lines = [json.dumps({'model': model}) + '\n']
+        lines += [_line(*item) for item in self._answers.items()]
+        paths.write_whole(self._path, ''.join(lines).encode())
 
 
 def digest(*question: Any) -> str:

@@ -1,8 +1,8 @@
-"""Log-likelihoods of the tokens of given rows, batched by length so that few shapes are compiled."""
+"""Log-likelihoods of tokens of given rows, batched by length so that few shapes are compiled."""
 
 import functools
 from collections.abc import Callable, Iterator, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -117,7 +117,7 @@ def scores_of_batch(
     batch, targets, _ = with_targets(batch)
     segments = batch.attention_segments(documents_apart)
     hidden, _ = model.apply(variables, batch.tokens, batch.positions, segments)
-    head = model.apply(variables, method='unembedding_weight')
+    head: Any = model.apply(variables, method='unembedding_weight')
     nats, likeliest = target_scores(hidden, head, targets, model.model.vocab_size)
     # Every process reads all of them.
     whole = [constrain(x, 'whole', 'whole') for x in (batch.positions, nats, likeliest)]
@@ -159,8 +159,8 @@ def target_scores(
 def windows(tokens: list[int], bos_id: int, length: int, stride: int) -> Iterator[Pair]:
     """Cuts a text into rows of at most `length` tokens that score each of its tokens once.
 
-    Every row starts with BOS, as rows of training do. The first scores all that fits; each one after
-    it scores the next `stride` tokens, and reads as many before them as fit.
+    Every row starts with BOS, as rows of training do. The first scores all that fits; each one
+    after it scores the next `stride` tokens, and reads as many before them as fit.
 
     Args:
       length: tokens of a row, BOS among them, at least 3.

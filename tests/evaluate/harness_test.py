@@ -3,10 +3,7 @@
 import functools
 import json
 import math
-import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import jax
@@ -20,7 +17,7 @@ from refusals import refused
 
 from helios_jax import cli
 from helios_jax.errors import UserError
-from helios_jax.evaluate import benchmarks
+from helios_jax.evaluate import benchmarks, command
 
 pytest.importorskip('lm_eval')
 
@@ -30,7 +27,7 @@ from lm_eval.api.instance import Instance
 from helios_jax.evaluate import harness
 from helios_jax.evaluate.responses import Responses, identity
 
-pytestmark = pytest.mark.usefixtures('quick_compilation')
+pytestmark = pytest.mark.usefixtures('quick_runs')
 
 BOS, EOS = 0xFE, 0xFF
 
@@ -61,7 +58,7 @@ def logits_of(length: int):
 @functools.cache
 def log_p(tokens: tuple[int, ...]) -> np.ndarray:
     """ln p [T V] of the token after each, in float64 from the logits of this row alone."""
-    length = -(-len(tokens) // 256) * 256
+    length = -(-len(tokens) // 128) * 128
     row = jnp.zeros((1, length), jnp.int32).at[0, : len(tokens)].set(jnp.array(tokens))
     logits = np.asarray(logits_of(length)(row)[0, : len(tokens), :256], np.float64)
     return logits - np.log(np.exp(logits).sum(axis=-1, keepdims=True))
@@ -99,34 +96,31 @@ def rolling(text: str, length: int) -> float:
     return total
 
 
-def expected() -> dict[str, dict[str, float]]:
-    """The figures of the four tasks, document by document."""
-    hits, hits_by_byte = [], []
-    for quiz in task_files.QUIZ:
-        scores = [direct(quiz['question'], f' {c}')[0] for c in quiz['choices']]
-        by_byte = np.divide(scores, [len(c) for c in quiz['choices']])
-        hits.append(np.argmax(scores) == quiz['answer'])
-        hits_by_byte.append(np.argmax(by_byte) == quiz['answer'])
-    words = [direct(d['context'], f' {d["word"]}') for d in task_files.LAST_WORDS]
-    nats = -sum(rolling(text, tiny_restored.TRAINED) for text in task_files.TEXTS)
-    num_bytes = sum(len(text.encode()) for text in task_files.TEXTS)
+def expected(task: str) -> dict[str, float]:
+    """The figures of a task, document by document."""
+    if task == 'quiz':
+        hits, hits_by_byte = [], []
+        for quiz in task_files.QUIZ:
+            scores = [direct(quiz['question'], f' {c}')[0] for c in quiz['choices']]
+            by_byte = np.divide(scores, [len(c) for c in quiz['choices']])
+            hits.append(np.argmax(scores) == quiz['answer'])
+            hits_by_byte.append(np.argmax(by_byte) == quiz['answer'])
+        return {'acc,none': np.mean(hits), 'acc_norm,none': np.mean(hits_by_byte)}
+    if task == 'texts':
+        nats = -sum(rolling(text, tiny_restored.TRAINED) for text in task_files.TEXTS)
+        num_bytes = sum(len(text.encode()) for text in task_files.TEXTS)
+        bits = nats / num_bytes / math.log(2)
+        return {'byte_perplexity,none': math.exp(nats / num_bytes), 'bits_per_byte,none': bits}
+    if task == 'last_words':
+        words = [direct(d['context'], f' {d["word"]}') for d in task_files.LAST_WORDS]
+        perplexity = math.exp(-np.mean([score for score, _ in words]))
+        return {'perplexity,none': perplexity, 'acc,none': np.mean([hit for _, hit in words])}
     written = [greedy(d['question'], 5, '\n') == d['answer'] for d in task_files.SUMS]
-    return {
-        'quiz': {'acc,none': np.mean(hits), 'acc_norm,none': np.mean(hits_by_byte)},
-        'texts': {
-            'byte_perplexity,none': math.exp(nats / num_bytes),
-            'bits_per_byte,none': nats / num_bytes / math.log(2),
-        },
-        'last_words': {
-            'perplexity,none': math.exp(-np.mean([score for score, _ in words])),
-            'acc,none': np.mean([hit for _, hit in words]),
-        },
-        'sums': {'exact_match,none': np.mean(written)},
-    }
+    return {'exact_match,none': np.mean(written)}
 
 
-def run(directory: Path, restored=None, **settings) -> dict:
-    tasks = benchmarks.load(sorted(task_files.TASKS), str(directory))
+def run(directory: Path, restored=None, names=tuple(task_files.TASKS), **settings) -> dict:
+    tasks = benchmarks.load(names, str(directory))
     return benchmarks.run(restored or tiny_restored.restored(), tasks, **settings)
 
 
@@ -136,26 +130,33 @@ def close(found: dict, wanted: dict) -> None:
             np.testing.assert_allclose(found[task][name], value, rtol=1e-5, err_msg=name)
 
 
+@pytest.mark.parametrize(
+    'names',
+    [('quiz', 'texts', 'last_words'), pytest.param(('sums',), marks=pytest.mark.slow)],
+    ids=' '.join,
+)
 def test_figures_of_four_kinds_of_tasks_are_those_of_a_direct_computation(
-    tasks_directory, tmp_path
+    names, tasks_directory, tmp_path
 ):
-    results = run(tasks_directory, output=str(tmp_path))
-    close(results['results'], expected())
-    p = results['results']['quiz']['acc,none']
-    np.testing.assert_allclose(
-        results['results']['quiz']['acc_stderr,none'], math.sqrt(p * (1 - p) / 3)
-    )
-    assert results['results']['last_words']['perplexity_stderr,none'] > 0
+    results = run(tasks_directory, names=names, output=str(tmp_path))
+    close(results['results'], {name: expected(name) for name in names})
+    if 'quiz' in names:
+        p = results['results']['quiz']['acc,none']
+        np.testing.assert_allclose(
+            results['results']['quiz']['acc_stderr,none'], math.sqrt(p * (1 - p) / 3)
+        )
+        assert results['results']['last_words']['perplexity_stderr,none'] > 0
     written = json.loads((tmp_path / 'results.json').read_text())
     assert written['results'] == results['results'] and results['truncated'] == 0
     table = (tmp_path / 'results.md').read_text()
-    assert all(name in table for name in task_files.TASKS) and '±' in table
+    assert all(name in table for name in names) and '±' in table
     # What is in the file is not computed again.
     lines = (tmp_path / 'responses.jsonl').read_text().splitlines()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(harness, 'score', None)
         patch.setattr(harness, 'continued', None)
-        assert run(tasks_directory, output=str(tmp_path))['results'] == results['results']
+        again = run(tasks_directory, names=names, output=str(tmp_path))
+    assert again == results
     assert (tmp_path / 'responses.jsonl').read_text().splitlines() == lines
 
 
@@ -174,27 +175,31 @@ PAIRS = [
 
 @pytest.mark.slow
 def test_a_batch_answers_as_one_by_one():
+    one = asked(batch_rows=1)
     together = asked().loglikelihood(requests('loglikelihood', *PAIRS))
-    alone = [asked(batch_rows=1).loglikelihood(requests('loglikelihood', p))[0] for p in PAIRS]
+    alone = [one.loglikelihood(requests('loglikelihood', pair))[0] for pair in PAIRS]
     np.testing.assert_allclose([x for x, _ in together], [x for x, _ in alone], rtol=1e-5)
     assert [x for _, x in together] == [x for _, x in alone]
     settings = {'until': ['q'], 'max_gen_toks': 6}
     prompts = [(question['question'], settings) for question in task_files.QUIZ]
     texts = asked().generate_until(requests('generate_until', *prompts))
-    each = [asked(batch_rows=1).generate_until(requests('generate_until', p))[0] for p in prompts]
+    each = [one.generate_until(requests('generate_until', p))[0] for p in prompts]
     assert texts == each
 
 
 @pytest.mark.slow
 def test_eight_devices_find_what_one_does(tasks_directory):
-    one = run(tasks_directory)['results']
-    eight = run(tasks_directory, tiny_restored.restored(8, context=2))['results']
+    devices = tiny_restored.restored(8, context=2)
+    assert identity(devices) == identity(tiny_restored.restored())
+    names = 'quiz', 'sums'
+    one = run(tasks_directory, names=names)['results']
+    eight = run(tasks_directory, devices, names)['results']
     for task, figures in one.items():
         figures = {name: v for name, v in figures.items() if isinstance(v, float)}
         close(eight, {task: figures})
 
 
-def test_equal_requests_are_asked_once_and_samples_of_one_context_differ():
+def test_equal_requests_are_asked_once():
     model = asked()
     calls = []
     real = harness.score
@@ -202,8 +207,12 @@ def test_equal_requests_are_asked_once_and_samples_of_one_context_differ():
         patch.setattr(harness, 'score', lambda *args: calls.append(args[1]) or real(*args))
         answers = model.loglikelihood(requests('loglikelihood', *PAIRS[:2], *PAIRS[:2]))
     assert answers[:2] == answers[2:] and [len(pairs) for pairs in calls] == [2]
+
+
+@pytest.mark.slow
+def test_samples_of_one_context_differ_and_repeat():
     drawing = ('ab', {'until': [], 'max_gen_toks': 6, 'do_sample': True, 'temperature': 1.0})
-    drawn = model.generate_until(requests('generate_until', drawing, drawing, drawing))
+    drawn = asked().generate_until(requests('generate_until', drawing, drawing, drawing))
     assert len(set(drawn)) == 3
     assert drawn == asked().generate_until(requests('generate_until', drawing, drawing, drawing))
 
@@ -227,8 +236,6 @@ def test_a_limit_cuts_the_beginning_of_contexts_and_counts_them():
 @pytest.mark.parametrize(
     ('call', 'message'),
     [
-        (lambda: asked(batch_rows=0), 'batch_rows=0 must be above 0'),
-        (lambda: asked(max_length=2), r'max_length=2 must be 0 \(no limit\) or at least 3'),
         (
             lambda: asked().generate_until(
                 requests('generate_until', ('a', {'until': [], 'num_beams': 3}))
@@ -276,52 +283,44 @@ def test_the_identity_of_a_model_is_that_of_each_weight_and_of_its_positions():
     assert identity(made._replace(variables=jax.tree.unflatten(tree, swapped))) not in found
 
 
-@pytest.mark.slow
-def test_a_mesh_changes_no_identity():
-    assert identity(tiny_restored.restored(8)) == identity(tiny_restored.restored())
-
-
-KILLED = """
-import sys
-sys.path.insert(0, sys.argv[1])
-import os, jax
-jax.config.update('jax_num_cpu_devices', 1)
-import harness_test, tiny_restored
-from helios_jax.evaluate import responses
-add = responses.Responses.add
-def add_and_die(self, answers):
-    add(self, answers)
-    if len(self._answers) > 7:
-        os._exit(9)
-responses.Responses.add = add_and_die
-harness_test.run(harness_test.Path(sys.argv[2]), batch_rows=4, output=sys.argv[3])
-"""
+class KilledError(Exception):
+    """An evaluation ends here."""
 
 
 @pytest.mark.slow
 def test_an_evaluation_that_is_killed_goes_on_to_the_same_results(tasks_directory, tmp_path):
-    here = Path(__file__).parent
-    path = os.pathsep.join([str(here), str(here.parent / 'support'), os.environ['PYTHONPATH']])
-    environment = os.environ | {'PYTHONPATH': path, 'JAX_DISABLE_MOST_OPTIMIZATIONS': '1'}
-    command = [sys.executable, '-c', KILLED, str(here), str(tasks_directory), str(tmp_path / 'a')]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment)
-    assert done.returncode == 9, done.stderr
-    lines = (tmp_path / 'a' / 'responses.jsonl').read_text().splitlines()
-    assert len(lines) > 8
-    resumed = run(tasks_directory, batch_rows=4, output=str(tmp_path / 'a'))
-    whole = run(tasks_directory, batch_rows=4, output=str(tmp_path / 'b'))
+    add = Responses.add
+
+    def add_and_die(self, answers):
+        add(self, answers)
+        if 7 < len(self._answers) < 12:
+            raise KilledError
+
+    settings = {'names': ('quiz', 'texts'), 'batch_rows': 4}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Responses, 'add', add_and_die)
+        with pytest.raises(KilledError):
+            run(tasks_directory, output=str(tmp_path / 'a'), **settings)
+    killed = tmp_path / 'a' / 'responses.jsonl'
+    lines = killed.read_text().splitlines()
+    killed.write_text(killed.read_text()[:-5])  # while the last line was written
+    resumed = run(tasks_directory, output=str(tmp_path / 'a'), **settings)
+    whole = run(tasks_directory, output=str(tmp_path / 'b'), **settings)
     assert resumed == whole
     answers = [(tmp_path / x / 'responses.jsonl').read_text().splitlines() for x in 'ab']
-    assert answers[0] == answers[1] and answers[0][: len(lines)] == lines
+    assert sorted(answers[0]) == sorted(answers[1]) and answers[0][: len(lines) - 1] == lines[:-1]
+    assert 8 < len(lines) < len(answers[0])
 
 
 @pytest.mark.slow
-def test_the_command_prints_the_table_or_json(root, tasks_directory, capsys, tmp_path):
-    command = ['eval', f'--checkpoint={root}/run', f'--include_path={tasks_directory}']
-    cli.main([*command, '--tasks=quiz,sums', '--limit=2', f'--output={tmp_path}/new'])
+def test_the_command_prints_the_table_or_json(tasks_directory, capsys, tmp_path, monkeypatch):
+    monkeypatch.setattr(command, 'restore', lambda values: tiny_restored.restored())
+    monkeypatch.setattr(command, 'prepare', lambda values: None)
+    arguments = ['eval', '--checkpoint=a_run', f'--include_path={tasks_directory}']
+    cli.main([*arguments, '--tasks=quiz,sums', '--limit=2', f'--output={tmp_path}/new'])
     table = capsys.readouterr().out
     assert re.search(r'\|quiz +\|', table) and 'acc_norm' in table and '±' in table
-    cli.main([*command, '--tasks=quiz,sums', '--limit=2', f'--output={tmp_path}/new', '--json'])
+    cli.main([*arguments, '--tasks=quiz,sums', '--limit=2', f'--output={tmp_path}/new', '--json'])
     results = json.loads(capsys.readouterr().out)
     assert results['n-samples']['quiz'] == {'original': 4, 'effective': 2}
     assert results == json.loads((tmp_path / 'new' / 'results.json').read_text())
@@ -335,27 +334,27 @@ def test_the_command_prints_the_table_or_json(root, tasks_directory, capsys, tmp
         (['--tasks=quiz', '--text=x'], '--text and --tasks are two evaluations'),
         (['--tasks=quiz', '--output=gs://x/y'], '--output=gs://x/y must be a local'),
         (['--tasks=quiz', '--include_path=none'], '--include_path=none is no directory'),
-        (['--tasks=quiz', '--limit=-1'], 'limit=-1 must be 0'),
+        (['--tasks=quiz', '--limit=-1'], r'limit=-1 must be 0 \(all\) or more'),
+        (['--tasks=quiz', '--batch_rows=0'], 'batch_rows=0 must be above 0'),
+        (['--tasks=quiz', '--max_length=2'], r'max_length=2 must be 0 \(no limit\) or at least 3'),
     ],
 )
 def test_a_task_that_cannot_be_run_is_one_line(
-    arguments, message, root, tasks_directory, capsys, monkeypatch, tmp_path
+    arguments, message, tasks_directory, capsys, monkeypatch, tmp_path
 ):
     (tmp_path / 'gone.yaml').write_text(
         (tasks_directory / 'quiz.yaml').read_text().replace('quiz', 'gone')
     )
     (tmp_path / 'quiz.yaml').write_text((tasks_directory / 'quiz.yaml').read_text())
     manager = lm_eval.tasks.TaskManager
-    local = lambda include_path=None, **_: manager(
-        include_path=include_path, include_defaults=False
-    )
-    monkeypatch.setattr(lm_eval.tasks, 'TaskManager', local)  # its own files take long to read
-    command = ['eval', f'--checkpoint={root}/run', f'--include_path={tmp_path}']
-    line = refused(capsys, *command, *arguments)
+    own = lambda include_path, **_: manager(include_path=include_path, include_defaults=False)
+    monkeypatch.setattr(lm_eval.tasks, 'TaskManager', own)  # its own files take long to read
+    paths = ['--checkpoint=nowhere', f'--include_path={tmp_path}']
+    line = refused(capsys, 'eval', *paths, *arguments)
     assert re.search(message, line), line
 
 
-def test_the_extra_that_is_missing_is_named(root, capsys, monkeypatch):
+def test_the_extra_that_is_missing_is_named(capsys, monkeypatch):
     monkeypatch.setattr(benchmarks, 'PACKAGE', 'no_such_package')
-    line = refused(capsys, 'eval', f'--checkpoint={root}/run', '--tasks=quiz', alone=True)
+    line = refused(capsys, 'eval', '--checkpoint=nowhere', '--tasks=quiz', alone=True)
     assert "pip install 'helios_jax[eval]'" in line

@@ -6,7 +6,7 @@ from pathlib import Path
 QUIZ = [
     {'question': 'alpha beta', 'choices': ['gamma', 'delta', 'epsilon zeta'], 'answer': 1},
     {'question': 'eta', 'choices': ['theta', 'iota iota iota'], 'answer': 0},
-    {'question': 'a longer question than the others ' * 5, 'choices': ['yes', 'no'], 'answer': 1},
+    {'question': 'a longer question than the others ' * 2, 'choices': ['yes', 'no'], 'answer': 1},
     {'question': 'kappa', 'choices': ['lambda', 'mu', 'nu', 'xi'], 'answer': 3},
 ]
 TEXTS = ['one short text', 'two ' * 70, 'three three é', 'four ' * 30]

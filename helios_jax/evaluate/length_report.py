@@ -1,0 +1,83 @@
+"""Makes the table and the plot of what a model makes of long rows (lengths.py)."""
+
+import io
+from collections.abc import Mapping
+from typing import Any
+
+from etils import epath
+from matplotlib.figure import Figure
+
+from helios_jax import display, options, paths
+from helios_jax.evaluate.ruler import TASKS
+
+PANELS = {
+    'perplexity': 'perplexity, sliding windows',
+    'positions': 'bits per byte of the longest rows',
+    'passkey': 'passkeys found, all depths',
+    'ruler': "RULER's tasks, mean",
+}
+
+
+def write(directory: epath.PathLike, results: Mapping[str, Any]) -> None:
+    """Writes lengths.json, lengths.md and lengths.png; of several processes the first one does."""
+    folder = epath.Path(directory).expanduser()
+    if display.speaks():
+        paths.write_whole(folder / 'lengths.json', (options.to_json(results) + '\n').encode())
+        paths.write_whole(folder / 'lengths.md', (table(results) + '\n').encode())
+        paths.write_whole(folder / 'lengths.png', plot(results))
+
+
+def table(results: Mapping[str, Any]) -> str:
+    """Formats the results as Markdown, a row a method and length; accuracies are percentages."""
+    names = ['method', 'length', 'perplexity', 'bits/byte', 'passkey', *TASKS]
+    lines = ['| ' + ' | '.join(names) + ' |', '|---' + '|---:' * (len(names) - 1) + '|']
+    for row in results['rows']:
+        found = [
+            f'{row["perplexity"]:,.2f}',
+            f'{row["bits_per_byte"]:.4f}',
+            _percent(row, 'passkey'),
+        ]
+        found += [f'{row["ruler"][task]:.0%}' if task in row['ruler'] else '–' for task in TASKS]
+        lines.append('| ' + ' | '.join([row['method'], f'{row["length"]:,}', *found]) + ' |')
+    return '\n'.join(lines)
+
+
+def plot(results: Mapping[str, Any]) -> bytes:
+    """Draws a PNG: each figure against the length, a line a method, and the trained length."""
+    figure = Figure(figsize=(5 * len(PANELS), 3.8), layout='constrained')
+    trained, longest = results['trained_length'], max(results['lengths'])
+    for axes, (name, label) in zip(figure.subplots(1, len(PANELS)), PANELS.items(), strict=True):
+        for method in results['methods']:
+            rows = [row for row in results['rows'] if row['method'] == method]
+            points = [(row['length'], value(row, name)) for row in rows]
+            if name == 'positions':
+                (row,) = [row for row in rows if row['length'] == longest]
+                points = [(one['end'], one['bits_per_byte']) for one in row['positions']]
+            points = sorted((x, y) for x, y in points if y is not None)
+            if points:
+                axes.plot(*zip(*points, strict=True), marker='.', label=method)
+        axes.axvline(trained, color='gray', linestyle=':', label=f'trained length, {trained:,}')
+        axes.set_xscale('log', base=2)
+        axes.set(xlabel='position' if name == 'positions' else 'tokens of a row', ylabel=label)
+        if name in ('passkey', 'ruler'):
+            axes.set_ylim(-0.03, 1.03)
+        if name == 'perplexity':
+            axes.set_yscale('log')
+        axes.grid(alpha=0.3)
+        axes.legend()
+    file = io.BytesIO()
+    figure.savefig(file, format='png', dpi=120)
+    return file.getvalue()
+
+
+def value(row: Mapping[str, Any], name: str) -> float | None:
+    """One number of a row: a figure, or the mean of its accuracies; None where there are none."""
+    found = row[name]
+    if isinstance(found, Mapping):
+        return sum(found.values()) / len(found) if found else None
+    return None if name == 'positions' else found
+
+
+def _percent(row: Mapping[str, Any], name: str) -> str:
+    mean = value(row, name)
+    return '–' if mean is None else f'{mean:.0%}'

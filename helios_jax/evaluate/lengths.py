@@ -1,0 +1,151 @@
+"""What a model makes of rows longer than it was trained at, by method of stretching its positions.
+
+Measured are the perplexity of sliding windows, bits per byte by position (sliding.py), passkeys by
+depth (passkey.py) and tasks of RULER (ruler.py).
+"""
+
+import dataclasses
+import logging
+import random
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+from etils import epath
+
+from helios_jax import config, display
+from helios_jax.data import corpora, documents
+from helios_jax.data.lossy import Encoded
+from helios_jax.errors import UserError, require
+from helios_jax.evaluate.generate import continued
+from helios_jax.evaluate.length_settings import METHODS, Lengths
+from helios_jax.evaluate.passkey import passkey
+from helios_jax.evaluate.prompts import Example, Prompt, accuracy, fit
+from helios_jax.evaluate.ruler import TASKS
+from helios_jax.evaluate.scores import shapes
+from helios_jax.evaluate.sliding import perplexity
+from helios_jax.model.transformer import Transformer
+from helios_jax.restoring import Restored, mesh_of
+
+log = logging.getLogger(__name__)
+
+DEPTHS = (0.0, 0.25, 0.5, 0.75, 1.0)  # of passkeys
+
+# Continues prompts with a model, so many tokens at a time.
+Answerer = Callable[[Restored, Sequence[Prompt], int], list[str]]
+
+
+def measure(restored: Restored, wanted: Lengths, answer: Answerer | None = None) -> dict[str, Any]:
+    """Measures every method at every length.
+
+    Args:
+      answer: continues prompts; greedy decoding by default.
+    Returns:
+      The settings, `trained_length`, the number of `documents`, and `rows`, one a method and length:
+      what `sliding.perplexity` returns; `passkey` by depth and `ruler` by task, accuracies from 0
+      to 1. Tasks that need a longer prompt are left out.
+    Raises:
+      UserError: no document is as long as the longest row.
+    """
+    texts = long_documents(restored, wanted)
+    trained = restored.model.model.rope.trained_length
+    batch_tokens = wanted.batch_rows * restored.config.data.row_length
+    prompts = {length: prompts_of(restored, wanted, length) for length in wanted.lengths}
+    rows = []
+    total = len(wanted.methods) * len(wanted.lengths)
+    with display.phase('Measuring lengths', total, 'rows') as advance:
+        for method in wanted.methods:
+            for length in wanted.lengths:
+                model = stretched(restored, method, length)
+                row = {'method': method, 'length': length, 'factor': max(1.0, length / trained)}
+                row |= perplexity(model, texts, length, wanted.stride, batch_tokens)
+                for kind, tasks in prompts[length].items():
+                    row[kind] = {
+                        name: accuracy(some, (answer or greedy)(model, some, batch_tokens))
+                        for name, some in tasks.items()
+                    }
+                rows.append(row)
+                advance(1)
+    settings = dataclasses.asdict(wanted) | {'documents': len(texts), 'trained_length': trained}
+    return settings | {'rows': rows}
+
+
+def stretched(restored: Restored, method: str, length: int) -> Restored:
+    """Returns the model with the positions of one of METHODS, for rows of `length` tokens."""
+    factor = max(1.0, length / restored.model.model.rope.trained_length)
+    changes = {f'model.rope.{name}': value for name, value in METHODS[method](factor).items()}
+    cfg = config.replace(restored.config, changes)
+    return restored._replace(model=Transformer(cfg.model), config=cfg)
+
+
+def long_documents(restored: Restored, wanted: Lengths) -> list[Encoded]:
+    """Encodes the first documents that are as long as the longest row, and cuts them to it."""
+    data, longest = restored.config.data, max(wanted.lengths) - 1  # BOS is the other token
+    found: list[Encoded] = []
+    most = 0
+    for text in corpora.texts(wanted.text) if wanted.text else held_out_texts(data):
+        if len(text.encode()) >= longest:
+            (encoded,) = restored.tokenizer.encode_with_bytes([text])
+            most = max(most, len(encoded.ids))
+            if len(encoded.ids) >= longest:
+                cut = encoded.ids[:longest], encoded.num_bytes[:longest], encoded.kept
+                found.append(Encoded(*cut))
+        if len(found) == wanted.documents:
+            break
+    where = f'--text={wanted.text}' if wanted.text else f'the held-out split of {data.corpus}'
+    require(
+        len(found) > 0,
+        f'--lengths has {longest + 1}, but no document of {where} has so many tokens'
+        f'{f" (the longest: {most})" if most else ""}; name longer ones with --text.',
+    )
+    return found
+
+
+def held_out_texts(data: config.Data) -> Iterator[str]:
+    """Yields the documents that a run held out, prompts joined to the text."""
+    cache = epath.Path(data.cache_dir).expanduser()
+    for corpus, _ in corpora.parse(data.corpus):
+        split = documents.prepare(corpus, cache, data.validation_fraction)['validation']
+        for shard in split.shards():
+            for document in shard:
+                yield document.prompt + document.text
+
+
+def prompts_of(
+    restored: Restored, wanted: Lengths, length: int
+) -> dict[str, dict[str, list[Prompt]]]:
+    """Makes the prompts of one length: `passkey` by depth and `ruler` by task, each `trials` long.
+
+    They are the same for every method, and for one seed the same every time.
+    """
+    made: dict[str, dict[str, Callable[[random.Random], Example]]] = {
+        'passkey': {str(depth): lambda rng, depth=depth: passkey(rng, depth) for depth in DEPTHS},
+        'ruler': {**TASKS},
+    }
+    found: dict[str, dict[str, list[Prompt]]] = {}
+    for kind, tasks in made.items():
+        found[kind] = {}
+        for name, task in tasks.items():
+            seeds = [f'{name} {length} {wanted.seed} {trial}' for trial in range(wanted.trials)]
+            try:
+                prompts = [
+                    fit(task(random.Random(seed)), restored.tokenizer, length) for seed in seeds
+                ]
+            except UserError as error:
+                log.warning('%s is left out: %s', name, error)
+                continue
+            if prompts:
+                found[kind][name] = prompts
+    return found
+
+
+def greedy(restored: Restored, prompts: Sequence[Prompt], batch_tokens: int) -> list[str]:
+    """Continues prompts with their likeliest tokens."""
+    lengths = [len(prompt.tokens) + prompt.room for prompt in prompts]
+    texts: dict[int, str] = {}
+    for shape in shapes(lengths, mesh_of(restored.variables), batch_tokens):
+        some = [prompts[i] for i in shape.indices]
+        filled = [*some, *[some[-1]] * (shape.num_rows - len(some))]
+        room = max(prompt.room for prompt in some)
+        made = continued(restored, [p.tokens for p in filled], max_tokens=room, temperature=0.0)
+        texts |= dict(zip(shape.indices, made[: len(some)], strict=True))
+    return [texts[index] for index in range(len(prompts))]
