@@ -113,8 +113,9 @@ def run_tasks(values: flags.FlagValues) -> None:
 
 def run_lengths(values: flags.FlagValues) -> None:
     """Measures the checkpoint at --lengths, and prints their table."""
+    require(not values.yarn, '--yarn stretches positions as --methods do; leave it out.')
     names = [field.name for field in dataclasses.fields(Lengths)]
-    given = {name: values[name].value for name in names}
+    given: dict[str, Any] = {name: values[name].value for name in names}
     for length in values.lengths:
         require(length.isdecimal(), f'--lengths: {length!r} is no number of tokens, such as 512.')
     given |= {'lengths': tuple(map(int, values.lengths)), 'methods': tuple(values.methods)}

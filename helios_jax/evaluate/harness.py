@@ -97,7 +97,7 @@ class HarnessModel(TemplateLM):
         texts = tokenizer.encode_batch([request.args[0] for request in requests])
         rows = [list(windows(text, tokenizer.bos_id, length, length - 2)) for text in texts]
         scored = iter(self._scored([pair for pairs in rows for pair in pairs]))
-        return [sum(next(scored)[0] for _ in pairs) for pairs in rows]
+        return [sum((next(scored)[0] for _ in pairs), 0.0) for pairs in rows]
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = True) -> list[str]:
         """Continues contexts as each request says: greedily, unless it samples."""

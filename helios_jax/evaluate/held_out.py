@@ -50,6 +50,12 @@ def held_out(
         row_length=row_length or cfg.data.row_length,
         allow_lossy_tokenizer=allow_lossy_tokenizer or cfg.data.allow_lossy_tokenizer,
     )
+    halves = 2 * mesh.shape['context']
+    require(
+        halves == 2 or data.row_length % halves == 0,
+        f'row_length={data.row_length} must be a multiple of {halves}, twice the devices that '
+        'share a row; change it or --context.',
+    )
     if text:
         mixture = pipeline.from_text(text, data, tokenizer)
     else:

@@ -40,9 +40,9 @@ def measure(restored: Restored, wanted: Lengths, answer: Answerer | None = None)
     Args:
       answer: continues prompts; greedy decoding by default.
     Returns:
-      The settings, `trained_length`, the number of `documents`, and `rows`, one a method and length:
-      what `sliding.perplexity` returns; `passkey` by depth and `ruler` by task, accuracies from 0
-      to 1. Tasks that need a longer prompt are left out.
+      The settings, `trained_length`, the number of `documents`, and `rows`, one for each method and
+      length: what `sliding.perplexity` returns; `passkey` by depth and `ruler` by task, accuracies
+      from 0 to 1. Tasks that need a longer prompt are left out.
     Raises:
       UserError: no document is as long as the longest row.
     """

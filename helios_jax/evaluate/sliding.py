@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from helios_jax.data.lossy import Encoded
-from helios_jax.evaluate.scores import score, shapes, windows
+from helios_jax.evaluate.scores import Pair, score, shapes, windows
 from helios_jax.restoring import Restored, mesh_of
 
 FIRST_BIN = 64  # positions of the first bin of bits per byte; each one after it ends twice as far
@@ -40,7 +40,8 @@ def perplexity(
       `perplexity`, `tokens`; `bits_per_byte` and `positions` (a list of `Bin`) of the first rows.
     """
     bos_id = restored.tokenizer.bos_id
-    rows, first = [], {}
+    rows: list[Pair] = []
+    first: dict[int, int] = {}  # row to text
     for number, text in enumerate(texts):
         first[len(rows)] = number
         rows += list(windows(text.ids.tolist(), bos_id, length, stride))

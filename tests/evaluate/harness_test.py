@@ -1,15 +1,14 @@
 """Benchmarks' figures are those of a direct computation, batched, sharded, resumed or not."""
 
-import functools
 import json
 import math
 import re
 from pathlib import Path
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
+import scores_of_one
 import task_files
 import tiny_restored
 from etils import epath
@@ -48,26 +47,10 @@ def own_data_cache(tmp_path_factory):
         yield
 
 
-@functools.cache
-def logits_of(length: int):
-    made = tiny_restored.restored()
-    apply = jax.jit(functools.partial(made.model.apply, method='logits'))
-    return lambda rows: apply(made.variables, rows, jnp.arange(length)[None])
-
-
-@functools.cache
-def log_p(tokens: tuple[int, ...]) -> np.ndarray:
-    """ln p [T V] of the token after each, in float64 from the logits of this row alone."""
-    length = -(-len(tokens) // 128) * 128
-    row = jnp.zeros((1, length), jnp.int32).at[0, : len(tokens)].set(jnp.array(tokens))
-    logits = np.asarray(logits_of(length)(row)[0, : len(tokens), :256], np.float64)
-    return logits - np.log(np.exp(logits).sum(axis=-1, keepdims=True))
-
-
 def direct(context: str, text: str) -> tuple[float, bool]:
     """ln p(text | context), and whether greedy decoding writes it."""
     before, after = [BOS, *context.encode()], list(text.encode())
-    each = log_p((*before, *after))[len(before) - 1 : -1]
+    each = scores_of_one.log_p((*before, *after))[len(before) - 1 : -1]
     return float(sum(each[range(len(after)), after])), bool((each.argmax(axis=1) == after).all())
 
 
@@ -75,7 +58,7 @@ def greedy(context: str, max_tokens: int, stop: str) -> str:
     tokens = [BOS, *context.encode()]
     start = len(tokens)
     for _ in range(max_tokens):
-        token = int(log_p(tuple(tokens))[-1].argmax())
+        token = int(scores_of_one.log_p(tuple(tokens))[-1].argmax())
         if token == EOS:
             break
         tokens.append(token)
@@ -90,7 +73,7 @@ def rolling(text: str, length: int) -> float:
         end = min(len(data), length - 1 if done == 0 else done + length - 2)
         row = (BOS, *data[max(0, end - length + 1) : end])
         scored = end - done
-        each = log_p(row)[len(row) - scored - 1 : -1]
+        each = scores_of_one.log_p(row)[len(row) - scored - 1 : -1]
         total += float(sum(each[range(scored), list(row[-scored:])]))
         done = end
     return total

@@ -1,12 +1,11 @@
 """Scores of rows are those of each token by itself."""
 
-import functools
 import math
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
+import scores_of_one
 import tiny_restored
 from hypothesis import given
 from hypothesis import strategies as st
@@ -21,20 +20,8 @@ pytestmark = pytest.mark.usefixtures('quick_runs')
 BOS = 0xFE
 
 
-@functools.cache
-def log_p(tokens: tuple[int, ...], scaling: str = 'none') -> np.ndarray:
-    """ln p [T V] of the token after each, by itself, in float64 from the model's logits."""
-    made = tiny_restored.restored(scaling=scaling)
-    length = -(-len(tokens) // 160) * 160
-    rows = jnp.zeros((1, length), jnp.int32).at[0, : len(tokens)].set(jnp.array(tokens))
-    apply = jax.jit(functools.partial(made.model.apply, method='logits'))
-    logits = apply(made.variables, rows, jnp.arange(length)[None])
-    logits = np.asarray(logits[0, : len(tokens), :256], np.float64)
-    return logits - np.log(np.exp(logits).sum(axis=-1, keepdims=True))
-
-
 def direct(before, after) -> tuple[np.ndarray, np.ndarray]:
-    all_of = log_p((*before, *after))[len(before) - 1 : -1]
+    all_of = scores_of_one.log_p((*before, *after))[len(before) - 1 : -1]
     nats = -np.take_along_axis(all_of, np.array(after)[:, None], axis=1)[:, 0]
     return nats, all_of.argmax(axis=1) == after
 
@@ -64,7 +51,7 @@ def test_what_the_model_writes_greedily_is_likeliest():
     before = pairs((7, 1))[0][0]
     after = []
     for _ in range(3):
-        after.append(int(log_p((*before, *after))[-1].argmax()))
+        after.append(int(scores_of_one.log_p((*before, *after))[-1].argmax()))
     (got,) = scores.score(tiny_restored.restored(), [(before, after)], scores.Shape([], 5, 192))
     assert got.likeliest.tolist() == [True] * 3
 
