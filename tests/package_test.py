@@ -53,9 +53,9 @@ def test_the_wheel_describes_itself(wheel):
     metadata = email.message_from_bytes(wheel.read(f'{info}/METADATA'))
     assert (metadata['License-Expression'] or metadata['License']) == 'Apache-2.0'
     assert metadata['Requires-Python'] == '>=3.11'
-    assert {'tpu', 'cuda', 'test', 'parity'} <= set(metadata.get_all('Provides-Extra'))
+    assert {'tpu', 'cuda', 'eval', 'test', 'parity'} <= set(metadata.get_all('Provides-Extra'))
     always = [r for r in metadata.get_all('Requires-Dist') if 'extra ==' not in r]
-    assert not [r for r in always if r.startswith(('torch', 'tensorflow>', 'clu'))]
+    assert not [r for r in always if r.startswith(('torch', 'tensorflow>', 'clu', 'lm'))]
     assert any(
         name.startswith(f'{info}/') and name.endswith('LICENSE') for name in wheel.namelist()
     )

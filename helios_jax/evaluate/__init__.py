@@ -1,1 +1,1 @@
-"""Uses of a checkpoint: bits per byte on held-out text, and text that the model generates."""
+"""Uses of a checkpoint: bits per byte, benchmarks, rows of any length, and generated text."""

@@ -3,10 +3,12 @@
 Needs the extra `eval`, which is imported when a task is asked for.
 """
 
+import contextlib
 import importlib.metadata
 import importlib.util
 import json
 import os
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -123,9 +125,14 @@ def run(
     known = responses.Responses(folder / responses.FILE if folder else None, model)
     asked = HarnessModel(restored, batch_rows=batch_rows, max_length=max_length, responses=known)
     try:
-        found: Any = evaluate(
-            asked, tasks, limit=limit or None, bootstrap_iters=BOOTSTRAP_DRAWS, log_samples=False
-        )
+        with contextlib.redirect_stdout(sys.stderr):  # stdout is for results alone
+            found: Any = evaluate(
+                asked,
+                tasks,
+                limit=limit or None,
+                bootstrap_iters=BOOTSTRAP_DRAWS,
+                log_samples=False,
+            )
     except UserError:
         raise
     except (ValueError, NotImplementedError) as error:

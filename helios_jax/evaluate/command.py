@@ -13,7 +13,7 @@ from helios_jax.evaluate.length_settings import METHODS, Lengths
 
 
 def eval_command(argv: Sequence[str]) -> None:
-    """Measures a checkpoint: bits per byte of text, benchmarks, or rows of several lengths.
+    """Measures a checkpoint: bits per byte, benchmarks, or rows of several lengths.
 
     helios eval --checkpoint=runs/tiny --step=best --text='other/*.txt'
     helios eval --checkpoint=runs/tiny --tasks=quiz --include_path=tasks --output=runs/tiny/quiz

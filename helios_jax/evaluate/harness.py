@@ -17,7 +17,7 @@ from helios_jax import display
 from helios_jax.errors import require
 from helios_jax.evaluate.generate import continued, reach, warn_of_length
 from helios_jax.evaluate.responses import Responses, digest
-from helios_jax.evaluate.scores import Pair, Shape, score, shapes, windows
+from helios_jax.evaluate.scores import Pair, RowBatch, score, shapes, windows
 from helios_jax.restoring import Restored, mesh_of
 
 log = logging.getLogger(__name__)
@@ -140,7 +140,7 @@ class HarnessModel(TemplateLM):
                 '--max_length cuts rows.', beyond, len(pairs), reach(rope),
             )  # fmt: skip
 
-        def compute(some: list[Pair], shape: Shape) -> list[tuple[float, bool]]:
+        def compute(some: list[Pair], shape: RowBatch) -> list[tuple[float, bool]]:
             return [
                 (-float(tokens.nats.sum(dtype='float64')), bool(tokens.likeliest.all()))
                 for tokens in score(self.restored, some, shape)
@@ -149,7 +149,7 @@ class HarnessModel(TemplateLM):
         answers = self._answers('score', pairs, lengths, compute)
         return [(total, greedy) for total, greedy in answers]
 
-    def _continued(self, some: list[Any], shape: Shape, settings: dict[str, Any]) -> list[str]:
+    def _continued(self, some: list[Any], shape: RowBatch, settings: dict[str, Any]) -> list[str]:
         prompts = [tokens for tokens, _ in some]
         filled = [*prompts, *[prompts[-1]] * (shape.num_rows - len(prompts))]
         return continued(self.restored, filled, **settings)[: len(prompts)]
@@ -159,7 +159,7 @@ class HarnessModel(TemplateLM):
         kind: str,
         questions: Sequence[Any],
         lengths: Sequence[int],
-        compute: Callable[[list[Any], Shape], list[Any]],
+        compute: Callable[[list[Any], RowBatch], list[Any]],
     ) -> list[Any]:
         """Answers questions a batch at a time, but for batches whose answers are all there."""
         keys = [digest(kind, *question) for question in questions]

@@ -1,6 +1,6 @@
-"""What a model makes of rows longer than it was trained at, by method of stretching its positions.
+"""Measures a model on rows longer than its trained length, by method of stretching positions.
 
-Measured are the perplexity of sliding windows, bits per byte by position (sliding.py), passkeys by
+It measures the perplexity of sliding windows, bits per byte by position (sliding.py), passkeys by
 depth (passkey.py) and tasks of RULER (ruler.py).
 """
 
@@ -19,7 +19,7 @@ from helios_jax.errors import UserError, require
 from helios_jax.evaluate.generate import continued
 from helios_jax.evaluate.length_settings import METHODS, Lengths
 from helios_jax.evaluate.passkey import passkey
-from helios_jax.evaluate.prompts import Example, Prompt, accuracy, fit
+from helios_jax.evaluate.prompts import Puzzle, Prompt, accuracy, fit
 from helios_jax.evaluate.ruler import TASKS
 from helios_jax.evaluate.scores import shapes
 from helios_jax.evaluate.sliding import perplexity
@@ -117,7 +117,7 @@ def prompts_of(
 
     They are the same for every method, and for one seed the same every time.
     """
-    made: dict[str, dict[str, Callable[[random.Random], Example]]] = {
+    made: dict[str, dict[str, Callable[[random.Random], Puzzle]]] = {
         'passkey': {str(depth): lambda rng, depth=depth: passkey(rng, depth) for depth in DEPTHS},
         'ruler': {**TASKS},
     }

@@ -2,7 +2,7 @@
 
 import random
 
-from helios_jax.evaluate.prompts import Example, in_noise
+from helios_jax.evaluate.prompts import Puzzle, in_noise
 
 OPENING = (
     'There is an important info hidden inside a lot of irrelevant text. Find it and memorize it. '
@@ -10,7 +10,7 @@ OPENING = (
 )
 
 
-def passkey(rng: random.Random, depth: float) -> Example:
+def passkey(rng: random.Random, depth: float) -> Puzzle:
     """Hides a number of five digits.
 
     Args:
@@ -19,4 +19,4 @@ def passkey(rng: random.Random, depth: float) -> Example:
     key = str(rng.randrange(10_000, 100_000))
     needle = f'The pass key is {key}. Remember it. {key} is the pass key.'
     question = '\nWhat is the pass key? The pass key is'
-    return Example(OPENING, in_noise([(depth, needle)]), question, (key,))
+    return Puzzle(OPENING, in_noise([(depth, needle)]), question, (key,))

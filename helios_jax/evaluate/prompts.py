@@ -15,7 +15,7 @@ NOISE = (
 SPARE_TOKENS = 16  # for what a model writes before and between the answers
 
 
-class Example(NamedTuple):
+class Puzzle(NamedTuple):
     """A question about a text that can be made as long as one likes."""
 
     opening: str
@@ -31,7 +31,7 @@ class Prompt(NamedTuple):
     room: int  # tokens to write
 
 
-def fit(example: Example, tokenizer: Tokenizer, length: int) -> Prompt:
+def fit(puzzle: Puzzle, tokenizer: Tokenizer, length: int) -> Prompt:
     """Makes a prompt that has, with the tokens to be written after it, exactly `length` tokens.
 
     The body is as long as fits. What is then left is filled with noise, in front of the text.
@@ -39,27 +39,27 @@ def fit(example: Example, tokenizer: Tokenizer, length: int) -> Prompt:
     Raises:
       UserError: not even the shortest body fits.
     """
-    room = len(tokenizer.encode(', '.join(example.answers))) + SPARE_TOKENS
+    room = len(tokenizer.encode(', '.join(puzzle.answers))) + SPARE_TOKENS
 
     def tokens(size: int) -> list[int]:
-        return tokenizer.encode(example.opening + example.body(size) + example.question)
+        return tokenizer.encode(puzzle.opening + puzzle.body(size) + puzzle.question)
 
     space = length - room - 1
-    least = len(tokens(example.smallest))
+    least = len(tokens(puzzle.smallest))
     require(
         least <= space,
         f'length={length} is too short for a prompt that takes {least + room + 1} tokens; leave '
         'this length or this task out.',
     )
-    too_large = 2 * example.smallest
+    too_large = 2 * puzzle.smallest
     while len(tokens(too_large)) <= space:
         too_large *= 2
-    sizes = range(example.smallest, too_large)
+    sizes = range(puzzle.smallest, too_large)
     fitting = bisect.bisect_right(sizes, space, key=lambda size: len(tokens(size)))
     found = tokens(sizes[fitting - 1])
     rest = space - len(found)
     filler = tokenizer.encode(' '.join(noise(rest)))[:rest]  # a sentence has some tokens
-    return Prompt([tokenizer.bos_id, *filler, *found], example.answers, room)
+    return Prompt([tokenizer.bos_id, *filler, *found], puzzle.answers, room)
 
 
 def noise(num_sentences: int) -> list[str]:
@@ -67,7 +67,7 @@ def noise(num_sentences: int) -> list[str]:
 
 
 def in_noise(needles: Sequence[tuple[float, str]]) -> Callable[[int], str]:
-    """Makes the body of an `Example`: noise, with sentences hidden at depths from 0 to 1."""
+    """Makes the body of an `Puzzle`: noise, with sentences hidden at depths from 0 to 1."""
 
     def body(num_sentences: int) -> str:
         sentences = noise(num_sentences)

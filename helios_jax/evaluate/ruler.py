@@ -8,7 +8,7 @@ for, whatever its length.
 import random
 from collections.abc import Callable
 
-from helios_jax.evaluate.prompts import Example, in_noise
+from helios_jax.evaluate.prompts import Puzzle, in_noise
 
 NUM_KEYS = 4  # of niah_multikey
 NUM_HOPS = 4  # of vt: assignments after the first
@@ -32,7 +32,7 @@ FWE = (
 )
 
 
-def niah(rng: random.Random, num_keys: int = 1) -> Example:
+def niah(rng: random.Random, num_keys: int = 1) -> Puzzle:
     """Hides numbers with their names at random depths, and asks for one of them."""
     keys, values = words(rng, num_keys), rng.sample(range(1_000_000, 10_000_000), num_keys)
     needles = [
@@ -43,14 +43,14 @@ def niah(rng: random.Random, num_keys: int = 1) -> Example:
         f'\nWhat is the special magic number for {keys[0]} mentioned in the provided text? '
         f'The special magic number for {keys[0]} mentioned in the provided text is'
     )
-    return Example(NIAH, in_noise(needles), question, (str(values[0]),))
+    return Puzzle(NIAH, in_noise(needles), question, (str(values[0]),))
 
 
-def niah_multikey(rng: random.Random) -> Example:
+def niah_multikey(rng: random.Random) -> Puzzle:
     return niah(rng, NUM_KEYS)
 
 
-def variable_tracking(rng: random.Random) -> Example:
+def variable_tracking(rng: random.Random) -> Puzzle:
     """Hides a chain of assignments, in their order, and asks for all variables of its value."""
     names = [word.upper() for word in words(rng, NUM_HOPS + 1)]
     value = rng.randrange(10_000, 100_000)
@@ -63,10 +63,10 @@ def variable_tracking(rng: random.Random) -> Example:
         f'{len(names)} variables are assigned the value {value}, they are:'
     )
     body = in_noise(list(zip(depths, lines, strict=True)))
-    return Example(VT, body, question, tuple(names))
+    return Puzzle(VT, body, question, tuple(names))
 
 
-def common_words(rng: random.Random) -> Example:
+def common_words(rng: random.Random) -> Puzzle:
     """Repeats ten words among as many others, each of which stands in the list once."""
     common, seed = words(rng, NUM_COMMON), rng.getrandbits(32)
 
@@ -86,10 +86,10 @@ def common_words(rng: random.Random) -> Example:
         f'\nQuestion: What are the {NUM_COMMON} most common words in the above list? '
         f'Answer: The top {NUM_COMMON} words that appear most often in the list are:'
     )
-    return Example(CWE, body, question, tuple(common), FEWEST_REPEATS)
+    return Puzzle(CWE, body, question, tuple(common), FEWEST_REPEATS)
 
 
-def frequent_words(rng: random.Random) -> Example:
+def frequent_words(rng: random.Random) -> Puzzle:
     """Draws words of Zipf's frequencies, and asks for the three most frequent ones."""
     seed = rng.getrandbits(32)
     ranked = words(rng, NUM_FREQUENT)
@@ -114,7 +114,7 @@ def frequent_words(rng: random.Random) -> Example:
         '\nQuestion: What are the three most frequently appeared words in the above coded text? '
         'Answer: According to the coded text above, the three most frequently appeared words are:'
     )
-    return Example(FWE, body, question, tuple(ranked), FEWEST_CODED)
+    return Puzzle(FWE, body, question, tuple(ranked), FEWEST_CODED)
 
 
 def words(rng: random.Random, count: int) -> list[str]:
@@ -125,7 +125,7 @@ def words(rng: random.Random, count: int) -> list[str]:
     return list(made)
 
 
-TASKS: dict[str, Callable[[random.Random], Example]] = {
+TASKS: dict[str, Callable[[random.Random], Puzzle]] = {
     'niah': niah,
     'niah_multikey': niah_multikey,
     'vt': variable_tracking,

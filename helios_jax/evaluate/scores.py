@@ -30,7 +30,7 @@ class TokenScores(NamedTuple):
     likeliest: Bool[np.ndarray, 'tokens']  # whether no token had a higher probability
 
 
-class Shape(NamedTuple):
+class RowBatch(NamedTuple):
     """Rows that are computed together."""
 
     indices: list[int]  # which of the rows
@@ -38,7 +38,7 @@ class Shape(NamedTuple):
     length: int  # T, tokens
 
 
-def shapes(lengths: Sequence[int], mesh: jax.sharding.Mesh, batch_tokens: int) -> list[Shape]:
+def shapes(lengths: Sequence[int], mesh: jax.sharding.Mesh, batch_tokens: int) -> list[RowBatch]:
     """Sorts rows into batches of few shapes, the longest first.
 
     Which rows share a batch depends on the arguments alone, so that a repeated evaluation makes the
@@ -57,7 +57,7 @@ def shapes(lengths: Sequence[int], mesh: jax.sharding.Mesh, batch_tokens: int) -
         rows = min(max(1, batch_tokens // length), len(members))
         rows += -rows % shards
         cuts = range(0, len(members), rows)
-        made += [Shape(members[cut : cut + rows], rows, length) for cut in cuts]
+        made += [RowBatch(members[cut : cut + rows], rows, length) for cut in cuts]
     return made
 
 
@@ -69,7 +69,7 @@ def padded_length(length: int, mesh: jax.sharding.Mesh) -> int:
     return padded + -padded % (2 * mesh.shape['context'])
 
 
-def score(restored: Restored, pairs: Sequence[Pair], shape: Shape) -> list[TokenScores]:
+def score(restored: Restored, pairs: Sequence[Pair], shape: RowBatch) -> list[TokenScores]:
     """Scores the second half of each pair, in one batch of the given shape.
 
     Raises:

@@ -164,7 +164,7 @@ def test_a_batch_answers_as_one_by_one():
     np.testing.assert_allclose([x for x, _ in together], [x for x, _ in alone], rtol=1e-5)
     assert [x for _, x in together] == [x for _, x in alone]
     settings = {'until': ['q'], 'max_gen_toks': 6}
-    prompts = [(question['question'], settings) for question in task_files.QUIZ]
+    prompts = [(question['question'], settings) for question in task_files.QUIZ[:2]]
     texts = asked().generate_until(requests('generate_until', *prompts))
     each = [one.generate_until(requests('generate_until', p))[0] for p in prompts]
     assert texts == each
@@ -253,6 +253,7 @@ def test_answers_of_another_model_or_lines_that_are_none_are_refused(tmp_path):
         Responses(path, 'one')
 
 
+@pytest.mark.slow
 def test_the_identity_of_a_model_is_that_of_each_weight_and_of_its_positions():
     made = tiny_restored.restored()
     leaves, tree = jax.tree.flatten(made.variables)
@@ -300,10 +301,12 @@ def test_the_command_prints_the_table_or_json(tasks_directory, capsys, tmp_path,
     monkeypatch.setattr(command, 'restore', lambda values: tiny_restored.restored())
     monkeypatch.setattr(command, 'prepare', lambda values: None)
     arguments = ['eval', '--checkpoint=a_run', f'--include_path={tasks_directory}']
-    cli.main([*arguments, '--tasks=quiz,sums', '--limit=2', f'--output={tmp_path}/new'])
+    cli.main([*arguments, '--tasks=quiz,last_words', '--limit=2', f'--output={tmp_path}/new'])
     table = capsys.readouterr().out
     assert re.search(r'\|quiz +\|', table) and 'acc_norm' in table and '±' in table
-    cli.main([*arguments, '--tasks=quiz,sums', '--limit=2', f'--output={tmp_path}/new', '--json'])
+    cli.main(
+        [*arguments, '--tasks=quiz,last_words', '--limit=2', f'--output={tmp_path}/new', '--json']
+    )
     results = json.loads(capsys.readouterr().out)
     assert results['n-samples']['quiz'] == {'original': 4, 'effective': 2}
     assert results == json.loads((tmp_path / 'new' / 'results.json').read_text())

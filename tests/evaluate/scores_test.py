@@ -42,9 +42,10 @@ def close(found, wanted_pairs):
         np.testing.assert_array_equal(got.likeliest, likeliest)
 
 
+@pytest.mark.slow
 def test_a_batch_scores_each_token_as_it_is_by_itself():
     made = tiny_restored.restored()
-    close(scores.score(made, pairs(*SIZES), scores.Shape([], 5, 192)), pairs(*SIZES))
+    close(scores.score(made, pairs(*SIZES), scores.RowBatch([], 5, 192)), pairs(*SIZES))
 
 
 def test_what_the_model_writes_greedily_is_likeliest():
@@ -52,14 +53,14 @@ def test_what_the_model_writes_greedily_is_likeliest():
     after = []
     for _ in range(3):
         after.append(int(scores_of_one.log_p((*before, *after))[-1].argmax()))
-    (got,) = scores.score(tiny_restored.restored(), [(before, after)], scores.Shape([], 5, 192))
+    (got,) = scores.score(tiny_restored.restored(), [(before, after)], scores.RowBatch([], 5, 192))
     assert got.likeliest.tolist() == [True] * 3
 
 
 @pytest.mark.slow
 def test_a_mesh_scores_as_one_device_does():
     made = tiny_restored.restored(8, context=4)
-    shape = scores.Shape([], 8, 192)
+    shape = scores.RowBatch([], 8, 192)
     close(scores.score(made, pairs(*SIZES), shape), pairs(*SIZES))
 
 
