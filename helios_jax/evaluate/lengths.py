@@ -19,7 +19,7 @@ from helios_jax.errors import UserError, require
 from helios_jax.evaluate.generate import continued
 from helios_jax.evaluate.length_settings import METHODS, Lengths
 from helios_jax.evaluate.passkey import passkey
-from helios_jax.evaluate.prompts import Puzzle, Prompt, accuracy, fit
+from helios_jax.evaluate.prompts import Prompt, Puzzle, accuracy, fit
 from helios_jax.evaluate.ruler import TASKS
 from helios_jax.evaluate.scores import shapes
 from helios_jax.evaluate.sliding import perplexity
@@ -122,6 +122,7 @@ def prompts_of(
         'ruler': {**TASKS},
     }
     found: dict[str, dict[str, list[Prompt]]] = {}
+    too_long: dict[str, None] = {}
     for kind, tasks in made.items():
         found[kind] = {}
         for name, task in tasks.items():
@@ -130,11 +131,13 @@ def prompts_of(
                 prompts = [
                     fit(task(random.Random(seed)), restored.tokenizer, length) for seed in seeds
                 ]
-            except UserError as error:
-                log.warning('%s is left out: %s', name, error)
+            except UserError:
+                too_long[kind if kind == 'passkey' else name] = None
                 continue
             if prompts:
                 found[kind][name] = prompts
+    if too_long:
+        log.warning('%d tokens are too few for %s: left out.', length, ', '.join(too_long))
     return found
 
 
