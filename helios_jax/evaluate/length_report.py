@@ -1,11 +1,13 @@
 """Makes the table and the plot of what a model makes of long rows (lengths.py)."""
 
 import io
+import itertools
 from collections.abc import Mapping
 from typing import Any
 
 from etils import epath
 from matplotlib.figure import Figure
+from matplotlib.ticker import PercentFormatter, ScalarFormatter
 
 from helios_jax import display, options, paths
 from helios_jax.evaluate.ruler import TASKS
@@ -13,9 +15,10 @@ from helios_jax.evaluate.ruler import TASKS
 PANELS = {
     'perplexity': 'perplexity, sliding windows',
     'positions': 'bits per byte of the longest rows',
-    'passkey': 'passkeys found, all depths',
-    'ruler': "RULER's tasks, mean",
+    'passkey': 'passkeys found, mean of all depths',
+    'ruler': "answers found in RULER's tasks, mean",
 }
+MOST_LINEAR = 4  # between the ends of an axis: beyond, it is logarithmic
 
 
 def write(directory: epath.PathLike, results: Mapping[str, Any]) -> None:
@@ -44,27 +47,32 @@ def table(results: Mapping[str, Any]) -> str:
 
 def plot(results: Mapping[str, Any]) -> bytes:
     """Draws a PNG: each figure against the length, a line a method, and the trained length."""
-    figure = Figure(figsize=(5 * len(PANELS), 3.8), layout='constrained')
-    trained, longest = results['trained_length'], max(results['lengths'])
-    for axes, (name, label) in zip(figure.subplots(1, len(PANELS)), PANELS.items(), strict=True):
-        for method in results['methods']:
+    figure = Figure(figsize=(10, 7.4), layout='constrained')
+    trained, lengths = results['trained_length'], sorted(results['lengths'])
+    for axes, (name, label) in zip(figure.subplots(2, 2).flat, PANELS.items(), strict=True):
+        positions = name == 'positions'
+        for method, marker in zip(results['methods'], itertools.cycle('osv^Dx')):
             rows = [row for row in results['rows'] if row['method'] == method]
             points = [(row['length'], value(row, name)) for row in rows]
-            if name == 'positions':
-                (row,) = [row for row in rows if row['length'] == longest]
-                points = [(one['end'], one['bits_per_byte']) for one in row['positions']]
+            if positions:
+                (longest,) = [row for row in rows if row['length'] == lengths[-1]]
+                points = [(one['end'], one['bits_per_byte']) for one in longest['positions']]
             points = sorted((x, y) for x, y in points if y is not None)
             if points:
-                axes.plot(*zip(*points, strict=True), marker='.', label=method)
+                # Methods may agree: a line through another one's markers shows both.
+                axes.plot(*zip(*points, strict=True), marker=marker, mfc='none', label=method)
         axes.axvline(trained, color='gray', linestyle=':', label=f'trained length, {trained:,}')
         axes.set_xscale('log', base=2)
-        axes.set(xlabel='position' if name == 'positions' else 'tokens of a row', ylabel=label)
+        axes.xaxis.set_major_formatter(ScalarFormatter())
+        axes.set(xlabel='position in the row' if positions else 'tokens of a row', ylabel=label)
         if name in ('passkey', 'ruler'):
             axes.set_ylim(-0.03, 1.03)
+            axes.yaxis.set_major_formatter(PercentFormatter(1.0))
         if name == 'perplexity':
-            axes.set_yscale('log')
+            low, high = axes.get_ylim()
+            axes.set_yscale('log' if high > MOST_LINEAR * low else 'linear')
         axes.grid(alpha=0.3)
-        axes.legend()
+    figure.legend(*axes.get_legend_handles_labels(), loc='outside upper center', ncols=9)
     file = io.BytesIO()
     figure.savefig(file, format='png', dpi=120)
     return file.getvalue()
