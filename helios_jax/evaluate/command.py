@@ -44,6 +44,9 @@ def eval_command(argv: Sequence[str]) -> None:
     chosen = [f'--{name}' for name in ('tasks', 'lengths') if values[name].value]
     require(len(chosen) < 2, f'{" and ".join(chosen)} are two evaluations; give one of them.')
     require(paths.is_local(values.output), f'--output={values.output} must be a local directory.')
+    for name in ('row_length', 'rows'):
+        unread = bool(chosen) and values[name].value != 0
+        require(not unread, f'--{name} means nothing to {"".join(chosen)}; leave it out.')
     if values.tasks:
         return run_tasks(values)
     if values.lengths:
@@ -120,10 +123,12 @@ def run_lengths(values: flags.FlagValues) -> None:
         require(length.isdecimal(), f'--lengths: {length!r} is no number of tokens, such as 512.')
     given |= {'lengths': tuple(map(int, values.lengths)), 'methods': tuple(values.methods)}
     wanted = Lengths(**given)
+    from helios_jax import restoring
     from helios_jax.evaluate import length_report
     from helios_jax.evaluate.lengths import measure
 
-    results = measure(restore(values), wanted)
+    trained_on = restoring.read_metadata(values.checkpoint, values.step).get('data')
+    results = measure(restore(values), wanted, trained_on=trained_on)
     if values.output:
         length_report.write(values.output, results)
     print(options.to_json(results) if values.json else length_report.table(results))

@@ -6,9 +6,11 @@ from typing import Any
 
 import jax
 
+from helios_jax import config
 from helios_jax.arch import attention, rules
 from helios_jax.data import pipeline
-from helios_jax.data.rows import changes
+from helios_jax.data.rows import Mixture, changes
+from helios_jax.data.tokenizer import Tokenizer
 from helios_jax.errors import require
 from helios_jax.evaluate.perplexity import evaluate
 from helios_jax.parallel import sharding
@@ -59,14 +61,7 @@ def held_out(
     if text:
         mixture = pipeline.from_text(text, data, tokenizer)
     else:
-        mixture = pipeline.prepare(data, tokenizer).validation
-        changed = changes(trained_on['validation'], mixture.contents) if trained_on else ''
-        require(
-            not changed,
-            f'the held-out split of data.corpus={data.corpus!r} is not the one that the run held '
-            f'out ({changed}), and may hold what it was trained on; restore the files, or name '
-            'what to read with --text.',
-        )
+        mixture = split(data, tokenizer, trained_on)
     shards = rules.shards(mesh, 'batch')
     where = sharding.sharding(mesh, ('batch', 'length'))
     batch_rows = min(batch_rows, num_rows or len(mixture), len(mixture))
@@ -82,3 +77,24 @@ def held_out(
             documents_apart=data.documents_apart,
             lost_fraction=mixture.lost_fraction,
         )
+
+
+def split(
+    data: config.Data, tokenizer: Tokenizer, trained_on: Mapping[str, Any] | None = None
+) -> Mixture:
+    """Prepares a run's validation split, or finds it in its cache.
+
+    Args:
+      trained_on: as `held_out`.
+    Raises:
+      UserError: it is not the split that the run held out; as `prepare` says.
+    """
+    mixture = pipeline.prepare(data, tokenizer).validation
+    changed = changes(trained_on['validation'], mixture.contents) if trained_on else ''
+    require(
+        not changed,
+        f'the held-out split of data.corpus={data.corpus!r} is not the one that the run held out '
+        f'({changed}), and may hold what it was trained on; restore the files, or name what to '
+        'read with --text.',
+    )
+    return mixture

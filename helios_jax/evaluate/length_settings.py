@@ -26,10 +26,16 @@ class Lengths:
     stride: int = 256  # tokens
     batch_rows: int = 16  # rows of the run's length at a time; of longer rows fewer
     seed: int = 0
+    allow_lossy_tokenizer: bool = False
 
     def __post_init__(self) -> None:
         require(len(self.lengths) > 0, '--lengths names no length; give some, such as 512,1024.')
         require(len(self.methods) > 0, f'--methods is empty; give some of {", ".join(METHODS)}.')
+        for name in ('lengths', 'methods'):
+            given = getattr(self, name)
+            require(
+                len(set(given)) == len(given), f'--{name} names one twice: {given}; name it once.'
+            )
         for method in self.methods:
             one_of('--methods', method, METHODS)
         for name in ('documents', 'stride', 'batch_rows'):

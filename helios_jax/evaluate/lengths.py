@@ -7,16 +7,15 @@ depth (passkey.py) and tasks of RULER (ruler.py).
 import dataclasses
 import logging
 import random
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
-from etils import epath
-
 from helios_jax import config, display
-from helios_jax.data import corpora, documents
+from helios_jax.data import corpora
 from helios_jax.data.lossy import Encoded
 from helios_jax.errors import UserError, require
 from helios_jax.evaluate.generate import continued
+from helios_jax.evaluate.held_out import split
 from helios_jax.evaluate.length_settings import METHODS, Lengths
 from helios_jax.evaluate.passkey import passkey
 from helios_jax.evaluate.prompts import Prompt, Puzzle, accuracy, fit
@@ -34,19 +33,26 @@ DEPTHS = (0.0, 0.25, 0.5, 0.75, 1.0)  # of passkeys
 Answerer = Callable[[Restored, Sequence[Prompt], int], list[str]]
 
 
-def measure(restored: Restored, wanted: Lengths, answer: Answerer | None = None) -> dict[str, Any]:
+def measure(
+    restored: Restored,
+    wanted: Lengths,
+    *,
+    trained_on: Mapping[str, Any] | None = None,
+    answer: Answerer | None = None,
+) -> dict[str, Any]:
     """Measures every method at every length.
 
     Args:
+      trained_on: as `held_out.held_out`.
       answer: continues prompts; greedy decoding by default.
     Returns:
       The settings, `trained_length`, the number of `documents`, and `rows`, one for each method and
       length: what `sliding.perplexity` returns; `passkey` by depth and `ruler` by task, accuracies
       from 0 to 1. Tasks that need a longer prompt are left out.
     Raises:
-      UserError: no document is as long as the longest row.
+      UserError: no document is as long as the longest row; as `held_out.held_out`.
     """
-    texts = long_documents(restored, wanted)
+    texts = long_documents(restored, wanted, trained_on)
     trained = restored.model.model.rope.trained_length
     batch_tokens = wanted.batch_rows * restored.config.data.row_length
     prompts = {length: prompts_of(restored, wanted, length) for length in wanted.lengths}
@@ -77,21 +83,29 @@ def stretched(restored: Restored, method: str, length: int) -> Restored:
     return restored._replace(model=Transformer(cfg.model), config=cfg)
 
 
-def long_documents(restored: Restored, wanted: Lengths) -> list[Encoded]:
+def long_documents(
+    restored: Restored, wanted: Lengths, trained_on: Mapping[str, Any] | None = None
+) -> list[Encoded]:
     """Encodes the first documents that are as long as the longest row, and cuts them to it."""
     data, longest = restored.config.data, max(wanted.lengths) - 1  # BOS is the other token
+    where = f'--text={wanted.text}' if wanted.text else f'the held-out split of {data.corpus}'
     found: list[Encoded] = []
     most = 0
-    for text in corpora.texts(wanted.text) if wanted.text else held_out_texts(data):
-        if len(text.encode()) >= longest:
-            (encoded,) = restored.tokenizer.encode_with_bytes([text])
-            most = max(most, len(encoded.ids))
-            if len(encoded.ids) >= longest:
-                cut = encoded.ids[:longest], encoded.num_bytes[:longest], encoded.kept
-                found.append(Encoded(*cut))
+    for text in corpora.texts(wanted.text) if wanted.text else held_out(restored, trained_on):
+        if len(text.encode()) < longest:
+            continue
+        (encoded,) = restored.tokenizer.encode_with_bytes([text])
+        require(
+            encoded.kept == text or wanted.allow_lossy_tokenizer or data.allow_lossy_tokenizer,
+            f'the tokenizer loses some of {where}, whose bits per byte would then count only what '
+            'it keeps; name another text, or add --allow_lossy_tokenizer.',
+        )
+        most = max(most, len(encoded.ids))
+        if len(encoded.ids) >= longest:
+            cut = encoded.ids[:longest], encoded.num_bytes[:longest]
+            found.append(Encoded(*cut, encoded.kept))
         if len(found) == wanted.documents:
             break
-    where = f'--text={wanted.text}' if wanted.text else f'the held-out split of {data.corpus}'
     require(
         len(found) > 0,
         f'--lengths has {longest + 1}, but no document of {where} has so many tokens'
@@ -100,12 +114,10 @@ def long_documents(restored: Restored, wanted: Lengths) -> list[Encoded]:
     return found
 
 
-def held_out_texts(data: config.Data) -> Iterator[str]:
-    """Yields the documents that a run held out, prompts joined to the text."""
-    cache = epath.Path(data.cache_dir).expanduser()
-    for corpus, _ in corpora.parse(data.corpus):
-        split = documents.prepare(corpus, cache, data.validation_fraction)['validation']
-        for shard in split.shards():
+def held_out(restored: Restored, trained_on: Mapping[str, Any] | None) -> Iterator[str]:
+    """Yields the documents that the run held out, prompts joined to the text."""
+    for rows in split(restored.config.data, restored.tokenizer, trained_on).corpora:
+        for shard in rows.documents.shards():
             for document in shard:
                 yield document.prompt + document.text
 

@@ -11,6 +11,7 @@ from random_weights import random_weights
 from helios_jax import config
 from helios_jax.data import pipeline, tokenizer
 from helios_jax.errors import UserError
+from helios_jax.evaluate import lengths
 from helios_jax.evaluate.held_out import held_out
 from helios_jax.model.transformer import Transformer, abstract_variables
 from helios_jax.parallel import mesh as meshes
@@ -60,6 +61,16 @@ def test_the_runs_own_split_is_scored(restored, prepared):
     assert figures == held_out(restored)  # of an older checkpoint, which tells nothing
     longer = held_out(restored, trained_on=prepared.contents, row_length=96)
     assert longer['bytes'] == figures['bytes']
+
+
+def test_lengths_read_the_documents_of_the_runs_own_split(restored, prepared, tmp_path):
+    texts = list(lengths.held_out(restored, prepared.contents))
+    assert sum(len(text.encode()) for text in texts) == prepared.validation.num_bytes
+    assert len(texts) == len(set(texts)) and set(texts) < set(TEXTS)
+    for path in sorted((tmp_path / 'text').iterdir())[:9]:
+        path.unlink()
+    with pytest.raises(UserError, match='is not the one that the run held out'):
+        next(lengths.held_out(restored, prepared.contents))
 
 
 def test_another_split_than_the_runs_is_refused(restored, prepared, tmp_path):

@@ -12,8 +12,9 @@ import scores_of_one
 import tiny_restored
 from refusals import refused
 
-from helios_jax import cli
+from helios_jax import cli, restoring
 from helios_jax.data.lossy import Encoded
+from helios_jax.data.tokenizer import ByteTokenizer
 from helios_jax.errors import UserError
 from helios_jax.evaluate import command, length_report, lengths, sliding
 from helios_jax.evaluate.generate import continued
@@ -109,7 +110,7 @@ def test_a_model_that_is_right_has_all_and_one_that_never_is_has_nothing(
     answer, expected, corpus, unscored, caplog
 ):
     wanted = Lengths((330, 600), ('none', 'dynamic'), corpus, documents=2, trials=2, stride=100)
-    results = lengths.measure(tiny_restored.restored(), wanted, answer)
+    results = lengths.measure(tiny_restored.restored(), wanted, answer=answer)
     assert '330 tokens are too few for niah, niah_multikey, vt, cwe, fwe: left out.' in caplog.text
     assert results['documents'] == 2 and len(results['rows']) == 4
     for row in results['rows']:
@@ -142,6 +143,7 @@ def test_prompts_of_a_batch_are_continued_as_each_by_itself():
 def test_the_command_measures_and_writes(corpus, capsys, tmp_path, monkeypatch):
     monkeypatch.setattr(command, 'restore', lambda values: tiny_restored.restored())
     monkeypatch.setattr(command, 'prepare', lambda values: None)
+    monkeypatch.setattr(restoring, 'read_metadata', lambda *_: {})
     arguments = ['eval', '--checkpoint=a_run', '--lengths=64,150', f'--text={corpus}']
     arguments += [
         '--methods=none,dynamic',
@@ -177,6 +179,8 @@ def test_the_command_measures_and_writes(corpus, capsys, tmp_path, monkeypatch):
         (['--lengths=512', '--trials=-1'], '--trials=-1 must be 0'),
         (['--lengths=512', '--tasks=x'], '--tasks and --lengths are two evaluations'),
         (['--lengths=512', '--yarn=dynamic'], '--yarn stretches positions as --methods do'),
+        (['--lengths=512,512'], r'--lengths names one twice: \(512, 512\); name it once'),
+        (['--lengths=512', '--rows=3'], '--rows means nothing to --lengths; leave it out'),
         (['--output=x'], '--output is for --tasks and --lengths'),
     ],
 )
@@ -190,3 +194,16 @@ def test_a_corpus_without_a_long_document_is_refused(corpus):
         lengths.long_documents(tiny_restored.restored(), Lengths((512, 5000), text=corpus))
     texts = lengths.long_documents(tiny_restored.restored(), Lengths((512,), text=corpus))
     assert [(len(text.ids), len(text.num_bytes)) for text in texts] == [(511, 511)] * 3
+
+
+class LosingTokenizer(ByteTokenizer):
+    def encode_with_bytes(self, texts):
+        return [made._replace(kept=made.kept[1:]) for made in super().encode_with_bytes(texts)]
+
+
+def test_a_tokenizer_that_loses_text_is_refused_unless_it_is_allowed(corpus):
+    made = tiny_restored.restored()._replace(tokenizer=LosingTokenizer())
+    with pytest.raises(UserError, match=r'loses some of --text=.*--allow_lossy_tokenizer'):
+        lengths.long_documents(made, Lengths((512,), text=corpus))
+    allowed = Lengths((512,), text=corpus, allow_lossy_tokenizer=True)
+    assert len(lengths.long_documents(made, allowed)) == 3
