@@ -94,6 +94,10 @@ def attention(model: Model) -> Rows:
         'v': Weight('v.w', (D, K, H), ('embed', 'kv_heads', 'head_dim'), D),
         'out': Weight('out.w', (N, H, D), ('heads', 'head_dim', 'embed'), N * H),
     }
+    if model.qkv_bias:
+        rows['q_bias'] = Weight('q_bias', (N, H), ('heads', 'head_dim'))
+        for name in ('k_bias', 'v_bias'):
+            rows[name] = Weight(name, (K, H), ('kv_heads', 'head_dim'))
     if model.qk_norm:
         rows |= {'q_norm': norm('q_norm', H), 'k_norm': norm('k_norm', H)}
     return rows

@@ -61,8 +61,8 @@ class Config:
                 within_int32(name, value)
         rope = self.model.rope
         require(
-            rope.scaling != 'dynamic' or self.data.row_length <= (rope.trained_length or math.inf),
-            f'model.rope.scaling=dynamic cannot train rows of {self.data.row_length} tokens, more '
+            not rope.grows or self.data.row_length <= (rope.trained_length or math.inf),
+            f'model.rope.scaling={rope.scaling} cannot train rows of {self.data.row_length} tokens, more '
             f'than trained_length={rope.trained_length}; use static to train at this length.',
         )
 
@@ -70,11 +70,12 @@ class Config:
         """Fills what depends on other settings: V from the tokenizer, L_train from the rows."""
         model = self.model
         require(
-            model.vocab_size in (0, vocab_size),
-            f'model.vocab_size={model.vocab_size} differs from the {vocab_size} tokens of '
+            model.vocab_size == 0 or model.vocab_size >= vocab_size,
+            f'model.vocab_size={model.vocab_size} has no room for the {vocab_size} tokens of '
             f'data.tokenizer={self.data.tokenizer!r}; set it to 0 or to {vocab_size}.',
         )
         length = model.rope.trained_length or self.data.row_length
+        vocab_size = model.vocab_size or vocab_size
         return replace(self, {'model.vocab_size': vocab_size, 'model.rope.trained_length': length})
 
 

@@ -8,6 +8,7 @@ from helios_jax.errors import at_least_zero, one_of, positive, require
 
 MOST_LAYERS = 10_000  # far above any model: what lies beyond is a typing error
 LAYER_KINDS = ('dense', 'moe', 'dense_window', 'moe_window')
+SCALINGS = ('none', 'static', 'dynamic', 'linear', 'llama3', 'ntk')
 ATTENTION = ('tpu', 'cudnn', 'reference')  # kernels/attention has a row for each
 
 
@@ -76,24 +77,43 @@ class GMU:
 @dataclasses.dataclass(frozen=True)
 class Rope:
     base: float = 10_000.0  # θ_i = base^(−2i/H)
-    scaling: str = 'none'  # YaRN: none | static (fixed s) | dynamic (s grows with the position)
-    factor: float = 1.0  # s of static YaRN, 1 or more
+    scaling: str = 'none'  # none | static, dynamic (YaRN, s fixed or growing) | linear | llama3 | ntk
+    factor: float = 1.0  # s of static, linear and llama3; of ntk the factor of its base; 1 or more
     trained_length: int = 0  # L_train, tokens; 0 takes data.row_length
     ramp: str = 'linear_in_dimension'  # linear_in_dimension | linear_in_rotations (YaRN's paper)
+    truncate: bool = True  # linear_in_dimension runs between whole dimensions
     beta_fast: float = 32.0  # rotations over L_train above which a frequency is kept
     beta_slow: float = 1.0  # rotations over L_train below which a frequency is divided by s
+    attention_factor: float = 0.0  # m of static YaRN; 0 takes 0.1 ln s + 1
 
     def __post_init__(self) -> None:
-        one_of('model.rope.scaling', self.scaling, ('none', 'static', 'dynamic'))
+        one_of('model.rope.scaling', self.scaling, SCALINGS)
         one_of('model.rope.ramp', self.ramp, ('linear_in_dimension', 'linear_in_rotations'))
         positive('model.rope', self, 'beta_slow')
-        at_least_zero('model.rope', self, 'trained_length')
+        at_least_zero('model.rope', self, 'trained_length', 'attention_factor')
         require(self.base > 1, f'model.rope.base={self.base} must be greater than 1.')
         require(self.factor >= 1, f'model.rope.factor={self.factor} must be 1 or more.')
         require(
             self.beta_fast > self.beta_slow,
             f'model.rope.beta_fast={self.beta_fast} must exceed beta_slow={self.beta_slow}.',
         )
+        require(
+            not self.attention_factor or self.scaling == 'static',
+            f'model.rope.attention_factor={self.attention_factor} belongs to scaling=static, not '
+            f'{self.scaling}; set it to 0.',
+        )
+
+    @property
+    def grows(self) -> bool:
+        """True if the scale belongs to the query and grows with its position."""
+        return self.scaling in ('dynamic', 'ntk')
+
+    @property
+    def reach(self) -> float:
+        """Positions that the frequencies are made for, tokens; those that grow have no end."""
+        if self.grows:
+            return math.inf
+        return self.trained_length * (1 if self.scaling == 'none' else self.factor)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -103,7 +123,8 @@ class MoE:
     mlp_dim: int = 0  # F of one expert; 0 takes model.mlp_dim
     num_shared_experts: int = 0  # experts that every token visits, beside the routed ones
     scores: str = 'softmax'  # the router's scores: softmax | sigmoid
-    scale: float = 1.0  # multiplies the renormalised weights of the chosen experts
+    renormalize: bool = True  # divide the chosen experts' scores by their sum
+    scale: float = 1.0  # multiplies the weights of the chosen experts
     balance: str = 'bias'  # keeps the load even: bias (no auxiliary loss) | aux | both | none
     bias_rate: float = 1e-3  # γ, the step of the balance bias
     aux_loss: float = 1e-2  # weight of the load-balance loss
@@ -136,6 +157,7 @@ class Model:
     period: str = 'dense'  # layers that repeat up to num_layers, comma-separated, as in prefix
     window: int = 0  # tokens that a *_window layer sees, itself included
     qk_norm: bool = False  # RMSNorm on queries and keys before rotation
+    qkv_bias: bool = False  # biases on the products that give queries, keys and values
     attention_softcap: float = 0.0  # c·tanh(logits/c) on attention logits; 0 is off
     tied_embeddings: bool = False  # one matrix for embedding and unembedding
     norm_eps: float = 1e-6  # eps of every RMSNorm

@@ -255,16 +255,11 @@ def placed(array: Any, where: jax.sharding.Sharding) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=where)
 
 
-def reach(rope: config.Rope) -> int:
-    """Number of positions that a model is good for where no dynamic scaling stretches them."""
-    return int(rope.trained_length * (rope.factor if rope.scaling == 'static' else 1))
-
-
 def warn_of_length(rope: config.Rope, prompt_tokens: int, max_tokens: int) -> None:
     """Warns of a text that would reach past the positions that the model is good for."""
-    if rope.scaling != 'dynamic' and prompt_tokens + max_tokens > reach(rope):
+    if prompt_tokens + max_tokens > rope.reach:
         log.warning(
             'The prompt (%d tokens) and max_tokens=%d reach past the %d tokens that the model was '
             'made for; beyond them text decays unless --yarn=dynamic stretches its positions.',
-            prompt_tokens, max_tokens, reach(rope),
+            prompt_tokens, max_tokens, rope.reach,
         )  # fmt: skip

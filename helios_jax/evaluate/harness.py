@@ -15,7 +15,7 @@ from lm_eval.models.utils import normalize_gen_kwargs
 
 from helios_jax import display
 from helios_jax.errors import require
-from helios_jax.evaluate.generate import continued, reach, warn_of_length
+from helios_jax.evaluate.generate import continued, warn_of_length
 from helios_jax.evaluate.responses import Responses, digest
 from helios_jax.evaluate.scores import Pair, RowBatch, score, shapes, windows
 from helios_jax.restoring import Restored, mesh_of
@@ -92,7 +92,8 @@ class HarnessModel(TemplateLM):
         self, requests: list[Instance], disable_tqdm: bool = True
     ) -> list[float]:
         """Computes ln p of whole texts, each of whose tokens is scored once, in one of its rows."""
-        length = self.max_length or reach(self.restored.model.model.rope)
+        rope = self.restored.model.model.rope
+        length = self.max_length or (rope.trained_length if rope.grows else int(rope.reach))
         tokenizer = self.restored.tokenizer
         texts = tokenizer.encode_batch([request.args[0] for request in requests])
         rows = [list(windows(text, tokenizer.bos_id, length, length - 2)) for text in texts]
@@ -132,12 +133,12 @@ class HarnessModel(TemplateLM):
     def _scored(self, pairs: list[Pair]) -> list[tuple[float, bool]]:
         lengths = [len(before) + len(after) for before, after in pairs]
         rope = self.restored.model.model.rope
-        beyond = sum(length > reach(rope) for length in lengths)
-        if beyond and rope.scaling != 'dynamic':
+        beyond = sum(length > rope.reach for length in lengths)
+        if beyond:
             log.warning(
                 '%d of %d rows are longer than the %d tokens that the model was made for; beyond '
                 'them scores mean little unless --yarn=dynamic stretches positions, or '
-                '--max_length cuts rows.', beyond, len(pairs), reach(rope),
+                '--max_length cuts rows.', beyond, len(pairs), rope.reach,
             )  # fmt: skip
 
         def compute(some: list[Pair], shape: RowBatch) -> list[tuple[float, bool]]:

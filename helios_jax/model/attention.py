@@ -1,6 +1,6 @@
 """The attention sublayer: projections, optional q/k norms, the kernel's door, the cache.
 
-Keys are cached after their norm and before rotation, because with dynamic YaRN the rotation of a
+Keys are cached after their norm and before rotation, because where scales grow the rotation of a
 key depends on the query that reads it.
 """
 
@@ -19,7 +19,7 @@ from helios_jax import config
 from helios_jax.arch import weights
 from helios_jax.kernels.attention import Setting, Tokens, attention, blockwise
 from helios_jax.model import rope
-from helios_jax.model.layers import Einsum, RMSNorm
+from helios_jax.model.layers import Einsum, RMSNorm, partitioned
 from helios_jax.parallel import context
 from helios_jax.parallel.sharding import constrain, spec
 
@@ -61,6 +61,11 @@ class Attention(nn.Module):
         q = Einsum(rows['q'], dtype, name='q')('btd,dnh->btnh', x)
         k = Einsum(rows['k'], dtype, name='k')('btd,dkh->btkh', x)
         v = Einsum(rows['v'], dtype, name='v')('btd,dkh->btkh', x)
+        if model.qkv_bias:
+            q, k, v = (
+                y + self.bias(rows[f'{name}_bias']).astype(dtype)
+                for name, y in (('q', q), ('k', k), ('v', v))
+            )
         if model.qk_norm:
             front = partial(heads_in_front, platform=self.platform)
             q = front(RMSNorm(name='q_norm')(front(q), model.norm_eps))
@@ -83,6 +88,11 @@ class Attention(nn.Module):
         if not self.is_initializing():
             out = self.attend(q, k, v, tokens, implementation)
         return Einsum(rows['out'], dtype, name='out')('btnh,nhd->btd', out)
+
+    @nn.nowrap
+    def bias(self, row: weights.Weight) -> Float[Array, '1 1 N H']:
+        init = partitioned(nn.initializers.zeros, row.axes)
+        return self.param(row.name, init, row.shape, jnp.float32)[None, None]
 
     @nn.nowrap
     def update_cache(
@@ -108,7 +118,7 @@ class Attention(nn.Module):
         tokens: Tokens,
         implementation: str,
     ) -> Float[Array, 'B T N H']:
-        """Calls the kernel once, or once for each bucket of dynamic YaRN that has queries."""
+        """Calls the kernel once, or once for each bucket of positions that has queries."""
         tables = rope.tables(self.model.rope, self.model.head_dim, k.shape[1])
 
         def attend(tokens: Tokens, frequencies: ArrayLike, query_scale: ArrayLike) -> Array:

@@ -77,7 +77,7 @@ def mesh_shape(cfg: config.Config, num_devices: int) -> dict[str, int]:
 def with_length(cfg: config.Config, length: int) -> config.Config:
     """Returns the config with rows of this many tokens, as if it had been trained at them."""
     changes = {'data.row_length': length}
-    if cfg.model.rope.scaling == 'dynamic':
+    if cfg.model.rope.grows:
         changes['model.rope.trained_length'] = max(cfg.model.rope.trained_length, length)
     return config.replace(cfg, changes)
 

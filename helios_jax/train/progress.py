@@ -67,7 +67,7 @@ def router_warning(model: config.Model) -> str:
     """Text on how a router learns where a token has one expert; '' if it learns as usual."""
     moe = model.moe
     has_router = any(kind.startswith('moe') for kind in model.kind_counts) and moe.num_experts > 1
-    if not has_router or moe.num_experts_per_token > 1:
+    if not has_router or moe.num_experts_per_token > 1 or not moe.renormalize:
         return ''
     sources = []
     if moe.balance in ('aux', 'both') and moe.aux_loss:

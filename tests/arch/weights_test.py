@@ -15,7 +15,7 @@ DENSE = config.Model(
 )  # fmt: skip
 MIXED = dataclasses.replace(
     DENSE, num_layers=5, prefix='moe', period='dense_window,moe', window=7, tied_embeddings=False,
-    qk_norm=True, gmu=config.GMU(),
+    qk_norm=True, qkv_bias=True, gmu=config.GMU(),
     moe=config.MoE(num_experts=12, mlp_dim=40, num_shared_experts=2),
 )  # fmt: skip
 GMUS = [

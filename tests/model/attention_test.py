@@ -35,6 +35,9 @@ CASES = {
     'window': {'window': 5},
     'static_yarn': {'rope': dataclasses.replace(YARN, scaling='static', factor=4.0)},
     'dynamic_yarn': {'rope': YARN},
+    'biases': {'qkv_bias': True},
+    'linear': {'rope': dataclasses.replace(YARN, scaling='linear', factor=4.0)},
+    'ntk': {'rope': dataclasses.replace(YARN, scaling='ntk', factor=3.0)},
     'everything': {'rope': YARN, 'qk_norm': True, 'attention_softcap': 0.5, 'window': 13},
 }  # fmt: skip
 
@@ -62,6 +65,8 @@ def direct(model, window, params, x, positions, segment_ids):
     q = np.einsum('btd,dnh->btnh', x.astype(np.float64), p['q']['w'])
     k = np.einsum('btd,dkh->btkh', x.astype(np.float64), p['k']['w'])
     v = np.einsum('btd,dkh->btkh', x.astype(np.float64), p['v']['w'])
+    if model.qkv_bias:
+        q, k, v = q + p['q_bias'], k + p['k_bias'], v + p['v_bias']
     if model.qk_norm:
         norm = lambda a: a / np.sqrt((a**2).mean(-1, keepdims=True) + model.norm_eps)
         q, k = norm(q) * p['q_norm']['scale'], norm(k) * p['k_norm']['scale']
@@ -78,8 +83,10 @@ def direct(model, window, params, x, positions, segment_ids):
         scale = {
             'none': 1.0,
             'static': model.rope.factor,
-            'dynamic': 2.0 ** math.ceil(math.log2(max(1, (at + 1) / model.rope.trained_length))),
-        }[model.rope.scaling]
+            'linear': model.rope.factor,
+        }.get(model.rope.scaling)
+        if model.rope.grows:
+            scale = 2.0 ** math.ceil(math.log2(max(1, (at + 1) / model.rope.trained_length)))
         table = rope.frequencies(model.rope, H, scale)
         seen = (segment_ids[b] == segment_ids[b, t]) & (positions[b] <= at)
         if window:
@@ -88,7 +95,8 @@ def direct(model, window, params, x, positions, segment_ids):
             group = n // (N // model.num_kv_heads)
             keys = turn(k[b, seen, group], positions[b, seen], table)
             logits = keys @ turn(q[b, t, n], at, table) / math.sqrt(H)
-            logits = logits * (0.1 * math.log(scale) + 1) ** 2
+            if model.rope.scaling in ('static', 'dynamic'):
+                logits = logits * (0.1 * math.log(scale) + 1) ** 2
             if model.attention_softcap:
                 logits = model.attention_softcap * np.tanh(logits / model.attention_softcap)
             weights = np.exp(logits - logits.max())

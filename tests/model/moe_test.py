@@ -19,11 +19,12 @@ CASES = {
     'top_one_sigmoid': {'scores': 'sigmoid', 'num_experts_per_token': 1},
     'all': {'num_experts_per_token': E},
     'shared': {'num_shared_experts': 2},
+    'not_renormalized': {'renormalize': False},
     'tight': {'capacity_factor': 0.8},
     'roomy': {'capacity_factor': 4.0},
     'tight_shared_sigmoid': {'capacity_factor': 0.5, 'num_shared_experts': 1, 'scores': 'sigmoid'},
 }
-SLOW = ('softmax', 'sigmoid', 'top_one_sigmoid', 'all', 'roomy', 'shared')
+SLOW = ('not_renormalized', 'softmax', 'sigmoid', 'top_one_sigmoid', 'all', 'roomy', 'shared')
 
 
 def model(**changes):
@@ -82,7 +83,7 @@ def loop(moe, variables, x, real):
     scores = jax.nn.softmax(logits, axis=-1) if moe.scores == 'softmax' else jax.nn.sigmoid(logits)
     bias = np.asarray(variables['router']['bias'])
     chosen, kept = choose(moe, np.asarray(jax.lax.stop_gradient(scores)), bias, real)
-    total = jnp.sum(scores, axis=-1, keepdims=True, where=chosen)
+    total = jnp.sum(scores, axis=-1, keepdims=True, where=chosen) if moe.renormalize else 1.0
     weights = moe.scale * scores / jnp.where(real[..., None], total, 1)
     y = jnp.zeros_like(x)
     for e in range(E):

@@ -102,9 +102,28 @@ def test_dynamic_tables_have_a_bucket_for_every_power_of_two(trained, length):
     assert len(table.frequencies) == len(table.query_scale) == bucket + 1
 
 
+THEIRS = {  # what their config says; what ours says
+    'yarn': ({}, {'scaling': 'static'}),
+    'yarn_mscale': (
+        {'rope_type': 'yarn', 'mscale': 0.7, 'mscale_all_dim': 0.3, 'truncate': False},
+        {'scaling': 'static', 'truncate': False, 'mscale': (0.7, 0.3)},
+    ),
+    'yarn_factor': (
+        {'rope_type': 'yarn', 'attention_factor': 1.3, 'beta_fast': 20, 'beta_slow': 2},
+        {'scaling': 'static', 'attention_factor': 1.3, 'beta_fast': 20.0, 'beta_slow': 2.0},
+    ),
+    'linear': ({}, {'scaling': 'linear'}),
+    'llama3': (
+        {'low_freq_factor': 1.5, 'high_freq_factor': 5.0},
+        {'scaling': 'llama3', 'beta_slow': 1.5, 'beta_fast': 5.0},
+    ),
+}
+
+
 @pytest.mark.parametrize(('base', 'trained', 'H'), SHAPES[:2])
 @pytest.mark.parametrize('factor', FACTORS)
-def test_yarn_tables_equal_transformers(factor, base, trained, H):
+@pytest.mark.parametrize('name', THEIRS)
+def test_tables_equal_transformers(name, factor, base, trained, H):
     pytest.importorskip('torch', reason="needs torch: pip install 'helios_jax[parity]'")
     rope_utils = pytest.importorskip(
         'transformers.modeling_rope_utils',
@@ -112,22 +131,56 @@ def test_yarn_tables_equal_transformers(factor, base, trained, H):
     )
     from transformers import LlamaConfig
 
+    said, settings = THEIRS[name]
+    kind = said.get('rope_type', name)
     theirs = LlamaConfig(
         hidden_size=3 * H,
         num_attention_heads=3,
         head_dim=H,
         max_position_embeddings=factor * trained,
         rope_parameters={
-            'rope_type': 'yarn',
+            'rope_type': kind,
             'rope_theta': base,
             'factor': float(factor),
             'original_max_position_embeddings': trained,
+            **said,
         },
     )
-    frequencies, temperature = rope_utils.ROPE_INIT_FUNCTIONS['yarn'](theirs, 'cpu')
-    ours = rope.tables(settings(base, trained, factor=float(factor)), H, factor * trained)
+    frequencies, temperature = rope_utils.ROPE_INIT_FUNCTIONS[kind](theirs, 'cpu')
+    settings = dict(settings)
+    if 'mscale' in settings:
+        m, all_dims = (0.1 * scale * math.log(factor) + 1 for scale in settings.pop('mscale'))
+        settings['attention_factor'] = m / all_dims
+    setting = config.Rope(base=base, trained_length=trained, factor=float(factor), **settings)
+    ours = rope.tables(setting, H, factor * trained)
     np.testing.assert_allclose(ours.frequencies[0], frequencies.numpy(), rtol=0, atol=1e-6)
     # Beyond the absolute bound: the low frequencies lie below it altogether.
     np.testing.assert_allclose(ours.frequencies[0], frequencies.numpy(), rtol=1e-5)
-    assert abs(rope.attention_temperature(float(factor)) - temperature) < 1e-6
+    assert abs(rope.attention_temperature(setting, float(factor)) - temperature) < 1e-6
     np.testing.assert_allclose(np.sqrt(ours.query_scale), [temperature], atol=1e-6)
+
+
+@pytest.mark.parametrize('buckets', [1, 3])
+def test_ntk_tables_equal_transformers_at_the_end_of_each_bucket(buckets):
+    pytest.importorskip('torch', reason="needs torch: pip install 'helios_jax[parity]'")
+    rope_utils = pytest.importorskip(
+        'transformers.modeling_rope_utils',
+        reason="needs transformers: pip install 'helios_jax[parity]'",
+    )
+    from transformers import LlamaConfig
+
+    base, trained, H = SHAPES[1]
+    theirs = LlamaConfig(
+        hidden_size=3 * H,
+        num_attention_heads=3,
+        head_dim=H,
+        max_position_embeddings=trained,
+        rope_parameters={'rope_type': 'dynamic', 'rope_theta': base, 'factor': 3.0},
+    )
+    setting = config.Rope(base=base, trained_length=trained, scaling='ntk', factor=3.0)
+    ours = rope.tables(setting, H, trained * 2 ** (buckets - 1))
+    assert len(ours.frequencies) == buckets
+    np.testing.assert_array_equal(ours.query_scale, np.ones(buckets, np.float32))
+    for c, table in enumerate(ours.frequencies):
+        expected, _ = rope_utils.ROPE_INIT_FUNCTIONS['dynamic'](theirs, 'cpu', trained * 2**c)
+        np.testing.assert_allclose(table, expected.numpy(), rtol=1e-5)
