@@ -62,8 +62,9 @@ class Config:
         rope = self.model.rope
         require(
             not rope.grows or self.data.row_length <= (rope.trained_length or math.inf),
-            f'model.rope.scaling={rope.scaling} cannot train rows of {self.data.row_length} tokens, more '
-            f'than trained_length={rope.trained_length}; use static to train at this length.',
+            f'model.rope.scaling={rope.scaling} cannot train rows of {self.data.row_length} '
+            f'tokens, more than trained_length={rope.trained_length}; use static to train at this '
+            'length.',
         )
 
     def resolve(self, vocab_size: int) -> 'Config':

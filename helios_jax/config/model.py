@@ -77,7 +77,7 @@ class GMU:
 @dataclasses.dataclass(frozen=True)
 class Rope:
     base: float = 10_000.0  # θ_i = base^(−2i/H)
-    scaling: str = 'none'  # none | static, dynamic (YaRN, s fixed or growing) | linear | llama3 | ntk
+    scaling: str = 'none'  # none | static, dynamic (YaRN) | linear | llama3 | ntk (dynamic NTK)
     factor: float = 1.0  # s of static, linear and llama3; of ntk the factor of its base; 1 or more
     trained_length: int = 0  # L_train, tokens; 0 takes data.row_length
     ramp: str = 'linear_in_dimension'  # linear_in_dimension | linear_in_rotations (YaRN's paper)
@@ -113,7 +113,7 @@ class Rope:
         """Positions that the frequencies are made for, tokens; those that grow have no end."""
         if self.grows:
             return math.inf
-        return self.trained_length * (1 if self.scaling == 'none' else self.factor)
+        return self.trained_length * (1.0 if self.scaling == 'none' else self.factor)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,9 +1,10 @@
 """Feed-forward sublayers: the dense SwiGLU and the top-k mixture of experts (Hydra).
 
 The router scores every expert for every token in float32 and the top X by score + balance bias
-compute; their weights are the scores without the bias, renormalised or not. Balance comes from the bias
-(2408.15664), from an auxiliary loss (2101.03961), or both. Nothing is dropped unless a capacity
-factor bounds the buffers (see parallel/experts.py).
+compute; their weights are the scores without the bias, which are renormalised unless
+`moe.renormalize` is off. Balance comes from the bias (2408.15664), from an auxiliary loss
+(2101.03961), or both. Nothing is dropped unless a capacity factor bounds the buffers (see
+parallel/experts.py).
 """
 
 from functools import partial
@@ -86,9 +87,8 @@ def route(
     # function in the backward pass.
     choices = checkpoint_name(choices, 'router_choices')
     weights = jnp.take_along_axis(scores, choices, axis=-1)
-    weights = moe.scale * weights / (
-        weights.sum(axis=-1, keepdims=True) + 1e-20 if moe.renormalize else 1.0
-    )
+    total = weights.sum(axis=-1, keepdims=True) + 1e-20 if moe.renormalize else 1.0
+    weights = moe.scale * weights / total
     return choices, weights, scores
 
 
