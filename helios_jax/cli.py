@@ -102,6 +102,7 @@ def commands() -> 'Group':
     from helios_jax import options
     from helios_jax.bench.commands import BENCHMARKS
     from helios_jax.ckpt.command import CHECKPOINTS
+    from helios_jax.convert.command import convert_command
     from helios_jax.data.command import DATA
     from helios_jax.evaluate import command as evaluate
     from helios_jax.plan import command as plan
@@ -117,6 +118,7 @@ def commands() -> 'Group':
             'data': DATA,
             'plan': plan.plan_command,
             'ckpt': CHECKPOINTS,
+            'convert': convert_command,
             'explain': options.explain_command,
             'bench': BENCHMARKS,
         },
