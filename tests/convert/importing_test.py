@@ -1,0 +1,98 @@
+"""Imports onto meshes, the way there and back, and the commands; nothing of transformers."""
+
+import itertools
+import json
+
+import jax
+import numpy as np
+import pytest
+from hugging_face import CONFIG, V, write_random
+from safetensors.numpy import load_file
+
+from helios_jax import cli, config, restoring
+from helios_jax.convert import families, importing, rope
+from helios_jax.parallel import mesh as meshes
+
+pytestmark = pytest.mark.usefixtures('quick_compilation')
+
+
+def test_layers_are_the_shortest_prefix_and_period():
+    for kinds in itertools.product('ab', repeat=5):
+        prefix, period = families.pattern(list(kinds))
+        rest = len(kinds) - len(prefix)
+        assert rest % len(period) == 0
+        assert prefix + period * (rest // len(period)) == list(kinds)
+    assert families.pattern(['f'] * 7) == ([], ['f'])
+    assert families.pattern(['d', *['f', 'w'] * 3]) == (['d'], ['f', 'w'])
+    assert families.pattern(['w', 'f', 'f', 'f']) == (['w'], ['f'])
+
+
+@pytest.mark.parametrize(
+    ('scaling', 'settings'),
+    [
+        ('none', {}),
+        ('linear', {'factor': 4.0}),
+        ('llama3', {'factor': 8.0, 'beta_slow': 1.5, 'beta_fast': 5.0}),
+        ('ntk', {'factor': 3.0}),
+        ('static', {'factor': 3.0, 'attention_factor': 1.3, 'truncate': False, 'beta_fast': 20.0}),
+    ],
+)
+def test_rotary_settings_come_back(scaling, settings):
+    ours = config.Rope(base=777.0, trained_length=96, scaling=scaling, **settings)
+    assert rope.expressible(ours)
+    assert rope.read(rope.write(ours), 10_000.0) == ours
+
+
+@pytest.mark.slow
+def test_any_mesh_holds_the_same_weights(tmp_path):
+    write_random(tmp_path, CONFIG | {'intermediate_size': 58})
+    opened = importing.open_directory(tmp_path, to_gmu=True, upcycle=(4, 2))
+    sizes = {'fsdp': 2, 'expert': 2, 'tensor': 2}
+    one, eight = (
+        importing.load(opened, mesh=meshes.make(config.Mesh(**own), jax.devices()[:number]))
+        for own, number in (({}, 1), (sizes, 8))
+    )
+    split = 0
+    for mine, other in zip(
+        jax.tree.leaves(one.restored.variables),
+        jax.tree.leaves(eight.restored.variables),
+        strict=True,
+    ):
+        np.testing.assert_allclose(mine, other, rtol=1e-6, atol=1e-7)
+        split += other.addressable_shards[0].data.size < other.size
+    assert split > 10
+
+
+@pytest.mark.slow
+def test_commands_bring_a_model_in_let_it_speak_and_take_it_out(tmp_path, capsys):
+    source, run, back = (str(tmp_path / name) for name in ('source', 'run', 'back'))
+    (tmp_path / 'source').mkdir()
+    written = write_random(tmp_path / 'source', CONFIG)
+    cli.main(['convert', f'--from={source}', f'--to={run}'])
+    assert 'from a qwen2 model' in capsys.readouterr().out
+    cli.main(['convert', f'--from={run}', f'--to={back}'])
+    assert 'a qwen2 model' in capsys.readouterr().out
+    assert not list(tmp_path.glob('*.unfinished'))
+    found = load_file(tmp_path / 'back/model.safetensors')
+    assert found.keys() == written.keys()
+    for name, tensor in written.items():
+        np.testing.assert_array_equal(found[name], tensor)
+    said = json.loads((tmp_path / 'back/config.json').read_text())
+    assert families.read(said) == families.read(CONFIG)
+    assert said['eos_token_id'] == CONFIG['eos_token_id']
+    restored = restoring.restore(run)
+    assert restored.tokenizer.vocab_size == V
+    origin = restoring.read_metadata(run)['origin']
+    assert (origin['format'], origin['family']) == ('huggingface', 'qwen2')
+    assert restored.config.data.tokenizer == f'{run}/checkpoints/tokenizer/tokenizer.json'
+
+
+@pytest.mark.slow
+def test_generate_reads_an_imported_model(tmp_path, capsys):
+    (tmp_path / 'source').mkdir()
+    write_random(tmp_path / 'source', CONFIG | {'tie_word_embeddings': True})
+    run = tmp_path / 'run'
+    cli.main(['convert', f'--from={tmp_path / "source"}', f'--to={run}', '--to_gmu'])
+    capsys.readouterr()
+    cli.main(['generate', f'--checkpoint={run}', '--prompt=w7 w8', '--max_tokens=3'])
+    assert capsys.readouterr().out.startswith('w7 w8')
