@@ -257,6 +257,8 @@ class HeliosGatedMemoryUnit(nn.Module):
             self.output_norm = HeliosNorm(D, self.eps)
         self.has_gate = kind in ('convex', 'additive', 'highway')
         self.sees: tuple[str, ...] = ()
+        if self.gmu['embedding'] == 'on':
+            self.embedding = nn.Parameter(torch.zeros(1))
         if kind in ('layerscale', 'rezero'):
             self.scale = nn.Parameter(torch.zeros(D if kind == 'layerscale' else 1))
         if not self.has_gate:
@@ -278,14 +280,17 @@ class HeliosGatedMemoryUnit(nn.Module):
             self.out = nn.Linear(width, D, bias=False)
         self.bias = nn.Parameter(torch.zeros(D if gate == 'low_rank' else width))
 
-    def forward(self, x: Tensor, x_hat: Tensor, update: Tensor) -> Tensor:
+    def forward(self, x: Tensor, x_hat: Tensor, update: Tensor, x_0: Tensor) -> Tensor:
         gate = self.opened(x_hat, update)
         if self.normalizes:
             update = self.output_norm(update)
         stream, update = wide(x), wide(update)
         if self.gmu['kind'] in ('convex', 'highway'):
             update = update - stream
-        return (stream + gate * update).to(x.dtype)
+        stream = stream + gate * update
+        if self.gmu['embedding'] == 'on':
+            stream = stream + wide(self.embedding) * wide(x_0)
+        return stream.to(x.dtype)
 
     def opened(self, x_hat: Tensor, update: Tensor) -> Any:
         """g, or the factor in its place."""
@@ -320,11 +325,13 @@ class HeliosLayer(nn.Module):
         self.mlp = HeliosExperts(model) if moe else HeliosMLP(D, model['mlp_dim'])
         self.mlp_gmu = HeliosGatedMemoryUnit(model)
 
-    def forward(self, x: Tensor, positions: Tensor, real: Tensor, cache: Any) -> Tensor:
+    def forward(
+        self, x: Tensor, x_0: Tensor, positions: Tensor, real: Tensor, cache: Any
+    ) -> Tensor:
         x_hat = self.input_layernorm(x)
-        x = self.attention_gmu(x, x_hat, self.self_attn(x_hat, positions, real, cache))
+        x = self.attention_gmu(x, x_hat, self.self_attn(x_hat, positions, real, cache), x_0)
         x_hat = self.post_attention_layernorm(x)
-        return self.mlp_gmu(x, x_hat, self.mlp(x_hat))
+        return self.mlp_gmu(x, x_hat, self.mlp(x_hat), x_0)
 
 
 class HeliosPreTrainedModel(PreTrainedModel):
@@ -359,9 +366,9 @@ class HeliosModel(HeliosPreTrainedModel):
             positions = position_ids.expand(B, T)
         else:
             positions = (real.long().cumsum(-1) - 1).clamp(min=0)
-        x = self.embed_tokens(input_ids)
+        x = x_0 = self.embed_tokens(input_ids)
         for layer in self.layers:
-            x = layer(x, positions, real, cache)
+            x = layer(x, x_0, positions, real, cache)
         return self.norm(x)
 
 

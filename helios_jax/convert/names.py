@@ -31,6 +31,7 @@ GMU = {  # families of theirs have none of these
         'out.w': 'out.weight',
         'bias': 'bias',
         'scale': 'scale',
+        'embedding': 'embedding',
         'output_norm.scale': 'output_norm.weight',
     }.items()
 }

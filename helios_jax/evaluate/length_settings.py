@@ -9,6 +9,8 @@ from helios_jax.errors import one_of, require
 # Settings of model.rope for rows that are s times as long as the trained length, 1 or more.
 METHODS: dict[str, Callable[[float], dict[str, Any]]] = {
     'none': lambda s: {'scaling': 'none', 'factor': 1.0},
+    'pi': lambda s: {'scaling': 'linear', 'factor': s},
+    'ntk': lambda s: {'scaling': 'ntk', 'factor': 1.0},
     'yarn': lambda s: {'scaling': 'static', 'factor': s},
     'dynamic': lambda s: {'scaling': 'dynamic', 'factor': 1.0},
 }

@@ -73,7 +73,11 @@ MODELS = {
         'gmu': config.GMU(gate_input='both', rank=3),
         'rope': config.Rope(base=543.0, trained_length=5, scaling='dynamic'),
     },
-    'additive': {'gmu': config.GMU(kind='additive', gate='full', bias='-1', normalize_output='on')},
+    'additive': {
+        'gmu': config.GMU(
+            kind='additive', gate='full', bias='-1', normalize_output='on', embedding='on',
+        ),
+    },
     'ntk': {
         'rope': config.Rope(base=543.0, trained_length=5, scaling='ntk', factor=2.0),
         'gmu': config.GMU(gate='scalar', gate_input='output'),

@@ -73,7 +73,10 @@ def test_perplexity_is_that_of_windows_one_by_one_and_positions_add_up_to_the_wh
 def test_methods_are_settings_of_rope():
     made = tiny_restored.restored()
     trained = tiny_restored.TRAINED
-    scalings = {'none': ('none', 1), 'yarn': ('static', 4), 'dynamic': ('dynamic', 1)}
+    scalings = {
+        'none': ('none', 1), 'pi': ('linear', 4), 'ntk': ('ntk', 1), 'yarn': ('static', 4),
+        'dynamic': ('dynamic', 1),
+    }  # fmt: skip
     assert scalings.keys() == METHODS.keys()
     for method, expected in scalings.items():
         rope = lengths.stretched(made, method, 4 * trained).model.model.rope
