@@ -18,6 +18,7 @@ import helios_jax
 from helios_jax import checkpoint, config, restoring
 from helios_jax.checkpoint import manifest
 from helios_jax.data import tokenizer as tokenizers
+from helios_jax.data.bpe import train_bpe
 from helios_jax.errors import UserError
 from helios_jax.parallel import mesh as meshes
 from helios_jax.train import state as states
@@ -163,7 +164,7 @@ def with_tokenizer(tmp_path_factory):
     folder = checkpoint.tokenizer_directory(workdir / 'checkpoints')
     path = folder / 'tokenizer.json'
     texts = [f'{n} quick brown foxes jump over lazy dogs' for n in range(300)]
-    tokenizers.train_bpe(texts, 290, path)
+    train_bpe(texts, 290, path)
     cfg = config.replace(CONFIG, {'model.vocab_size': 290})
     state = states.initialize(setup_on('one', cfg))
     with contextlib.closing(checkpoint.Checkpoints(workdir / 'checkpoints', keep=3)) as writer:

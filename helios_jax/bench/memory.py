@@ -41,7 +41,7 @@ def measure_policy(values: dict[str, Any], directory: str) -> dict[str, Any]:
     cfg, reference = config.from_dict(values), Path(directory) / 'gradients'
     cluster.start()
     mesh = meshes.make(cfg.mesh)
-    encoder = tokenizer.load(cfg.data.tokenizer)
+    encoder = tokenizer.load(cfg.data.tokenizer, chat_setting=cfg.data.chat_template)
     cfg = cfg.resolve(encoder.vocab_size)
     setup = states.create(cfg, mesh)
     data = pipeline.prepare(cfg.data, encoder)

@@ -38,7 +38,7 @@ def measure_training(
     cfg = config.from_dict(values)
     cluster.start()
     mesh = meshes.make(cfg.mesh)
-    encoder = tokenizer.load(cfg.data.tokenizer)
+    encoder = tokenizer.load(cfg.data.tokenizer, chat_setting=cfg.data.chat_template)
     cfg = cfg.resolve(encoder.vocab_size)
     setup = states.create(cfg, mesh)
     data = pipeline.prepare(cfg.data, encoder)

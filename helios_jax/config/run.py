@@ -15,6 +15,7 @@ POLICIES = ('none', 'minimal', 'full', 'fp8', 'offload', 'fp8_offload', 'auto')
 class Data:
     corpus: str = 'python_stdlib'  # python_stdlib, a glob or tfds:NAME; a mixture: 'a=0.7,b=0.3'
     tokenizer: str = 'bytes'  # bytes, a tokenizer.json, or a SentencePiece .model
+    chat_template: str = ''  # .jinja that renders "messages"; '': the tokenizer's, or a plain one
     row_length: int = 256  # T, tokens
     packing: str = 'best_fit'  # best_fit (documents apart) | concatenate (one stream, all causal)
     validation_fraction: float = 0.02  # share of documents held out, chosen by content

@@ -5,6 +5,7 @@ from collections.abc import Iterator
 
 import numpy as np
 
+from helios_jax.data import encoding
 from helios_jax.data.rows import Mixture
 from helios_jax.data.tokenizer import Tokenizer
 
@@ -34,8 +35,8 @@ def _scored(mixture: Mixture, tokenizer: Tokenizer) -> Iterator[bytes]:
     for rows in mixture.corpora:
         for shard in rows.documents.shards():
             for document in shard:
-                kept = document.text
-                if rows.num_lost_bytes:
-                    (encoded,) = tokenizer.encode_with_bytes([document.text])
-                    kept = encoded.kept
-                yield kept.encode()
+                if rows.num_lost_bytes or document.messages:
+                    for _, encoded in encoding.scored(tokenizer, document):
+                        yield encoded.kept.encode()
+                else:
+                    yield document.text.encode()

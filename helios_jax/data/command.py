@@ -20,7 +20,7 @@ def prepare_command(argv: Sequence[str]) -> None:
     cfg = options.parse_config(values, argv)
     from helios_jax.data import pipeline, tokenizer
 
-    encoder = tokenizer.load(cfg.data.tokenizer)
+    encoder = tokenizer.load(cfg.data.tokenizer, chat_setting=cfg.data.chat_template)
     prepared = pipeline.prepare(cfg.data, encoder, rebuild=values.rebuild)
     for row in pipeline.summary(prepared):
         options.show(row, values.json)

@@ -23,7 +23,7 @@ from etils import epath
 from tensorflow_datasets.core import constants, read_only_builder, registered
 
 from helios_jax import paths
-from helios_jax.data import records
+from helios_jax.data import chat, records
 from helios_jax.errors import UserError, nearest, require
 
 STDLIB = 'python_stdlib'
@@ -35,6 +35,8 @@ STDLIB_LEAVES_OUT = {'test', 'tests', 'idle_test', 'site-packages', 'dist-packag
 class Document(NamedTuple):
     prompt: str  # read, never a target; '' for plain text
     text: str
+    messages: str = ''  # of a conversation, as JSON; prompt and text are then ''
+    place: str = ''  # of a conversation: its file and line, for errors of its template
 
 
 def parse(spec: str) -> list[tuple[str, Fraction]]:
@@ -59,10 +61,11 @@ def parse(spec: str) -> list[tuple[str, Fraction]]:
 
 
 def texts(spec: str) -> Iterator[str]:
-    """Yields every document of `data.corpus`, corpus by corpus, prompts joined to the text."""
+    """Yields every document of `data.corpus`, corpus by corpus, prompts and turns joined."""
     for corpus, _ in parse(spec):
         for document in read(corpus):
-            yield document.prompt + document.text
+            contents = [m['content'] for m in json.loads(document.messages or '[]')]
+            yield document.prompt + document.text + '\n'.join(contents)
 
 
 def read(corpus: str) -> Iterator[Document]:
@@ -76,7 +79,7 @@ def read(corpus: str) -> Iterator[Document]:
     else:
         documents = (document for path in _files(corpus) for document in _read_file(corpus, path))
     for document in documents:
-        if document.text or document.prompt:
+        if document.text or document.prompt or document.messages:
             yield document
 
 
@@ -199,22 +202,29 @@ def _decode(content: bytes, path: epath.Path, *, stdlib: bool) -> str:
 
 
 def _record(line: bytes, place: str) -> Document:
-    """Reads the document of a JSONL line: {"text": …} or {"prompt": …, "completion": …}."""
+    """Reads a JSONL line: {"text": …}, {"prompt": …, "completion": …} or {"messages": […]}."""
     try:
         record = json.loads(line)
     except (ValueError, RecursionError) as error:
         raise UserError(f'{place} is not a JSON record: {error}.') from None
+    document = _fields(record, place)
+    try:
+        ''.join(document[:3]).encode()
+    except UnicodeEncodeError:
+        raise UserError(f'{place} has half a surrogate pair, which is no text.') from None
+    return document
+
+
+def _fields(record: Any, place: str) -> Document:
     for prompt, text in ((None, 'text'), ('prompt', 'completion')):
         fields = [name for name in (prompt, text) if name]
         if isinstance(record, dict) and all(isinstance(record.get(n), str) for n in fields):
-            document = Document(record[prompt] if prompt else '', record[text])
-            try:
-                f'{document.prompt}{document.text}'.encode()
-            except UnicodeEncodeError:
-                raise UserError(f'{place} has half a surrogate pair, which is no text.') from None
-            return document
+            return Document(record[prompt] if prompt else '', record[text])
+    if isinstance(record, dict) and 'messages' in record:
+        return Document('', '', chat.stored(record, place), place)
     raise UserError(
-        f'{place} must have the string "text", or the strings "prompt" and "completion".'
+        f'{place} must have the string "text", the strings "prompt" and "completion", or the list '
+        '"messages".'
     )
 
 

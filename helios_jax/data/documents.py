@@ -33,17 +33,15 @@ class Documents:
     directory: epath.Path
     fingerprint: str  # digest of the documents in their order
     num_documents: int
-    num_bytes: int  # UTF-8, prompts included
+    num_bytes: int  # UTF-8, prompts included; of conversations, their JSON
     num_prompts: int  # documents that have one
+    num_chats: int = 0  # conversations
 
     def shards(self) -> list[Iterator[Document]]:
         """Returns an iterator over the documents of each shard, in order."""
         info = tfds.builder_from_directory(self.directory).info
         source = records.Records(info, self.split)
-        return [
-            (Document(e['prompt'].decode(), e['text'].decode()) for e in source.shard(index))
-            for index in range(len(source.shard_lengths))
-        ]
+        return [map(_document, source.shard(index)) for index in range(len(source.shard_lengths))]
 
 
 def prepare(
@@ -107,11 +105,13 @@ def _read_into(splits: 'dict[str, _SplitWriter]', corpus: str, validation_fracti
 
 
 def _complete(directory: epath.Path, splits: 'dict[str, _SplitWriter]') -> None:
-    features = {'prompt': tfds.features.Text(), 'text': tfds.features.Text()}
+    names = ['prompt', 'text']
+    if any(split.num_chats for split in splits.values()):
+        names += ['messages', 'place']
     manifest.complete(
         directory,
         NAME,
-        tfds.features.FeaturesDict(features),
+        tfds.features.FeaturesDict({name: tfds.features.Text() for name in names}),
         {name: split.metadata() for name, split in splits.items()},
         {name: split.shards for name, split in splits.items()},
     )
@@ -127,15 +127,21 @@ class _SplitWriter:
         self._pending_bytes = 0
         self.shards: list[dict[str, int]] = []
         self._hash = hashlib.sha256()
-        self.num_documents = self._num_bytes = self._num_prompts = 0
+        self.num_documents = self._num_bytes = self._num_prompts = self.num_chats = 0
 
     def add(self, document: Document) -> None:
-        prompt, text = document.prompt.encode(), document.text.encode()
-        self._pending.append({'prompt': prompt, 'text': text})
-        self._hash.update(b'%d %d ' % (len(prompt), len(text)) + prompt + text)
-        self._pending_bytes += len(prompt) + len(text)
+        fields = {name: value.encode() for name, value in document._asdict().items()}
+        prompt, text, messages = fields['prompt'], fields['text'], fields['messages']
+        if messages:
+            self._pending.append(fields)
+            self._hash.update(b'messages %d ' % len(messages) + messages)
+        else:
+            self._pending.append({'prompt': prompt, 'text': text})
+            self._hash.update(b'%d %d ' % (len(prompt), len(text)) + prompt + text)
+        self._pending_bytes += len(prompt) + len(text) + len(messages)
         self.num_documents += 1
         self._num_prompts += bool(prompt)
+        self.num_chats += bool(messages)
         if self._pending_bytes >= SHARD_BYTES << min(len(self.shards) // 32, 4):
             self.flush()
 
@@ -160,9 +166,14 @@ class _SplitWriter:
             'num_documents': self.num_documents,
             'num_bytes': self._num_bytes,
             'num_prompts': self._num_prompts,
-        }
+        } | ({'num_chats': self.num_chats} if self.num_chats else {})
+
+
+def _document(example: dict[str, Any]) -> Document:
+    """Document of a stored example, in which one that is no conversation lacks two fields."""
+    return Document(*((example.get(name) or b'').decode() for name in Document._fields))
 
 
 def _unit_hash(document: Document) -> float:
-    content = f'{document.prompt}\0{document.text}'.encode()
+    content = (document.messages or f'{document.prompt}\0{document.text}').encode()
     return int.from_bytes(hashlib.blake2b(content, digest_size=8).digest()) / 2**64

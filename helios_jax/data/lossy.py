@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
-from jaxtyping import UInt32
+from jaxtyping import Int64, UInt32
 
 if TYPE_CHECKING:
     from helios_jax.data.tokenizer import Tokenizer
@@ -26,6 +26,38 @@ class Encoded(NamedTuple):
     ids: UInt32[np.ndarray, 'tokens']
     num_bytes: UInt32[np.ndarray, 'tokens']  # UTF-8 bytes of `kept`, by token
     kept: str  # the characters that decoding gives back: the text itself where nothing is lost
+
+
+def token_lengths(vocabulary: dict[str, int], size: int) -> UInt32[np.ndarray, 'V']:
+    """Bytes of each token of a byte-level vocabulary, where one character stands for one byte.
+
+    For any other vocabulary the numbers mean nothing: they do not add up to a text's length.
+    """
+    lengths = np.zeros(size, np.uint32)
+    for token, index in vocabulary.items():
+        lengths[index] = len(token)
+    return lengths
+
+
+def byte_ends(spans: Sequence[tuple[int, int]], text: str) -> Int64[np.ndarray, 'tokens']:
+    """Finds where each token ends in the UTF-8 text, from its start and end in characters."""
+    char_ends = np.asarray([end for _, end in spans], np.int64)
+    code_points = np.frombuffer(text.encode('utf-32-le'), np.uint32)
+    widths = 1 + sum((code_points > limit).astype(np.int64) for limit in (0x7F, 0x7FF, 0xFFFF))
+    return np.concatenate([[0], np.cumsum(widths)])[char_ends]
+
+
+def bytes_per_token(
+    byte_ends: Int64[np.ndarray, 'tokens'], text: str
+) -> UInt32[np.ndarray, 'tokens']:
+    """Bytes per token, from where each one ends in the UTF-8 text.
+
+    One character's tokens share its bytes as their ends say; white space that decoding puts between
+    tokens goes to the token after it, or to the last one.
+    """
+    ends = np.maximum.accumulate(byte_ends)
+    ends[-1:] = len(text.encode())
+    return np.diff(ends, prepend=0).astype(np.uint32)
 
 
 def keeps_all(tokenizer: 'Tokenizer', text: str, ids: list[int], returned: str) -> bool:
@@ -82,7 +114,7 @@ def _compared(
         group = ids[first:last]
         common = ''
         if tokenizer.unk_id not in group:
-            common = _common(text[start:end], _decode_behind(tokenizer, before, group))
+            common = _common(text[start:end], decode_behind(tokenizer, before, group))
         kept.append(common)
         num_bytes[last - 1] = len(common.encode())
         start, before = end, group
@@ -105,7 +137,7 @@ def _groups(spans: Sequence[tuple[int, int]], length: int) -> Iterator[tuple[int
             first, start = last, reached
 
 
-def _decode_behind(tokenizer: 'Tokenizer', before: list[int], group: list[int]) -> str:
+def decode_behind(tokenizer: 'Tokenizer', before: list[int], group: list[int]) -> str:
     """Text that `group` adds to that of `before`: decoders treat the start of a text apart."""
     alone, both = tokenizer.decode(before), tokenizer.decode([*before, *group])
     return both[len(alone) :] if both.startswith(alone) else tokenizer.decode(group)

@@ -15,34 +15,26 @@ import json
 import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import loky
 import numpy as np
 import tensorflow_datasets as tfds
 from etils import epath
-from jaxtyping import Bool, UInt32
+from jaxtyping import UInt32
 
 from helios_jax import display
-from helios_jax.data import manifest, records
+from helios_jax.data import chat_template, encoding, manifest, records
 from helios_jax.data.corpora import Document
 from helios_jax.data.documents import Documents
+from helios_jax.data.encoding import Piece
 from helios_jax.data.tokenizer import Tokenizer
 from helios_jax.errors import UserError
 
 FORMAT = 1  # version of the stored rows, in their fingerprint
 NAME = 'helios_rows'
 SPLIT = 'rows'
-ENCODED_AT_ONCE = 256  # documents
 STALE_SECONDS = 3600.0  # age at which the unfinished file of a dead process is removed
-
-
-class Piece(NamedTuple):
-    """Tokens that stay together: BOS and what comes after it, T at most."""
-
-    tokens: UInt32[np.ndarray, 'tokens']
-    num_bytes: UInt32[np.ndarray, 'tokens']  # bytes of text given back; 0 for BOS, EOS and prompts
-    is_target: Bool[np.ndarray, 'tokens']  # False for prompts
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,32 +52,16 @@ class Packer:
 
     def rows(self, documents: Iterable[Document]) -> list[list[Piece]]:
         """Returns the segments of each row, in the order of the documents that open the rows."""
-        streams = self._streams(documents)
+        streams = encoding.streams(self.tokenizer, documents)
         if self.packing == 'concatenate':
             streams = iter([Piece(*map(np.concatenate, zip(*streams, strict=True)))])
         pieces = [piece for stream in streams for piece in self._cut(stream)]
         rows = best_fit([len(piece.tokens) for piece in pieces], self.row_length)
         return [[pieces[index] for index in row] for row in rows]
 
-    def _streams(self, documents: Iterable[Document]) -> Iterator[Piece]:
-        """Yields each document's tokens and EOS, uncut, without BOS."""
-        remaining = iter(documents)
-        while chunk := list(itertools.islice(remaining, ENCODED_AT_ONCE)):
-            prompts = self.tokenizer.encode_batch([d.prompt for d in chunk])
-            texts = self.tokenizer.encode_with_bytes([d.text for d in chunk])
-            for prompt_ids, text in zip(prompts, texts, strict=True):
-                prompt = np.asarray(prompt_ids, np.uint32)
-                eos = np.array([self.tokenizer.eos_id], np.uint32)
-                yield Piece(
-                    np.concatenate([prompt, text.ids, eos]),
-                    np.concatenate([np.zeros_like(prompt), text.num_bytes, np.zeros_like(eos)]),
-                    np.arange(len(prompt) + len(text.ids) + 1) >= len(prompt),
-                )
-
     def _cut(self, stream: Piece) -> Iterator[Piece]:
-        bos = Piece(
-            np.array([self.tokenizer.bos_id], np.uint32), np.zeros(1, np.uint32), np.array([True])
-        )
+        zero = np.zeros(1, np.uint32)
+        bos = Piece(zero + np.uint32(self.tokenizer.bos_id), zero, zero, np.array([True]))
         step = self.row_length - 1
         for start in range(0, len(stream.tokens), step):
             pairs = zip(bos, stream, strict=True)
@@ -94,13 +70,13 @@ class Packer:
     def lost_example(self, documents: Iterable[Document]) -> str:
         """Finds the first place where decoding does not give a text back, for a message."""
         for document in documents:
-            (encoded,) = self.tokenizer.encode_with_bytes([document.text])
-            if encoded.kept != document.text:
-                returned = self.tokenizer.decode(encoded.ids.tolist())
-                pairs = enumerate(itertools.zip_longest(document.text, returned))
-                first = next(index for index, (one, other) in pairs if one != other)
-                shown = slice(max(0, first - 10), first + 20)
-                return f'{document.text[shown]!r} comes back as {returned[shown]!r}'
+            for text, encoded in encoding.scored(self.tokenizer, document):
+                if encoded.kept != text:
+                    returned = self.tokenizer.decode(encoded.ids.tolist())
+                    pairs = enumerate(itertools.zip_longest(text, returned))
+                    first = next((index for index, (one, other) in pairs if one != other), 0)
+                    shown = slice(max(0, first - 10), first + 20)
+                    return f'{text[shown]!r} comes back as {returned[shown]!r}'
         return ''
 
 
@@ -147,13 +123,18 @@ def pack(
     Returns:
       The directory of a TFDS data set of rows, whose metadata has `fingerprint`, `num_tokens`
       (without padding), `num_bytes` (of text that is a target and that decoding gives back),
-      `num_lost_bytes` (that it does not), `lost_example` and `row_length`.
+      `num_lost_bytes` (that it does not), `lost_example` and `row_length`; of conversations also
+      `chat_template`, the template's fingerprint.
     Raises:
-      UserError: damage to what was packed.
+      UserError: damage to what was packed; a chat template that cannot be used.
     """
+    chats = {}
+    if documents.num_chats:
+        chat_template.marks_answers(packer.tokenizer.chat_template)
+        chats['chat_template'] = packer.tokenizer.chat_template.fingerprint
     fingerprint = records.digest(
         FORMAT, documents.fingerprint, documents.split, packer.tokenizer.fingerprint,
-        packer.row_length, packer.packing,
+        packer.row_length, packer.packing, *chats.values(),
     )  # fmt: skip
     directory = cache_dir / 'rows' / fingerprint
     if manifest.is_complete(directory) and not rebuild:
@@ -172,6 +153,7 @@ def pack(
             'num_bytes': sum(shard['num_text_bytes'] for shard in shards),
             'num_lost_bytes': sum(shard['num_lost_bytes'] for shard in shards),
             'lost_example': next((s['lost_example'] for s in shards if s['lost_example']), ''),
+            **chats,
         }
         manifest.complete(directory, NAME, _features(packer, documents), metadata, {SPLIT: shards})
         for path in directory.iterdir():
@@ -199,8 +181,8 @@ class _ShardJob:
         documents = list(self.documents.shards()[index])
         rows = self.packer.rows(documents)
         features = _features(self.packer, self.documents)
-        num_text_bytes = sum(_num_bytes(piece) for row in rows for piece in row)
-        lost = sum(len(document.text.encode()) for document in documents) - num_text_bytes
+        num_text_bytes = sum(_total(piece.num_bytes) for row in rows for piece in row)
+        lost = sum(_total(piece.lost_bytes) for row in rows for piece in row)
         counts = {
             'num_tokens': sum(len(piece.tokens) for row in rows for piece in row),
             'num_text_bytes': num_text_bytes,
@@ -275,13 +257,13 @@ def _features(packer: Packer, documents: Documents) -> tfds.features.FeaturesDic
         'segment_lengths': array(np.min_scalar_type(packer.row_length)),
         'num_bytes': tfds.features.Scalar(np.int64),
     }
-    if documents.num_prompts:
+    if documents.num_prompts or documents.num_chats:
         features['loss_mask'] = array(np.uint8)
     return tfds.features.FeaturesDict(features)
 
 
-def _num_bytes(piece: Piece) -> int:
-    return int(piece.num_bytes.sum(dtype=np.int64))
+def _total(num_bytes: UInt32[np.ndarray, 'tokens']) -> int:
+    return int(num_bytes.sum(dtype=np.int64))
 
 
 def _stored(row: list[Piece], features: tfds.features.FeaturesDict) -> records.Stored:
@@ -294,4 +276,4 @@ def _stored(row: list[Piece], features: tfds.features.FeaturesDict) -> records.S
     stored = {
         name: values.astype(features[name].np_dtype).tobytes() for name, values in arrays.items()
     }
-    return stored | {'num_bytes': sum(map(_num_bytes, row))}
+    return stored | {'num_bytes': sum(_total(piece.num_bytes) for piece in row)}

@@ -17,8 +17,9 @@ from jaxtyping import Bool, Int32
 
 from helios_jax import config, paths
 from helios_jax.data import corpora, documents, packing, records
+from helios_jax.data.bpe import train_bpe
 from helios_jax.data.rows import Mixture, Rows
-from helios_jax.data.tokenizer import Tokenizer, train_bpe
+from helios_jax.data.tokenizer import Tokenizer
 from helios_jax.errors import UserError, require
 
 log = logging.getLogger(__name__)

@@ -29,6 +29,7 @@ class Rows:
       num_bytes: UTF-8 bytes of text that is a target and that decoding gives back.
       num_lost_bytes: UTF-8 bytes of text that the tokenizer lost.
       lost_example: an example of lost text, for a message.
+      chat_template: fingerprint of the template that rendered conversations; '' without any.
     """
 
     def __init__(self, directory: epath.Path, split: documents.Documents):
@@ -41,6 +42,7 @@ class Rows:
         self.num_bytes: int = info.metadata['num_bytes']
         self.num_lost_bytes: int = info.metadata['num_lost_bytes']
         self.lost_example: str = info.metadata['lost_example']
+        self.chat_template: str = info.metadata.get('chat_template', '')
         self._records = records.Records(info, packing.SPLIT)
 
     def __len__(self) -> int:
@@ -88,6 +90,11 @@ class Mixture:
         return records.digest([[rows.fingerprint, str(weight)] for rows, weight in pairs])
 
     @property
+    def chat_template(self) -> str:
+        """Fingerprint of the template that rendered conversations; '' without any."""
+        return next((rows.chat_template for rows in self.corpora if rows.chat_template), '')
+
+    @property
     def contents(self) -> dict[str, Any]:
         """Facts about the data that a checkpoint keeps, for `changes` to compare."""
         texts = [rows.documents for rows in self.corpora]
@@ -97,7 +104,7 @@ class Mixture:
             'text': records.digest([*zip((d.fingerprint for d in texts), weights, strict=True)]),
             'documents': sum(d.num_documents for d in texts),
             'bytes': sum(d.num_bytes for d in texts),
-        }
+        } | ({'chat_template': self.chat_template} if self.chat_template else {})
 
     @functools.cached_property
     def _shares(self) -> list[int]:
@@ -134,7 +141,8 @@ class Mixture:
 def changes(saved: dict[str, Any], now: dict[str, Any]) -> str:
     """Describes how two splits' `Mixture.contents` differ; '' if their text is the same."""
     if saved['text'] == now['text']:
-        return ''
+        alike = saved.get('chat_template') == now.get('chat_template')
+        return '' if alike else 'its conversations are rendered by another chat template'
     more = now['documents'] - saved['documents']
     if more:
         count = f'{abs(more):,} documents {"more" if more > 0 else "fewer"}'

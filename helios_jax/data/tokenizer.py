@@ -2,30 +2,29 @@
 
 Three kinds: bytes (the default, no file), any tokenizer.json of the `tokenizers` library, and
 SentencePiece models. Text is only text: the name of a special token inside a document is encoded
-letter by letter, so a document can never contain BOS or EOS.
+letter by letter, so a document can never contain BOS or EOS. `encode_rendered` alone reads names of
+special tokens as these tokens: a chat template writes them.
 """
 
 import abc
+import functools
 import hashlib
 import json
-from collections.abc import Iterable, Sequence
+import re
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import sentencepiece
 import tokenizers
 from etils import epath
-from jaxtyping import Int64, UInt32
+from jaxtyping import UInt32
 
 from helios_jax import paths
-from helios_jax.data import lossy
+from helios_jax.data import chat_template, lossy, special
 from helios_jax.data.lossy import Encoded
+from helios_jax.data.special import Spanned
 from helios_jax.errors import UserError
-
-# In order of preference. GPT-2 has one token for both; BERT's brackets come last.
-BOS_NAMES = ('<|bos|>', '<s>', '<bos>', '<|begin_of_text|>', '<|startoftext|>', '[BOS]')
-EOS_NAMES = ('<|eos|>', '</s>', '<eos>', '<|end_of_text|>', '[EOS]')
-SHARED_NAMES = ('<|endoftext|>',)
 
 
 class Tokenizer(abc.ABC):
@@ -36,6 +35,9 @@ class Tokenizer(abc.ABC):
       fingerprint: equal for tokenizers that encode alike, different otherwise.
       vocab_size: V; every id is below it.
       unk_id: the token that stands for text outside the vocabulary; -1 where there is none.
+      special_ids: ids of the tokens that no text gives, by the names that templates write.
+      folder: where the tokenizer's file lies; None without one.
+      chat_setting: `data.chat_template`.
     """
 
     name: str
@@ -44,6 +46,9 @@ class Tokenizer(abc.ABC):
     bos_id: int
     eos_id: int
     unk_id: int
+    special_ids: dict[str, int]
+    folder: epath.Path | None = None
+    chat_setting: str = ''
 
     @abc.abstractmethod
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
@@ -52,6 +57,10 @@ class Tokenizer(abc.ABC):
     @abc.abstractmethod
     def encode_with_bytes(self, texts: Sequence[str]) -> list[Encoded]:
         """Encodes each text, and counts the UTF-8 bytes that each token gives back."""
+
+    @abc.abstractmethod
+    def encode_rendered(self, text: str) -> Spanned:
+        """Encodes a text in which the name of a special token is that token."""
 
     @abc.abstractmethod
     def decode(self, ids: Sequence[int]) -> str:
@@ -64,6 +73,22 @@ class Tokenizer(abc.ABC):
     def encode(self, text: str) -> list[int]:
         return self.encode_batch([text])[0]
 
+    @functools.cached_property
+    def chat_template(self) -> chat_template.Template:
+        """The template of `data.chat_template`, the tokenizer's own, or the built-in one.
+
+        Raises:
+          UserError: a file of it is absent or cannot be read.
+        """
+        names = {index: name for name, index in self.special_ids.items()}
+        tokens = {'bos_token': names.get(self.bos_id, ''), 'eos_token': names.get(self.eos_id, '')}
+        return chat_template.find(self.folder, self.chat_setting, tokens)
+
+    @functools.cached_property
+    def special_starts(self) -> re.Pattern[str]:
+        """Finds the first character of each name of a special token, of two characters or more."""
+        return special.starts(self.special_ids)
+
 
 class ByteTokenizer(Tokenizer):
     """One token a byte. BOS and EOS are 0xFE and 0xFF, bytes that no UTF-8 text contains."""
@@ -74,6 +99,7 @@ class ByteTokenizer(Tokenizer):
     bos_id = 0xFE
     eos_id = 0xFF
     unk_id = -1
+    special_ids = {'<|bos|>': bos_id, '<|eos|>': eos_id}  # noqa: RUF012
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         return [list(text.encode()) for text in texts]
@@ -83,6 +109,13 @@ class ByteTokenizer(Tokenizer):
         return [
             Encoded(ids, np.ones_like(ids), text) for text, ids in zip(texts, encoded, strict=True)
         ]
+
+    def encode_rendered(self, text: str) -> Spanned:
+        return special.in_parts(text, self.special_ids, self._spanned)
+
+    def _spanned(self, text: str) -> Spanned:
+        encoded = [(byte, i) for i, character in enumerate(text) for byte in character.encode()]
+        return Spanned([byte for byte, _ in encoded], [(i, i + 1) for _, i in encoded])
 
     def decode(self, ids: Sequence[int]) -> str:
         kept = bytes(i for i in ids if i not in (self.bos_id, self.eos_id))
@@ -109,12 +142,18 @@ class JsonTokenizer(Tokenizer):
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
         self._tokenizer.encode_special_tokens = True
+        added = self._tokenizer.get_added_tokens_decoder().items()
+        self.special_ids = {token.content: index for index, token in added if token.special}
         vocabulary = self._tokenizer.get_vocab(with_added_tokens=True)
         self.vocab_size = max(vocabulary.values()) + 1
-        self._token_bytes = _byte_lengths(vocabulary, self.vocab_size)
-        self.bos_id = vocabulary[_special(name, 'BOS', BOS_NAMES + SHARED_NAMES, vocabulary)]
-        self.eos_id = vocabulary[_special(name, 'EOS', EOS_NAMES + SHARED_NAMES, vocabulary)]
-        self.unk_id = _unknown(json.loads(self._content)['model'], vocabulary)
+        self._token_bytes = lossy.token_lengths(vocabulary, self.vocab_size)
+        self.bos_id = special.find(name, 'BOS', vocabulary)
+        self.eos_id = special.find(name, 'EOS', vocabulary)
+        self.unk_id = special.unknown(json.loads(self._content)['model'], vocabulary)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__ |= state
+        self._tokenizer.encode_special_tokens = True  # pickling forgets it
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         # Offsets cost more than the encoding; most byte-level tokens need none.
@@ -138,11 +177,19 @@ class JsonTokenizer(Tokenizer):
         return encoded
 
     def _bytes_by_offset(self, text: str) -> UInt32[np.ndarray, 'tokens']:
-        encoding = self._tokenizer.encode(text, add_special_tokens=False)
-        char_ends = np.asarray([end for _, end in encoding.offsets], np.int64)
-        code_points = np.frombuffer(text.encode('utf-32-le'), np.uint32)
-        widths = 1 + sum((code_points > limit).astype(np.int64) for limit in (0x7F, 0x7FF, 0xFFFF))
-        return _bytes_per_token(np.concatenate([[0], np.cumsum(widths)])[char_ends], text)
+        spans = self._tokenizer.encode(text, add_special_tokens=False).offsets
+        return lossy.bytes_per_token(lossy.byte_ends(spans, text), text)
+
+    def encode_rendered(self, text: str) -> Spanned:
+        encoding = self._with_specials.encode(text, add_special_tokens=False)
+        return Spanned(encoding.ids, encoding.offsets)
+
+    @functools.cached_property
+    def _with_specials(self) -> tokenizers.Tokenizer:
+        """The same tokenizer, which finds special tokens in text."""
+        made = tokenizers.Tokenizer.from_str(self._tokenizer.to_str())
+        made.post_processor = None  # that of byte-level BPE takes spaces out of the spans
+        return made
 
     def decode(self, ids: Sequence[int]) -> str:
         kept = [int(i) for i in ids if i not in (self.bos_id, self.eos_id)]
@@ -168,6 +215,9 @@ class SentencePieceTokenizer(Tokenizer):
         self.bos_id = self._processor.bos_id()
         self.eos_id = self._processor.eos_id()
         self.unk_id = self._processor.unk_id()
+        pieces = range(self.vocab_size)
+        control = [index for index in pieces if self._processor.is_control(index)]
+        self.special_ids = {self._processor.id_to_piece(index): index for index in control}
         if self.bos_id < 0 or self.eos_id < 0:
             raise UserError(
                 f'data.tokenizer={name!r} has no BOS or no EOS piece; train it with bos_id and '
@@ -186,12 +236,19 @@ class SentencePieceTokenizer(Tokenizer):
             ids = list(pieces['ids'])
             if lossy.keeps_all(self, text, ids, self._processor.decode(ids)):
                 byte_ends = np.asarray([end for _, end in pieces['offsets']], np.int64)
-                num_bytes = _bytes_per_token(byte_ends, text)
+                num_bytes = lossy.bytes_per_token(byte_ends, text)
                 encoded.append(Encoded(np.asarray(ids, np.uint32), num_bytes, text))
             else:
                 in_characters = self._processor.encode(text, return_type='offset_mapping')
                 encoded.append(lossy.partly(self, text, ids, in_characters['offsets']))
         return encoded
+
+    def encode_rendered(self, text: str) -> Spanned:
+        return special.in_parts(text, self.special_ids, self._spanned)
+
+    def _spanned(self, text: str) -> Spanned:
+        mapped = self._processor.encode(text, return_type='offset_mapping')
+        return Spanned(list(mapped['ids']), list(mapped['offsets']))
 
     def decode(self, ids: Sequence[int]) -> str:
         return self._processor.decode([int(i) for i in ids if i not in (self.bos_id, self.eos_id)])
@@ -201,17 +258,28 @@ class SentencePieceTokenizer(Tokenizer):
         return 'tokenizer.model'
 
 
-def load(spec: str, directory: epath.Path | None = None) -> Tokenizer:
+def load(spec: str, directory: epath.Path | None = None, chat_setting: str = '') -> Tokenizer:
     """Loads the tokenizer that `spec` names.
 
     Args:
       spec: 'bytes', or the path of a tokenizer.json or of a SentencePiece .model.
       directory: where a relative `spec` is looked for: that of `Tokenizer.save`.
+      chat_setting: `data.chat_template`; '' takes the tokenizer's own when there are conversations.
     Raises:
-      UserError: no such file, not a tokenizer, or one without BOS and EOS.
+      UserError: no such file, not a tokenizer, or one without BOS and EOS; a `chat_setting` that is
+        no chat template.
     """
+    tokenizer, path = _loaded(spec, directory)
+    tokenizer.folder = directory if path is None else path.parent
+    tokenizer.chat_setting = chat_setting
+    if chat_setting:
+        chat_template.marks_answers(tokenizer.chat_template)
+    return tokenizer
+
+
+def _loaded(spec: str, directory: epath.Path | None) -> tuple[Tokenizer, epath.Path | None]:
     if spec == 'bytes':
-        return ByteTokenizer()
+        return ByteTokenizer(), None
     path = epath.Path(spec).expanduser() if directory is None else directory / spec
     paths.check('data.tokenizer', spec)
     if path.suffix not in ('.json', '.model'):
@@ -221,76 +289,4 @@ def load(spec: str, directory: epath.Path | None = None) -> Tokenizer:
     if not path.is_file():
         raise UserError(f'data.tokenizer={spec!r}: no such file.')
     kind = JsonTokenizer if path.suffix == '.json' else SentencePieceTokenizer
-    return kind(path.read_bytes(), path.name)
-
-
-def train_bpe(documents: Iterable[str], vocab_size: int, path: epath.Path) -> None:
-    """Trains a byte-level BPE of exactly `vocab_size` tokens, with <|bos|> and <|eos|>.
-
-    Args:
-      path: where the tokenizer.json goes.
-    Raises:
-      UserError: `vocab_size` leaves no room for the bytes, or the text is too small to fill it.
-    """
-    smallest = 256 + 2
-    if vocab_size < smallest:
-        raise UserError(
-            f'vocab_size={vocab_size} must be {smallest} or more: the bytes, BOS and EOS.'
-        )
-    byte_level = tokenizers.pre_tokenizers.ByteLevel
-    bpe = tokenizers.Tokenizer(tokenizers.models.BPE())
-    bpe.pre_tokenizer = byte_level(add_prefix_space=False)
-    bpe.decoder = tokenizers.decoders.ByteLevel()
-    trainer = tokenizers.trainers.BpeTrainer(
-        vocab_size=vocab_size,
-        special_tokens=['<|bos|>', '<|eos|>'],
-        initial_alphabet=sorted(byte_level.alphabet()),
-        show_progress=False,
-    )
-    bpe.train_from_iterator(documents, trainer)
-    if bpe.get_vocab_size() != vocab_size:
-        raise UserError(
-            f'vocab_size={vocab_size} is out of reach: the text gives only '
-            f'{bpe.get_vocab_size()} tokens; ask for fewer or train on more text.'
-        )
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(json.loads(bpe.to_str()), ensure_ascii=False))
-
-
-def _special(name: str, role: str, candidates: Sequence[str], vocabulary: dict[str, int]) -> str:
-    for candidate in candidates:
-        if candidate in vocabulary:
-            return candidate
-    raise UserError(
-        f'data.tokenizer={name!r} has no {role}: none of {", ".join(candidates)} is in it.'
-    )
-
-
-def _byte_lengths(vocabulary: dict[str, int], size: int) -> UInt32[np.ndarray, 'V']:
-    """Bytes of each token of a byte-level vocabulary, where one character stands for one byte.
-
-    For any other vocabulary the numbers mean nothing: they do not add up to a text's length.
-    """
-    lengths = np.zeros(size, np.uint32)
-    for token, index in vocabulary.items():
-        lengths[index] = len(token)
-    return lengths
-
-
-def _bytes_per_token(
-    byte_ends: Int64[np.ndarray, 'tokens'], text: str
-) -> UInt32[np.ndarray, 'tokens']:
-    """Bytes per token, from where each one ends in the UTF-8 text.
-
-    One character's tokens share its bytes as their ends say; white space that decoding puts between
-    tokens goes to the token after it, or to the last one.
-    """
-    ends = np.maximum.accumulate(byte_ends)
-    ends[-1:] = len(text.encode())
-    return np.diff(ends, prepend=0).astype(np.uint32)
-
-
-def _unknown(model: dict[str, Any], vocabulary: dict[str, int]) -> int:
-    """Id that a tokenizer.json gives to what is not in its vocabulary; -1 without one."""
-    number = model.get('unk_id')  # Unigram has its number, the others its name
-    return vocabulary.get(model.get('unk_token') or '', -1) if number is None else number
+    return kind(path.read_bytes(), path.name), path

@@ -43,5 +43,5 @@ def dry_run(cfg: config.Config, num_devices: int) -> None:
     from helios_jax.data import tokenizer
     from helios_jax.train.dry_run import describe
 
-    vocab_size = tokenizer.load(cfg.data.tokenizer).vocab_size
+    vocab_size = tokenizer.load(cfg.data.tokenizer, chat_setting=cfg.data.chat_template).vocab_size
     print(describe(cfg.resolve(vocab_size), num_devices))

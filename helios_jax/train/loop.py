@@ -45,7 +45,7 @@ def train(cfg: config.Config, workdir: epath.PathLike) -> dict[str, float]:
     cluster.enable_compilation_cache(cfg.train.compilation_cache)
     workdir = epath.Path(workdir).expanduser()
     with agreement.together() as facts:
-        tokenizer = tokenizers.load(cfg.data.tokenizer)
+        tokenizer = tokenizers.load(cfg.data.tokenizer, chat_setting=cfg.data.chat_template)
         cfg = cfg.resolve(tokenizer.vocab_size)
         facts |= shared_facts(cfg, tokenizer)
     mesh = meshes.make(cfg.mesh)

@@ -29,7 +29,7 @@ FREE_TO_CHANGE = (
     'train.checkpoint_every', 'train.keep_checkpoints', 'train.profile_steps', 'train.tensorboard',
     'train.compilation_cache', 'train.compiler_options', 'train.microbatches', 'train.init_from',
     'mesh.', 'memory.', 'data.cache_dir', 'data.num_workers', 'data.tokenizer',
-    'data.allow_lossy_tokenizer', 'model.attention',
+    'data.chat_template', 'data.allow_lossy_tokenizer', 'model.attention',
 )  # fmt: skip
 
 

@@ -15,7 +15,7 @@ from etils import epath
 from jaxtyping import PyTree
 
 from helios_jax import checkpoint, config
-from helios_jax.data import pipeline
+from helios_jax.data import chat_template, pipeline
 from helios_jax.data import tokenizer as tokenizers
 from helios_jax.train import lock, report, update
 from helios_jax.train import state as states
@@ -26,7 +26,7 @@ CONFIG_FILE = 'config.json'
 
 # Settings that say where something lies on one host: of these the contents are compared instead.
 HOSTS_OWN = (
-    'data.corpus', 'data.tokenizer', 'data.cache_dir', 'data.num_workers',
+    'data.corpus', 'data.tokenizer', 'data.chat_template', 'data.cache_dir', 'data.num_workers',
     'train.compilation_cache',
 )  # fmt: skip
 
@@ -55,6 +55,9 @@ class Run:
         """Spec by which a reader loads the tokenizer, and the contents of its files by name."""
         with tempfile.TemporaryDirectory() as folder:
             spec = self.tokenizer.save(epath.Path(folder))
+            if self.data.train.chat_template or self.data.validation.chat_template:
+                config = self.tokenizer.chat_template.config()
+                (epath.Path(folder) / chat_template.CONFIG).write_text(config)
             return spec, {path.name: path.read_bytes() for path in epath.Path(folder).iterdir()}
 
 

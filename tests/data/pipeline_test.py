@@ -15,6 +15,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from helios_jax import config
 from helios_jax.data import baselines, corpora, documents, pipeline, tokenizer
+from helios_jax.data.bpe import train_bpe
 from helios_jax.data.rows import Mixture, Rows, changes
 from helios_jax.errors import UserError
 
@@ -209,7 +210,7 @@ def test_text_of_a_glob_is_held_out_nowhere(directory, globs):
 
 
 def test_another_tokenizer_counts_the_same_bytes(directory, globs, single):
-    tokenizer.train_bpe(corpora.texts(globs[0]), 300, directory / 'bpe.json')
+    train_bpe(corpora.texts(globs[0]), 300, directory / 'bpe.json')
     bpe = tokenizer.load(str(directory / 'bpe.json'))
     prepared = pipeline.prepare(settings(directory, globs[0]), bpe)
     for one, two in ((single.train, prepared.train), (single.validation, prepared.validation)):

@@ -9,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from helios_jax.data import corpora, tokenizer
+from helios_jax.data.bpe import train_bpe
 from helios_jax.errors import UserError
 
 SAMPLE = 'def f(x):\n    return "hé €uro 😀" + x  # ' + 'the quick brown fox ' * 7
@@ -30,7 +31,7 @@ def whitespace_json(specials: list[str]) -> str:
 @pytest.fixture(scope='module')
 def loaded(tmp_path_factory) -> dict[str, tokenizer.Tokenizer]:
     directory = epath.Path(tmp_path_factory.mktemp('tokenizers'))
-    tokenizer.train_bpe([SAMPLE] * 3, 277, directory / 'bpe.json')
+    train_bpe([SAMPLE] * 3, 277, directory / 'bpe.json')
     (directory / 'words.json').write_text(whitespace_json(['<s>', '</s>']))
     model = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
@@ -135,7 +136,7 @@ def test_sentencepiece_without_bos_is_refused(tmp_path):
 @pytest.mark.parametrize(('size', 'message'), [(257, '258 or more'), (5003, 'out of reach')])
 def test_vocabulary_sizes_out_of_reach(tmp_path, size, message):
     with pytest.raises(UserError, match=message):
-        tokenizer.train_bpe([SAMPLE], size, epath.Path(tmp_path) / 'bpe.json')
+        train_bpe([SAMPLE], size, epath.Path(tmp_path) / 'bpe.json')
     assert not (tmp_path / 'bpe.json').exists()
 
 
@@ -143,6 +144,6 @@ def test_training_on_a_corpus_is_deterministic(tmp_path):
     (tmp_path / 'a.txt').write_text(SAMPLE)
     paths = [epath.Path(tmp_path) / name for name in ('1.json', '2.json')]
     for path in paths:
-        tokenizer.train_bpe(corpora.texts(str(tmp_path / '*.txt')), 271, path)
+        train_bpe(corpora.texts(str(tmp_path / '*.txt')), 271, path)
     first, second = (json.loads(path.read_text()) for path in paths)
     assert first == second
