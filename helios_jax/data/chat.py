@@ -97,11 +97,11 @@ def training(
     messages = _cut(messages, tokenizer)
     whole = chat_template.run(template, messages, place)
     if not chat_template.marks_answers(template):
-        whole = _marked(template, messages, place, whole)
+        return _unmarked(_marked(template, messages, place, whole))
     conversation = _unmarked(whole)
-    whole_blocks = whole.count(START) == whole.count(STOP)
+    blocks_are_whole = whole.count(START) == whole.count(STOP)
     require(
-        whole_blocks and any(start < end for start, end in conversation.answers),
+        blocks_are_whole and any(start < end for start, end in conversation.answers),
         f'{place}: {template.path} marks no whole answer in this conversation; put every one into '
         '{% generation %} … {% endgeneration %}.',
     )

@@ -114,6 +114,9 @@ def _ended(
 def _in_answers(conversation: Conversation, encoded: Spanned) -> Bool[np.ndarray, 'tokens']:
     """True for tokens that lie in an answer as a whole."""
     starts, ends = np.asarray(encoded.spans, np.int64).reshape(-1, 2).T
+    # SentencePiece gives a character's bytes to the last of its tokens: the others go with it.
+    for at in np.flatnonzero(starts[:-1] == ends[:-1])[::-1]:
+        ends[at] = ends[at + 1]
     inside = np.zeros(len(encoded.ids), bool)
     for start, end in conversation.answers:
         inside |= (start <= starts) & (starts < end) & (start < ends) & (ends <= end)

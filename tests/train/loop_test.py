@@ -7,6 +7,7 @@ import re
 import shutil
 from pathlib import Path
 
+import chats
 import jax
 import numpy as np
 import pytest
@@ -15,10 +16,11 @@ from etils import epath
 from folders import entries, files
 from small_run import recorded, saved
 
-from helios_jax import checkpoint, config
+from helios_jax import checkpoint, config, restoring
 from helios_jax.checkpoint import manifest
 from helios_jax.data import pipeline
 from helios_jax.errors import UserError
+from helios_jax.evaluate.held_out import held_out
 from helios_jax.train import lock, loop, resume
 from helios_jax.train import step as steps
 
@@ -315,3 +317,33 @@ def test_a_run_ends_with_its_report_on_a_mesh_that_splits_the_sequence(small, tm
     held_out = loop.train(cfg, tmp_path)
     assert (tmp_path / 'report.md').exists()
     assert 0 < held_out['bits_per_byte'] < 16
+
+
+@pytest.mark.slow
+def test_the_chat_template_of_a_run_travels_with_it_and_must_not_change(small, tmp_path):
+    template, talks = tmp_path / 'my.jinja', tmp_path / 'talks.jsonl'
+    template.write_text(chats.CHATML)
+    numbered = [[{'role': 'user', 'content': f'{i}'}, *chats.MESSAGES[1:]] for i in range(40)]
+    talks.write_text('\n'.join(json.dumps({'messages': messages}) for messages in numbered))
+    settings = {
+        'data.corpus': str(talks), 'data.chat_template': str(template), 'train.num_steps': 2,
+        'data.cache_dir': str(tmp_path / 'cache'),
+    }  # fmt: skip
+    cfg, workdir = config.replace(small, settings), tmp_path / 'run'
+    figures = loop.train(cfg, workdir)
+    template.write_text(chats.CHATML_BLOCKS)
+    before = entries(workdir)
+    longer = config.replace(cfg, {'train.num_steps': 3})
+    with pytest.raises(UserError, match=r'has changed since .* another chat template'):
+        loop.train(longer, workdir)
+    assert entries(workdir) == before
+    template.unlink()
+    restored = restoring.restore(workdir)
+    assert restored.tokenizer.chat_template.source == chats.CHATML
+    data = restoring.read_metadata(workdir)['data']
+    assert data['train']['chat_template'] == restored.tokenizer.chat_template.fingerprint
+    again = held_out(restored, num_rows=cfg.train.eval_rows, trained_on=data)
+    assert again['bytes'] == figures['bytes']
+    template.write_text(chats.CHATML)
+    moved = template.rename(tmp_path / 'moved.jinja')
+    loop.train(config.replace(longer, {'data.chat_template': str(moved)}), workdir)

@@ -81,3 +81,12 @@ def test_a_checkpoint_from_before_lossy_tokenizers_could_be_allowed_is_gone_on_w
     old = dataclasses.asdict(config.Config())
     del old['data']['allow_lossy_tokenizer']
     resume(CONTENTS, {'data': CONTENTS, 'config': old})
+
+
+def test_another_chat_template_is_refused_and_told():
+    saved = changed(train={'chat_template': 'x'})
+    resume(saved, {'data': saved})
+    now = changed(train={'rows': 'e', 'chat_template': 'y'})
+    told = r'\(train: its conversations are rendered by another chat template\); restore the files'
+    with pytest.raises(UserError, match=told):
+        resume(now, {'data': saved})
