@@ -121,7 +121,7 @@ def test_a_mixture_of_text_and_conversations_knows_its_template(tmp_path):
 
 def test_a_template_that_raises_names_the_record(tmp_path):
     corpus = write_records(tmp_path / 'a.jsonl', CHATS)
-    (tmp_path / 'my.jinja').write_text("{% if '7' in messages[0].content %}{{ 1 // 0 }}{% endif %}")
+    (tmp_path / 'my.jinja').write_text('{{ 1 // messages[4:]|length }}')
     tok = tokenizer.load('bytes', chat_setting=str(tmp_path / 'my.jinja'))
     data = settings(tmp_path, corpus)
     with pytest.raises(UserError, match=r'a\.jsonl:\d+ cannot be rendered by .*my\.jinja: .*zero'):
