@@ -213,8 +213,8 @@ def _check_scorable(rows: Rows, data: config.Data, tokenizer: Tokenizer) -> None
         log.warning('%s; bits per byte count only what is kept.', loss)
     require(
         rows.num_bytes > 0,
-        f'{where} has no text to score: every text, completion or answer in it is empty or lost; give '
-        'documents with text, or change data.validation_fraction.',
+        f'{where} has no text to score: every text, completion or answer in it is empty or lost; '
+        'give documents with text, or change data.validation_fraction.',
     )
 
 
