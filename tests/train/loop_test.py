@@ -345,7 +345,7 @@ def test_the_chat_template_of_a_run_travels_with_it_and_must_not_change(small, t
     again = held_out(restored, num_rows=cfg.train.eval_rows, trained_on=data)
     assert again['bytes'] == figures['bytes']
     # Its contents are what matters: the file itself may lie elsewhere.
-    moved = config.replace(longer, {'data.chat_template': 'moved.jinja'})
+    moved = config.replace(longer, {'data.chat_template': 'moved.jinja'}).resolve(256)
     resume.require_resumable(
         epath.Path(workdir), moved, checkpoint.open_step(workdir / 'checkpoints')
     )
