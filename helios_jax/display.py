@@ -217,12 +217,14 @@ def _count(done: int, unit: str, total: int | None = None) -> str:
 
 
 def _stream_handlers() -> Iterator[logging.StreamHandler]:
-    """Yields every handler of any logger that writes to a stream."""
+    """Yields every handler of any logger that writes to a stream of its own."""
     loggers = [logging.root, *logging.root.manager.loggerDict.values()]
     for logger in loggers:
         for handler in getattr(logger, 'handlers', []):  # a name without a logger has none
             handler = getattr(handler, 'python_handler', handler)  # absl's wraps one
-            if isinstance(handler, logging.StreamHandler):
+            # Those like logging.lastResort follow sys.stderr, and cannot be given a stream.
+            follows = isinstance(handler, type(logging.lastResort))
+            if isinstance(handler, logging.StreamHandler) and not follows:
                 yield handler
 
 

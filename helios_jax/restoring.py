@@ -171,11 +171,12 @@ def load_tokenizer(opened: checkpoint.Opened) -> tokenizers.Tokenizer:
     damage = opened.tokenizer_damage()
     require(not damage, f'{damage}.')
     tokenizer = tokenizers.load(spec, checkpoint.tokenizer_directory(opened.directory))
-    expected = saved_config(opened).model.vocab_size
+    model = saved_config(opened).model
+    expected = model.vocab_size - model.spare_vocab
     require(
-        tokenizer.vocab_size <= expected,
+        tokenizer.vocab_size == expected,
         f'tokenizer {spec} has {tokenizer.vocab_size} tokens, but the checkpoint in '
-        f'{opened.directory} has room for {expected}; put back the tokenizer that was saved '
+        f'{opened.directory} was trained with {expected}; put back the tokenizer that was saved '
         'with it.',
     )
     return tokenizer

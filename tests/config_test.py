@@ -268,9 +268,13 @@ def test_resolving_fills_what_depends_on_the_tokenizer_and_the_rows():
     assert cfg.model.vocab_size == 300 and cfg.model.padded_vocab_size == 512
     assert cfg.model.rope.trained_length == 256
     assert cfg.resolve(300) == cfg
-    assert cfg.resolve(256) == cfg  # a model may have more rows than its tokenizer has tokens
-    with pytest.raises(UserError, match='vocab_size=300 has no room for the 301 tokens'):
-        cfg.resolve(301)
+    with pytest.raises(UserError, match='vocab_size=300 differs from the 256 tokens'):
+        cfg.resolve(256)
+    spare = config.replace(cfg, {'model.spare_vocab': 44})
+    assert spare.resolve(256) == spare
+    assert config.replace(spare, {'model.vocab_size': 0}).resolve(7).model.vocab_size == 51
+    with pytest.raises(UserError, match=r'300 differs from the 255 tokens.*spare_vocab=44.*299'):
+        spare.resolve(255)
     rope = config.Rope(trained_length=64)
     model = config.Model(rope=rope)
     assert config.Config(model=model).resolve(9).model.rope.trained_length == 64

@@ -70,14 +70,15 @@ class Config:
     def resolve(self, vocab_size: int) -> 'Config':
         """Fills what depends on other settings: V from the tokenizer, L_train from the rows."""
         model = self.model
+        spare = f' and model.spare_vocab={model.spare_vocab}' if model.spare_vocab else ''
+        expected = vocab_size + model.spare_vocab
         require(
-            model.vocab_size == 0 or model.vocab_size >= vocab_size,
-            f'model.vocab_size={model.vocab_size} has no room for the {vocab_size} tokens of '
-            f'data.tokenizer={self.data.tokenizer!r}; set it to 0 or to {vocab_size}.',
+            model.vocab_size in (0, expected),
+            f'model.vocab_size={model.vocab_size} differs from the {vocab_size} tokens of '
+            f'data.tokenizer={self.data.tokenizer!r}{spare}; set it to 0 or to {expected}.',
         )
         length = model.rope.trained_length or self.data.row_length
-        vocab_size = model.vocab_size or vocab_size
-        return replace(self, {'model.vocab_size': vocab_size, 'model.rope.trained_length': length})
+        return replace(self, {'model.vocab_size': expected, 'model.rope.trained_length': length})
 
 
 def settings(config: Any, prefix: str = '') -> dict[str, Any]:

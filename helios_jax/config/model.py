@@ -147,6 +147,7 @@ class MoE:
 @dataclasses.dataclass(frozen=True)
 class Model:
     vocab_size: int = 0  # V before padding, tokens; 0 takes the tokenizer's
+    spare_vocab: int = 0  # of V, those that the tokenizer lacks, as imported models have some
     num_layers: int = 4  # L, at most 10,000
     embed_dim: int = 256  # D
     num_heads: int = 4  # N, query heads
@@ -172,7 +173,7 @@ class Model:
             'model', self, 'num_layers', 'embed_dim', 'num_heads', 'num_kv_heads', 'head_dim',
             'mlp_dim', 'norm_eps',
         )  # fmt: skip
-        at_least_zero('model', self, 'vocab_size', 'window', 'attention_softcap')
+        at_least_zero('model', self, 'vocab_size', 'spare_vocab', 'window', 'attention_softcap')
         require(
             self.num_layers <= MOST_LAYERS,
             f'model.num_layers={self.num_layers} must be at most {MOST_LAYERS}.',

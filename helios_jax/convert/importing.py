@@ -76,6 +76,8 @@ def open_directory(
         wanted[HEAD] = wanted[EMBEDDING]
     tensors.require_exactly(wanted)
     files = tokenizers.read(directory, model.vocab_size, values)
+    spare = model.vocab_size - files.tokenizer.vocab_size
+    cfg = config.replace(cfg, {'model.spare_vocab': spare})
     pieces = names.pieces(cfg.model, family, upcycled=bool(upcycle))
     return CheckedDirectory(family, model, cfg, tensors, pieces, files, values)
 

@@ -6,7 +6,7 @@ import json
 import jax
 import numpy as np
 import pytest
-from hugging_face import CONFIG, V, write_random
+from hugging_face import CONFIG, V, write_random, write_tokenizer
 from safetensors.numpy import load_file
 
 from helios_jax import cli, config, restoring
@@ -91,8 +91,10 @@ def test_commands_bring_a_model_in_let_it_speak_and_take_it_out(tmp_path, capsys
 def test_generate_reads_an_imported_model(tmp_path, capsys):
     (tmp_path / 'source').mkdir()
     write_random(tmp_path / 'source', CONFIG | {'tie_word_embeddings': True})
+    write_tokenizer(tmp_path / 'source', V - 4)  # rows without a token stay
     run = tmp_path / 'run'
     cli.main(['convert', f'--from={tmp_path / "source"}', f'--to={run}', '--to_gmu'])
     capsys.readouterr()
     cli.main(['generate', f'--checkpoint={run}', '--prompt=w7 w8', '--max_tokens=3'])
     assert capsys.readouterr().out.startswith('w7 w8')
+    assert restoring.restore(run).config.model.spare_vocab == 4

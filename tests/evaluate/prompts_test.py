@@ -9,6 +9,7 @@ import pytest
 from etils import epath
 
 from helios_jax.data import tokenizer as tokenizers
+from helios_jax.data.bpe import train_bpe
 from helios_jax.errors import UserError
 from helios_jax.evaluate import ruler
 from helios_jax.evaluate.passkey import passkey
@@ -23,7 +24,7 @@ def bpe(tmp_path_factory) -> tokenizers.Tokenizer:
     """Tokens of several letters, so that a word more or less is no token more or less."""
     path = epath.Path(tmp_path_factory.mktemp('bpe') / 'tokenizer.json')
     text = ' '.join(noise(5)) + ruler.NIAH + ruler.CWE + ' '.join(ruler.words(random.Random(1), 50))
-    tokenizers.train_bpe([text] * 3, 330, path)
+    train_bpe([text] * 3, 330, path)
     return tokenizers.load(str(path))
 
 

@@ -11,7 +11,7 @@ import numpy as np
 from etils import epath
 
 from helios_jax import checkpoint, config
-from helios_jax.data import tokenizer as tokenizers
+from helios_jax.data.bpe import train_bpe
 from helios_jax.parallel import mesh as meshes
 from helios_jax.train import state as states
 
@@ -51,7 +51,7 @@ def write(workdir: Path, steps=SCORES, cfg: config.Config = CONFIG) -> None:
     path = folder / 'tokenizer.json'
     if not path.exists():
         texts = [f'{n} quick brown foxes jump over lazy dogs' for n in range(300)]
-        tokenizers.train_bpe(texts, VOCABULARY, path)
+        train_bpe(texts, VOCABULARY, path)
     metadata = {
         'config': dataclasses.asdict(cfg),
         'tokenizer': 'tokenizer.json',
