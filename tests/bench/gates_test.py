@@ -11,6 +11,7 @@ from helios_jax.kernels import gated_norm
 from helios_jax.kernels.gated_norm import Mix
 
 
+@pytest.mark.slow
 def test_xlas_form_is_the_kernels(monkeypatch):
     monkeypatch.setattr(gates, 'VALUES', 48 * 128)
     monkeypatch.setitem(gated_norm.KERNELS, 'cpu', interpreted('gpu'))

@@ -24,7 +24,7 @@ CASES = {
     'roomy': {'capacity_factor': 4.0},
     'tight_shared_sigmoid': {'capacity_factor': 0.5, 'num_shared_experts': 1, 'scores': 'sigmoid'},
 }
-SLOW = ('not_renormalized', 'softmax', 'sigmoid', 'top_one_sigmoid', 'all', 'roomy', 'shared')
+SLOW = ('not_renormalized', 'softmax', 'top_one_sigmoid', 'all', 'roomy')
 
 
 def model(**changes):
@@ -113,8 +113,9 @@ def objective(y, stats, real):
     'case',
     [
         'tight_shared_sigmoid',
-        pytest.param('tight', marks=pytest.mark.slow),
         *(pytest.param(name, marks=pytest.mark.slow) for name in SLOW),
+        # What the first case has together.
+        *(pytest.param(name, marks=pytest.mark.long) for name in ('tight', 'sigmoid', 'shared')),
     ],
 )
 def test_equals_a_loop_over_experts_in_float64(case, random_variables):
