@@ -154,9 +154,13 @@ def order(kind, length, seed):
     return np.concatenate([chunks[c] for c in (0, 7, 1, 6, 2, 5, 3, 4)])
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
-    ('mask', 'kind'), [('segments', 'zigzag'), ('segments_window', 'random'), ('window', 'random')]
+    ('mask', 'kind'),
+    [
+        pytest.param('segments', 'zigzag', marks=pytest.mark.slow),
+        pytest.param('segments_window', 'random', marks=pytest.mark.slow),
+        pytest.param('window', 'random', marks=pytest.mark.long),
+    ],
 )
 def test_the_order_of_rows_does_not_matter(mask, kind):
     rows = problem(T=600, mask=mask)
@@ -224,8 +228,13 @@ def test_what_is_not_seen_may_be_huge():
         assert not got[:, cut:].any()
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(('form', 'keys'), [('fp8', 'own'), ('int8', 'ring')])
+@pytest.mark.parametrize(
+    ('form', 'keys'),
+    [
+        pytest.param('fp8', 'own', marks=pytest.mark.slow),
+        pytest.param('int8', 'ring', marks=pytest.mark.long),
+    ],
+)
 def test_backward_reads_what_the_forward_kernel_stored(form, keys):
     """Bit for bit the gradients at the restored arrays, and the output as without storage."""
     rows = problem(dtype='bfloat16', keys=keys, H=96, softcap=20.0)
@@ -243,8 +252,10 @@ def test_backward_reads_what_the_forward_kernel_stored(form, keys):
     assert any((x != y).any() for x, y in zip(rows[:3], (q, k, v), strict=True))
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize('residuals', ['', 'int8'])
+@pytest.mark.parametrize(
+    'residuals',
+    [pytest.param('', marks=pytest.mark.slow), pytest.param('int8', marks=pytest.mark.long)],
+)
 def test_keys_beyond_the_memory_come_in_chunks(residuals, monkeypatch):
     rows = problem(T=1500, mask='segments', G=2)
     own = functools.partial(attention, residuals=residuals, blocks=(verify.SMALL, verify.SMALL))

@@ -15,7 +15,6 @@ from helios_jax.parallel import mesh as meshes
 
 pytestmark = pytest.mark.usefixtures('quick_compilation')
 
-NAMES = ['tpu', pytest.param('gpu', marks=pytest.mark.slow)]
 ROUNDED = 3e-2  # sums over devices round otherwise; a part of them that was missed would be 50%
 
 
@@ -38,15 +37,21 @@ def gradients(module, variables, x, d_out):
     return out, *pull(d_out)
 
 
-@pytest.mark.parametrize('name', NAMES)
+FORMS = [
+    ('highway', {}),
+    ('additive', {'gate_input': 'output'}),
+    ('layerscale', {'normalize_output': 'on'}),
+    ('convex', {'gate': 'static'}),
+]
+
+
 @pytest.mark.parametrize(
-    ('kind', 'settings'),
+    ('name', 'kind', 'settings'),
     [
-        ('convex', {}),
-        pytest.param('highway', {}, marks=pytest.mark.slow),
-        pytest.param('additive', {'gate_input': 'output'}, marks=pytest.mark.slow),
-        pytest.param('layerscale', {'normalize_output': 'on'}, marks=pytest.mark.slow),
-        pytest.param('convex', {'gate': 'static'}, marks=pytest.mark.slow),
+        ('tpu', 'convex', {}),
+        pytest.param('gpu', 'convex', {}, marks=pytest.mark.slow),
+        *(pytest.param('tpu', *form, marks=pytest.mark.slow) for form in FORMS),
+        *(pytest.param('gpu', *form, marks=pytest.mark.long) for form in FORMS),
     ],
 )
 def test_a_kernel_and_xla_agree_in_a_layer(name, kind, settings, random_variables, monkeypatch):

@@ -107,11 +107,12 @@ def trained(cfg: config.Config, sizes, num_devices):
 @pytest.mark.parametrize(
     ('pattern', 'changes', 'sizes', 'backend'),
     [
-        ('dense', {}, {}, 'cpu'),
-        ('moe', {**ON_HOST, 'train.microbatches': 2}, {'fsdp': 2, 'expert': 4}, 'cpu'),
-        ('dense', MOMENTS_ON_HOST, {}, 'gpu'),
+        pytest.param('dense', {}, {}, 'cpu', id='device'),
+        pytest.param(
+            'moe', {**ON_HOST, 'train.microbatches': 2}, {'fsdp': 2, 'expert': 4}, 'cpu', id='host'
+        ),
+        pytest.param('dense', MOMENTS_ON_HOST, {}, 'gpu', id='programs', marks=pytest.mark.long),
     ],
-    ids=['device', 'host', 'programs'],
 )
 def test_each_step_averages_what_it_made(pattern, changes, sizes, backend, monkeypatch):
     if backend == 'gpu':
