@@ -74,7 +74,7 @@ def test_a_kernel_and_xla_agree_in_a_layer(name, kind, settings, random_variable
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize('name', ['tpu', 'gpu'])
+@pytest.mark.parametrize('name', ['tpu', pytest.param('gpu', marks=pytest.mark.long)])
 def test_eight_devices_compute_what_one_does(name, random_variables, monkeypatch):
     module = block('convex')
     monkeypatch.setitem(gated_norm.KERNELS, 'cpu', interpreted(name))

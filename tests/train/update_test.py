@@ -49,9 +49,12 @@ def assert_placed(state, abstract):
         assert x.sharding.is_equivalent_to(like.sharding, x.ndim), path
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
-    ('pattern', 'rule'), [('dense', LINEAR), ('moe', MUON)], ids=['dense-adamw', 'moe-muon']
+    ('pattern', 'rule'),
+    [
+        pytest.param('dense', LINEAR, marks=pytest.mark.long, id='dense-adamw'),
+        pytest.param('moe', MUON, marks=pytest.mark.slow, id='moe-muon'),
+    ],
 )
 def test_the_update_of_each_layer_alone_is_the_update_of_all(pattern, rule):
     # One operation at a time: where they are fused, the compiler may round either in its own way.

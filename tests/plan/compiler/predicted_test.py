@@ -137,8 +137,8 @@ def test_a_step_with_kernels_of_unknown_time_is_said_to_take_more():
 @pytest.mark.parametrize(
     ('layers', 'topology'),
     [
-        ('moe', 'v5p:2x2x1'),
-        pytest.param('dense', 'v5p:2x2x1', marks=pytest.mark.long),
+        ('dense', 'v5p:2x2x1'),
+        pytest.param('moe', 'v5p:2x2x1', marks=pytest.mark.long),
         *(
             pytest.param(layers, name, marks=pytest.mark.long)
             for layers in ('dense', 'moe')
