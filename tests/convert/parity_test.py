@@ -19,11 +19,10 @@ from hugging_face import MODELS  # noqa: E402
 from logits import load, one_device, ours, theirs  # noqa: E402
 
 pytestmark = pytest.mark.usefixtures('quick_compilation')
-QUICK = 'llama_tied'
-NAMES = [name if name == QUICK else pytest.param(name, marks=pytest.mark.slow) for name in MODELS]
 
 
-@pytest.mark.parametrize('name', NAMES)
+@pytest.mark.slow
+@pytest.mark.parametrize('name', MODELS)
 def test_logits_equal_transformers_on_import_and_after_a_round_trip(name, tmp_path):
     made = hugging_face.model(name)
     source = hugging_face.save(made, tmp_path / 'theirs', shards='40KB')
