@@ -38,14 +38,13 @@ def read(values: Values) -> tuple[str, config.Model]:
     Raises:
       UserError: another family, a setting that we lack, or a value of another type.
     """
-    name = values.get('model_type')
-    known = (*FAMILIES, OURS)
-    one_of('config.json: model_type', name if isinstance(name, str) else repr(name), known)
+    name = str(values.get('model_type'))
+    one_of('config.json: model_type', name, (*FAMILIES, OURS))
     if name == OURS:
         model = config.from_dict(values.get('helios'), config.Model, 'config.json: helios')
         require(model.vocab_size > 0, 'config.json: vocab_size=0 must be above 0.')
         return OURS, model
-    family = FAMILIES[name]  # type: ignore[index]
+    family = FAMILIES[name]
     for setting, harmless in (
         ('hidden_act', 'silu'), ('attention_bias', False), ('mlp_bias', False),
     ):  # fmt: skip
@@ -76,7 +75,7 @@ def read(values: Values) -> tuple[str, config.Model]:
         moe=experts(family, values) if any(k.startswith('moe') for k in kinds) else config.MoE(),
     )
     require(model.vocab_size > 0, 'config.json: vocab_size=0 must be above 0.')
-    return str(name), model
+    return name, model
 
 
 def dtype(values: Values) -> Any:
@@ -198,16 +197,9 @@ def write(name: str, model: config.Model) -> dict[str, Any]:
     values: dict[str, Any] = {
         'architectures': [family.architecture],
         'model_type': name,
-        'vocab_size': model.vocab_size,
-        'hidden_size': model.embed_dim,
-        'num_hidden_layers': model.num_layers,
-        'num_attention_heads': model.num_heads,
-        'num_key_value_heads': model.num_kv_heads,
-        'head_dim': model.head_dim,
-        'intermediate_size': model.mlp_dim,
+        **sizes(model),
         'hidden_act': 'silu',
         'rms_norm_eps': model.norm_eps,
-        'tie_word_embeddings': model.tied_embeddings,
         **rope.write(model.rope),
     }
     if name != 'llama':
@@ -236,6 +228,20 @@ def write(name: str, model: config.Model) -> dict[str, Any]:
                 'decoder_sparse_step': 1,
             }
     return values
+
+
+def sizes(model: config.Model) -> dict[str, Any]:
+    """Returns what every config.json says of a model, whatever its family."""
+    return {
+        'vocab_size': model.vocab_size,
+        'hidden_size': model.embed_dim,
+        'num_hidden_layers': model.num_layers,
+        'num_attention_heads': model.num_heads,
+        'num_key_value_heads': model.num_kv_heads,
+        'head_dim': model.head_dim,
+        'intermediate_size': model.mlp_dim,
+        'tie_word_embeddings': model.tied_embeddings,
+    }
 
 
 def upcycled(model: config.Model, num_experts: int, per_token: int) -> config.Model:

@@ -33,10 +33,10 @@ def number(values: Values, name: str, default: float | int | None = None) -> flo
     """Returns a finite number; the default where the value is absent or null."""
     value = values.get(name)
     value = default if value is None else value
-    usual = isinstance(value, int | float) and not isinstance(value, bool)
-    if not usual or not -(2**53) < value < 2**53:  # type: ignore[operator]
-        raise UserError(f'config.json: {name}={value!r:.80} must be a finite number.')
-    return float(value)  # type: ignore[arg-type]
+    # A NaN is in no range; a bool is no number here.
+    if isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 2**53:
+        return float(value)
+    raise UserError(f'config.json: {name}={value!r:.80} must be a finite number.')
 
 
 def whole(values: Values, name: str, default: int | None = None) -> int:

@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from hugging_face import BASE, EPS, PLAIN, SHAPE, YARN, D, E, F, H, K, L, N, V, X
 
 from helios_jax import config
 from helios_jax.model.transformer import Transformer
@@ -21,27 +22,8 @@ from transformers import (  # noqa: E402
     Qwen3MoeForCausalLM,
 )
 
-B, T, V, L, D, N, K, H, F, E, X = 2, 23, 61, 3, 42, 6, 2, 10, 57, 5, 3
-EPS, BASE = 3e-3, 543.0
-SHAPE = {
-    'vocab_size': V,
-    'hidden_size': D,
-    'num_hidden_layers': L,
-    'num_attention_heads': N,
-    'num_key_value_heads': K,
-    'head_dim': H,
-    'intermediate_size': F,
-    'rms_norm_eps': EPS,
-    'attn_implementation': 'eager',
-    'experts_implementation': 'eager',
-}
-YARN = {
-    'rope_type': 'yarn',
-    'rope_theta': BASE,
-    'factor': 4.0,
-    'original_max_position_embeddings': 8,
-}
-PLAIN = {'rope_type': 'default', 'rope_theta': BASE}
+B, T = 2, 23
+EAGER = {'attn_implementation': 'eager', 'experts_implementation': 'eager'}
 # name: (their config's class, model and settings; our layer pattern and settings)
 MODELS = {
     'llama': (LlamaConfig, LlamaForCausalLM, {'rope_parameters': PLAIN}, {'period': 'dense'}),
@@ -106,7 +88,7 @@ def theirs(name):
     """The model with random weights, norms included."""
     config_class, model_class, settings, _ = MODELS[name]
     torch.manual_seed(0)
-    model = model_class(config_class(**SHAPE, **settings)).eval()
+    model = model_class(config_class(**(SHAPE | EAGER | settings))).eval()
     with torch.no_grad():
         for label, parameter in model.named_parameters():
             parameter.normal_(std=0.3)

@@ -25,20 +25,8 @@ SHAPE = {
     'bos_token_id': 0,
     'eos_token_id': 1,
 }
-CONFIG = {
-    'model_type': 'qwen2',
-    'vocab_size': V,
-    'hidden_size': D,
-    'num_hidden_layers': L,
-    'num_attention_heads': N,
-    'num_key_value_heads': K,
-    'head_dim': H,
-    'intermediate_size': F,
-    'rms_norm_eps': 1e-5,
-    'max_position_embeddings': 64,
-    'eos_token_id': 1,
-    'dtype': 'float32',
-}
+CONFIG = SHAPE | {'model_type': 'qwen2', 'rms_norm_eps': 1e-5, 'dtype': 'float32'}
+del CONFIG['bos_token_id']  # Qwen's has none
 PLAIN = {'rope_type': 'default', 'rope_theta': BASE}
 YARN = PLAIN | {'rope_type': 'yarn', 'factor': 4.0, 'original_max_position_embeddings': 8}
 MOE = {'num_experts_per_tok': X}
