@@ -209,9 +209,12 @@ def restore(values: flags.FlagValues, meanwhile: Callable[[Any], object] | None 
 
 def yarn(value: str) -> dict[str, Any]:
     """Returns the settings of model.rope that --yarn stands for."""
-    if value in ('', 'dynamic'):
-        return {'scaling': value} if value else {}
+    if not value:
+        return {}
+    own = {'attention_factor': 0.0}  # the m of another factor would not be right
+    if value == 'dynamic':
+        return own | {'scaling': 'dynamic'}
     try:
-        return {'scaling': 'static', 'factor': float(value)}
+        return own | {'scaling': 'static', 'factor': float(value)}
     except ValueError:
         raise UserError(f"--yarn={value} must be 'dynamic' or a factor such as 4.") from None

@@ -78,7 +78,8 @@ def measure(
 def stretched(restored: Restored, method: str, length: int) -> Restored:
     """Returns the model with the positions of one of METHODS, for rows of `length` tokens."""
     factor = max(1.0, length / restored.model.model.rope.trained_length)
-    changes = {f'model.rope.{name}': value for name, value in METHODS[method](factor).items()}
+    rope = {'attention_factor': 0.0} | METHODS[method](factor)  # the m of another factor is wrong
+    changes = {f'model.rope.{name}': value for name, value in rope.items()}
     cfg = config.replace(restored.config, changes)
     return restored._replace(model=Transformer(cfg.model), config=cfg)
 

@@ -12,7 +12,7 @@ import scores_of_one
 import tiny_restored
 from refusals import refused
 
-from helios_jax import cli, restoring
+from helios_jax import cli, config, restoring
 from helios_jax.data.lossy import Encoded
 from helios_jax.data.tokenizer import ByteTokenizer
 from helios_jax.errors import UserError
@@ -82,6 +82,12 @@ def test_methods_are_settings_of_rope():
         rope = lengths.stretched(made, method, 4 * trained).model.model.rope
         assert (rope.scaling, rope.factor) == expected and rope.trained_length == trained
     assert lengths.stretched(made, 'yarn', trained // 2).model.model.rope.factor == 1
+    other = {'model.rope.scaling': 'static', 'model.rope.attention_factor': 1.3}
+    imported = made._replace(config=config.replace(made.config, other))
+    for method in METHODS:
+        assert (
+            lengths.stretched(imported, method, 4 * trained).model.model.rope.attention_factor == 0
+        )
 
 
 @pytest.fixture
