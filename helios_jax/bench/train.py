@@ -7,6 +7,7 @@ memory, and reports tokens/s, MFU, peak memory and where the time goes.
 """
 
 import dataclasses
+import itertools
 import tempfile
 import time
 from collections.abc import Sequence
@@ -22,7 +23,7 @@ from helios_jax.parallel import cluster, sharding
 from helios_jax.parallel import mesh as meshes
 from helios_jax.train import state as states
 from helios_jax.train import throughput
-from helios_jax.train.step import compile_step
+from helios_jax.train.step import CompiledStep, compile_step, few_documents
 
 GIB = 2**30
 
@@ -46,18 +47,23 @@ def measure_training(
     batches = pipeline.train_batches(data, batch_rows=cfg.train.batch_rows, seed=cfg.train.seed)
     with jax.set_mesh(mesh), tempfile.TemporaryDirectory() as profile:
         state = states.initialize(setup)
-        first = pipeline.to_global(next(batches), rows)
-        step = compile_step(setup, state, first)
+        programs: dict[bool, CompiledStep] = {}
         losses, start, seconds = [], 0.0, 0.0
         speed = throughput.Throughput(cfg, throughput.peak_flops())
         total = warmup_steps + cfg.train.num_steps
-        for count in range(total + profiled_steps):
+        # Rows are read beforehand, and with them which programs there must be.
+        own = list(itertools.islice(batches, total + profiled_steps))
+        for few in sorted({few_documents(cfg.data, batch) for batch in own}):
+            example = pipeline.to_global(own[0], rows)
+            programs[few] = compile_step(setup, state, example, few=few)
+        for count, batch in enumerate(own):
             if count in (warmup_steps, total):
                 jax.block_until_ready(state)
                 seconds, start = time.perf_counter() - start, time.perf_counter()
             if count == total:
                 jax.profiler.start_trace(profile)
-            state, metrics = step.run(state, pipeline.to_global(next(batches), rows))
+            step = programs[few_documents(cfg.data, batch)]
+            state, metrics = step.run(state, pipeline.to_global(batch, rows))
             losses.append(metrics['loss'])
             if warmup_steps <= count < total:
                 speed.add(metrics)
@@ -69,7 +75,7 @@ def measure_training(
         else:
             seconds = time.perf_counter() - start
     device = jax.devices()[0]
-    memory: Any = step.compiled.memory_analysis()
+    temporary: list[Any] = [step.compiled.memory_analysis() for step in programs.values()]
     return {
         'kind': cfg.model.gmu.kind,
         'packing': cfg.data.packing,
@@ -79,7 +85,7 @@ def measure_training(
         'losses': [float(loss) for loss in losses],
         'state_gib': gib_of(state),
         'peak_gib': (device.memory_stats() or {}).get('peak_bytes_in_use', 0) / GIB,
-        'temp_gib': memory.temp_size_in_bytes / GIB,
+        'temp_gib': max(memory.temp_size_in_bytes for memory in temporary) / GIB,
         'kernel_ms': {k: 1e3 * s / profiled_steps for k, s in trace.by_kind(kernels).items()},
         'top_kernels_ms': {n[:80]: 1e3 * s / profiled_steps for n, s in list(kernels.items())[:25]},
         'device': device.device_kind,

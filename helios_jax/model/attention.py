@@ -43,6 +43,7 @@ class Attention(nn.Module):
     window: int = 0  # 0: full
     platform: str = ''  # compiled for another platform than the running one: 'tpu'; '' is ours
     residuals: str = ''  # form in which a kernel keeps q, k, v, if it can: '' | fp8 | int8
+    few_documents: bool = False  # of each row, counted by the caller (kernels.attention.Setting)
 
     @nn.compact
     def __call__(
@@ -139,7 +140,12 @@ class Attention(nn.Module):
 
         def attend(tokens: Tokens, frequencies: ArrayLike, query_scale: ArrayLike) -> Array:
             turn = jnp.asarray(frequencies), jnp.asarray(query_scale)
-            setting = Setting(*turn, window=self.window, softcap=self.model.attention_softcap)
+            setting = Setting(
+                *turn,
+                window=self.window,
+                softcap=self.model.attention_softcap,
+                few_documents=self.few_documents,
+            )
             where = implementation, self.platform or None
             return _attend_sharded(q, k, v, tokens, setting, self.residuals, *where)
 

@@ -25,6 +25,7 @@ class Block(nn.Module):
     platform: str = ''
     residuals: str = ''  # what attention keeps q, k and v as: '' | fp8 | int8
     backward_parts: int = 0  # of the MLP and the gates; 0: nothing is recomputed
+    few_documents: bool = False  # of each row, counted by the caller
 
     @nn.compact
     def __call__(
@@ -48,7 +49,8 @@ class Block(nn.Module):
         sublayer = 2 * index + 1
         x_hat = RMSNorm(name='attention_norm')(x, input_eps(model, sublayer))
         x_hat = checkpoint_name(x_hat, 'attention_input')
-        attention = Attention(model, window, self.platform, self.residuals, name='attention')
+        how = self.platform, self.residuals, self.few_documents
+        attention = Attention(model, window, *how, name='attention')
         update = attention(x_hat, positions, segment_ids, cache_length)
         update = checkpoint_name(update, 'attention_update')
         gate = partial(GatedMemoryUnit, model, backward_parts=parts, platform=self.platform)

@@ -25,6 +25,7 @@ class Stack:
     model: config.Model
     memory: config.Memory
     platform: str = ''
+    few_documents: bool = False  # of each row, counted by the caller
 
     def __call__(
         self,
@@ -98,7 +99,8 @@ class Stack:
         if self.memory.policy != 'none':
             form = policy.kernel_form(policy.actions(self.memory))
             num_parts = self.memory.backward_parts
-        block = Block(self.model, kind, self.platform, form, num_parts, parent=None)
+        how = self.platform, form, num_parts, self.few_documents
+        block = Block(self.model, kind, *how, parent=None)
         params, x_0 = given
         variables = {'params': params, 'router': router}
         return block.apply(variables, x, index, positions, segment_ids, x_0)

@@ -26,12 +26,14 @@ class Transformer(nn.Module):
 
     Parameters are float32. `platform` names the platform to compile for where it is not the one
     that runs ('tpu' when a topology is compiled for on a CPU). `memory` says what becomes of the
-    activations that a gradient needs.
+    activations that a gradient needs. `few_documents` promises attention that no row of a batch has
+    many (`kernels.attention.Setting`).
     """
 
     model: config.Model
     memory: config.Memory = config.Memory('none')
     platform: str = ''
+    few_documents: bool = False
 
     def setup(self) -> None:
         model = self.model
@@ -86,7 +88,7 @@ class Transformer(nn.Module):
             variables = {'periods': self.periods.variables, 'norm': self.final_norm.variables}
             if first:
                 variables['prefix'] = self.prefix.variables
-            stack = Stack(model, self.memory, self.platform)
+            stack = Stack(model, self.memory, self.platform, self.few_documents)
             x, statistics = stack(variables, x, indices, positions, segment_ids, x_0)
         if self.is_initializing():
             self.unembedding_weight()

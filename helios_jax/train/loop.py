@@ -27,7 +27,7 @@ from helios_jax.train import state as states
 from helios_jax.train.finish import score, write_report
 from helios_jax.train.progress import Progress, check_finite, profiled
 from helios_jax.train.run import Run, save, save_inputs, shared_facts
-from helios_jax.train.step import compile_step
+from helios_jax.train.step import compile_step, few_documents
 
 log = logging.getLogger(__name__)
 
@@ -83,7 +83,7 @@ def run_steps(
 ) -> tuple[states.TrainState, dict[str, float]]:
     """Runs steps until the end or until told to stop; the state is saved when this returns.
 
-    Nothing in the workdir changes before the step is compiled.
+    Nothing in the workdir changes before the step is compiled, for the first batch.
     """
     cfg, held_out = run.config.train, {}
     first = int(state.step)
@@ -92,15 +92,22 @@ def run_steps(
     )
     rows = sharding.sharding(run.setup.mesh, ('batch', 'length'))
     progress = Progress(run, first)
+    programs: dict[bool, Any] = {}  # for batches of few documents a row, and for any
 
-    def next_batch() -> pipeline.Batch:
+    def next_batch() -> tuple[bool, pipeline.Batch]:
         with progress.timer.measure('data_wait'):
-            return pipeline.to_global(next(batches), rows)
+            own = next(batches)
+            return few_documents(run.config.data, own), pipeline.to_global(own, rows)
+
+    def step_for(few: bool) -> Any:
+        if few not in programs:
+            with progress.timer.measure('compile'):
+                programs[few] = verified_step(run, state, batch, few)
+        return programs[few]
 
     if first < cfg.num_steps:
-        batch = next_batch()
-        with progress.timer.measure('compile'):
-            train_step = verified_step(run, state, batch)
+        few, batch = next_batch()
+        step_for(few)
     run.lock.begin()
     with metrics.MetricWriter(
         run.workdir, tensorboard=cfg.tensorboard, resume_step=first, num_steps=cfg.num_steps
@@ -108,7 +115,8 @@ def run_steps(
         save_inputs(run)
         for step in range(first + 1, cfg.num_steps + 1):
             if step > first + 1:
-                batch = next_batch()
+                few, batch = next_batch()
+            train_step = step_for(few)
             with profiled(run, step - first) as ends:
                 state, reported = train_step(state, batch)
                 if ends:
@@ -135,15 +143,17 @@ def run_steps(
     return state, held_out
 
 
-def verified_step(run: Run, state: states.TrainState, batch: pipeline.Batch) -> Any:
+def verified_step(run: Run, state: states.TrainState, batch: pipeline.Batch, few: bool) -> Any:
     """Compiles the step for these arrays; returns it if it saves what was asked for.
 
+    Args:
+      few: no row of its batches has many documents (`step.few_documents`).
     Raises:
       UserError: an action of memory.actions that did not take effect.
     """
     host = platforms.has_host_memory()
     with display.phase('Compiling the training step'):
-        made = compile_step(run.setup, state, batch)
+        made = compile_step(run.setup, state, batch, few=few)
         saved = evidence.verified(run.config.memory, made.traced, made.compiled, host=host)
     if jax.process_index() == 0 and saved:
         log.info(evidence.line(saved, host=host))

@@ -1,15 +1,18 @@
 """One training step: loss and gradient over microbatches, then the update."""
 
+import dataclasses
 from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jaxtyping import Array, Float, PyTree
 
 from helios_jax import config
+from helios_jax.arch.buffers import CUDNN_SEGMENTS
 from helios_jax.data.pipeline import Batch
 from helios_jax.memory import policy
 from helios_jax.model.layers import float32_or_wider
@@ -39,9 +42,30 @@ class CompiledStep(NamedTuple):
     compiled: jax.stages.Compiled
 
 
-def compile_step(setup: Setup, state: TrainState, batch: Batch) -> CompiledStep:
-    """The step compiled for these arrays, under the setup's mesh; it takes the state for itself."""
+def few_documents(data: config.Data, batch: Batch) -> bool:
+    """Tells whether the step may count on few documents in each row of a batch.
+
+    Attention on a GPU then needs no decision that depends on the data.
+
+    Args:
+      batch: this host's, before it is on the devices. Several hosts must run one program, and none
+        knows the others' rows: with several it is False.
+    """
+    if jax.default_backend() != 'gpu' or jax.process_count() > 1 or not data.documents_apart:
+        return False
+    return int(np.max(batch.segment_ids)) <= CUDNN_SEGMENTS
+
+
+def compile_step(
+    setup: Setup, state: TrainState, batch: Batch, *, few: bool = False
+) -> CompiledStep:
+    """The step compiled for these arrays, under the setup's mesh; it takes the state for itself.
+
+    Args:
+      few: only batches of which `few_documents` is True will be given to it.
+    """
     memory = setup.config.memory
+    setup = dataclasses.replace(setup, model=setup.model.clone(few_documents=few))
     options = compiler_options_of(setup.config, jax.local_devices()[0])
     if memory.on_host and jax.default_backend() == 'gpu':
         traced = jax.jit(partial(begin, setup)).trace(state, batch)

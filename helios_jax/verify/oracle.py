@@ -42,7 +42,7 @@ def oracle(
     work = np.float32 if operand else np.float64
     rounded = functools.partial(rounded_to, operand=operand)
     positions, segment_ids, key_positions, key_segment_ids = tokens
-    frequencies, query_scale, scale, window, softcap = setting
+    frequencies, query_scale, scale, window, softcap, *_ = setting
     key_positions = positions if key_positions is None else key_positions
     mask = visible(positions, key_positions, segment_ids, key_segment_ids, window)
     scale = float(query_scale) * (1 / math.sqrt(q.shape[-1]) if scale is None else scale)

@@ -196,6 +196,25 @@ def test_matches_the_float64_oracle(name, case, G, monkeypatch):
     assert all((gradient[dead] == 0).all() for gradient in actual[1][1:])
 
 
+@pytest.mark.parametrize('case', ['packed', 'bucket', 'packed_window'])
+def test_few_documents_take_one_call_that_masks_nothing(case, monkeypatch):
+    monkeypatch.setattr(gpu, 'cudnn', EMULATED)
+    tokens, setting = CASES[case](T := 293)
+    arrays = [np.asarray(jnp.asarray(x, 'bfloat16'), np.float64) for x in inputs(T, T, 3)]
+    few = setting._replace(few_documents=True)
+    results = [evaluate(gpu.attention, 'bfloat16', arrays, tokens, s) for s in (setting, few)]
+    for any_number, promised in zip(*map(jax.tree.leaves, results), strict=True):
+        np.testing.assert_array_equal(promised, any_number)
+
+
+def test_a_promise_of_few_documents_that_is_broken_gives_nan(monkeypatch):
+    monkeypatch.setattr(gpu, 'cudnn', EMULATED)
+    tokens, setting = CASES['many_documents'](T := 293)
+    few = setting._replace(few_documents=True)
+    out, _ = evaluate(gpu.attention, 'bfloat16', inputs(T, T, 3), tokens, few)
+    assert np.isnan(out[np.asarray(tokens.ids_of_queries) != 0]).all()
+
+
 def test_reference_in_float64_is_exact():
     tokens, setting = CASES['everything'](293)
     arrays = [x.astype(np.float64) for x in inputs(293, 293, 3)]
@@ -467,13 +486,15 @@ def test_jax_still_has_the_private_function():
 
 
 @pytest.mark.parametrize('G', [1, 3])
+@pytest.mark.parametrize('few', [True, False])
 @pytest.mark.parametrize('case', ['plain', 'window', 'packed', 'packed_window', 'bucket'])
-def test_cudnn_traces_without_a_gpu(case, G, monkeypatch):
+def test_cudnn_traces_without_a_gpu(case, few, G, monkeypatch):
     """The whole way into jax's primitives, forward and backward, up to lowering."""
     monkeypatch.setattr(private, 'check_cudnn_version', lambda: gpu.PACKED_CUDNN)
     monkeypatch.setattr(private, 'check_compute_capability', lambda _: True)
     T = 70
     tokens, setting = jax.tree.map(jnp.asarray, CASES[case](T))
+    setting = setting._replace(few_documents=few)
     arrays = [jnp.asarray(x, jnp.bfloat16) for x in inputs(T, T, G)[:3]]
 
     def loss(q, k, v):
@@ -486,6 +507,8 @@ def test_cudnn_traces_without_a_gpu(case, G, monkeypatch):
     assert 'dot_product_attention_bwd_wrapper' in text
     window = setting.window or None
     assert f'sliding_window_length={window}' in text
+    # A decision on the data is a wait for the GPU.
+    assert ('cond[' in text) == (case in ('packed', 'packed_window', 'bucket') and not few)
 
 
 @pytest.mark.parametrize(('installed', 'case'), [('none', 'plain'), ('9.5', 'packed')])

@@ -41,9 +41,9 @@ def make(model: config.Model, memory: config.Memory, mesh: config.Mesh = MESH) -
     ).resolve(300)
 
 
-def stored_bytes(cfg: config.Config, num_devices: int, platform: str) -> Bytes:
+def stored_bytes(cfg: config.Config, num_devices: int, platform: str, few: bool) -> Bytes:
     """Bytes of each tensor that is marked as saved in the traced gradient."""
-    model = Transformer(cfg.model, cfg.memory, platform)
+    model = Transformer(cfg.model, cfg.memory, platform, few_documents=few)
     variables = nn.unbox(abstract_variables(model))
     tokens = jax.ShapeDtypeStruct((cfg.train.batch_rows, cfg.data.row_length), jnp.int32)
 
@@ -71,8 +71,9 @@ def planned_bytes(cfg: config.Config, num_devices: int, platform: str) -> Bytes:
     return found
 
 
-def compare(cfg: config.Config, num_devices: int, platform: str) -> None:
-    assert planned_bytes(cfg, num_devices, platform) == stored_bytes(cfg, num_devices, platform)
+def compare(cfg: config.Config, num_devices: int, platform: str, few: bool = False) -> None:
+    stored = stored_bytes(cfg, num_devices, platform, few)
+    assert planned_bytes(cfg, num_devices, platform) == stored
 
 
 # The others save the same tensors elsewhere.
@@ -105,14 +106,19 @@ def test_what_each_preset_saves_is_what_is_traced(preset, gmu, platform):
     'preset', ['minimal', *(pytest.param(p, marks=pytest.mark.slow) for p in ('fp8', 'full'))]
 )
 @pytest.mark.parametrize(
-    'packing', ['best_fit', pytest.param('concatenate', marks=pytest.mark.slow)]
+    ('packing', 'few'),
+    [
+        ('best_fit', True),
+        pytest.param('best_fit', False, marks=pytest.mark.slow),
+        pytest.param('concatenate', False, marks=pytest.mark.slow),
+    ],
 )
-def test_what_cudnn_saves_is_what_is_traced(packing, preset, monkeypatch):
+def test_what_cudnn_saves_is_what_is_traced(packing, few, preset, monkeypatch):
     monkeypatch.setattr(cudnn, 'check_cudnn_version', lambda: gpu.PACKED_CUDNN)
     monkeypatch.setattr(cudnn, 'check_compute_capability', lambda _: True)
     model = dataclasses.replace(MODEL, gmu=CONVEX, attention='cudnn')
     cfg = config.replace(make(model, config.Memory(preset)), {'data.packing': packing})
-    compare(cfg, 8, 'gpu')
+    compare(cfg, 8, 'gpu', few)
 
 
 GMUS = [

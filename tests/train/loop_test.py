@@ -247,6 +247,20 @@ def test_resuming_with_changed_data_is_refused_and_writes_nothing(finished):
     assert entries(workdir) == before
 
 
+def test_a_batch_of_many_documents_has_a_program_of_its_own(small, tmp_path, monkeypatch):
+    kinds, compiled, ran = iter([True, True, False, True]), [], []
+
+    def compile_step(setup, state, batch, *, few):
+        compiled.append(few)
+        made = steps.compile_step(setup, state, batch, few=few)
+        return made._replace(run=lambda *args: ran.append(few) or made.run(*args))
+
+    monkeypatch.setattr(loop, 'few_documents', lambda data, own: next(kinds))
+    monkeypatch.setattr(loop, 'compile_step', compile_step)
+    loop.train(config.replace(small, {'train.num_steps': 4}), tmp_path)
+    assert (compiled, ran) == ([True, False], [True, True, False, True])
+
+
 @pytest.mark.slow
 # A gradient that breaks at the step to be saved leaves that step's loss as it was.
 @pytest.mark.parametrize(('figure', 'first_bad'), [('loss', 8), ('gradient_norm', 10)])

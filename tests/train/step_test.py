@@ -273,3 +273,17 @@ def test_what_a_mesh_does_not_divide_is_refused_before_compiling(sizes, microbat
     train = dataclasses.replace(cfg.train, microbatches=microbatches)
     with pytest.raises(UserError, match=named):
         states.create(dataclasses.replace(cfg, train=train), mesh_of(sizes, 8))
+
+
+def test_documents_are_counted_where_a_gpu_would_wait_for_it(monkeypatch):
+    packed = config.Data(packing='best_fit')
+    batch = random_batch(0)._replace(segment_ids=np.array([[1, 1, 2, 0], [1, 2, 3, 4]]))
+    assert not steps.few_documents(packed, batch)
+    monkeypatch.setattr(jax, 'default_backend', lambda: 'gpu')
+    assert not steps.few_documents(config.Data(packing='concatenate'), batch)
+    for limit, few in ((4, True), (3, False)):
+        monkeypatch.setattr(steps, 'CUDNN_SEGMENTS', limit)
+        assert steps.few_documents(packed, batch) == few
+    monkeypatch.setattr(jax, 'process_count', lambda: 2)
+    monkeypatch.setattr(steps, 'CUDNN_SEGMENTS', 4)
+    assert not steps.few_documents(packed, batch)

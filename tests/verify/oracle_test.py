@@ -23,7 +23,7 @@ def test_the_oracle_follows_the_definition(case):
     positions, ids, key_positions, key_ids = call.tokens
     key_positions = positions if key_positions is None else key_positions
     key_ids = ids if key_ids is None else key_ids
-    frequencies, query_scale, _, window, _ = call.setting
+    frequencies, query_scale, _, window, *_ = call.setting
 
     def turned(x, t):
         low, high = np.split(x, 2)

@@ -72,6 +72,9 @@ class Setting(NamedTuple):
     scale: float | None = None  # multiplies the logits; None: 1/√H
     window: int = 0  # tokens that a query sees, itself included; 0: all
     softcap: float = 0.0  # c of c·tanh(logits / c), in units of logits; 0: none
+    # No row has more than CUDNN_SEGMENTS documents: the caller has counted. Where that is wrong, a
+    # GPU's result is NaN.
+    few_documents: bool = False
 
     @property
     def logit_scale(self) -> float:
