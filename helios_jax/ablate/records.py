@@ -17,7 +17,7 @@ class Point:
 
 
 @dataclasses.dataclass(frozen=True)
-class Run:
+class StudyRun:
     """One run of a study: finished, failed or missing."""
 
     arm: str
@@ -46,7 +46,7 @@ class Arm:
 
 
 @dataclasses.dataclass(frozen=True)
-class Results:
+class StudyResults:
     """Everything that a report of a study is made of."""
 
     study: str
@@ -54,7 +54,7 @@ class Results:
     metric: str  # name of a figure in metrics.jsonl
     baseline: str  # name of an arm
     arms: tuple[Arm, ...]
-    runs: tuple[Run, ...]
+    runs: tuple[StudyRun, ...]
     config: Mapping[str, Any]  # of the baseline's base, nested
     environment: Mapping[str, Mapping[str, Any]]  # as train.report.environment() gives it
     command: str  # that makes these results again
