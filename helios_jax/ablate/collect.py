@@ -82,7 +82,7 @@ def read_run(variant: Variant, design: Design, arm: Arm) -> StudyRun:
         )
     lines = metrics.read(variant.directory / metrics.FILE)
     points = read_points(lines, design.study.metric, arm.flops_per_token)
-    if not points or not math.isfinite(points[-1].value):
+    if not points or points[-1].step != variant.config.train.num_steps:
         return without('failed', f'{design.study.metric} is no finite number at the last step')
     last = points[-1]
     series = series_of(lines)

@@ -51,17 +51,18 @@ def ablate_command(argv: Sequence[str]) -> None:
     seeds = values.seeds or max(study.seeds, definition.read(workdir).get('seeds', 0))
     design = designs.design(Path(name).stem, study, base, seeds)
     arms = designs.sized_arms(design, designs.vocab_sizes(design))
-    environment = dict(os.environ)
+    given_environment = dict(os.environ)
     os.environ['JAX_PLATFORMS'] = 'cpu'  # the devices are for the runs, which are processes
     from helios_jax.ablate import conduct, report, runs
 
+    environments = runs.environments(given_environment, values.workers)
     results = conduct.conduct(
         design,
         arms,
         workdir,
         workers=values.workers,
         budget_minutes=values.budget_minutes,
-        starter=functools.partial(runs.start, base_name, environment),
+        starter=functools.partial(runs.start, base_name, environments),
         command=repeated(name, values.workdir, seeds, begun, base),
     )
     display.table(report.table(results))

@@ -25,17 +25,22 @@ from helios_jax.ablate.variants import (
 from helios_jax.parallel import cluster
 
 POLL_SECONDS = 0.1
+MEMORY_FRACTION = 0.9  # of a GPU's memory, for the workers that share it
 
 
 def start(
-    base: str, environment: Mapping[str, str], variant: Variant, log: BinaryIO
+    base: str,
+    environments: Sequence[Mapping[str, str]],
+    worker: int,
+    variant: Variant,
+    log: BinaryIO,
 ) -> subprocess.Popen[bytes]:
     """Starts a training.
 
     Args:
       base: the config that the study's are variants of.
-      environment: of the process.
-      log: file for what it writes.
+      environments: of each worker's processes.
+      log: file for what the process writes.
 
     It has a session of its own: Ctrl-C on a terminal reaches the study alone, which passes it on.
     """
@@ -44,9 +49,23 @@ def start(
         stdin=subprocess.DEVNULL,
         stdout=log,
         stderr=log,
-        env=environment,
+        env=environments[worker],
         start_new_session=True,
     )
+
+
+def environments(environment: Mapping[str, str], workers: int) -> list[dict[str, str]]:
+    """Returns the environment of each worker's processes.
+
+    Of the GPUs that CUDA_VISIBLE_DEVICES names each worker has its share; where there are fewer
+    GPUs than workers, workers share their memory.
+    """
+    devices = [name for name in environment.get('CUDA_VISIBLE_DEVICES', '').split(',') if name]
+    if workers > 1 and len(devices) >= workers:
+        shares = [','.join(devices[worker::workers]) for worker in range(workers)]
+        return [{**environment, 'CUDA_VISIBLE_DEVICES': share} for share in shares]
+    fraction = {'XLA_PYTHON_CLIENT_MEM_FRACTION': f'{MEMORY_FRACTION / workers:.3f}'}
+    return [{**(fraction if workers > 1 else {}), **environment}] * workers
 
 
 class Budget:
@@ -69,20 +88,20 @@ class Budget:
         return not self._minutes or not self.longest or elapsed + needed <= 60 * self._minutes
 
 
-Starter = Callable[[Variant, BinaryIO], 'subprocess.Popen[bytes]']
+Starter = Callable[[int, Variant, BinaryIO], 'subprocess.Popen[bytes]']
 
 
 class Running:
     """A run's process and its log."""
 
-    def __init__(self, variant: Variant, starter: Starter) -> None:
+    def __init__(self, worker: int, variant: Variant, starter: Starter) -> None:
         variant.directory.parent.mkdir(parents=True, exist_ok=True)
-        self.variant = variant
+        self.worker, self.variant = worker, variant
         self._log = variant.beside('.log')
         self._logged = self._log.stat().st_size if self._log.exists() else 0
         self._begin = time.monotonic()
         with self._log.open('ab') as file:
-            self.process = starter(variant, file)
+            self.process = starter(worker, variant, file)
 
     def end(self, stopped: bool) -> float:
         """Records why the process failed, if it did; returns the seconds that it took.
@@ -115,7 +134,7 @@ def run_groups(
     A run that a killed study left behind is waited for.
 
     Args:
-      starter: starts a run's process, which writes to the file.
+      starter: starts the process of a run, whose output goes to the file, for a worker (from 0).
       stop: once it has a signal, nothing is started any more, and what runs is told to save.
     Returns:
       The groups that the budget left out.
@@ -141,7 +160,9 @@ def run_groups(
             free = [variant for variant in waiting if not held(variant)]
             for variant in free[: workers - len(running)]:
                 waiting.remove(variant)
-                running.append(Running(variant, starter))
+                busy = {run.worker for run in running}
+                worker = next(n for n in range(workers) if n not in busy)
+                running.append(Running(worker, variant, starter))
             time.sleep(POLL_SECONDS)
             for run in [run for run in running if run.process.poll() is not None]:
                 running.remove(run)
