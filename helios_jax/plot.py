@@ -26,21 +26,25 @@ from numpy.typing import ArrayLike
 
 COLOURS = ('#0072B2', '#D55E00', '#009E73', '#CC79A7', '#E69F00', '#56B4E9', '#000000')
 DASHES, MARKERS = ('-', '--', ':', '-.'), 'os^D'
-PANEL_INCHES, DOTS_PER_INCH = (4.6, 3.4), 120
+DOTS_PER_INCH = 120
 FEW_POINTS = 40  # that many are marked one by one
 
 Seed = tuple[ArrayLike, ArrayLike]  # x and y of one seed's curve
 
 
-def panels(count: int, *, columns: int = 3, height: float = PANEL_INCHES[1]) -> tuple[Figure, Any]:
-    """Makes a figure of `count` empty panels, row by row; `height` is a panel's, in inches.
+def panels(
+    count: int, *, columns: int = 3, width: float = 4.6, height: float = 3.4
+) -> tuple[Figure, Any]:
+    """Makes a figure of `count` empty panels, row by row.
 
+    Args:
+      width, height: of a panel, in inches.
     Returns:
       The figure, and a list of its axes.
     """
     columns = min(columns, count)
     rows = math.ceil(count / columns)
-    figure = Figure(figsize=(PANEL_INCHES[0] * columns, height * rows), layout='constrained')
+    figure = Figure(figsize=(width * columns, height * rows), layout='constrained')
     axes = list(figure.subplots(rows, columns, squeeze=False).flat)
     for unused in axes[count:]:
         unused.remove()

@@ -83,7 +83,7 @@ def write(
             f'## {name.capitalize()}\n\n{_markdown(values, name)}'
             for name, values in environment.items()
         ),
-        f'## Config\n\n{_markdown(_flat(config_dict), "setting")}',
+        f'## Config\n\n{_markdown(flat(config_dict), "setting")}',
     ]
     path = workdir / 'report.md'
     path.write_text('\n\n'.join(sections) + '\n')
@@ -135,26 +135,25 @@ def _curve(
 
 def _markdown(values: Mapping[str, Any], heading: str) -> str:
     rows = [f'| {heading} | value |', '|---|---|']
-    return '\n'.join(
-        rows + [f'| {_cell(name)} | {_cell(value)} |' for name, value in values.items()]
-    )
+    return '\n'.join(rows + [f'| {cell(name)} | {cell(value)} |' for name, value in values.items()])
 
 
-def _cell(value: Any) -> str:
+def cell(value: Any) -> str:
+    """Formats a value for a cell of a Markdown table."""
     if isinstance(value, float):
         return f'{value:.6g}'
     return ' '.join(str(value).split()).replace('|', r'\|')
 
 
-def _flat(values: Mapping[str, Any], prefix: str = '') -> dict[str, Any]:
-    flat: dict[str, Any] = {}
+def flat(values: Mapping[str, Any], prefix: str = '') -> dict[str, Any]:
+    """Maps the dotted names of nested settings to their values."""
+    found: dict[str, Any] = {}
     for name, value in values.items():
-        flat |= (
-            _flat(value, f'{prefix}{name}.')
-            if isinstance(value, Mapping)
-            else {prefix + name: value}
-        )
-    return flat
+        if isinstance(value, Mapping):
+            found |= flat(value, f'{prefix}{name}.')
+        else:
+            found[prefix + name] = value
+    return found
 
 
 def _version(package: str) -> str:
