@@ -91,7 +91,10 @@ def bowls(axes: Axes, rates: Mapping[str, Mapping[float, float]], *, ylabel: str
         axes.plot(
             lost, [0.97] * len(lost), 'x', color=_colour(n), transform=axes.get_xaxis_transform()
         )
+    tried = sorted({rate for values in rates.values() for rate in values})
     axes.set_xscale('log')
+    axes.set_xticks(tried, [f'{rate:g}' for rate in tried])
+    axes.minorticks_off()
     _finish(axes, 'peak learning rate', ylabel)
 
 

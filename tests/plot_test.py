@@ -1,34 +1,12 @@
-import io
 import math
 
-import matplotlib.image
 import matplotlib.text
-import numpy as np
 import pytest
+from drawings import drawn
 
 from helios_jax import plot
 
 STEPS = [10, 20, 30]
-
-
-def pixels(png: bytes) -> np.ndarray:
-    return matplotlib.image.imread(io.BytesIO(png), format='png')
-
-
-def drawn(figure) -> np.ndarray:
-    """The picture; all that is drawn, labels too, lies inside, and each panel holds its data."""
-    image = pixels(plot.png(figure))
-    inches = figure.get_size_inches()
-    assert image.shape[:2] == tuple(round(plot.DOTS_PER_INCH * size) for size in inches[::-1])
-    box = figure.get_tightbbox()
-    assert box.x0 > -0.01 and box.y0 > -0.01
-    assert box.x1 < inches[0] + 0.01 and box.y1 < inches[1] + 0.01
-    for axes in figure.axes:
-        (left, right), (bottom, top) = sorted(axes.get_xlim()), sorted(axes.get_ylim())
-        data = axes.dataLim
-        assert left <= data.x0 <= data.x1 <= right and bottom <= data.y0 <= data.y1 <= top
-    assert image[..., :3].std() > 0.02
-    return image
 
 
 def said(figure) -> set[str]:
@@ -69,6 +47,7 @@ def test_a_bowl_circles_its_lowest_point_and_crosses_what_diverged():
     assert cross.get_xdata().tolist() == [1e-2]
     assert axes.get_xlim()[1] > 1e-2 and axes.get_xscale() == 'log'
     drawn(figure)
+    assert {'0.0001', '0.001', '0.01'} <= said(figure)
 
 
 def test_intervals_stand_from_top_to_bottom_beside_zero():

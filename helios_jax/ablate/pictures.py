@@ -2,6 +2,8 @@
 
 from collections.abc import Sequence
 
+from matplotlib.figure import Figure
+
 from helios_jax import plot
 from helios_jax.ablate import statistics
 from helios_jax.ablate.records import StudyResults, StudyRun
@@ -26,16 +28,16 @@ def unit(metric: str) -> str:
     return style.unit if style and style.unit else name
 
 
-def effects(results: StudyResults) -> bytes:
+def effects(results: StudyResults) -> Figure:
     """Draws each arm's difference to the baseline with its interval."""
     found = {c.arm: c.difference for c in statistics.compare(results)}
     figure, (axes,) = plot.panels(1, width=7.0, height=1.2 + 0.3 * len(found))
     label = f'difference to {results.baseline} ({unit(results.metric)}); left of 0 is better'
     plot.intervals(axes, found, xlabel=label)
-    return plot.png(figure)
+    return figure
 
 
-def curves(results: StudyResults) -> bytes:
+def curves(results: StudyResults) -> Figure:
     """Draws the held-out curves of every arm against tokens, FLOPs and seconds."""
     figure, panels = plot.panels(len(AXES))
     for axes, (budget, label) in zip(panels, AXES.items(), strict=True):
@@ -47,23 +49,23 @@ def curves(results: StudyResults) -> bytes:
             for arm, runs in statistics.compared(results).items()
         }
         plot.curves(axes, lines, xlabel=label, ylabel=f'held-out {unit(results.metric)}')
-    return plot.png(figure)
+    return figure
 
 
-def bowls(results: StudyResults) -> bytes:
+def bowls(results: StudyResults) -> Figure:
     """Draws the values of every arm's learning-rate search."""
     figure, (axes,) = plot.panels(1, width=6.0, height=4.0)
     tried = {arm: statistics.rates(runs) for arm, runs in statistics.searches(results).items()}
     plot.bowls(axes, tried, ylabel=f'held-out {unit(results.metric)}')
-    return plot.png(figure)
+    return figure
 
 
-def training(results: StudyResults) -> bytes:
+def training(results: StudyResults) -> Figure:
     """Draws loss and gradient norm of the compared runs, or those of them that runs logged."""
     return _series(results, TRAINING)
 
 
-def experts(results: StudyResults) -> bytes:
+def experts(results: StudyResults) -> Figure:
     """Draws the routers' figures of the compared runs, or those of them that runs logged."""
     return _series(results, EXPERTS)
 
@@ -74,7 +76,7 @@ def logged(results: StudyResults, names: Sequence[str]) -> list[str]:
     return [name for name in names if any(run.series.get(name) for run in runs)]
 
 
-def _series(results: StudyResults, labels: dict[str, str]) -> bytes:
+def _series(results: StudyResults, labels: dict[str, str]) -> Figure:
     names = logged(results, list(labels))
     figure, panels = plot.panels(len(names))
     for axes, name in zip(panels, names, strict=True):
@@ -83,7 +85,7 @@ def _series(results: StudyResults, labels: dict[str, str]) -> bytes:
             for arm, runs in statistics.compared(results).items()
         }
         plot.curves(axes, lines, xlabel='step', ylabel=labels[name])
-    return plot.png(figure)
+    return figure
 
 
 def _xy(run: StudyRun, name: str) -> tuple[list[float], list[float]]:

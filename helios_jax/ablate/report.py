@@ -12,6 +12,7 @@ from typing import Any
 
 from etils import epath
 
+from helios_jax import plot
 from helios_jax.ablate import page, pictures, statistics
 from helios_jax.ablate.page import Grid, Picture, Section, Verbatim
 from helios_jax.ablate.records import Arm, StudyResults, StudyRun
@@ -23,6 +24,7 @@ from helios_jax.train.report import flat
 STUDY = 'study.json'  # a study's resolved definition, in its workdir
 NONE = '–'  # in a table, where nothing is known
 CHANCE = 0.8  # with which a difference that the verdict calls detectable is found
+BANDS = 'bands reach from the lowest seed to the highest'
 GIB = 2**30
 
 
@@ -99,11 +101,8 @@ def _noise(results: StudyResults, tested: list[Comparison]) -> list[str]:
 def _sections(results: StudyResults, workdir: epath.Path) -> Iterator[Section]:
     yield Section('Verdict', [results.question, *verdict(results)])
     yield Section('Arms', list(_arms(results)))
-    yield Section(
-        'Held-out curves',
-        [Picture('curves.png', pictures.curves(results), 'Lines are means over seeds, bands reach '
-                 'from the lowest seed to the highest.')],
-    )  # fmt: skip
+    drawn = plot.png(pictures.curves(results))
+    yield Section('Held-out curves', [Picture('curves.png', drawn, f'Lines are means; {BANDS}.')])
     if statistics.searches(results):
         yield Section('Learning rates', _rates(results))
     yield from _training(results)
@@ -145,7 +144,7 @@ def _arms(results: StudyResults) -> Iterator[str | Grid | Picture]:
     )
     if found:
         caption = 'Points are means over common seeds, lines their 95% intervals, uncorrected.'
-        yield Picture('effects.png', pictures.effects(results), caption)
+        yield Picture('effects.png', plot.png(pictures.effects(results)), caption)
 
 
 def _row(results: StudyResults, arm: Arm, found: Comparison | None) -> list[str]:
@@ -180,20 +179,19 @@ def _rates(results: StudyResults) -> list[str | Grid | Picture]:
     caption = 'The lowest of each arm is circled; a cross at the upper edge is a run that failed.'
     return [
         Grid(['arm', 'learning rate: value', 'lowest at', 'where it lies'], rows),
-        Picture('bowls.png', pictures.bowls(results), caption),
+        Picture('bowls.png', plot.png(pictures.bowls(results)), caption),
     ]
 
 
 def _training(results: StudyResults) -> Iterator[Section]:
     if pictures.logged(results, list(pictures.TRAINING)):
-        caption = 'Of the steps that were logged; bands reach from the lowest seed to the highest.'
-        yield Section(
-            'Training',
-            [Picture('training.png', pictures.training(results), caption), _spikes(results)],
-        )
+        drawn = plot.png(pictures.training(results))
+        shown = Picture('training.png', drawn, f'Steps that were logged; {BANDS}.')
+        yield Section('Training', [shown, _spikes(results)])
     if pictures.logged(results, list(pictures.EXPERTS)):
-        caption = 'Of the steps that were logged, over all mixtures of experts of a model.'
-        yield Section('Experts', [Picture('experts.png', pictures.experts(results), caption)])
+        drawn = plot.png(pictures.experts(results))
+        caption = f'Over all mixtures of experts of a model, at steps that were logged; {BANDS}.'
+        yield Section('Experts', [Picture('experts.png', drawn, caption)])
 
 
 def _spikes(results: StudyResults) -> Grid:

@@ -1,11 +1,9 @@
 import importlib.metadata
-import io
 import json
 
 import jax
-import matplotlib.image
-import numpy as np
 import pytest
+from drawings import pixels
 
 from helios_jax import plot
 from helios_jax.errors import UserError
@@ -29,10 +27,6 @@ def write(workdir, sample='def f():\n    return 1') -> str:
     )
     assert str(path) == str(workdir / 'report.md')
     return path.read_text()
-
-
-def pixels(png: bytes) -> np.ndarray:
-    return matplotlib.image.imread(io.BytesIO(png), format='png')
 
 
 def test_report_holds_every_figure_and_setting(tmp_path):
