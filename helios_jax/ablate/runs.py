@@ -33,9 +33,14 @@ class StopFlag(Protocol):
 
 
 def start(
-    variant: Variant, base: str, log: BinaryIO, environment: Mapping[str, str]
+    base: str, environment: Mapping[str, str], variant: Variant, log: BinaryIO
 ) -> subprocess.Popen[bytes]:
     """Starts a training.
+
+    Args:
+      base: the config that the study's are variants of.
+      environment: of the process.
+      log: file for what it writes.
 
     It has a session of its own: Ctrl-C on a terminal reaches the study alone, which passes it on.
     """

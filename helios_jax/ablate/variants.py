@@ -9,13 +9,13 @@ WORKDIR/ARM/seed_N.failed the line with which it failed; remove it to try again
 
 import dataclasses
 import fcntl
-import math
 from collections.abc import Mapping
 from pathlib import Path
 
 from helios_jax import config, options
-from helios_jax.ablate.study import RATE, SEARCH_SEED, Design, rate_name
-from helios_jax.train import lock, metrics
+from helios_jax.ablate.design import Design
+from helios_jax.ablate.study import RATE, SEARCH_SEED, rate_name
+from helios_jax.train import lock
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,34 +74,6 @@ def seed_variants(design: Design, workdir: Path, rates: Mapping[str, float]) -> 
         ]
         for seed in range(first, first + design.seeds)
     ]
-
-
-def best_rates(design: Design, workdir: Path) -> dict[str, float]:
-    """Maps each arm to the rate of its lowest score; without one finished run it is left out.
-
-    Without a search it is the rate of each arm's config.
-    """
-    study = design.study
-    if not study.learning_rates:
-        return {name: cfg.optimizer.learning_rate for name, cfg in design.configs.items()}
-    best = {}
-    for variants in search_variants(design, workdir):
-        scores = [(score(v, study.metric), v.config.optimizer.learning_rate) for v in variants]
-        finished = [(value, rate) for value, rate in scores if math.isfinite(value)]
-        if finished:
-            best[variants[0].arm] = min(finished)[1]
-    if study.search == 'baseline' and best:
-        best = dict.fromkeys(design.configs, best[study.baseline])
-    return best
-
-
-def score(variant: Variant, metric: str) -> float:
-    """The metric at a finished run's end; NaN if it has not finished, or ended with no number."""
-    if not finished(variant):
-        return math.nan
-    lines = metrics.read(variant.directory / metrics.FILE)
-    last = [line[metric] for line in lines if metric in line][-1:]
-    return math.nan if not last or last[0] is None else float(last[0])
 
 
 def finished(variant: Variant) -> bool:
