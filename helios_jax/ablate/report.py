@@ -130,9 +130,10 @@ def _arms(results: StudyResults) -> Iterator[str | Grid | Picture]:
     yield Grid(['arm', 'setting', 'in the base config', 'in the arm'], rows)
     found = {c.arm: c for c in statistics.compare(results)}
     head = [
-        'arm', 'seeds', 'parameters', 'FLOPs a token',
+        'arm', 'seeds', 'learning rate', 'parameters', 'FLOPs a token',
         f'held-out {pictures.unit(results.metric)}', f'difference to {results.baseline}',
-        'corrected p', 'verdict', *(f'speed-up in {b}' for b in BUDGETS), 'step', 'peak memory',
+        'corrected p', 'verdict', *(f'speed-up in {unit}' for unit in BUDGETS.values()),
+        'step', 'peak memory',
     ]  # fmt: skip
     yield Grid(head, [_row(results, arm, found.get(arm.name)) for arm in results.arms])
     yield (
@@ -151,12 +152,14 @@ def _row(results: StudyResults, arm: Arm, found: Comparison | None) -> list[str]
     runs = statistics.compared(results)
     own = runs[arm.name]
     steps = [seconds for run in own.values() for _, seconds in _series(run, 'time/step_seconds')]
+    rates = sorted({f'{run.learning_rate:g}' for run in own.values()})
     peak = max((run.peak_bytes for run in own.values()), default=0)
     compared = [NONE] * 3
     if found:
         compared = [_with_ends(found.difference), _digits(found.corrected_p), found.verdict]
     return [
-        arm.name, str(len(own)), f'{arm.parameters:,}', f'{arm.flops_per_token:.3g}',
+        arm.name, str(len(own)), ', '.join(rates), f'{arm.parameters:,}',
+        f'{arm.flops_per_token:.3g}',
         plus_minus(statistics.estimate([run.value for run in own.values()])), *compared,
         *(str(speed_up(own, runs[results.baseline], b)) if found else NONE for b in BUDGETS),
         f'{medians.median(steps):.3g} s' if steps else NONE,
@@ -174,8 +177,7 @@ def _rates(results: StudyResults) -> list[str | Grid | Picture]:
             best = statistics.best_rate(runs)
             chosen = f'{best.rate:g}'
             remark = 'at an end of the grid: try beyond it' if best.at_end else 'inside the grid'
-        used = sorted({run.learning_rate for run in results.runs if run.arm == arm} - {*tried})
-        rows.append([arm, values, chosen, remark + ''.join(f'; {rate:g} ran' for rate in used)])
+        rows.append([arm, values, chosen, remark])
     caption = 'The lowest of each arm is circled; a cross at the upper edge is a run that failed.'
     return [
         Grid(['arm', 'learning rate: value', 'lowest at', 'where it lies'], rows),

@@ -53,7 +53,7 @@ def section(text, title):
 def row(text, arm):
     """The cells of an arm's row in the comparison."""
     lines = [line for line in text.splitlines() if line.startswith(f'| {arm} | ')]
-    (line,) = [line for line in lines if line.count('|') == 14]
+    (line,) = [line for line in lines if line.count('|') == 15]
     return [cell.strip() for cell in line.strip('|').split('|')]
 
 
@@ -68,18 +68,18 @@ def test_the_question_and_the_verdict_come_first(written):
 
 def test_an_arms_row_holds_its_figures_beside_the_baselines(written):
     text = section(written.read_text(), 'Arms')
-    name, seeds, size, flops, value, difference, p, verdict, *rest = row(text, 'convex')
-    assert (name, seeds, size, flops) == ('convex', '4', '1,234,567', '7.4e+06')
+    name, seeds, rate, size, flops, value, difference, p, verdict, *rest = row(text, 'convex')
+    assert (name, seeds, rate, size, flops) == ('convex', '4', '0.001', '1,234,567', '7.4e+06')
     assert value.startswith('1.7505 ± 0.2') and verdict == 'better' and float(p) < 1e-6
     # 0.4995 and t(3) of 97.5% times a standard error of 0.00129 / 2.
     assert difference == '-0.4995 (-0.5016 to -0.4974)'
     tokens, flops, seconds, step, memory = rest
     assert tokens == flops == seconds and ' × (' in tokens and float(tokens.split()[0]) > 1
     assert (step, memory) == ('0.5 s', '3.00 GiB')
-    assert row(text, 'residual')[5:11] == ['–'] * 6
+    assert row(text, 'residual')[6:12] == ['–'] * 6
     highway = row(text, 'highway')
-    assert highway[5] == '+0.4000' and highway[6:8] == ['–', 'fewer than two common seeds']
-    assert highway[11:] == ['–', '–']
+    assert highway[6] == '+0.4000' and highway[7:9] == ['–', 'fewer than two common seeds']
+    assert highway[12:] == ['–', '–']
 
 
 def test_the_report_holds_what_differs_failed_was_dropped_and_reproduces_it(written):
