@@ -149,7 +149,7 @@ def environment(variants: Sequence[Variant]) -> tuple[dict[str, dict[str, Any]],
     return found, ((note,) if others else ())
 
 
-def _totals(steps: np.ndarray, per_step: Sequence[float]) -> np.ndarray:
+def _totals(steps: np.ndarray, per_step: Sequence[int | float]) -> np.ndarray:
     return np.concatenate([[0.0], np.cumsum(np.diff(steps) * np.asarray(per_step, float))])
 
 

@@ -50,12 +50,14 @@ def ablate_command(argv: Sequence[str]) -> None:
     workdir = Path(values.workdir).expanduser()
     seeds = values.seeds or max(study.seeds, definition.read(workdir).get('seeds', 0))
     design = designs.design(Path(name).stem, study, base, seeds)
+    arms = designs.sized_arms(design, designs.vocab_sizes(design))
     environment = dict(os.environ)
     os.environ['JAX_PLATFORMS'] = 'cpu'  # the devices are for the runs, which are processes
     from helios_jax.ablate import conduct, report, runs
 
     results = conduct.conduct(
         design,
+        arms,
         workdir,
         workers=values.workers,
         budget_minutes=values.budget_minutes,

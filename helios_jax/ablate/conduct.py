@@ -10,18 +10,19 @@ from typing import Any
 
 from etils import epath
 
-from helios_jax import config, display
+from helios_jax import display
 from helios_jax.ablate import collect, definition, runs, variants
-from helios_jax.ablate.design import CLOSE, Design, sized_arms
+from helios_jax.ablate.design import CLOSE, Design, loaded
 from helios_jax.ablate.records import Arm, StudyResults
 from helios_jax.ablate.study import EQUAL
-from helios_jax.data import pipeline, tokenizer
+from helios_jax.data import pipeline
 from helios_jax.parallel import cluster
 from helios_jax.train import lock
 
 
 def conduct(
     design: Design,
+    arms: tuple[Arm, ...],
     workdir: Path,
     *,
     starter: runs.Starter,
@@ -32,15 +33,15 @@ def conduct(
     """Runs what of a study is not done yet; returns the results of all its runs.
 
     Args:
+      arms: those of the design, counted.
       starter: starts the process of a run.
       command: that makes these results again.
       budget_minutes: time for it; searches and seeds that do not fit are left out. 0: no end.
     Raises:
       UserError: another study was begun in `workdir`, or this one with other settings; another
-        process conducts it; arms or text that cannot be used. All before anything runs.
+        process conducts it; text that cannot be used. All before anything runs.
       KeyboardInterrupt: after SIGINT or SIGTERM, once every run has saved.
     """
-    arms = sized_arms(design, vocab_sizes(design))
     with lock.hold(epath.Path(workdir)) as held:
         definition.require_same(design, workdir)
         for data in dict.fromkeys(cfg.data for cfg in design.configs.values()):
@@ -89,16 +90,6 @@ def results(
         command=command,
         notes=(*notes, *remarks),
     )
-
-
-def vocab_sizes(design: Design) -> dict[str, int]:
-    """Maps each arm to the number of tokens of its tokenizer."""
-    sizes = {data: loaded(data).vocab_size for data in {c.data for c in design.configs.values()}}
-    return {name: sizes[cfg.data] for name, cfg in design.configs.items()}
-
-
-def loaded(data: config.Data) -> tokenizer.Tokenizer:
-    return tokenizer.load(data.tokenizer, chat_setting=data.chat_template)
 
 
 def equalities(design: Design) -> str:

@@ -84,6 +84,19 @@ def changed(base: config.Config, values: Mapping[str, Any]) -> config.Config:
     return config.from_dict(nested)
 
 
+def vocab_sizes(made: Design) -> dict[str, int]:
+    """Maps each arm to the number of tokens of its tokenizer."""
+    sizes = {data: loaded(data).vocab_size for data in {c.data for c in made.configs.values()}}
+    return {name: sizes[cfg.data] for name, cfg in made.configs.items()}
+
+
+def loaded(data: config.Data) -> Any:
+    """Loads a tokenizer; help, which imports this module, needs none."""
+    from helios_jax.data import tokenizer
+
+    return tokenizer.load(data.tokenizer, chat_setting=data.chat_template)
+
+
 def sized_arms(made: Design, vocab_sizes: Mapping[str, int]) -> tuple[Arm, ...]:
     """Counts the parameters and FLOPs of each arm.
 

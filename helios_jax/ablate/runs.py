@@ -9,7 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
-from typing import BinaryIO, Protocol
+from typing import BinaryIO
 
 from etils import epath
 
@@ -22,14 +22,9 @@ from helios_jax.ablate.variants import (
     is_open,
     told,
 )
+from helios_jax.parallel import cluster
 
 POLL_SECONDS = 0.1
-
-
-class StopFlag(Protocol):
-    """Tells of a signal to stop; 0 until there is one."""
-
-    signal: int
 
 
 def start(
@@ -113,7 +108,7 @@ def run_groups(
     *,
     workers: int,
     budget: Budget,
-    stop: StopFlag,
+    stop: cluster.StopRequest,
 ) -> list[Sequence[Variant]]:
     """Runs what is neither done nor failed, `workers` at a time, each group whole or not at all.
 
