@@ -7,7 +7,7 @@ from typing import NamedTuple
 from helios_jax.ablate.records import StudyRun
 from helios_jax.ablate.statistics import Estimate, estimate
 
-BUDGETS = ('tokens', 'flops', 'seconds')
+BUDGETS = {'tokens': 'tokens', 'flops': 'FLOPs', 'seconds': 'seconds'}  # field → unit
 
 
 class SpeedUp(NamedTuple):

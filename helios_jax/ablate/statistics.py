@@ -180,6 +180,15 @@ def detectable(
     return deviation * optimize.brentq(missing, 0.0, most)
 
 
+def searches(results: StudyResults) -> dict[str, list[StudyRun]]:
+    """Returns arm → runs of its learning-rate search, of the arms that have one."""
+    found = {
+        arm.name: [run for run in results.runs if run.swept and run.arm == arm.name]
+        for arm in results.arms
+    }
+    return {arm: runs for arm, runs in found.items() if runs}
+
+
 def rates(runs: Sequence[StudyRun]) -> dict[float, float]:
     """Returns learning rate → mean value of a search's runs, in rising order; NaN where none is."""
     values: dict[float, list[float]] = collections.defaultdict(list)
