@@ -174,3 +174,16 @@ def test_each_arm_takes_the_best_rate_of_its_search_or_of_the_baselines(tmp_path
         run(variants.search_variants(made, directory), starter)
         found = collect.best_rates(made, directory, arms)
         assert found == (gated or dict.fromkeys(made.configs, 2e-3))
+
+
+def test_workers_have_gpus_of_their_own_or_share_the_memory_of_one():
+    given = {'HOME': '/h', 'CUDA_VISIBLE_DEVICES': '4,5,6'}
+    of = lambda name, workers: [
+        environment.get(name) for environment in runs.environments(given, workers)
+    ]
+    assert of('CUDA_VISIBLE_DEVICES', 2) == ['4,6', '5']
+    assert of('XLA_PYTHON_CLIENT_MEM_FRACTION', 2) == [None, None]
+    assert of('XLA_PYTHON_CLIENT_MEM_FRACTION', 4) == ['0.225'] * 4
+    given['XLA_PYTHON_CLIENT_MEM_FRACTION'] = '.3'
+    assert of('XLA_PYTHON_CLIENT_MEM_FRACTION', 4) == ['.3'] * 4
+    assert runs.environments(given, 1) == [given]
