@@ -65,15 +65,17 @@ def verdict(results: StudyResults) -> list[str]:
         if c.verdict in (BETTER, WORSE)
     ]
     if alike := [c.arm for c in comparisons if c.verdict == ALIKE]:
-        lines.append(
-            f'No difference to {base} was found for {", ".join(alike)}. What lies within the noise '
-            'is not ranked.'
-        )
+        lines.append(f'No difference to {base} was found for {", ".join(alike)}.')
     if unknown := [c.arm for c in comparisons if c.verdict == UNKNOWN]:
         lines.append(
             f'Fewer than two seeds are common to {base} and {", ".join(unknown)}: no interval and '
             'no verdict.'
         )
+    order = '; '.join(', '.join(group) for group in statistics.ranking(results))
+    lines.append(
+        f'Order that the seeds support, best first: {order}. Arms within one group are not ranked: '
+        f'those beside {base} lie within the noise, and others were compared with it alone.'
+    )
     return lines + _noise(results, [c for c in comparisons if c.verdict != UNKNOWN])
 
 

@@ -62,6 +62,7 @@ def test_the_question_and_the_verdict_come_first(written):
     head = text.split('\n## ')[1]
     assert head.startswith('Verdict\n\nDo gates help?\n\nconvex is better than residual by 0.4995 ')
     assert 'No difference to residual was found for static.' in head
+    assert 'best first: convex; residual, static. ' in head
     assert 'Fewer than two seeds are common to residual and highway: no interval' in head
     assert 'With 4 seeds and 2 comparisons' in head  # those that have an interval
 
