@@ -1,4 +1,4 @@
-"""What a study leaves behind, in a form that statistics, pictures and reports read."""
+"""Records that a study leaves behind, for statistics, pictures and reports to read."""
 
 import dataclasses
 from collections.abc import Mapping
