@@ -108,7 +108,8 @@ def _sections(results: StudyResults, workdir: epath.Path) -> Iterator[Section]:
     yield Section('Verdict', [results.question, *verdict(results)])
     yield Section('Arms', list(_arms(results)))
     if any(statistics.compared(results).values()):
-        drawn, caption = plot.png(pictures.curves(results)), f'Lines are means; {BANDS}.'
+        drawn = plot.png(pictures.curves(results))
+        caption = f'Means where all seeds were measured; {BANDS}.'
         yield Section('Held-out curves', [Picture('curves.png', drawn, caption)])
     if statistics.searches(results):
         yield Section('Learning rates', _rates(results))
