@@ -100,6 +100,7 @@ def commands() -> 'Group':
     import functools
 
     from helios_jax import options
+    from helios_jax.ablate.command import ablate_command
     from helios_jax.bench.commands import BENCHMARKS
     from helios_jax.ckpt.command import CHECKPOINTS
     from helios_jax.convert.command import convert_command
@@ -117,6 +118,7 @@ def commands() -> 'Group':
             'generate': evaluate.generate_command,
             'data': DATA,
             'plan': plan.plan_command,
+            'ablate': ablate_command,
             'ckpt': CHECKPOINTS,
             'convert': convert_command,
             'explain': options.explain_command,

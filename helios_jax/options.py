@@ -12,9 +12,9 @@ import re
 import sys
 import traceback
 import types
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, Union
+from typing import Any, NamedTuple, TypeVar, Union
 
 from absl import flags
 from ml_collections import config_flags
@@ -29,6 +29,7 @@ CONFIG_HELP = """\
   --config.SECTION.FIELD=VALUE
       Replaces one setting, as in --config.model.num_layers=12. `helios explain` lists them all."""
 
+T = TypeVar('T')
 Command = Callable[[Sequence[str]], None]
 
 
@@ -111,7 +112,18 @@ def parse_config(flag_values: flags.FlagValues, argv: Sequence[str]) -> config.C
     """
     if wants_help(argv):
         print_flags(flag_values, CONFIG_HELP.format(names=', '.join(shipped_configs())))
-    argv, name = split_config(argv)
+    argv, name = split_flag(argv, 'config', 'tiny')
+    return parse_overrides(flag_values, argv, load_config(name))
+
+
+def parse_overrides(
+    flag_values: flags.FlagValues, argv: Sequence[str], base: config.Config
+) -> config.Config:
+    """Parses a command's flags and --config.SECTION.FIELD=VALUE; returns `base` with these.
+
+    Raises:
+      UserError: as `parse`; a setting that does not exist, or a value that it refuses.
+    """
     described = config.describe()
     for argument in argv:
         override = re.match(r'--?(?:no)?config\.([^=]*)', argument)
@@ -121,7 +133,7 @@ def parse_config(flag_values: flags.FlagValues, argv: Sequence[str]) -> config.C
         )
     config_flags.DEFINE_config_dict(
         'config',
-        config.to_dict(load_config(name)),
+        config.to_dict(base),
         flag_values=flag_values,
         sys_argv=['helios', *argv],
     )
@@ -148,8 +160,8 @@ def print_flags(flag_values: flags.FlagValues, config_help: str = '') -> None:
     sys.exit(0)
 
 
-def split_config(argv: Sequence[str]) -> tuple[list[str], str]:
-    """Returns the arguments without --config, those of each --flagfile among them, and its value.
+def split_flag(argv: Sequence[str], name: str, default: str) -> tuple[list[str], str]:
+    """Returns the arguments without --NAME, those of each --flagfile among them, and its value.
 
     Raises:
       UserError: a flag file that cannot be read.
@@ -158,21 +170,21 @@ def split_config(argv: Sequence[str]) -> tuple[list[str], str]:
         arguments = flags.FlagValues().read_flags_from_files(list(argv), force_gnu=False)
     except flags.CantOpenFlagFileError as error:
         raise UserError(unreadable(error)) from error
-    name, rest = 'tiny', []
+    value, rest = default, []
     following = iter(arguments)
     for argument in following:
-        flag = re.fullmatch(r'--?config(?:=(.*))?', argument, re.S)
+        flag = re.fullmatch(f'--?{name}(?:=(.*))?', argument, re.S)
         if not flag:
             rest.append(argument)
         else:
-            name = next(following, '') if flag[1] is None else flag[1]
-    return rest, name
+            value = next(following, '') if flag[1] is None else flag[1]
+    return rest, value
 
 
-def shipped_configs() -> dict[str, Path]:
-    """Maps the names of the configs that come with the package to their files."""
-    folder = Path(str(importlib.resources.files('helios_jax.configs')))
-    return {path.stem: path for path in sorted(folder.glob('*.py')) if path.stem != '__init__'}
+def shipped_configs(folder: str = 'helios_jax.configs') -> dict[str, Path]:
+    """Maps the names of the files in a package that comes with this one to their paths."""
+    path = Path(str(importlib.resources.files(folder)))
+    return {file.stem: file for file in sorted(path.glob('*.py')) if file.stem != '__init__'}
 
 
 def load_config(name: str) -> config.Config:
@@ -181,27 +193,38 @@ def load_config(name: str) -> config.Config:
     Raises:
       UserError: no such file, or one that is no config; an error inside it, with its line.
     """
-    shipped = shipped_configs()
-    path = shipped.get(name, Path(name))
-    require(
-        path.is_file(),
-        f'--config={name}: no such file, and no shipped config.{nearest(name, shipped)} '
-        f'There are: {", ".join(shipped)}.',
-    )
-    module = types.ModuleType('helios_config')
-    module.__file__ = str(path)
-    source, search_path = path.read_bytes(), list(sys.path)
-    sys.path.insert(0, str(path.parent))  # a config may build on one beside it
-    try:
-        exec(compile(source, str(path), 'exec'), module.__dict__)
-        defined = hasattr(module, 'get_config')
-        require(defined, 'it does not define get_config(), which returns the config.')
-        values = module.get_config()
+
+    def built(values: Any) -> config.Config:
         require(
             hasattr(values, 'items'),
             f'get_config() must return to_dict(Config(…)), not a {type(values).__name__}.',
         )
         return config.from_dict(values)
+
+    return load('config', name, shipped_configs(), built)
+
+
+def load(flag: str, name: str, shipped: Mapping[str, Path], built: Callable[[Any], T]) -> T:
+    """Runs get_FLAG() of a shipped file or of one that is named; returns what `built` makes of it.
+
+    Raises:
+      UserError: no such file; no such function in it; an error inside it or `built`, with its line.
+    """
+    path = shipped.get(name, Path(name))
+    require(
+        path.is_file(),
+        f'--{flag}={name}: no such file, and no shipped {flag}.{nearest(name, shipped)} '
+        f'There are: {", ".join(shipped)}.',
+    )
+    module = types.ModuleType(f'helios_{flag}')
+    module.__file__ = str(path)
+    source, search_path = path.read_bytes(), list(sys.path)
+    sys.path.insert(0, str(path.parent))  # it may build on one beside it
+    try:
+        exec(compile(source, str(path), 'exec'), module.__dict__)
+        defined = hasattr(module, f'get_{flag}')
+        require(defined, f'it does not define get_{flag}(), which returns the {flag}.')
+        return built(getattr(module, f'get_{flag}')())
     except (Exception, SystemExit) as error:
         raise UserError(f'{place(error, path)}: {cause(error)}') from error
     finally:

@@ -4,7 +4,6 @@ import ast
 import importlib.metadata
 import re
 import shlex
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -71,7 +70,8 @@ def test_there_is_something_to_check():
 @pytest.mark.parametrize(('page', 'command'), EVERY_COMMAND, ids=lambda x: getattr(x, 'name', x))
 def test_a_command_of_the_docs_parses(page, command, stop_after_parsing, tmp_path, monkeypatch):
     (tmp_path / 'my_config.py').write_text(next(b for p, b in PYTHON if p.stem == 'configs'))
-    text = command.replace('my_config.py', str(tmp_path / 'my_config.py'))
+    (tmp_path / 'my_study.py').write_text(next(b for p, b in PYTHON if p.stem == 'ablations'))
+    text = re.sub(r'my_(config|study)\.py', rf'{tmp_path}/my_\1.py', command)
     argv = shlex.split(text, comments=True)[1:]
     argv = [argument for argument in argv if argument not in ('&&', '|', ';')]
     if argv[0] == 'explain':
@@ -94,8 +94,6 @@ def test_python_blocks_run(tmp_path):
     """All of them, in their order, beside a run called runs/tiny."""
     train = ['train', '--config=tiny', '--config.train.num_steps=2', '--config.model.num_layers=2']
     run([sys.executable, '-m', 'helios_jax', *train, '--workdir=runs/tiny'], tmp_path)
-    for name in ('convex', 'residual', 'strong'):  # as good as runs of their own, for a block
-        shutil.copytree(tmp_path / 'runs/tiny', tmp_path / 'runs' / name)
     for page, block in PYTHON:
         run([sys.executable, '-c', block], tmp_path, page.name)
 

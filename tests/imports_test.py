@@ -11,7 +11,7 @@ import helios_jax
 
 # A module imports from its own part and from parts to the left of it.
 ORDER = [
-    {'errors', 'display'}, {'chips', 'config', 'paths', 'process'}, {'options', 'arch'},
+    {'errors', 'display', 'plot'}, {'chips', 'config', 'paths', 'process'}, {'options', 'arch'},
     {'kernels'}, {'parallel'}, {'memory'}, {'model'}, {'data', 'checkpoint'}, {'restoring'},
     {'evaluate'}, {'train'}, {'plan', 'convert', 'ablate', 'verify', 'ckpt'}, {'bench'}, {'cli'},
     {'__main__'},

@@ -37,8 +37,8 @@ def wheel(tmp_path_factory) -> zipfile.ZipFile:
 def test_every_module_and_shipped_config_is_in_the_wheel(wheel):
     names = set(wheel.namelist())
     modules = {str(p.relative_to(ROOT)) for p in (ROOT / 'helios_jax').rglob('*.py')}
-    configs = {f'helios_jax/configs/{p.name}' for p in (ROOT / 'configs').glob('*.py')}
-    assert 'helios_jax/configs/tiny.py' in configs
+    configs = {f'helios_jax/{p.relative_to(ROOT)}' for p in (ROOT / 'configs').rglob('*.py')}
+    assert {f'helios_jax/configs/{name}.py' for name in ('tiny', 'studies/smoke')} <= configs
     assert modules | configs <= names, sorted((modules | configs) - names)
     # A top-level `configs` would collide with any other project's.
     assert {name.split('/')[0].removesuffix('.dist-info') for name in names} == {

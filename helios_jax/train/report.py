@@ -1,16 +1,17 @@
 """Writes report.md: what was run, on what, how it went, and a sample."""
 
 import importlib.metadata
-import io
 import platform
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
+import numpy as np
 from etils import epath
 from matplotlib.figure import Figure
 
+from helios_jax import plot
 from helios_jax.evaluate import figures
 from helios_jax.train import metrics
 
@@ -19,6 +20,17 @@ PACKAGES = (
     'grain', 'numpy',
 )  # fmt: skip
 LOSS, HELD_OUT, LOST = 'loss', 'eval/bits_per_byte', 'eval/lost_fraction'
+
+# What a panel of curves shows → its curves and the figures that they are of.
+PANELS = {
+    'loss (nats per token)': {'training': LOSS, 'held out': 'eval/loss'},
+    'held-out bits per byte': {'': HELD_OUT},
+    'norm of the gradient': {'': 'gradient_norm'},
+    'largest load of an expert ÷ mean load': {'': 'router/load_max_over_mean'},
+    "share of experts' tokens dropped": {'': 'router/drop_fraction'},
+    'tokens per second': {'': 'time/tokens_per_second'},
+    'peak memory of a device (GiB)': {'': 'device/peak_gib'},
+}
 
 
 def environment() -> dict[str, dict[str, Any]]:
@@ -58,46 +70,39 @@ def write(
     """
     workdir = epath.Path(workdir)
     lines = metrics.read(workdir / metrics.FILE)
-    (workdir / 'curves.png').write_bytes(curves(lines))
+    (workdir / 'curves.png').write_bytes(plot.png(curves(lines)))
     sections = [
         '# Training report',
         _markdown(
             {label: f'{n} {unit}'.strip() for label, n, unit in figures.labelled(final)}, 'result'
         ),
-        '## Curves\n\n![Loss and held-out bits per byte against the step](curves.png)',
+        '## Curves\n\n![Loss, held-out bits per byte and other figures of the run](curves.png)',
         f'## Sample\n\n{fenced(sample)}',
         f'## Data\n\n{_markdown({name: figures.number(n) for name, n in data.items()}, "data")}',
         *(
             f'## {name.capitalize()}\n\n{_markdown(values, name)}'
             for name, values in environment.items()
         ),
-        f'## Config\n\n{_markdown(_flat(config_dict), "setting")}',
+        f'## Config\n\n{_markdown(flat(config_dict), "setting")}',
     ]
     path = workdir / 'report.md'
     path.write_text('\n\n'.join(sections) + '\n')
     return path
 
 
-def curves(lines: list[dict[str, Any]]) -> bytes:
-    """Draws a PNG of the training loss and, if there are evaluations, of held-out bits per byte."""
-    names = [LOSS] + [HELD_OUT] * any(HELD_OUT in line for line in lines)
-    figure = Figure(figsize=(5 * len(names), 3.6), layout='constrained')
-    lossy = any(LOST in line for line in lines)
-    labels = {
-        LOSS: 'training loss (nats per token)',
-        HELD_OUT: 'held-out bits per byte' + ' that the tokenizer keeps' * lossy,
-    }
-    for name, axes in zip(names, figure.subplots(1, len(names), squeeze=False)[0], strict=True):
-        points = [(line['step'], line[name]) for line in lines if name in line]
-        axes.plot(
-            *zip(*points, strict=True) if points else ((), ()),
-            marker='.' if len(points) < 40 else '',
-        )
-        axes.set(xlabel='step', ylabel=labels[name])
-        axes.grid(alpha=0.3)
-    file = io.BytesIO()
-    figure.savefig(file, format='png', dpi=120)
-    return file.getvalue()
+def curves(lines: list[dict[str, Any]]) -> Figure:
+    """Draws the figures of PANELS that a run's lines have, on one axis of training tokens."""
+    logged = {LOSS}.union(*lines)
+    shown = {label: own for label, own in PANELS.items() if logged & {*own.values()}}
+    xlabel, so_far = _tokens(lines)
+    figure, panels = plot.panels(len(shown))
+    for axes, (label, own) in zip(panels, shown.items(), strict=True):
+        if axes is not panels[0]:
+            axes.sharex(panels[0])
+        seeds = {name: [_curve(lines, of, so_far)] for name, of in own.items()}
+        keeps = ' that the tokenizer keeps' * (HELD_OUT in own.values() and LOST in logged)
+        plot.curves(axes, seeds, xlabel=xlabel, ylabel=label + keeps)
+    return figure
 
 
 def fenced(text: str) -> str:
@@ -107,28 +112,48 @@ def fenced(text: str) -> str:
     return f'{fence}text\n{text}\n{fence}'
 
 
+def _tokens(lines: list[dict[str, Any]]) -> tuple[str, Callable[[np.ndarray], np.ndarray]]:
+    """Label of the axis, and what turns steps into tokens, or keeps them where none are logged.
+
+    Steps between two lines count as many tokens as that of the second line.
+    """
+    logged = [(line['step'], line['tokens']) for line in lines if 'tokens' in line]
+    if not logged:
+        return 'step', lambda steps: steps
+    steps, tokens = np.array([(0, 0), *logged], float).T
+    total = np.cumsum(np.diff(steps, prepend=0) * tokens)
+    return 'training tokens', lambda wanted: np.interp(wanted, steps, total)
+
+
+def _curve(
+    lines: list[dict[str, Any]], name: str, so_far: Callable[[np.ndarray], np.ndarray]
+) -> tuple[np.ndarray, np.ndarray]:
+    points = [(line['step'], line[name]) for line in lines if name in line]
+    steps, values = np.array(points, float).reshape(-1, 2).T
+    return so_far(steps), values
+
+
 def _markdown(values: Mapping[str, Any], heading: str) -> str:
     rows = [f'| {heading} | value |', '|---|---|']
-    return '\n'.join(
-        rows + [f'| {_cell(name)} | {_cell(value)} |' for name, value in values.items()]
-    )
+    return '\n'.join(rows + [f'| {cell(name)} | {cell(value)} |' for name, value in values.items()])
 
 
-def _cell(value: Any) -> str:
+def cell(value: Any) -> str:
+    """Formats a value for a cell of a Markdown table."""
     if isinstance(value, float):
         return f'{value:.6g}'
     return ' '.join(str(value).split()).replace('|', r'\|')
 
 
-def _flat(values: Mapping[str, Any], prefix: str = '') -> dict[str, Any]:
-    flat: dict[str, Any] = {}
+def flat(values: Mapping[str, Any], prefix: str = '') -> dict[str, Any]:
+    """Maps the dotted names of nested settings to their values."""
+    found: dict[str, Any] = {}
     for name, value in values.items():
-        flat |= (
-            _flat(value, f'{prefix}{name}.')
-            if isinstance(value, Mapping)
-            else {prefix + name: value}
-        )
-    return flat
+        if isinstance(value, Mapping):
+            found |= flat(value, f'{prefix}{name}.')
+        else:
+            found[prefix + name] = value
+    return found
 
 
 def _version(package: str) -> str:

@@ -1,19 +1,18 @@
 import importlib.metadata
-import io
 import json
 
 import jax
-import matplotlib.image
-import numpy as np
 import pytest
+from drawings import pixels
 
+from helios_jax import plot
 from helios_jax.errors import UserError
 from helios_jax.train import report
 
 
-def lines(evaluations: bool = True) -> list[dict]:
+def lines() -> list[dict]:
     training = [{'step': n, 'loss': 6.0 - n / 10} for n in range(1, 31)]
-    return training + [{'step': n, 'eval/bits_per_byte': 3.0} for n in (10, 20)] * evaluations
+    return training + [{'step': n, 'eval/bits_per_byte': 3.0} for n in (10, 20)]
 
 
 def write(workdir, sample='def f():\n    return 1') -> str:
@@ -28,10 +27,6 @@ def write(workdir, sample='def f():\n    return 1') -> str:
     )
     assert str(path) == str(workdir / 'report.md')
     return path.read_text()
-
-
-def pixels(png: bytes) -> np.ndarray:
-    return matplotlib.image.imread(io.BytesIO(png), format='png')
 
 
 def test_report_holds_every_figure_and_setting(tmp_path):
@@ -62,22 +57,43 @@ def test_backticks_in_the_sample_do_not_close_its_block(tmp_path, run):
     assert text.count(fence) == 2
 
 
-def test_curves_are_an_image_with_a_panel_for_each_curve(tmp_path):
+def test_curves_are_an_image_with_a_panel_for_each_figure(tmp_path):
     write(tmp_path)
     image = pixels((tmp_path / 'curves.png').read_bytes())
     assert image.ndim == 3 and image.std() > 0.01
-    single = pixels(report.curves(lines(evaluations=False)))
-    assert (image.shape[0], image.shape[1]) == (single.shape[0], 2 * single.shape[1])
+    figure = report.curves(lines())
+    assert [axes.get_ylabel() for axes in figure.axes] == [
+        'loss (nats per token)', 'held-out bits per byte',
+    ]  # fmt: skip
+    every = {name: 1.0 for own in report.PANELS.values() for name in own.values()}
+    assert len(report.curves([{'step': 1} | every]).axes) == len(report.PANELS)
 
 
-def test_curves_show_the_figures():
-    changed = lines()
-    changed[12]['loss'] = 40.0
-    assert not np.array_equal(pixels(report.curves(lines())), pixels(report.curves(changed)))
+def test_held_out_figures_lie_where_their_tokens_are():
+    logged = [{'step': n, 'loss': 6.0 - n / 10, 'tokens': 100 + n} for n in (2, 6, 10)]
+    scores = [{'step': n, 'eval/loss': 7.0 - n, 'eval/bits_per_byte': 3.0} for n in (4, 10)]
+    losses, held_out = report.curves(sorted(logged + scores, key=lambda line: line['step'])).axes
+    training, scored = losses.lines
+    # Two steps of 102 tokens, four of 106, four of 110; the step 4 lies within the second ones.
+    assert training.get_xydata().tolist() == [[204, 5.8], [628, 5.4], [1068, 5.0]]
+    assert scored.get_xydata().tolist() == [[416, 3.0], [1068, -3.0]]
+    assert held_out.lines[0].get_xdata().tolist() == [416, 1068]
+    assert held_out.get_xlabel() == 'training tokens' and held_out.get_xlim() == losses.get_xlim()
+
+
+def test_curves_of_lines_without_tokens_lie_at_their_steps():
+    (axes, _) = report.curves(lines()).axes
+    assert axes.get_xlabel() == 'step'
+    assert axes.lines[0].get_xydata().tolist() == [[n, 6.0 - n / 10] for n in range(1, 31)]
+
+
+def test_bits_of_a_lossy_tokenizer_say_so():
+    lossy = [{'step': 1, 'eval/bits_per_byte': 2.0, 'eval/lost_fraction': 0.1}]
+    assert [axes.get_ylabel() for axes in report.curves(lossy).axes][1].endswith('tokenizer keeps')
 
 
 def test_curves_of_a_run_without_a_line_are_empty_but_an_image():
-    assert pixels(report.curves([])).ndim == 3
+    assert pixels(plot.png(report.curves([]))).ndim == 3
 
 
 def test_report_without_metrics_is_an_error(tmp_path):

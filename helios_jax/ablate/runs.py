@@ -1,0 +1,178 @@
+"""Runs a study: trainings as processes, several at a time, each resumable by itself.
+
+A run that is done is not run again, and an unfinished one goes on where it stopped.
+"""
+
+import math
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import BinaryIO
+
+from etils import epath
+
+from helios_jax import display, paths, process
+from helios_jax.ablate.variants import (
+    Variant,
+    command,
+    finished,
+    held,
+    is_open,
+    told,
+)
+from helios_jax.parallel import cluster
+
+POLL_SECONDS = 0.1
+MEMORY_FRACTION = 0.9  # of a GPU's memory, for the workers that share it
+
+
+def start(
+    base: str,
+    environments: Sequence[Mapping[str, str]],
+    worker: int,
+    variant: Variant,
+    log: BinaryIO,
+) -> subprocess.Popen[bytes]:
+    """Starts a training.
+
+    Args:
+      base: the config that the study's are variants of.
+      environments: of each worker's processes.
+      log: file for what the process writes.
+
+    It has a session of its own: Ctrl-C on a terminal reaches the study alone, which passes it on.
+    """
+    return subprocess.Popen(
+        [sys.executable, '-m', 'helios_jax', *command(variant, base)],
+        stdin=subprocess.DEVNULL,
+        stdout=log,
+        stderr=log,
+        env=environments[worker],
+        start_new_session=True,
+    )
+
+
+def environments(environment: Mapping[str, str], workers: int) -> list[dict[str, str]]:
+    """Returns the environment of each worker's processes.
+
+    Of the GPUs that CUDA_VISIBLE_DEVICES names each worker has its share; where there are fewer
+    GPUs than workers, workers share their memory.
+    """
+    devices = [name for name in environment.get('CUDA_VISIBLE_DEVICES', '').split(',') if name]
+    if workers > 1 and len(devices) >= workers:
+        shares = [','.join(devices[worker::workers]) for worker in range(workers)]
+        return [{**environment, 'CUDA_VISIBLE_DEVICES': share} for share in shares]
+    fraction = {'XLA_PYTHON_CLIENT_MEM_FRACTION': f'{MEMORY_FRACTION / workers:.3f}'}
+    return [{**(fraction if workers > 1 else {}), **environment}] * workers
+
+
+class Budget:
+    """Time that a study may take, by what its longest run has taken.
+
+    Args:
+      minutes: from now on; 0 is without end.
+      workers: runs at a time.
+    """
+
+    def __init__(self, minutes: float, workers: int) -> None:
+        self._minutes, self._workers = minutes, workers
+        self._start = time.monotonic()
+        self.longest = 0.0  # seconds of a run, start and end included
+
+    def allows(self, runs: int) -> bool:
+        """True if so many runs more will end in time; nobody knows before the first has ended."""
+        elapsed = time.monotonic() - self._start
+        needed = math.ceil(runs / self._workers) * self.longest
+        return not self._minutes or not self.longest or elapsed + needed <= 60 * self._minutes
+
+
+Starter = Callable[[int, Variant, BinaryIO], 'subprocess.Popen[bytes]']
+
+
+class Running:
+    """A run's process and its log."""
+
+    def __init__(self, worker: int, variant: Variant, starter: Starter) -> None:
+        variant.directory.parent.mkdir(parents=True, exist_ok=True)
+        self.worker, self.variant = worker, variant
+        self._log = variant.beside('.log')
+        self._logged = self._log.stat().st_size if self._log.exists() else 0
+        self._begin = time.monotonic()
+        with self._log.open('ab') as file:
+            self.process = starter(worker, variant, file)
+
+    def end(self, stopped: bool) -> float:
+        """Records why the process failed, if it did; returns the seconds that it took.
+
+        A run that somebody stopped goes on another time, and so does one that another process was
+        writing.
+        """
+        code = self.process.returncode
+        ended = code in (0, 130, -signal.SIGINT, -signal.SIGTERM)
+        if not (stopped or ended or finished(self.variant) or held(self.variant)):
+            content = self._log.read_bytes()[self._logged :].decode(errors='replace')
+            written = [line.strip() for line in content.splitlines() if line.strip()]
+            ours = [line for line in written if line.startswith('helios: ')]
+            reason = ([process.ending(code), *written[-1:], *ours[-1:]])[-1]
+            line = ' '.join(reason.removeprefix('helios: ').split())
+            paths.write_whole(epath.Path(self.variant.beside('.failed')), f'{line}\n'.encode())
+        return time.monotonic() - self._begin
+
+
+def run_groups(
+    groups: Sequence[Sequence[Variant]],
+    starter: Starter,
+    *,
+    workers: int,
+    budget: Budget,
+    stop: cluster.StopRequest,
+) -> list[Sequence[Variant]]:
+    """Runs what is neither done nor failed, `workers` at a time, each group whole or not at all.
+
+    A run that a killed study left behind is waited for.
+
+    Args:
+      starter: starts the process of a run, whose output goes to the file, for a worker (from 0).
+      stop: once it has a signal, nothing is started any more, and what runs is told to save.
+    Returns:
+      The groups that the budget left out.
+    """
+    later = [group for group in groups if any(map(is_open, group))]
+    total = sum(is_open(variant) for group in later for variant in group)
+    dropped: list[Sequence[Variant]] = []
+    waiting: list[Variant] = []
+    running: list[Running] = []
+    ended, stopped = 0, False
+    try:
+        while waiting or later or running:
+            if stop.signal and not stopped:
+                stopped, waiting, later = True, [], []
+                for run in running:
+                    run.process.terminate()
+            if later and not waiting:
+                if budget.allows(len(running) + sum(map(is_open, later[0]))):
+                    waiting = list(later.pop(0))
+                else:
+                    dropped, later = later, []
+            waiting = [variant for variant in waiting if is_open(variant)]
+            free = [variant for variant in waiting if not held(variant)]
+            for variant in free[: workers - len(running)]:
+                waiting.remove(variant)
+                busy = {run.worker for run in running}
+                worker = next(n for n in range(workers) if n not in busy)
+                running.append(Running(worker, variant, starter))
+            time.sleep(POLL_SECONDS)
+            for run in [run for run in running if run.process.poll() is not None]:
+                running.remove(run)
+                budget.longest = max(budget.longest, run.end(stopped))
+                if held(run.variant):
+                    waiting.append(run.variant)
+                    continue
+                ended += 1
+                display.say(f'{run.variant.label}: {told(run.variant)} ({ended} of {total})')
+    finally:
+        for run in running:  # Ctrl-C once more: what was saved is whole
+            run.process.kill()
+    return dropped
