@@ -42,7 +42,7 @@ class CompiledStep(NamedTuple):
 def compile_step(setup: Setup, state: TrainState, batch: Batch) -> CompiledStep:
     """The step compiled for these arrays, under the setup's mesh; it takes the state for itself."""
     memory = setup.config.memory
-    options = compiler_options_of(setup.config, jax.local_devices()[0])
+    options = compiler_options_of(setup.config, jax.local_devices()[0], setup.mesh.size)
     if memory.on_host and jax.default_backend() == 'gpu':
         traced = jax.jit(partial(begin, setup)).trace(state, batch)
         compiled = traced.lower().compile(options)
@@ -53,7 +53,9 @@ def compile_step(setup: Setup, state: TrainState, batch: Batch) -> CompiledStep:
     return CompiledStep(compiled, 'step', traced, compiled)
 
 
-def compiler_options_of(cfg: config.Config, device: jax.Device) -> dict[str, Any]:
+def compiler_options_of(
+    cfg: config.Config, device: jax.Device, num_devices: int
+) -> dict[str, Any]:
     """Options that the programs of a step are compiled with for a device.
 
     Raises:
@@ -63,6 +65,7 @@ def compiler_options_of(cfg: config.Config, device: jax.Device) -> dict[str, Any
         device,
         compiler_options.STEP,
         transfers=policy.uses_host(cfg.memory),
+        several=num_devices > 1,
         wanted=cfg.train.compiler_options,
     )
 
