@@ -120,4 +120,4 @@ def union(spans: Spans) -> Spans:
 
 
 def length(spans: Spans) -> float:
-    return sum(end - start for start, end in spans)
+    return sum((end - start for start, end in spans), 0.0)

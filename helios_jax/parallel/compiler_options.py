@@ -106,8 +106,8 @@ OPTIONS = (
     *(
         Option(
             f'xla_gpu_{collective}_combine_threshold_bytes', 128 * MIB, ('gpu',), (SEVERAL,),
-            "Small ones become one of at most so many bytes. A larger one would hold several layers' "
-            'weights at once and begin when the last of them is ready.',
+            'Small ones become one of at most so many bytes. A larger one would hold weights of '
+            'several layers and begin when the last of them is ready.',
             NOT_YET,
         )
         for collective in ('all_gather', 'reduce_scatter', 'all_reduce')

@@ -53,9 +53,7 @@ def compile_step(setup: Setup, state: TrainState, batch: Batch) -> CompiledStep:
     return CompiledStep(compiled, 'step', traced, compiled)
 
 
-def compiler_options_of(
-    cfg: config.Config, device: jax.Device, num_devices: int
-) -> dict[str, Any]:
+def compiler_options_of(cfg: config.Config, device: jax.Device, num_devices: int) -> dict[str, Any]:
     """Options that the programs of a step are compiled with for a device.
 
     Raises:

@@ -1,8 +1,8 @@
 """Rows of `helios bench mesh` as configs: CONFIG:MESH or CONFIG:MESH:T.
 
 Each device takes the same tokens of a step on every mesh, so that tokens a second of a device
-compare. Rows are plain causal ones. A model that the devices cannot hold is cut to as many layers as
-they can; the first memory policy of `POLICIES` under which a whole one fits is taken.
+compare. Rows are plain causal ones. A model that the devices cannot hold is cut to as many layers
+as they can.
 """
 
 import dataclasses
@@ -26,7 +26,8 @@ MESHES = {
 }
 ROWS = (
     *(f'{name}:{mesh}' for name in ('helios_1b', 'helios_8b')
-      for mesh in ('fsdp', 'data', 'data_fsdp', 'tensor')),
+      for mesh in ('fsdp', 'data', 'data_fsdp')),
+    'helios_8b:tensor',
     *(f'helios_1b:context:{length}' for length in (32_768, 131_072)),
     *(f'{name}:{mesh}' for name in ('hydra_30b_a3b', 'hydra_8x7b')
       for mesh in ('fsdp', 'expert', 'expert_fsdp')),
@@ -71,13 +72,7 @@ def read(name: str, topology: Topology, *, kind: str, most_layers: int) -> MeshC
     )
     require(most_layers >= 0, f'--layers={most_layers} must be 0 (as many as fit) or more.')
     whole = settings(model, kind, int(length or 0))
-    sizes = rules.sizes(MESHES[mesh], topology.num_devices)
-    filled = [n for n, given in zip(sizes, _given(MESHES[mesh]), strict=True) if given == -1]
-    require(
-        min(filled) > 1,
-        f'--rows={name}: {topology.num_devices} devices are too few for this mesh; take more, or '
-        'leave the row out.',
-    )
+    require_enough(mesh, topology.num_devices)
     many = dataclasses.replace(whole, mesh=MESHES[mesh])
     rows = whole.train.batch_rows * topology.num_devices
     many = fitted(config.replace(many, {'train.batch_rows': rows}), topology, most_layers, name)
@@ -111,9 +106,7 @@ def settings(name: str, kind: str, length: int) -> config.Config:
     return config.replace(cfg, changes).resolve(cfg.model.vocab_size or 256)
 
 
-def fitted(
-    cfg: config.Config, topology: Topology, most_layers: int, name: str
-) -> config.Config:
+def fitted(cfg: config.Config, topology: Topology, most_layers: int, name: str) -> config.Config:
     """Cuts layers until the step fits, under the policy that keeps most of them."""
     model = cfg.model
     prefix, period = len(model.prefix_kinds), len(model.period_kinds)
@@ -143,5 +136,30 @@ def predicted(cfg: config.Config, topology: Topology) -> dict[str, float]:
     return {'planned_ms': 1e3 * made.seconds.step, 'planned_gib': made.memory.peak / 2**30}
 
 
-def _given(mesh: config.Mesh) -> list[int]:
-    return [getattr(mesh, axis) for axis in rules.MESH_AXES]
+def rows_of(num_devices: int) -> list[str]:
+    """Lists the rows whose mesh so many devices form."""
+    formed = []
+    for name in ROWS:
+        try:
+            require_enough(name.split(':')[1], num_devices)
+            formed.append(name)
+        except UserError:
+            continue
+    return formed
+
+
+def require_enough(name: str, num_devices: int) -> None:
+    """Refuses a mesh whose last axis would have a size of 1: it is another mesh.
+
+    Raises:
+      UserError: naming the mesh.
+    """
+    mesh = MESHES[name]
+    filled = rules.sizes(mesh, num_devices)
+    last = next(
+        n for n, axis in zip(filled, rules.MESH_AXES, strict=True) if getattr(mesh, axis) == -1
+    )
+    require(
+        last > 1,
+        f'mesh {name}: {num_devices} devices are too few; take more, or leave it out.',
+    )

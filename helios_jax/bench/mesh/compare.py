@@ -29,7 +29,7 @@ OURS, NONE = 'ours', 'none'
 class Comparison:
     """What `helios bench mesh` was asked for."""
 
-    rows: Sequence[str]
+    rows: Sequence[str] = ()  # none: all of cases.ROWS that the devices form
     topology: str = ''  # '': the devices that there are
     options: Sequence[str] = (OURS,)
     kind: str = 'residual'
@@ -52,7 +52,7 @@ def compare_meshes(wanted: Comparison) -> list[Row]:
     topology = chips.topology(wanted.topology) if wanted.topology else devices()
     read = [
         cases.read(name, topology, kind=wanted.kind, most_layers=wanted.layers)
-        for name in wanted.rows
+        for name in wanted.rows or cases.rows_of(topology.num_devices)
     ]
     forms = {form: words(form) for form in wanted.options}
     if wanted.peer:
@@ -195,9 +195,9 @@ def compared(rows: list[Row]) -> None:
     for name, form in (('kept', 'one device'), ('times_fsdp2', 'FSDP2')):
         beside = {r['row']: r[rate] for r in rows if r['options'] == form and rate in r}
         for row in rows:
-            if row['options'] not in ('one device', 'FSDP2') and rate in row:
-                if row['row'] in beside:
-                    row[name] = row[rate] / beside[row['row']]
+            ours = row['options'] not in ('one device', 'FSDP2')
+            if ours and rate in row and row['row'] in beside:
+                row[name] = row[rate] / beside[row['row']]
 
 
 def report(row: Row, wanted: Comparison) -> Row:

@@ -120,9 +120,7 @@ def time_of_a_card(profile: Path) -> dict[str, Any]:
     of = lambda name, at: each * sum(one.collectives.get(name, (0.0, 0.0))[at] for one in found)
     return {
         'kernel_ms': {kind: each * seconds for kind, seconds in kinds.items()},
-        'collective_ms': {
-            name: {'all': of(name, 0), 'exposed': of(name, 1)} for name in names
-        },
+        'collective_ms': {name: {'all': of(name, 0), 'exposed': of(name, 1)} for name in names},
         'exposed_ms': each * sum(one.exposed for one in found),
         'idle_ms': each * sum(one.idle for one in found),
         'profiled_ms': each * sum(one.span for one in found),

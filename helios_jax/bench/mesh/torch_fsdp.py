@@ -134,7 +134,10 @@ def shard(model: Any, peer: Peer, num_devices: int, torch: Any) -> None:
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
     precision = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
-    how = {'mesh': init_device_mesh(peer.device, (num_devices,)), 'mp_policy': precision}
+    how: dict[str, Any] = {
+        'mesh': init_device_mesh(peer.device, (num_devices,)),
+        'mp_policy': precision,
+    }
     compiled = (lambda f: f) if peer.eager else lambda f: torch.compile(f, dynamic=False)
     for layer in model.model.layers:
         layer.forward = compiled(layer.forward)

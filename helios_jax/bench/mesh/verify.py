@@ -36,8 +36,8 @@ def small(experts: bool, mesh: config.Mesh, num_devices: int) -> config.Config:
     return config.Config(
         model=model,
         data=config.Data(row_length=128, packing='concatenate'),
-        optimizer=config.Optimizer(learning_rate=1e-3, warmup_steps=0, eps=1e-3),
-        train=config.Train(num_steps=STEPS, batch_rows=2 * num_devices, compilation_cache=''),
+        optimizer=config.Optimizer(learning_rate=1e-2, warmup_steps=0, eps=1e-3),
+        train=config.Train(num_steps=STEPS, batch_rows=2 * num_devices),
         mesh=mesh,
         memory=config.Memory(policy='none', layers='scan'),
     ).resolve(VOCAB)
@@ -94,21 +94,23 @@ def losses_of_meshes(names: Sequence[str]) -> list[dict[str, Any]]:
       names: of `cases.MESHES`.
     """
     cluster.start()
+    cluster.enable_compilation_cache(config.Train().compilation_cache)
     num_devices = jax.device_count()
     alone: dict[bool, list[float]] = {}
     rows = []
     for name in names:
         experts = 'expert' in name
-        if experts not in alone:
-            one = Training(small(experts, config.Mesh(), num_devices), 1)
-            alone[experts] = one.losses(0, STEPS)
         try:
-            many = Training(small(experts, cases.MESHES[name], num_devices), num_devices)
+            cases.require_enough(name, num_devices)
         except UserError as error:
             rows.append({'mesh': name, 'skipped': str(error)})
             continue
+        if experts not in alone:
+            one = Training(small(experts, config.Mesh(), num_devices), 1)
+            alone[experts] = one.losses(0, STEPS)
+        many = Training(small(experts, cases.MESHES[name], num_devices), num_devices)
         rows.append(row_of(name, many.losses(0, STEPS), alone[experts]))
-    if num_devices > 1:
+    if False in alone:
         rows.append(row_of('half', resumed_on_half(num_devices), alone[False]))
     return rows
 
