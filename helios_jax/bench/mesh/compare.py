@@ -157,7 +157,7 @@ def attempt(end: float, function: Any, *given: Any) -> Row:
     if time.monotonic() > end:
         return {'failed': '--minutes were over'}
     try:
-        found: Row = process.run(function, *given, quiet=True, seconds=SECONDS + 30)
+        found: Row = process.run(function, *given, seconds=SECONDS + 30)
         return found
     except UserError as error:
         return {'failed': str(error)[:300]}

@@ -23,7 +23,7 @@ from helios_jax.train import state as states
 from helios_jax.train.step import CompiledStep, compile_step
 
 WARMUP_STEPS, PROFILED_STEPS = 2, 2
-SECONDS = 4.0  # of all steps on the clock
+SECONDS = 2.5  # of all steps on the clock
 LEAST, MOST = 3, 30  # steps
 GIB = 2**30
 

@@ -3,6 +3,7 @@
 All is float32. In the middle the state of a run is saved, and half of the devices go on with it.
 """
 
+import logging
 import tempfile
 from collections.abc import Sequence
 from typing import Any
@@ -19,6 +20,8 @@ from helios_jax.parallel import cluster, sharding
 from helios_jax.parallel import mesh as meshes
 from helios_jax.train import state as states
 from helios_jax.train.step import compile_step
+
+log = logging.getLogger(__name__)
 
 STEPS = 20
 # Sums over devices are rounded in another order; a step of AdamW passes that on.
@@ -129,7 +132,7 @@ def resumed_on_half(num_devices: int) -> list[float]:
 def row_of(name: str, losses: list[float], alone: list[float]) -> dict[str, Any]:
     """Compares the losses with one device's: the largest relative difference of a step."""
     worst = float(np.max(np.abs(np.divide(losses, alone) - 1)))
-    return {
+    row = {
         'mesh': name,
         'devices': jax.device_count(),
         'device': jax.devices()[0].device_kind,
@@ -138,6 +141,8 @@ def row_of(name: str, losses: list[float], alone: list[float]) -> dict[str, Any]
         'worst_difference': worst,
         'equal': worst <= TOLERANCE,
     }
+    log.info(describe(row))  # as soon as it is there
+    return row
 
 
 def verify_meshes(*, as_json: bool, seconds: float | None) -> None:
