@@ -18,23 +18,30 @@ from typing import Any
 from helios_jax.errors import UserError
 
 
-def run(function: Callable[..., Any], *arguments: Any, quiet: bool = False) -> Any:
+def run(
+    function: Callable[..., Any], *arguments: Any, quiet: bool = False, seconds: float | None = None
+) -> Any:
     """Calls a module's function in a process of its own; arguments and result pass as JSON.
 
     Args:
       quiet: keep what the process writes to stderr, and show only its last line, if it fails.
+      seconds: after which the process is killed; None: never.
     Raises:
-      UserError: the function raised one, or the process ended without a result.
+      UserError: the function raised one, or the process ended without a result, or not in time.
     """
     name = f'{function.__module__}:{function.__qualname__}'
-    done = subprocess.run(
-        [sys.executable, '-m', __name__, name, json.dumps(arguments)],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE if quiet else None,
-        text=True,
-        errors='replace',
-        check=False,
-    )
+    try:
+        done = subprocess.run(
+            [sys.executable, '-m', __name__, name, json.dumps(arguments)],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE if quiet else None,
+            text=True,
+            errors='replace',
+            check=False,
+            timeout=seconds,
+        )
+    except subprocess.TimeoutExpired as error:
+        raise UserError(f'{name} took more than {seconds:.0f} seconds: it was killed.') from error
     lines = done.stdout.splitlines()
     if done.returncode in (0, 2) and lines:
         result = json.loads(lines[-1])

@@ -50,7 +50,7 @@ def measure_policy(values: dict[str, Any], directory: str) -> dict[str, Any]:
         state = start(setup)
         batch = pipeline.to_global(first, sharding.sharding(mesh, ('batch', 'length')))
         traced = jax.jit(lambda state, batch: gradient(setup, state, batch)[:2]).trace(state, batch)
-        options = compiler_options_of(cfg, jax.local_devices()[0])
+        options = compiler_options_of(cfg, jax.local_devices()[0], mesh.size)
         begin = time.perf_counter()
         compiled = traced.lower().compile(options)
         seconds = time.perf_counter() - begin

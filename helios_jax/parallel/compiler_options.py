@@ -21,9 +21,14 @@ log = logging.getLogger(__name__)
 
 STEP, EVALUATION, PREFILL, DECODING = PROGRAMS = ('step', 'evaluation', 'prefill', 'decoding')
 TRANSFERS = 'transfers'  # a step that moves arrays to and from the host
+SEVERAL = 'several'  # a step on several devices
 MODEL = (STEP, EVALUATION)  # a whole batch through the model, its weights sharded
 TPUS = ('v5e', 'v5p', 'v6e', 'tpu7x')
 ON_SPARSE_CORES = 'xla_tpu_enable_sparse_core_collective_offload'
+
+
+MIB = 2**20
+NOT_YET = 'not measured yet: helios bench mesh --options=ours,-NAME'
 
 
 class Option(NamedTuple):
@@ -90,6 +95,28 @@ OPTIONS = (
         'for each.',
         'helios_1b, 4 layers, 8 experts, H200, jax 0.11.2: a step of 161.6 ms takes 146.5',
     ),
+    # Left as they are: XLA's defaults keep the reduce-scatters of a loop's gradients a step behind,
+    # and collectives on a stream of the highest priority; sends of a ring are asynchronous already.
+    Option(
+        'xla_gpu_enable_latency_hiding_scheduler', True, ('gpu',), (SEVERAL,),
+        "Collectives begin as early as their operands allow, beside products. XLA's default keeps "
+        'them about where they are used.',
+        NOT_YET,
+    ),
+    *(
+        Option(
+            f'xla_gpu_{collective}_combine_threshold_bytes', 128 * MIB, ('gpu',), (SEVERAL,),
+            'Small ones become one of at most so many bytes. A larger one would hold weights of '
+            'several layers and begin when the last of them is ready.',
+            NOT_YET,
+        )
+        for collective in ('all_gather', 'reduce_scatter', 'all_reduce')
+    ),
+    Option(
+        'xla_gpu_enable_pipelined_all_gather', True, ('gpu',), (SEVERAL,),
+        "A loop over layers gathers the next layer's weights beside this layer's products.",
+        NOT_YET,
+    ),
     Option(
         'xla_gpu_enable_triton_gemm', False, ('gpu',), (PREFILL,),
         'Trying out matmuls takes longer than a prompt takes with the first that will do.',
@@ -141,7 +168,12 @@ def changed(options: dict[str, Any], wanted: str) -> dict[str, Any]:
 
 
 def resolve(
-    device: jax.Device, program: str, *, transfers: bool = False, wanted: str = ''
+    device: jax.Device,
+    program: str,
+    *,
+    transfers: bool = False,
+    several: bool = False,
+    wanted: str = '',
 ) -> dict[str, Any]:
     """Options for a program on a device, or on one like it that is compiled for.
 
@@ -149,12 +181,13 @@ def resolve(
       device: of this machine or of a topology.
       program: one of PROGRAMS.
       transfers: True if the program moves arrays to and from the host.
+      several: True if the program runs on several devices.
       wanted: the user's changes (`changed`).
     Raises:
       UserError: a change that cannot be understood.
     """
     chip = chips.find(device.device_kind)
-    kinds = (program, TRANSFERS) if transfers else (program,)
+    kinds = (program, *[TRANSFERS] * transfers, *[SEVERAL] * several)
     options = changed(of_table(chip.name if chip else '', device.platform, *kinds), wanted)
     return dict(known(device, tuple(options.items())))
 

@@ -73,7 +73,7 @@ def write_report(run: Run, state: states.TrainState, held_out: dict[str, float])
     yardsticks = baselines.bits_per_byte(validation, run.tokenizer)
     final = {**held_out, **yardsticks, **figures.speed(metrics.read(run.workdir / metrics.FILE))}
     environment = report.environment()
-    if options := compiler_options_of(run.config, jax.local_devices()[0]):
+    if options := compiler_options_of(run.config, jax.local_devices()[0], run.setup.mesh.size):
         environment['compiler options of the step'] = options
     path = report.write(
         run.workdir,

@@ -66,7 +66,7 @@ def compile_step(
     """
     memory = setup.config.memory
     setup = dataclasses.replace(setup, model=setup.model.clone(few_documents=few))
-    options = compiler_options_of(setup.config, jax.local_devices()[0])
+    options = compiler_options_of(setup.config, jax.local_devices()[0], setup.mesh.size)
     if memory.on_host and jax.default_backend() == 'gpu':
         traced = jax.jit(partial(begin, setup)).trace(state, batch)
         compiled = traced.lower().compile(options)
@@ -77,7 +77,7 @@ def compile_step(
     return CompiledStep(compiled, 'step', traced, compiled)
 
 
-def compiler_options_of(cfg: config.Config, device: jax.Device) -> dict[str, Any]:
+def compiler_options_of(cfg: config.Config, device: jax.Device, num_devices: int) -> dict[str, Any]:
     """Options that the programs of a step are compiled with for a device.
 
     Raises:
@@ -87,6 +87,7 @@ def compiler_options_of(cfg: config.Config, device: jax.Device) -> dict[str, Any
         device,
         compiler_options.STEP,
         transfers=policy.uses_host(cfg.memory),
+        several=num_devices > 1,
         wanted=cfg.train.compiler_options,
     )
 

@@ -56,7 +56,7 @@ def test_a_shipped_command_measures_its_own_config(name, command, measured, caps
         assert (getattr(cfg, section) != getattr(shipped, section)) == (section in overridden)
 
 
-@pytest.mark.parametrize('name', ['attention', 'memory', 'torch_peer', 'train'])
+@pytest.mark.parametrize('name', ['attention', 'memory', 'mesh', 'torch_peer', 'train'])
 def test_help_of_a_measurement_has_no_hidden_flag(name, capsys):
     with pytest.raises(SystemExit) as caught:
         cli.main(['bench', name, '--help'])

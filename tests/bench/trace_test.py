@@ -11,7 +11,8 @@ KERNELS = {
     'MemcpyD2D': 'copy',
     'input_reduce_fusion_7': 'reduction',
     'loop_add_fusion_3': 'fusion',
-    'ncclDevKernel_AllGather': 'other',
+    'ncclDevKernel_AllGather': 'collective',
+    'cask_plugin': 'other',
 }
 
 
@@ -64,3 +65,31 @@ def test_kinds_go_by_the_kernels_names():
     found = trace.by_kind({name: 2.0**i for i, name in enumerate(KERNELS)})
     assert found == {kind: 2.0**i for i, kind in enumerate(KERNELS.values())}
     assert trace.by_kind({'wrapped_add': 3.0, 'loop_fusion': 4.0}) == {'fusion': 7.0}
+
+
+def test_a_collective_is_exposed_where_nothing_else_runs():
+    second = 1e9
+    event = lambda name, start, end: trace.Event(name, start * second, end * second)
+    found = trace.waiting([
+        event('nvjet_a', 0, 4),
+        event('ncclDevKernel_AllGather_RING_LL', 2, 7),
+        event('loop_fusion', 6, 9),
+        event('ncclDevKernel_ReduceScatter_Sum_bf16', 10, 13),
+        event('ncclDevKernel_SendRecv', 11, 12),
+        event('fusion', 9.5, 10.5),
+    ])  # fmt: skip
+    assert found.collectives == {
+        'all_gather': (5, 2),
+        'reduce_scatter': (3, 2.5),
+        'send': (1, 1),
+    }
+    assert found.exposed == 4.5
+    assert (found.idle, found.span) == (0.5, 13)
+
+
+def test_no_events_wait_for_nothing():
+    assert trace.waiting([]) == trace.Waiting({}, 0, 0, 0)
+
+
+def test_each_card_has_its_own_events(profile):
+    assert [len(events) for events in trace.card_events(profile)] == [6]

@@ -12,7 +12,7 @@ from helios_jax.parallel import mesh as meshes
 
 def test_no_option_has_two_values_in_one_place():
     for chip in chips.CHIPS.values():
-        for program in (*options.PROGRAMS, options.TRANSFERS):
+        for program in (*options.PROGRAMS, options.TRANSFERS, options.SEVERAL):
             rows = [
                 row.name
                 for row in options.OPTIONS
@@ -41,6 +41,12 @@ def test_a_chip_that_the_table_lacks_has_its_platforms_options():
     step = options.of_table('', 'gpu', options.STEP)
     assert step == {'xla_gpu_enable_dynamic_slice_fusion': False}
     assert options.of_table('', 'cpu', *options.PROGRAMS, options.TRANSFERS) == {}
+
+
+def test_a_step_on_several_gpus_has_options_that_every_compiler_knows():
+    several = options.of_table('', 'gpu', options.SEVERAL)
+    assert several['xla_gpu_enable_latency_hiding_scheduler'] is True
+    assert dict(options.known(jax.devices()[0], tuple(several.items()))) == several
 
 
 def test_a_user_sets_changes_and_drops_options():

@@ -76,7 +76,7 @@ def compiled_figures(cfg: config.Config, name: str, timed: bool = False) -> dict
     devices = meshes.topology_devices(name)
     traced = trace(cfg, name)
     start = time.monotonic()
-    compiled = traced.lower().compile(compiler_options_of(cfg, devices[0]))
+    compiled = traced.lower().compile(compiler_options_of(cfg, devices[0], len(devices)))
     seconds = time.monotonic() - start
     saved = evidence.verified(cfg.memory, traced, compiled, host=True)
     memory: Any = compiled.memory_analysis()
