@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from helios_jax import chips, config, options, process
+from helios_jax.arch import rules
 from helios_jax.bench import torch_peer
 from helios_jax.bench.mesh import cases, measure, plot, torch_fsdp
 from helios_jax.bench.mesh.cases import MeshCase
@@ -27,7 +28,7 @@ OURS, NONE = 'ours', 'none'
 
 @dataclasses.dataclass(frozen=True)
 class Comparison:
-    """What `helios bench mesh` was asked for."""
+    """Flags of `helios bench mesh`."""
 
     rows: Sequence[str] = ()  # none: all of cases.ROWS that the devices form
     topology: str = ''  # '': the devices that there are
@@ -54,7 +55,7 @@ def compare_meshes(wanted: Comparison) -> list[Row]:
         cases.read(name, topology, kind=wanted.kind, most_layers=wanted.layers)
         for name in wanted.rows or cases.rows_of(topology.num_devices)
     ]
-    forms = {form: words(form) for form in wanted.options}
+    forms = {form: words(form, topology.chip) for form in wanted.options}
     if wanted.peer:
         for case in read:
             peer_of(case)
@@ -119,7 +120,7 @@ def devices() -> chips.Topology:
     return chips.Topology(f'{chip.name}:{found["count"]}', chip, found['count'])
 
 
-def words(form: str) -> str:
+def words(form: str, chip: chips.Chip) -> str:
     """Spells a form of the compiler's options as train.compiler_options does.
 
     Args:
@@ -127,13 +128,14 @@ def words(form: str) -> str:
     Raises:
       UserError: changes that cannot be understood.
     """
-    ours = compiler_options.of_table('', 'gpu', compiler_options.SEVERAL)
+    where = chip.name, chip.platform
     if form == OURS:
         return ''
     if form == NONE:
-        return ' '.join(f'-{name}' for name in ours)
-    step = compiler_options.of_table('', 'gpu', compiler_options.STEP, compiler_options.SEVERAL)
-    compiler_options.changed(step, form)
+        several = compiler_options.of_table(*where, compiler_options.SEVERAL)
+        return ' '.join(f'-{name}' for name in several)
+    every = compiler_options.STEP, compiler_options.SEVERAL
+    compiler_options.changed(compiler_options.of_table(*where, *every), form)
     return form
 
 
@@ -166,11 +168,11 @@ def attempt(end: float, function: Any, *given: Any) -> Row:
 def facts(case: MeshCase) -> Row:
     """Says what a row is, in the words of a command."""
     cfg = case.config
-    mesh = {n: size for n, size in dataclasses.asdict(cfg.mesh).items() if size != 1}
+    sizes = zip(rules.MESH_AXES, rules.sizes(cfg.mesh, case.num_devices), strict=True)
     return {
         'row': case.name,
         'devices': case.num_devices,
-        'mesh': mesh,
+        'mesh': {axis: size for axis, size in sizes if size > 1},
         'kind': cfg.model.gmu.kind,
         'layers': cfg.model.num_layers,
         'of_layers': case.layers,
