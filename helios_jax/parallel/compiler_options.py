@@ -25,8 +25,6 @@ SEVERAL = 'several'  # a step on several devices
 MODEL = (STEP, EVALUATION)  # a whole batch through the model, its weights sharded
 TPUS = ('v5e', 'v5p', 'v6e', 'tpu7x')
 ON_SPARSE_CORES = 'xla_tpu_enable_sparse_core_collective_offload'
-
-
 MIB = 2**20
 NOT_YET = 'not measured yet: helios bench mesh --options=ours,-NAME'
 

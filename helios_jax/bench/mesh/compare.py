@@ -79,7 +79,8 @@ def measured(
         return once[key]
 
     for case in read:
-        start = facts(case) | cases.predicted(case.config, topology)
+        start = facts(case, case.config, case.num_devices)
+        start |= cases.predicted(case.config, topology)
         for form, changes in forms.items():
             row = start | {'options': form}
             cfg = config.replace(case.config, {'train.compiler_options': changes})
@@ -91,16 +92,23 @@ def measured(
         if wanted.one and case.on_one is not None:
             alone = measured_once(measure.measure_step, dataclasses.asdict(case.on_one), 1)
             planned = cases.predicted(case.on_one, topology._replace(num_devices=1))
-            beside.append(facts(case) | planned | {'options': 'one device'} | alone)
+            one = facts(case, case.on_one, 1) | {'options': 'one device'}
+            beside.append(one | planned | alone)
         if wanted.peer:
             given = dataclasses.asdict(peer_of(case)), case.num_devices, SECONDS
             torch = measured_once(torch_fsdp.measure_fsdp, *given)
-            beside.append(facts(case) | {'options': 'FSDP2'} | torch)
+            whole = facts(case, case.config, case.num_devices)
+            beside.append(whole | {'options': 'FSDP2'} | torch)
         for row in beside:
             report(row, wanted)
         rows += beside
     compared(rows)
-    if not wanted.json:
+    if wanted.json:
+        for row in rows:
+            ratios = {name: row[name] for name in ('kept', 'times_fsdp2') if name in row}
+            if ratios:
+                print(options.to_json({n: row[n] for n in ('row', 'options')} | ratios), flush=True)
+    else:
         print('\n' + table(rows))
     if wanted.plot:
         plot.draw(rows, Path(wanted.plot))
@@ -165,13 +173,12 @@ def attempt(end: float, function: Any, *given: Any) -> Row:
         return {'failed': str(error)[:300]}
 
 
-def facts(case: MeshCase) -> Row:
-    """Says what a row is, in the words of a command."""
-    cfg = case.config
-    sizes = zip(rules.MESH_AXES, rules.sizes(cfg.mesh, case.num_devices), strict=True)
+def facts(case: MeshCase, cfg: config.Config, num_devices: int) -> Row:
+    """Says what is measured of a row: its config on so many devices."""
+    sizes = zip(rules.MESH_AXES, rules.sizes(cfg.mesh, num_devices), strict=True)
     return {
         'row': case.name,
-        'devices': case.num_devices,
+        'devices': num_devices,
         'mesh': {axis: size for axis, size in sizes if size > 1},
         'kind': cfg.model.gmu.kind,
         'layers': cfg.model.num_layers,
@@ -184,7 +191,7 @@ def facts(case: MeshCase) -> Row:
 
 def predict(case: MeshCase, topology: chips.Topology) -> Row:
     """Returns the planner's figures of a row, and those of one device where it fits."""
-    row = facts(case) | cases.predicted(case.config, topology)
+    row = facts(case, case.config, case.num_devices) | cases.predicted(case.config, topology)
     if case.on_one is not None:
         one = cases.predicted(case.on_one, topology._replace(num_devices=1))
         row |= {f'one_{name}': value for name, value in one.items()}

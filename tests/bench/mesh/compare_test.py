@@ -70,6 +70,16 @@ def test_rows_as_json_have_the_planners_figures(processes, capsys):
     assert len(processes) == 1
 
 
+def test_ratios_follow_as_json(processes, capsys):
+    cli.main([*MESH, '--rows=helios_1b:fsdp', '--layers=2', '--peer', '--json'])
+    ours, one, peer, ratios = lines(capsys)
+    assert [row['options'] for row in (ours, one, peer)] == ['ours', 'one device', 'FSDP2']
+    assert [row['devices'] for row in (ours, one, peer)] == [2, 1, 2]
+    assert ours['batch_rows'] == 2 * one['batch_rows']
+    same = {'row': 'helios_1b:fsdp', 'options': 'ours'}
+    assert ratios == same | {'kept': 0.9, 'times_fsdp2': 1.8}
+
+
 def test_predictions_alone_measure_nothing(processes, capsys):
     cli.main([*MESH, '--plan', '--rows=hydra_30b_a3b:expert', '--layers=4', '--json'])
     [row] = lines(capsys)
