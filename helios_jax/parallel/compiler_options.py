@@ -93,8 +93,8 @@ OPTIONS = (
         'for each.',
         'helios_1b, 4 layers, 8 experts, H200, jax 0.11.2: a step of 161.6 ms takes 146.5',
     ),
-    # Left out: what pipelines a loop's collectives, which jax 0.12's compiler has no option for, and
-    # what its defaults do: asynchronous sends of a ring, collectives on a stream of high priority.
+    # Left out: options that pipeline a loop's collectives, which jax 0.12 has no more, and what XLA
+    # does by default: asynchronous sends of a ring, collectives on a stream of high priority.
     Option(
         'xla_gpu_enable_latency_hiding_scheduler', True, ('gpu',), (SEVERAL,),
         "Collectives begin as early as their operands allow, beside products. XLA's default keeps "
