@@ -234,7 +234,7 @@ def tpu_step_bench(argv: Sequence[str]) -> None:
 
 
 def mesh_bench(argv: Sequence[str]) -> None:
-    """Measures training on this machine's devices, mesh by mesh, beside one device and PyTorch.
+    """Measures training on several devices, beside one of them and PyTorch.
 
     helios bench mesh --rows=helios_1b:fsdp,helios_1b:data --options=ours,none --peer
     """

@@ -25,8 +25,6 @@ SEVERAL = 'several'  # a step on several devices
 MODEL = (STEP, EVALUATION)  # a whole batch through the model, its weights sharded
 TPUS = ('v5e', 'v5p', 'v6e', 'tpu7x')
 ON_SPARSE_CORES = 'xla_tpu_enable_sparse_core_collective_offload'
-
-
 MIB = 2**20
 NOT_YET = 'not measured yet: helios bench mesh --options=ours,-NAME'
 
@@ -95,8 +93,8 @@ OPTIONS = (
         'for each.',
         'helios_1b, 4 layers, 8 experts, H200, jax 0.11.2: a step of 161.6 ms takes 146.5',
     ),
-    # Left as they are: XLA's defaults keep the reduce-scatters of a loop's gradients a step behind,
-    # and collectives on a stream of the highest priority; sends of a ring are asynchronous already.
+    # Left out: options that pipeline a loop's collectives, which jax 0.12 has no more, and what XLA
+    # does by default: asynchronous sends of a ring, collectives on a stream of high priority.
     Option(
         'xla_gpu_enable_latency_hiding_scheduler', True, ('gpu',), (SEVERAL,),
         "Collectives begin as early as their operands allow, beside products. XLA's default keeps "
@@ -111,11 +109,6 @@ OPTIONS = (
             NOT_YET,
         )
         for collective in ('all_gather', 'reduce_scatter', 'all_reduce')
-    ),
-    Option(
-        'xla_gpu_enable_pipelined_all_gather', True, ('gpu',), (SEVERAL,),
-        "A loop over layers gathers the next layer's weights beside this layer's products.",
-        NOT_YET,
     ),
     Option(
         'xla_gpu_enable_triton_gemm', False, ('gpu',), (PREFILL,),

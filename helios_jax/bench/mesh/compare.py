@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from helios_jax import chips, config, options, process
+from helios_jax.arch import rules
 from helios_jax.bench import torch_peer
 from helios_jax.bench.mesh import cases, measure, plot, torch_fsdp
 from helios_jax.bench.mesh.cases import MeshCase
@@ -27,7 +28,7 @@ OURS, NONE = 'ours', 'none'
 
 @dataclasses.dataclass(frozen=True)
 class Comparison:
-    """What `helios bench mesh` was asked for."""
+    """Flags of `helios bench mesh`."""
 
     rows: Sequence[str] = ()  # none: all of cases.ROWS that the devices form
     topology: str = ''  # '': the devices that there are
@@ -54,7 +55,7 @@ def compare_meshes(wanted: Comparison) -> list[Row]:
         cases.read(name, topology, kind=wanted.kind, most_layers=wanted.layers)
         for name in wanted.rows or cases.rows_of(topology.num_devices)
     ]
-    forms = {form: words(form) for form in wanted.options}
+    forms = {form: words(form, topology.chip) for form in wanted.options}
     if wanted.peer:
         for case in read:
             peer_of(case)
@@ -78,7 +79,8 @@ def measured(
         return once[key]
 
     for case in read:
-        start = facts(case) | cases.predicted(case.config, topology)
+        start = facts(case, case.config, case.num_devices)
+        start |= cases.predicted(case.config, topology)
         for form, changes in forms.items():
             row = start | {'options': form}
             cfg = config.replace(case.config, {'train.compiler_options': changes})
@@ -90,16 +92,23 @@ def measured(
         if wanted.one and case.on_one is not None:
             alone = measured_once(measure.measure_step, dataclasses.asdict(case.on_one), 1)
             planned = cases.predicted(case.on_one, topology._replace(num_devices=1))
-            beside.append(facts(case) | planned | {'options': 'one device'} | alone)
+            one = facts(case, case.on_one, 1) | {'options': 'one device'}
+            beside.append(one | planned | alone)
         if wanted.peer:
             given = dataclasses.asdict(peer_of(case)), case.num_devices, SECONDS
             torch = measured_once(torch_fsdp.measure_fsdp, *given)
-            beside.append(facts(case) | {'options': 'FSDP2'} | torch)
+            whole = facts(case, case.config, case.num_devices)
+            beside.append(whole | {'options': 'FSDP2'} | torch)
         for row in beside:
             report(row, wanted)
         rows += beside
     compared(rows)
-    if not wanted.json:
+    if wanted.json:
+        for row in rows:
+            ratios = {name: row[name] for name in ('kept', 'times_fsdp2') if name in row}
+            if ratios:
+                print(options.to_json({n: row[n] for n in ('row', 'options')} | ratios), flush=True)
+    else:
         print('\n' + table(rows))
     if wanted.plot:
         plot.draw(rows, Path(wanted.plot))
@@ -119,7 +128,7 @@ def devices() -> chips.Topology:
     return chips.Topology(f'{chip.name}:{found["count"]}', chip, found['count'])
 
 
-def words(form: str) -> str:
+def words(form: str, chip: chips.Chip) -> str:
     """Spells a form of the compiler's options as train.compiler_options does.
 
     Args:
@@ -127,13 +136,14 @@ def words(form: str) -> str:
     Raises:
       UserError: changes that cannot be understood.
     """
-    ours = compiler_options.of_table('', 'gpu', compiler_options.SEVERAL)
+    where = chip.name, chip.platform
     if form == OURS:
         return ''
     if form == NONE:
-        return ' '.join(f'-{name}' for name in ours)
-    step = compiler_options.of_table('', 'gpu', compiler_options.STEP, compiler_options.SEVERAL)
-    compiler_options.changed(step, form)
+        several = compiler_options.of_table(*where, compiler_options.SEVERAL)
+        return ' '.join(f'-{name}' for name in several)
+    every = compiler_options.STEP, compiler_options.SEVERAL
+    compiler_options.changed(compiler_options.of_table(*where, *every), form)
     return form
 
 
@@ -163,14 +173,13 @@ def attempt(end: float, function: Any, *given: Any) -> Row:
         return {'failed': str(error)[:300]}
 
 
-def facts(case: MeshCase) -> Row:
-    """Says what a row is, in the words of a command."""
-    cfg = case.config
-    mesh = {n: size for n, size in dataclasses.asdict(cfg.mesh).items() if size != 1}
+def facts(case: MeshCase, cfg: config.Config, num_devices: int) -> Row:
+    """Says what is measured of a row: its config on so many devices."""
+    sizes = zip(rules.MESH_AXES, rules.sizes(cfg.mesh, num_devices), strict=True)
     return {
         'row': case.name,
-        'devices': case.num_devices,
-        'mesh': mesh,
+        'devices': num_devices,
+        'mesh': {axis: size for axis, size in sizes if size > 1},
         'kind': cfg.model.gmu.kind,
         'layers': cfg.model.num_layers,
         'of_layers': case.layers,
@@ -182,7 +191,7 @@ def facts(case: MeshCase) -> Row:
 
 def predict(case: MeshCase, topology: chips.Topology) -> Row:
     """Returns the planner's figures of a row, and those of one device where it fits."""
-    row = facts(case) | cases.predicted(case.config, topology)
+    row = facts(case, case.config, case.num_devices) | cases.predicted(case.config, topology)
     if case.on_one is not None:
         one = cases.predicted(case.on_one, topology._replace(num_devices=1))
         row |= {f'one_{name}': value for name, value in one.items()}

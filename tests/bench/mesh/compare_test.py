@@ -6,7 +6,7 @@ import re
 import pytest
 from refusals import refused
 
-from helios_jax import cli, config, process
+from helios_jax import chips, cli, config, process
 from helios_jax.bench.mesh import compare, measure, torch_fsdp
 from helios_jax.errors import UserError
 from helios_jax.parallel import compiler_options
@@ -63,11 +63,21 @@ def test_meshes_stand_beside_one_device_and_pytorch_of_their_shape(processes, ca
 def test_rows_as_json_have_the_planners_figures(processes, capsys):
     cli.main([*MESH, '--rows=helios_1b:context:32768', '--layers=2', '--noone', '--json'])
     [row] = lines(capsys)
-    assert row['mesh'] == {'fsdp': 1, 'context': -1} or row['mesh'] == {'context': -1}
+    assert row['mesh'] == {'context': 2}
     assert (row['layers'], row['of_layers'], row['batch_rows']) == (2, 16, 2)
     assert row['planned_ms'] > 0 and row['planned_gib'] > 0
     assert row['card_tokens_per_second'] == 900.0
     assert len(processes) == 1
+
+
+def test_ratios_follow_as_json(processes, capsys):
+    cli.main([*MESH, '--rows=helios_1b:fsdp', '--layers=2', '--peer', '--json'])
+    ours, one, peer, ratios = lines(capsys)
+    assert [row['options'] for row in (ours, one, peer)] == ['ours', 'one device', 'FSDP2']
+    assert [row['devices'] for row in (ours, one, peer)] == [2, 1, 2]
+    assert ours['batch_rows'] == 2 * one['batch_rows']
+    same = {'row': 'helios_1b:fsdp', 'options': 'ours'}
+    assert ratios == same | {'kept': 0.9, 'times_fsdp2': 1.8}
 
 
 def test_predictions_alone_measure_nothing(processes, capsys):
@@ -80,20 +90,20 @@ def test_predictions_alone_measure_nothing(processes, capsys):
 def test_nothing_begins_when_the_minutes_are_over(processes, monkeypatch, capsys):
     clock = iter(range(0, 10_000, 60))
     monkeypatch.setattr(compare.time, 'monotonic', lambda: next(clock))
-    cli.main(
-        [*MESH, '--rows=helios_1b:fsdp', '--minutes=1.5', '--options=ours,ours,none', '--json']
-    )
+    cli.main([*MESH, '--rows=helios_1b:fsdp', '--minutes=1.5', '--options=ours,none', '--json'])
     rows = lines(capsys)
     assert len(processes) == 1
-    assert [row.get('failed') for row in rows[1:]] == ['--minutes were over'] * 3 or len(rows) == 3
+    assert [row.get('failed') for row in rows] == [None, *['--minutes were over'] * 2]
 
 
 def test_each_form_of_options_is_words_of_a_setting():
-    assert compare.words('ours') == ''
-    dropped = compare.words('none').split()
+    h200 = chips.CHIPS['h200']
     ours = compiler_options.of_table('', 'gpu', compiler_options.SEVERAL)
-    assert dropped == [f'-{name}' for name in ours] and len(dropped) > 3
-    assert compiler_options.changed(ours, compare.words('none')) == {}
+    assert compare.words('ours', h200) == ''
+    assert compiler_options.changed(ours, compare.words('none', h200)) == {}
+    assert compare.words('none', chips.cpu()) == ''
+    dropped = '-xla_gpu_enable_latency_hiding_scheduler xla_a=3'
+    assert compare.words(dropped, h200) == dropped
 
 
 @pytest.mark.parametrize(
