@@ -27,6 +27,7 @@ _TRACED = ('2026-11-23', 'the traced gradient: jax 0.12.0')
 _H100 = ('2026-11-22', 'one H100 80GB HBM3')
 _PROFILE = ('2026-11-22', 'profile of helios_1b on one H100: jax 0.12.0')
 _MOE_PROFILE = ('2026-11-30', 'profiles of Hydra on one H200: jax 0.11.2')
+_MESH = ('2026-11-30', 'helios bench mesh on two H200s: jax 0.11.2')
 _STEPS = ('2026-11-29', 'helios plan --compile of helios_8b, 16 chips: jax 0.10.2')
 _MOE_STEP = ('2026-11-29', 'helios plan --compile of hydra_30b_a3b, v5p:4x4x2: jax 0.10.2')
 _ESTIMATED = ('2026-11-29', 'a matmul, and bytes that helios_8b waits for; no step was played')
@@ -139,7 +140,7 @@ SPEEDS = {
         Measured(13, 'the same of experts, and copies of a layer out of its stack', *_MOE_PROFILE),
         Measured(8, 'times that an array [pairs D] is read or written', *_MOE_PROFILE),
         Measured(3, 'times that gathered weights are read or written', *_PROFILE),
-        Measured(0.0, 'of the network: not measured on several cards', *_PROFILE),
+        Measured(0.8, 'of the network: helios_8b 0.75, helios_1b 1.15 and 0.58, two H200', *_MESH),
     ),
     'v5e': _of_a_tpu(0.97, 0.85, 965, 0.78, _ESTIMATED),
     'v5p': _of_a_tpu(0.975, 0.85, 965, 0.25),
