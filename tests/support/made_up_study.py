@@ -65,8 +65,10 @@ class Starter:
 
     def __init__(self, journal: Path, failing: tuple[str, ...] = (), seconds: float = 0.02):
         self.journal, self.failing, self.seconds = journal, failing, seconds
+        self.started: list[str] = []  # labels of runs, whatever became of them
 
     def __call__(self, worker: int, variant: Variant, log: BinaryIO) -> subprocess.Popen[bytes]:
+        self.started.append(variant.label)
         fails = str(variant.arm in self.failing)
         arguments = [str(variant.directory), str(self.journal), fails, str(self.seconds)]
         logged = map(json.dumps, lines(variant))
