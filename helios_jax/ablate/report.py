@@ -65,15 +65,21 @@ def verdict(results: StudyResults) -> list[str]:
         if c.verdict in (BETTER, WORSE)
     ]
     if alike := [c.arm for c in comparisons if c.verdict == ALIKE]:
-        lines.append(
-            f'No difference to {base} was found for {", ".join(alike)}. What lies within the noise '
-            'is not ranked.'
-        )
+        lines.append(f'No difference to {base} was found for {", ".join(alike)}.')
     if unknown := [c.arm for c in comparisons if c.verdict == UNKNOWN]:
         lines.append(
             f'Fewer than two seeds are common to {base} and {", ".join(unknown)}: no interval and '
             'no verdict.'
         )
+    groups = [', '.join(group) for group in statistics.ranking(results)]
+    if len(groups) > 1:
+        lines.append(
+            f'Order that the seeds support, best first: {"; ".join(groups)}. Arms within a group '
+            f'are not ranked: those beside {base} lie within the noise, and others were compared '
+            'with it alone.'
+        )
+    else:
+        lines.append('The arms are not ranked: what differs lies within the noise.')
     return lines + _noise(results, [c for c in comparisons if c.verdict != UNKNOWN])
 
 
@@ -93,7 +99,7 @@ def _noise(results: StudyResults, tested: list[Comparison]) -> list[str]:
     return [
         f'Noise floor, in {pictures.unit(results.metric)}: from seed to seed an arm varies by a '
         f'standard deviation of {floor.within:.4f}, and its difference to {results.baseline} by '
-        f'one of {floor.paired:.4f}. With {seeds} seeds and {len(tested)} comparisons, a true '
+        f'one of {floor.paired:.4f}. With {seeds} seeds and {len(tested)} arms compared, a true '
         f'difference of {least:.4f} is found with a chance of {CHANCE:.0%}.'
     ]
 
@@ -101,8 +107,10 @@ def _noise(results: StudyResults, tested: list[Comparison]) -> list[str]:
 def _sections(results: StudyResults, workdir: epath.Path) -> Iterator[Section]:
     yield Section('Verdict', [results.question, *verdict(results)])
     yield Section('Arms', list(_arms(results)))
-    drawn = plot.png(pictures.curves(results))
-    yield Section('Held-out curves', [Picture('curves.png', drawn, f'Lines are means; {BANDS}.')])
+    if any(statistics.compared(results).values()):
+        drawn = plot.png(pictures.curves(results))
+        caption = f'Means where all seeds were measured; {BANDS}.'
+        yield Section('Held-out curves', [Picture('curves.png', drawn, caption)])
     if statistics.searches(results):
         yield Section('Learning rates', _rates(results))
     yield from _training(results)
@@ -143,7 +151,7 @@ def _arms(results: StudyResults) -> Iterator[str | Grid | Picture]:
         'reached the baseline’s final value, as a geometric mean over seeds with its 95% interval; '
         'the arm’s learning rate had not decayed there, which counts against it. Steps are medians.'
     )
-    if found:
+    if any(comparison.seeds for comparison in found.values()):
         caption = 'Points are means over common seeds, lines their 95% intervals, uncorrected.'
         yield Picture('effects.png', plot.png(pictures.effects(results)), caption)
 
@@ -158,7 +166,7 @@ def _row(results: StudyResults, arm: Arm, found: Comparison | None) -> list[str]
     if found:
         compared = [_with_ends(found.difference), _digits(found.corrected_p), found.verdict]
     return [
-        arm.name, str(len(own)), ', '.join(rates), f'{arm.parameters:,}',
+        arm.name, str(len(own)), ', '.join(rates) or NONE, f'{arm.parameters:,}',
         f'{arm.flops_per_token:.3g}',
         plus_minus(statistics.estimate([run.value for run in own.values()])), *compared,
         *(str(speed_up(own, runs[results.baseline], b)) if found else NONE for b in BUDGETS),

@@ -62,8 +62,15 @@ def test_the_question_and_the_verdict_come_first(written):
     head = text.split('\n## ')[1]
     assert head.startswith('Verdict\n\nDo gates help?\n\nconvex is better than residual by 0.4995 ')
     assert 'No difference to residual was found for static.' in head
+    assert 'best first: convex; residual, static. ' in head
     assert 'Fewer than two seeds are common to residual and highway: no interval' in head
-    assert 'With 4 seeds and 2 comparisons' in head  # those that have an interval
+    assert 'With 4 seeds and 2 arms compared' in head  # those that have an interval
+
+
+def test_arms_within_the_noise_are_not_ranked():
+    lines = report.verdict(studies.of_values({'base': [2.0, 2.1, 2.2], 'alike': [1.9, 2.2, 2.1]}))
+    assert lines[0] == 'No difference to base was found for alike.'
+    assert lines[1].startswith('The arms are not ranked')
 
 
 def test_an_arms_row_holds_its_figures_beside_the_baselines(written):
