@@ -29,6 +29,7 @@ def get_config() -> ml_collections.ConfigDict:
                 num_steps=700,
                 batch_rows=64,
                 eval_every=100,
+                eval_rows=512,
                 checkpoint_every=0,
                 keep_checkpoints=1,
                 tensorboard=False,
