@@ -141,6 +141,13 @@ def parse_overrides(
     return config.from_dict(flag_values.config)
 
 
+def overrides(before: config.Config, after: config.Config) -> list[str]:
+    """Writes the flags that make `after` of `before`."""
+    old = config.settings(before)
+    changed = {name: v for name, v in config.settings(after).items() if v != old[name]}
+    return [f'--config.{name}={value}' for name, value in changed.items()]
+
+
 def unreadable(error: flags.CantOpenFlagFileError) -> str:
     return f'--flagfile: {error}; name a file that can be read.'.replace('ERROR:: ', '')
 

@@ -218,6 +218,19 @@ def test_help_lists_flags_with_defaults_and_says_how_to_change_a_setting(capsys)
         assert re.search(f'^  {line}', printed, re.M), line
 
 
+def test_overrides_written_as_flags_are_read_back():
+    before = config.replace(config.Config(), {'model.prefix': 'dense', 'model.period': 'dense'})
+    changes = {
+        'model.prefix': '', 'model.period': 'moe,dense', 'model.moe.num_experts': 3,
+        'model.gmu.bias': '-3', 'model.tied_embeddings': True, 'train.tensorboard': False,
+        'data.corpus': "a b/*.txt=0.7,'c'=0.3", 'optimizer.learning_rate': 1e-5, 'train.seed': -7,
+    }  # fmt: skip
+    after = config.replace(before, changes)
+    written = options.overrides(before, after)
+    assert len(written) == len(changes)
+    assert options.parse_overrides(flags.FlagValues(), written, before) == after
+
+
 def test_json_has_no_number_that_is_none():
     row = {'mfu': float('nan'), 'losses': [2.5, float('inf')], 'peak': {'gib': -float('inf')}}
     text = options.to_json(row | {'name': 'NaN', 'pair': (3, 4.25), 'on': True})

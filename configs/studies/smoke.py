@@ -23,6 +23,7 @@ def get_study() -> Study:
             'train.eval_rows': 64,
             'train.checkpoint_every': 0,
             'train.keep_checkpoints': 1,
+            'train.tensorboard': False,
         },
         baseline='residual',
         arms={'residual': {'model.gmu.kind': 'residual'}, 'convex': {}},

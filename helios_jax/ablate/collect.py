@@ -1,5 +1,7 @@
 """Reads what the runs of a study left in their workdirs."""
 
+import dataclasses
+import json
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -11,7 +13,7 @@ from etils import epath
 from helios_jax import checkpoint
 from helios_jax.ablate import statistics
 from helios_jax.ablate.design import Design
-from helios_jax.ablate.records import Arm, Point, StudyRun
+from helios_jax.ablate.records import Arm, Point, StudyResults, StudyRun
 from helios_jax.ablate.variants import (
     Variant,
     failure,
@@ -20,28 +22,57 @@ from helios_jax.ablate.variants import (
     seed_variants,
 )
 from helios_jax.train import metrics
+from helios_jax.train.run import CONFIG_FILE
 
 GIB = 2**30
 NOT_RUN = 'not run'
+RETRAIN = 'it was trained at a learning rate of {}, which is not the best one now; remove {}'
 NO_RATE = 'no learning rate of the search gave a finished run'
 
 
-def study_runs(design: Design, workdir: Path, arms: Sequence[Arm]) -> tuple[StudyRun, ...]:
-    """Reads every run of a study, those of the search first; what has not run is missing."""
-    sized = {arm.name: arm for arm in arms}
+def results(
+    design: Design, arms: tuple[Arm, ...], workdir: Path, command: str, notes: Sequence[str]
+) -> StudyResults:
+    """Collects the results of a study, whatever of it has run so far.
+
+    Args:
+      arms: those of the design, counted.
+      command: that makes these results again.
+      notes: what a reader must know beside.
+    """
     rates = best_rates(design, workdir, arms)
     groups = search_variants(design, workdir) + seed_variants(design, workdir, rates)
-    runs = [read_run(variant, design, sized[variant.arm]) for group in groups for variant in group]
-    first = design.base.train.seed
+    variants = [variant for group in groups for variant in group]
+    sized = {arm.name: arm for arm in arms}
+    runs = [read_run(variant, design, sized[variant.arm]) for variant in variants]
+    made_on, remarks = environment(variants)
+    return StudyResults(
+        study=design.name,
+        question=design.study.question,
+        metric=design.study.metric,
+        baseline=design.study.baseline,
+        arms=arms,
+        runs=(*runs, *unsearched(design, runs, rates)),
+        config=dataclasses.asdict(design.base),
+        environment=made_on,
+        command=command,
+        notes=(*notes, *remarks),
+    )
+
+
+def unsearched(
+    design: Design, runs: Sequence[StudyRun], rates: Mapping[str, float]
+) -> list[StudyRun]:
+    """Lists the runs of the comparison whose arm has no learning rate, as no search finished."""
+    found = []
     for name in [name for name in design.configs if name not in rates]:
         owner = name if design.study.search == 'each' else design.study.baseline
         failed = any(run.state == 'failed' for run in runs if run.swept and run.arm == owner)
         state, reason = ('failed', NO_RATE) if failed else ('missing', NOT_RUN)
-        runs += [
-            _without_result(name, seed, math.nan, state, reason, swept=False)
-            for seed in range(first, first + design.seeds)
-        ]
-    return tuple(runs)
+        first = design.base.train.seed
+        for seed in range(first, first + design.seeds):
+            found.append(_without_result(name, seed, math.nan, state, reason, swept=False))
+    return found
 
 
 def best_rates(design: Design, workdir: Path, arms: Sequence[Arm]) -> dict[str, float]:
@@ -77,9 +108,11 @@ def read_run(variant: Variant, design: Design, arm: Arm) -> StudyRun:
     if reason := failure(variant):
         return without('failed', reason)
     if not finished(variant):
-        return without(
-            'missing', 'stopped before its end' if variant.directory.exists() else 'not run'
-        )
+        begun = variant.directory.exists()
+        return without('missing', 'stopped before its end' if begun else NOT_RUN)
+    trained = json.loads((variant.directory / CONFIG_FILE).read_text())['optimizer']
+    if trained['learning_rate'] != rate:  # a run of the search was tried again, and won
+        return without('failed', RETRAIN.format(trained['learning_rate'], variant.directory))
     lines = metrics.read(variant.directory / metrics.FILE)
     points = read_points(lines, design.study.metric, arm.flops_per_token)
     if not points or points[-1].step != variant.config.train.num_steps:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from absl import flags
 
-from helios_jax import config, display, options
+from helios_jax import display, options
 from helios_jax.ablate import definition
 from helios_jax.ablate import design as designs
 from helios_jax.ablate import study as studies
@@ -39,34 +39,49 @@ def ablate_command(argv: Sequence[str]) -> None:
     if options.wants_help(argv):
         names = ', '.join(studies.shipped_studies())
         options.print_flags(values, STUDY_HELP.format(names=names))
-    given, name = options.split_flag(argv, 'study', '')
-    require(bool(name), f'--study is missing; name one: {", ".join(studies.shipped_studies())}.')
-    study = studies.load_study(name)
-    given, base_name = options.split_flag(given, 'config', study.config)
-    study = dataclasses.replace(study, config=base_name)
-    begun = designs.changed(options.load_config(base_name), study.overrides)
-    base = options.parse_overrides(values, given, begun)
-    check(values, study)
-    workdir = Path(values.workdir).expanduser()
-    seeds = values.seeds or max(study.seeds, definition.read(workdir).get('seeds', 0))
-    design = designs.design(Path(name).stem, study, base, seeds)
+    design, command = asked(values, argv)
     arms = designs.sized_arms(design, designs.vocab_sizes(design))
-    given_environment = dict(os.environ)
+    environment = dict(os.environ)
     os.environ['JAX_PLATFORMS'] = 'cpu'  # the devices are for the runs, which are processes
     from helios_jax.ablate import conduct, report, runs
 
-    environments = runs.environments(given_environment, values.workers)
+    environments = runs.environments(environment, values.workers)
+    workdir = Path(values.workdir).expanduser()
     results = conduct.conduct(
         design,
         arms,
         workdir,
         workers=values.workers,
         budget_minutes=values.budget_minutes,
-        starter=functools.partial(runs.start, base_name, environments),
-        command=repeated(name, values.workdir, seeds, begun, base),
+        starter=functools.partial(runs.start, design.study.config, environments),
+        command=command,
     )
     display.table(report.table(results))
     print(f'Report: {report.write(results, workdir)}')
+
+
+def asked(values: flags.FlagValues, argv: Sequence[str]) -> tuple[designs.Design, str]:
+    """Parses the flags; returns what is to be run, and the command that runs it again.
+
+    Raises:
+      UserError: a study, an arm, a setting or a flag that cannot be used.
+    """
+    argv, name = options.split_flag(argv, 'study', '')
+    require(bool(name), f'--study is missing; name one: {", ".join(studies.shipped_studies())}.')
+    study = studies.load_study(name)
+    argv, base_name = options.split_flag(argv, 'config', study.config)
+    begun = designs.changed(options.load_config(base_name), study.overrides)
+    base = options.parse_overrides(values, argv, begun)
+    check(values, study)
+    saved = definition.read(Path(values.workdir).expanduser())
+    seeds = values.seeds or max(study.seeds, saved.get('seeds', 0))
+    arguments = [f'--study={name}', f'--workdir={values.workdir}', f'--seeds={seeds}']
+    arguments += [f'--config={base_name}'] if base_name != study.config else []
+    arguments += [] if values.interval else ['--nointerval']
+    arguments += options.overrides(begun, base)
+    study = dataclasses.replace(study, config=base_name)
+    design = designs.design(Path(name).stem, study, base, seeds)
+    return design, f'helios ablate {shlex.join(arguments)}'
 
 
 def check(values: flags.FlagValues, study: studies.Study) -> None:
@@ -87,19 +102,3 @@ def check(values: flags.FlagValues, study: studies.Study) -> None:
         (seeds or study.seeds) > 1 or not values.interval,
         f'--seeds={seeds or study.seeds} gives no interval; take 2 or more, or say --nointerval.',
     )
-
-
-def repeated(name: str, workdir: str, seeds: int, begun: config.Config, base: config.Config) -> str:
-    """Writes the command that makes these results again.
-
-    Args:
-      begun: the study's base before the command line changed it.
-    """
-    before = config.settings(begun)
-    changes = [
-        f'--config.{setting}={value}'
-        for setting, value in config.settings(base).items()
-        if value != before[setting]
-    ]
-    arguments = [f'--study={name}', f'--workdir={workdir}', f'--seeds={seeds}', *changes]
-    return f'helios ablate {shlex.join(arguments)}'

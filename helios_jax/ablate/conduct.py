@@ -1,9 +1,10 @@
 """Conducts a study, from its design to its results.
 
-compare with study.json → count parameters → prepare text → search → seeds → collect
+    compare with study.json → prepare text → search learning rates → run seeds → collect
+
+Each step starts from what lies in the workdir, so that a study goes on by being started again.
 """
 
-import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -63,33 +64,7 @@ def conduct(
         if dropped:
             notes.append(left_out(dropped, budget, budget_minutes))
             display.say(notes[-1])
-        return results(design, workdir, arms, command, notes)
-
-
-def results(
-    design: Design,
-    workdir: Path,
-    arms: tuple[Arm, ...],
-    command: str,
-    notes: Sequence[str] = (),
-) -> StudyResults:
-    """Collects the results of a study from its workdir, whatever has run so far."""
-    rates = collect.best_rates(design, workdir, arms)
-    groups = variants.search_variants(design, workdir)
-    groups += variants.seed_variants(design, workdir, rates)
-    environment, remarks = collect.environment([v for group in groups for v in group])
-    return StudyResults(
-        study=design.name,
-        question=design.study.question,
-        metric=design.study.metric,
-        baseline=design.study.baseline,
-        arms=arms,
-        runs=collect.study_runs(design, workdir, arms),
-        config=dataclasses.asdict(design.base),
-        environment=environment,
-        command=command,
-        notes=(*notes, *remarks),
-    )
+        return collect.results(design, arms, workdir, command, notes)
 
 
 def equalities(design: Design) -> str:

@@ -100,6 +100,7 @@ class Running:
         self._log = variant.beside('.log')
         self._logged = self._log.stat().st_size if self._log.exists() else 0
         self._begin = time.monotonic()
+        display.say(f'{variant.label}: training, {self._log}')
         with self._log.open('ab') as file:
             self.process = starter(worker, variant, file)
 
@@ -157,17 +158,14 @@ def run_groups(
                 else:
                     dropped, later = later, []
             waiting = [variant for variant in waiting if is_open(variant)]
-            free = [variant for variant in waiting if not held(variant)]
-            for variant in free[: workers - len(running)]:
+            for worker, variant in due(waiting, running, workers):
                 waiting.remove(variant)
-                busy = {run.worker for run in running}
-                worker = next(n for n in range(workers) if n not in busy)
                 running.append(Running(worker, variant, starter))
             time.sleep(POLL_SECONDS)
             for run in [run for run in running if run.process.poll() is not None]:
                 running.remove(run)
                 budget.longest = max(budget.longest, run.end(stopped))
-                if held(run.variant):
+                if held(run.variant) and not stopped:  # a run left behind was first
                     waiting.append(run.variant)
                     continue
                 ended += 1
@@ -176,3 +174,13 @@ def run_groups(
         for run in running:  # Ctrl-C once more: what was saved is whole
             run.process.kill()
     return dropped
+
+
+def due(
+    waiting: Sequence[Variant], running: Sequence[Running], workers: int
+) -> list[tuple[int, Variant]]:
+    """Pairs workers that have nothing to do with runs that no other process writes."""
+    busy = {run.worker for run in running}
+    idle = [worker for worker in range(workers) if worker not in busy]
+    free = [variant for variant in waiting if not held(variant)] if idle else []
+    return list(zip(idle, free, strict=False))

@@ -5,6 +5,7 @@ configs/studies. Whatever is wrong with it is said before anything runs.
 """
 
 import dataclasses
+import math
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -64,6 +65,10 @@ class Study:
             len(rates) != 1,
             f'learning_rates={rates} has nothing to choose from; name two or more, or none and set '
             f'{RATE}.',
+        )
+        require(
+            all(0 < rate < math.inf for rate in rates),
+            f'learning_rates={rates} must be numbers above 0.',
         )
         directories = {rate_name(rate) for rate in rates}
         require(

@@ -1,10 +1,12 @@
 """The runs that a study is made of, where they lie, and how each stands.
 
-WORKDIR/study.json        what is run; a study that has changed is refused
-WORKDIR/ARM/lr_RATE/      a run of the learning-rate search
-WORKDIR/ARM/seed_N/       a run of the comparison; seed N reads the same rows in every arm
-WORKDIR/ARM/seed_N.log    what the run wrote
-WORKDIR/ARM/seed_N.failed the line with which it failed; remove it to try again
+    WORKDIR/study.json        what is run; a study that has changed is refused
+    WORKDIR/ARM/lr_RATE/      a run of the learning-rate search
+    WORKDIR/ARM/seed_N/       a run of the comparison; seed N reads the same rows in every arm
+    WORKDIR/ARM/seed_N.log    what the run wrote
+    WORKDIR/ARM/seed_N.failed the line with which it failed; remove it to try again
+
+Each workdir is one of `helios train`, and these files are all that a study knows of its runs.
 """
 
 import dataclasses
@@ -89,12 +91,7 @@ def failure(variant: Variant) -> str:
 
 def command(variant: Variant, base: str) -> list[str]:
     """Arguments of `helios` that train the variant: what differs from the config `base`."""
-    before = config.settings(options.load_config(base))
-    changes = [
-        f'--config.{name}={value}'
-        for name, value in config.settings(variant.config).items()
-        if value != before[name]
-    ]
+    changes = options.overrides(options.load_config(base), variant.config)
     return ['train', f'--config={base}', f'--workdir={variant.directory}', *changes]
 
 

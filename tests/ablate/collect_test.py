@@ -30,6 +30,7 @@ def write(variant, lines):
     variant.directory.mkdir(parents=True)
     text = ''.join(f'{json.dumps(line)}\n' for line in lines)
     (variant.directory / 'metrics.jsonl').write_text(text)
+    (variant.directory / 'config.json').write_text(made_up_study.saved_config(variant))
     (variant.directory / 'report.md').write_text('done')
 
 
@@ -82,16 +83,24 @@ def test_a_run_that_ended_with_no_number_has_failed(variant):
     assert run.reason == f'{METRIC} is no finite number at the last step'
 
 
+def test_a_run_at_another_rate_than_it_is_compared_at_is_not_taken_for_it(variant):
+    write(variant, made_up_study.lines(variant))
+    (variant.directory / 'config.json').write_text('{"optimizer": {"learning_rate": 0.004}}')
+    run, _ = read(variant)
+    assert run.state == 'failed'
+    assert run.reason.startswith('it was trained at a learning rate of 0.004, which is not the')
+
+
 def test_every_run_of_the_study_is_there_whatever_has_run(tmp_path):
     made = made_up_study.make(learning_rates=(1e-3, 2e-3))
     arms = sized_arms(made, dict.fromkeys(made.configs, 256))
-    runs = collect.study_runs(made, tmp_path, arms)
+    runs = collect.results(made, arms, tmp_path, 'helios ablate', []).runs
     assert len(runs) == 3 * 2 + 3 * 2
     assert {run.state for run in runs} == {'missing'}
     for variant in variants.search_variants(made, tmp_path)[1]:
         variant.directory.parent.mkdir(exist_ok=True)
         variant.beside('.failed').write_text('diverged')
-    runs = collect.study_runs(made, tmp_path, arms)
+    runs = collect.results(made, arms, tmp_path, 'helios ablate', []).runs
     reasons = {(run.swept, run.state, run.reason) for run in runs if run.arm == 'gated'}
     assert reasons == {(True, 'failed', 'diverged'), (False, 'failed', collect.NO_RATE)}
     assert {run.state for run in runs if run.arm == 'deep'} == {'missing'}

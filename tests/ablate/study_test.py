@@ -54,6 +54,7 @@ REFUSED = {
     'metric': ({'metric': 'eval/bits_per_bite'}, [], "metric='eval/bits_per_bite'.*bits_per_byte"),
     'grid of one': ({'learning_rates': (1e-3,)}, [], r'learning_rates=\(0.001,\) has nothing'),
     'grid with a twin': ({'learning_rates': (1e-3, 1e-3)}, [], 'must differ'),
+    'grid with no rate': ({'learning_rates': (1e-3, 0.0)}, [], 'must be numbers above 0'),
     'rate that is searched': (
         {
             'arms': {'a': {}, 'b': {'optimizer.learning_rate': 2e-3}},

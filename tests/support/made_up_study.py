@@ -18,7 +18,7 @@ STEPS = 6
 # Writes events to a journal: a start, and the end if it comes to that.
 PROGRAM = """
 import json, os, sys, time
-directory, journal, fails, seconds, *lines = sys.argv[1:]
+directory, journal, fails, seconds, config, *lines = sys.argv[1:]
 def tell(event):
     file = os.open(journal, os.O_WRONLY | os.O_APPEND | os.O_CREAT)
     os.write(file, f'{event} {directory}\\n'.encode())
@@ -30,6 +30,7 @@ if fails == 'True':
     print('helios: the loss is nan at step 3; lower the learning rate.', file=sys.stderr)
     sys.exit(2)
 open(f'{directory}/metrics.jsonl', 'w').write('\\n'.join(lines) + '\\n')
+open(f'{directory}/config.json', 'w').write(config)
 tell('end')
 open(f'{directory}/report.md', 'w').write('done')
 """
@@ -54,6 +55,12 @@ def lines(variant: Variant) -> list[dict[str, Any]]:
     return found
 
 
+def saved_config(variant: Variant) -> str:
+    """What of a run's config.json is read."""
+    rate = variant.config.optimizer.learning_rate
+    return json.dumps({'optimizer': {'learning_rate': rate}})
+
+
 class Starter:
     """Starts made-up runs.
 
@@ -65,10 +72,13 @@ class Starter:
 
     def __init__(self, journal: Path, failing: tuple[str, ...] = (), seconds: float = 0.02):
         self.journal, self.failing, self.seconds = journal, failing, seconds
+        self.started: list[str] = []  # labels of runs, whatever became of them
 
     def __call__(self, worker: int, variant: Variant, log: BinaryIO) -> subprocess.Popen[bytes]:
+        self.started.append(variant.label)
         fails = str(variant.arm in self.failing)
         arguments = [str(variant.directory), str(self.journal), fails, str(self.seconds)]
+        arguments.append(saved_config(variant))
         logged = map(json.dumps, lines(variant))
         command = [sys.executable, '-S', '-E', '-c', PROGRAM, *arguments, *logged]
         return subprocess.Popen(command, stdout=log, stderr=log)
