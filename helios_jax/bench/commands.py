@@ -188,6 +188,28 @@ def torch_bench(argv: Sequence[str]) -> None:
     print_measurement(Peer(**given), as_json=values.json)
 
 
+def convert_bench(argv: Sequence[str]) -> None:
+    """Times the import of a random Hugging Face checkpoint, and measures its host memory.
+
+    helios bench convert --config=helios_1b
+    """
+    values = flags.FlagValues()
+    flags.DEFINE_list('dtypes', ['bfloat16', 'float32'], 'Of its tensors.', flag_values=values)
+    flags.DEFINE_string('directory', '', 'On the disk to measure.', flag_values=values)
+    flags.DEFINE_integer('repeats', 3, 'Rounds of each.', flag_values=values)
+    flags.DEFINE_bool('json', False, 'JSON lines.', flag_values=values)
+    cfg = options.parse_config(values, argv)
+    from helios_jax.bench import convert
+
+    convert.compare_imports(
+        cfg,
+        dtypes=values.dtypes,
+        directory=values.directory,
+        repeats=values.repeats,
+        as_json=values.json,
+    )
+
+
 def start_bench(argv: Sequence[str]) -> None:
     """Measures how soon `helios generate` answers, with and without compiled programs.
 
@@ -237,6 +259,7 @@ BENCHMARKS = options.Group(
     'Measures speed and memory.',
     {
         'attention': attention_bench,
+        'convert': convert_bench,
         'gates': gates_bench,
         'memory': memory_bench,
         'moe': moe_bench,

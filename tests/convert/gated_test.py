@@ -42,7 +42,7 @@ def test_the_first_logits_are_those_of_the_imported_model(name, changes, tmp_pat
     made = hugging_face.model(name)
     source = hugging_face.save(made, tmp_path / 'theirs')
     tokens = hugging_face.tokens()
-    imported = load(source, **changes).restored
+    imported = load(source, **changes)
     model = imported.config.model
     assert (model.gmu.kind == 'convex') == ('to_gmu' in changes)
     assert (model.gmu.kind == 'residual') != ('to_gmu' in changes)
@@ -120,7 +120,7 @@ def test_an_exported_model_has_our_logits_and_comes_back(name, tmp_path):
     expected = ours(restored, tokens)
     assert expected.std() > 0.1
     np.testing.assert_allclose(theirs(model, tokens), expected, rtol=0, atol=1e-4)
-    again = load(tmp_path / 'x/out').restored
+    again = load(tmp_path / 'x/out')
     assert again.config.model == restored.config.model
     for mine, other in zip(
         jax.tree.leaves(restored.variables), jax.tree.leaves(again.variables), strict=True
@@ -221,4 +221,4 @@ def test_a_byte_tokenizer_travels(tmp_path):
     assert (tokenizer.bos_token_id, tokenizer.eos_token_id) == (254, 255)
     said = json.loads((tmp_path / 'out/config.json').read_text())
     assert (said['bos_token_id'], said['eos_token_id']) == (254, 255)
-    assert load(tmp_path / 'out').restored.tokenizer.encode(text) == list(text.encode())
+    assert load(tmp_path / 'out').tokenizer.encode(text) == list(text.encode())

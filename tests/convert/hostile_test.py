@@ -308,4 +308,4 @@ def test_the_host_holds_one_tensor_of_theirs_at_a_time(source, monkeypatch):
     imported = importing.load(importing.open_directory(source))
     assert max(most) <= 2  # the one before lives until its name is taken
     assert len(most) == 3 + L * 12
-    jax.block_until_ready(imported.restored.variables)
+    jax.block_until_ready(imported.variables)
