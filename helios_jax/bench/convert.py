@@ -27,7 +27,7 @@ from helios_jax.errors import one_of, require
 
 GB = 10**9
 PAUSE = 0.002  # seconds between two looks at the memory
-TINY = config.Model(vocab_size=260, num_layers=2, embed_dim=24, mlp_dim=40)
+TINY = config.Config(model=config.Model(vocab_size=260, num_layers=2, embed_dim=24, mlp_dim=40))
 
 
 def compare_imports(
@@ -46,7 +46,7 @@ def compare_imports(
     rows = []
     for dtype in dtypes:
         with tempfile.TemporaryDirectory(dir=directory or None, prefix='helios_convert_') as place:
-            rows.append(measured(cfg.model, dtype, Path(place), repeats))
+            rows.append(measured(cfg, dtype, Path(place), repeats))
         if as_json:
             print(options.to_json(rows[-1]), flush=True)
         else:
@@ -54,10 +54,10 @@ def compare_imports(
     return rows
 
 
-def measured(model: config.Model, dtype: str, place: Path, repeats: int) -> dict[str, Any]:
+def measured(cfg: config.Config, dtype: str, place: Path, repeats: int) -> dict[str, Any]:
     """Returns seconds of each of the three, and memory, of one checkpoint."""
     source, tiny, copy = (place / name for name in ('source', 'tiny', 'copy'))
-    random_checkpoint.write(model, source, dtype)
+    random_checkpoint.write(cfg, source, dtype)
     random_checkpoint.write(TINY, tiny, dtype)
     runs: dict[str, list[float]] = {'read': [], 'read_and_write': [], 'import': []}
     peaks, found = [], {}

@@ -19,17 +19,17 @@ BOS, EOS, UNK = 0, 1, 2
 FIRST_WORD = 3  # of the tokenizer, whose other tokens are w3, w4, …
 
 
-def write(model: config.Model, directory: epath.PathLike, dtype: str, seed: int = 0) -> str:
-    """Writes the residual model of a shape; returns the family whose layout it has.
+def write(cfg: config.Config, directory: epath.PathLike, dtype: str, seed: int = 0) -> str:
+    """Writes the residual model of a config's shape; returns the family whose layout it has.
 
     Args:
       dtype: float32 or bfloat16.
     Raises:
       UserError: a model that no family of Hugging Face's has, or a vocabulary of no word.
     """
-    length = model.rope.trained_length or config.Data().row_length
+    length = cfg.model.rope.trained_length or cfg.data.row_length
     changes = {'gmu': config.GMU(kind='residual'), 'rope.trained_length': length}
-    model = config.replace(model, changes, 'model.')
+    model = config.replace(cfg.model, changes, 'model.')
     require(
         model.vocab_size > FIRST_WORD,
         f'model.vocab_size={model.vocab_size} must be above {FIRST_WORD}.',

@@ -82,8 +82,9 @@ class Counterpart(NamedTuple):
             x = x.astype(np.float32) * np.float32(self.factor)
         if self.weight.fan_in:
             x = turn(x)
-        own, axes = (each[len(self.place) :] for each in (self.weight.shape, self.weight.axes))
-        return x if _vocabulary(axes) >= 0 else x.reshape(own)
+        if _vocabulary(self.weight.axes[len(self.place) :]) >= 0:
+            return x
+        return x.reshape(self.weight.shape[len(self.place) :])
 
     def to_theirs(self, x: np.ndarray) -> np.ndarray:
         """Returns their tensor of the slice of our array, float32."""

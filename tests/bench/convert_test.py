@@ -7,10 +7,10 @@ from helios_jax import config, restoring
 from helios_jax.bench import convert
 
 # 12 stacked layers, of which one is a fiftieth of the model.
-MODEL = config.Model(
+MODEL = config.Config(model=config.Model(
     vocab_size=5000, num_layers=12, embed_dim=512, num_heads=8, num_kv_heads=4, head_dim=64,
     mlp_dim=1536,
-)  # fmt: skip
+))  # fmt: skip
 
 
 @pytest.mark.slow
