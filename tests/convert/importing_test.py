@@ -11,6 +11,7 @@ from safetensors.numpy import load_file
 
 from helios_jax import cli, config, restoring
 from helios_jax.convert import families, importing, rope
+from helios_jax.errors import UserError
 from helios_jax.parallel import mesh as meshes
 
 pytestmark = pytest.mark.usefixtures('quick_compilation')
@@ -61,6 +62,18 @@ def test_any_mesh_holds_the_same_weights(tmp_path):
         np.testing.assert_allclose(mine, other, rtol=1e-6, atol=1e-7)
         split += other.addressable_shards[0].data.size < other.size
     assert split > 10
+
+
+def test_a_list_of_ends_travels_and_an_unknown_one_is_refused(tmp_path):
+    write_random(tmp_path, CONFIG | {'eos_token_id': [1, 7]})
+    files = importing.open_directory(tmp_path).files
+    assert json.loads(files.contents['generation_config.json']) == {'eos_token_id': [1, 7]}
+    (tmp_path / 'generation_config.json').write_text('{"eos_token_id": [1, 5]}')
+    files = importing.open_directory(tmp_path).files
+    assert files.contents['generation_config.json'] == b'{"eos_token_id": [1, 5]}'
+    (tmp_path / 'generation_config.json').write_text(json.dumps({'eos_token_id': [1, V]}))
+    with pytest.raises(UserError, match=f'eos_token_id has {V}, but'):
+        importing.open_directory(tmp_path)
 
 
 @pytest.mark.slow
