@@ -25,7 +25,7 @@ def eval_command(argv: Sequence[str]) -> None:
         'text', '', 'Corpus to read instead of the held-out split.', flag_values=values
     )
     flags.DEFINE_string(
-        'output', '', 'Directory for results; stopped tasks go on there.', flag_values=values
+        'output', '', 'Directory for results; what was stopped goes on there.', flag_values=values
     )
     flags.DEFINE_integer(
         'context', 1, 'Devices that share a row, which travels round a ring.', flag_values=values
@@ -128,7 +128,7 @@ def run_lengths(values: flags.FlagValues) -> None:
     from helios_jax.evaluate.lengths import measure
 
     trained_on = restoring.read_metadata(values.checkpoint, values.step).get('data')
-    results = measure(restore(values), wanted, trained_on=trained_on)
+    results = measure(restore(values), wanted, trained_on=trained_on, output=values.output)
     if values.output:
         length_report.write(values.output, results)
     print(options.to_json(results) if values.json else length_report.table(results))
