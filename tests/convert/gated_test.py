@@ -1,6 +1,7 @@
 """Re-expressed and upcycled models start as the model that was imported; gated ones travel."""
 
 import dataclasses
+import itertools
 import json
 
 import jax
@@ -128,6 +129,36 @@ def test_an_exported_model_has_our_logits_and_comes_back(name, tmp_path):
         # Rows beyond the vocabulary are not exported; no other size is as large as V.
         kept = tuple(slice(0, V) for _ in mine.shape)
         np.testing.assert_allclose(other[kept], mine[kept], rtol=1e-6)
+
+
+KINDS = [
+    *itertools.product(
+        ('convex', 'additive', 'highway'), ('low_rank', 'full', 'per_head', 'scalar', 'static')
+    ),
+    ('layerscale', 'low_rank'),
+    ('rezero', 'low_rank'),
+]
+SLOW = {('layerscale', 'low_rank'), ('rezero', 'low_rank'), ('additive', 'scalar')}
+
+
+@pytest.mark.parametrize(
+    ('kind', 'gate'),
+    [
+        pytest.param(*each, marks=pytest.mark.slow if each in SLOW else pytest.mark.long)
+        for each in KINDS
+    ],
+    ids=str,
+)
+def test_every_kind_and_gate_has_our_logits(kind, gate, tmp_path, monkeypatch):
+    both = 'input' if kind == 'highway' else 'both'
+    for normalizes in ('on', 'off') if (kind, gate) not in SLOW else ('auto',):
+        gmu = config.GMU(kind=kind, gate=gate, gate_input=both, normalize_output=normalizes)
+        monkeypatch.setitem(MODELS, 'this', {'num_layers': 2, 'head_dim': 8, 'gmu': gmu})
+        restored, model = exported('this', tmp_path / normalizes)
+        tokens = hugging_face.tokens()
+        expected = ours(restored, tokens)
+        assert expected.std() > 0.1
+        np.testing.assert_allclose(theirs(model, tokens), expected, rtol=0, atol=1e-4)
 
 
 @pytest.mark.slow
