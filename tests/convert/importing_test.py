@@ -6,11 +6,11 @@ import json
 import jax
 import numpy as np
 import pytest
-from hugging_face import CONFIG, V, write_random, write_tokenizer
+from hugging_face import CONFIG, YARN, V, write_random, write_tokenizer
 from safetensors.numpy import load_file
 
 from helios_jax import cli, config, restoring
-from helios_jax.convert import families, importing, rope
+from helios_jax.convert import families, importing, rope, workdir
 from helios_jax.errors import UserError
 from helios_jax.parallel import mesh as meshes
 
@@ -111,3 +111,32 @@ def test_generate_reads_an_imported_model(tmp_path, capsys):
     cli.main(['generate', f'--checkpoint={run}', '--prompt=w7 w8', '--max_tokens=3'])
     assert capsys.readouterr().out.startswith('w7 w8')
     assert restoring.restore(run).config.model.spare_vocab == 4
+
+
+@pytest.mark.slow
+def test_yarn_of_a_command_takes_its_own_m_in_an_imported_model(tmp_path, monkeypatch, capsys):
+    source, run = tmp_path / 'source', tmp_path / 'run'
+    source.mkdir()
+    scaling = {'rope_parameters': YARN | {'attention_factor': 1.3}}
+    write_random(source, CONFIG | scaling)
+    workdir.save(importing.open_directory(source), run)
+    (tmp_path / 'text.txt').write_text('w7 w8 w9 ' * 30)
+    restore, seen = restoring.restore, []
+
+    def watched(*args, **settings):
+        found = restore(*args, **settings)
+        seen.append(found.model.model.rope)
+        return found
+
+    monkeypatch.setattr(restoring, 'restore', watched)
+    reads = [f'--text={tmp_path / "text.txt"}', '--row_length=16', '--rows=1', '--batch_rows=8']
+    writes = ['--prompt=w7', '--max_tokens=1', '--temperature=0']
+    commands = {'eval': [*reads, '--allow_lossy_tokenizer'], 'generate': writes}
+    for command, flags in commands.items():
+        seen.clear()
+        for yarn in ([], ['--yarn=8'], ['--yarn=dynamic']):
+            cli.main([command, f'--checkpoint={run}', *flags, *yarn])
+        found = [(rope.scaling, rope.factor, rope.attention_factor) for rope in seen]
+        assert found[:2] == [('static', 4.0, 1.3), ('static', 8.0, 0.0)]
+        assert (found[2][0], found[2][2]) == ('dynamic', 0.0)
+    capsys.readouterr()
