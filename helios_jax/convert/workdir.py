@@ -38,6 +38,7 @@ def save(source: CheckedDirectory, workdir: epath.PathLike, *, seed: int = 0) ->
     """
     workdir = checkpoint.absolute(workdir)
     unfinished = workdir.parent / f'{workdir.name}.unfinished'
+    require(not workdir.exists(), f'{workdir} exists already; nothing is written over.')
     require(not unfinished.exists(), f'{unfinished} is left from an import; remove it.')
     try:
         _write(source, unfinished, workdir, seed)

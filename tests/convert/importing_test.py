@@ -7,9 +7,9 @@ import jax
 import numpy as np
 import pytest
 from hugging_face import CONFIG, YARN, V, write_random, write_tokenizer
-from safetensors.numpy import load_file
+from safetensors.numpy import load_file, save_file
 
-from helios_jax import cli, config, restoring
+from helios_jax import checkpoint, cli, config, restoring
 from helios_jax.convert import families, importing, rope, workdir
 from helios_jax.errors import UserError
 from helios_jax.parallel import mesh as meshes
@@ -98,6 +98,34 @@ def test_commands_bring_a_model_in_let_it_speak_and_take_it_out(tmp_path, capsys
     origin = restoring.read_metadata(run)['origin']
     assert (origin['format'], origin['family']) == ('huggingface', 'qwen2')
     assert restored.config.data.tokenizer == f'{run}/checkpoints/tokenizer/tokenizer.json'
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('changes', [{}, {'to_gmu': True}, {'upcycle': (3, 2)}], ids=str)
+def test_a_workdir_has_what_is_read_onto_devices_and_keeps_bfloat16(changes, tmp_path):
+    written = write_random(tmp_path, CONFIG | {'dtype': 'bfloat16'})
+    narrow = {name: x.astype('bfloat16') for name, x in written.items()}
+    save_file(narrow, tmp_path / 'model.safetensors')
+    opened = importing.open_directory(tmp_path, **changes)
+    workdir.save(opened, tmp_path / 'run', seed=3)
+    one = meshes.make(config.Mesh(), jax.devices()[:1])
+    loaded = importing.load(opened, mesh=one, seed=3)
+    arrays = restoring.read_metadata(tmp_path / 'run')['arrays']
+    from_file = {piece.weight.name for piece in opened.pieces}
+    assert len(from_file) > 10
+    for name, described in arrays['params'].items():
+        assert described.startswith('bfloat16' if name in from_file else 'float32'), name
+    restored = restoring.restore(tmp_path / 'run', mesh=one)
+    for (path, mine), other in zip(
+        jax.tree.leaves_with_path(restored.variables),
+        jax.tree.leaves(loaded.variables),
+        strict=True,
+    ):
+        np.testing.assert_array_equal(np.asarray(mine, np.float32), other, err_msg=str(path))
+    # As a run that starts from it asks for it.
+    abstract = restoring.abstract_arrays(loaded.model, one)
+    step = checkpoint.open_step(restoring.checkpoint_directory(tmp_path / 'run'))
+    step.require_fit('params', abstract['params'])
 
 
 @pytest.mark.slow
