@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+import os
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -106,7 +107,17 @@ def write_step(
     (folder / layout.METADATA).mkdir()
     record = write.record(step, items, metadata, metrics={})
     (folder / layout.METADATA / 'metadata').write_text(json.dumps(record))
+    _sync(folder)
     manifest.write(folder)
+
+
+def _sync(folder: epath.Path) -> None:
+    """Waits until the disk has every file, of which the manifest is to tell."""
+    if manifest.is_remote(folder):
+        return
+    for path in manifest.files(folder).values():
+        with path.open('rb') as file:
+            os.fsync(file.fileno())
 
 
 def _handler() -> Any:
@@ -123,6 +134,7 @@ def _handler() -> Any:
             return []
 
         async def _open_and_write(self, value, tspec, ts_context):
+            tspec = tspec | {'context': {'file_io_sync': False}}  # `_sync` waits once for all
             opened = await ts.open(ts.Spec(tspec), create=True, open=True, context=ts_context)
             writing = None
             for index, part in value.parts():
