@@ -189,7 +189,7 @@ def torch_bench(argv: Sequence[str]) -> None:
 
 
 def convert_bench(argv: Sequence[str]) -> None:
-    """Times the import of a random Hugging Face checkpoint, and measures its host memory.
+    """Times the import of a random checkpoint, and measures its host memory.
 
     helios bench convert --config=helios_1b
     """

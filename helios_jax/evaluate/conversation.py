@@ -10,7 +10,7 @@ PLACE = 'the conversation'  # in messages of errors
 
 
 class Chat(NamedTuple):
-    """How a prompt becomes a conversation."""
+    """Settings by which a prompt becomes a conversation."""
 
     system: str = ''  # the message in front of it; '' is none
 
