@@ -8,7 +8,7 @@ from typing import Any
 from absl import flags
 
 from helios_jax import config, options
-from helios_jax.errors import require
+from helios_jax.errors import one_of, require
 
 
 def attention_bench(argv: Sequence[str]) -> None:
@@ -188,6 +188,51 @@ def torch_bench(argv: Sequence[str]) -> None:
     print_measurement(Peer(**given), as_json=values.json)
 
 
+def convert_bench(argv: Sequence[str]) -> None:
+    """Times the import of a random checkpoint, and measures its host memory.
+
+    helios bench convert --config=helios_1b
+    """
+    values = flags.FlagValues()
+    flags.DEFINE_list('dtypes', ['bfloat16', 'float32'], 'Of its tensors.', flag_values=values)
+    flags.DEFINE_string('directory', '', 'On the disk to measure.', flag_values=values)
+    flags.DEFINE_integer('repeats', 3, 'Rounds of each.', flag_values=values)
+    flags.DEFINE_bool('json', False, 'JSON lines.', flag_values=values)
+    cfg = options.parse_config(values, argv)
+    from helios_jax.bench import convert
+
+    convert.compare_imports(
+        cfg,
+        dtypes=values.dtypes,
+        directory=values.directory,
+        repeats=values.repeats,
+        as_json=values.json,
+    )
+
+
+def eval_bench(argv: Sequence[str]) -> None:
+    """Times benchmarks beside the harness's own hf model, on one random checkpoint.
+
+    helios bench eval --config=helios_1b
+    """
+    values = flags.FlagValues()
+    flags.DEFINE_integer('requests', 2000, 'Log-likelihoods to ask for.', flag_values=values)
+    flags.DEFINE_integer('batch_rows', 16, 'Rows at a time, of ours.', flag_values=values)
+    flags.DEFINE_string('dtype', 'bfloat16', 'Of the checkpoint.', flag_values=values)
+    flags.DEFINE_bool('json', False, 'JSON lines.', flag_values=values)
+    cfg = options.parse_config(values, argv)
+    one_of('--dtype', values.dtype, ('bfloat16', 'float32'))
+    from helios_jax.bench import harness_peer
+
+    harness_peer.compare_harness(
+        cfg,
+        requests=values.requests,
+        batch_rows=values.batch_rows,
+        dtype=values.dtype,
+        as_json=values.json,
+    )
+
+
 def start_bench(argv: Sequence[str]) -> None:
     """Measures how soon `helios generate` answers, with and without compiled programs.
 
@@ -277,6 +322,8 @@ BENCHMARKS = options.Group(
     'Measures speed and memory.',
     {
         'attention': attention_bench,
+        'convert': convert_bench,
+        'eval': eval_bench,
         'gates': gates_bench,
         'memory': memory_bench,
         'mesh': mesh_bench,

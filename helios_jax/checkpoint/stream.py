@@ -1,8 +1,10 @@
-"""Reads and writes checkpoints on a host alone, of which one array at a time is in memory."""
+"""Reads and writes checkpoints on a host alone, an array or a part of one at a time in memory."""
 
 import dataclasses
 import json
-from collections.abc import Callable
+import math
+import os
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import jax
@@ -60,11 +62,22 @@ class StoredItem:
 
 @dataclasses.dataclass(frozen=True)
 class LazyArray:
-    """An array that is made when it is written."""
+    """An array whose parts are made when they are written.
+
+    Attributes:
+      parts: gives the parts in turn, each with its indices along the first axes: `((), array)` is
+        a whole array, and `((2, 5), x)` what stands at [2, 5].
+      num_indices: how many indices each part has.
+    """
 
     shape: tuple[int, ...]
     dtype: np.dtype
-    make: Callable[[], np.ndarray]
+    parts: Callable[[], Iterable[tuple[tuple[int, ...], np.ndarray]]]
+    num_indices: int = 0
+
+    @property
+    def size(self) -> int:
+        return math.prod(self.shape)
 
 
 def write_step(
@@ -73,7 +86,7 @@ def write_step(
     items: dict[str, dict[str, LazyArray]],
     metadata: dict[str, Any],
 ) -> None:
-    """Writes a step into a directory that has no steps, each array as soon as it is made.
+    """Writes a step into a directory that has no steps, each part of an array once it is made.
 
     The manifest comes last: until then the step counts as none.
 
@@ -87,28 +100,52 @@ def write_step(
     for item, leaves in items.items():
         (folder / item).mkdir(parents=True)
         handler = _handler()
-        handler.save(folder / item, args=write.save_arguments(leaves))
+        # A chunk that two parts share would be read and written again.
+        cut = {name: tuple(range(leaf.num_indices)) for name, leaf in leaves.items()}
+        handler.save(folder / item, args=write.save_arguments(leaves, cut))
         handler.finalize(folder / item)
     (folder / layout.METADATA).mkdir()
     record = write.record(step, items, metadata, metrics={})
     (folder / layout.METADATA / 'metadata').write_text(json.dumps(record))
+    _sync(folder)
     manifest.write(folder)
+
+
+def _sync(folder: epath.Path) -> None:
+    """Waits until the disk has every file, of which the manifest is to tell."""
+    if manifest.is_remote(folder):
+        return
+    for path in manifest.files(folder).values():
+        with path.open('rb') as file:
+            os.fsync(file.fileno())
 
 
 def _handler() -> Any:
     import orbax.checkpoint as ocp
+    import tensorstore as ts
 
     class OneByOne(ocp.type_handlers.NumpyHandler):
-        """Writes an array before it makes the next."""
+        """Writes an array before it begins the next, and a part while it makes the next one."""
 
         async def serialize(self, values, infos, args=None):
-            for value, info, arg in zip(values, infos, args, strict=True):
-                for written in await super().serialize([value.make()], [info], [arg]):
+            for each in zip(values, infos, args, strict=True):
+                for written in await super().serialize(*([one] for one in each)):
                     written.result()
             return []
+
+        async def _open_and_write(self, value, tspec, ts_context):
+            tspec = tspec | {'context': {'file_io_sync': False}}  # `_sync` waits once for all
+            opened = await ts.open(ts.Spec(tspec), create=True, open=True, context=ts_context)
+            writing = None
+            for index, part in value.parts():
+                if writing:
+                    await writing
+                writing = opened[index].write(part, can_reference_source_data_indefinitely=True)
+            if writing:
+                await writing
 
     registry = ocp.type_handlers.create_type_handler_registry(
         (LazyArray, OneByOne(deepcopy_host_arrays=False)),
         (jax.Array, ocp.type_handlers.ArrayHandler()),  # or Orbax warns that there is none
     )
-    return ocp.PyTreeCheckpointHandler(type_handler_registry=registry)
+    return ocp.PyTreeCheckpointHandler(type_handler_registry=registry, use_compression=False)

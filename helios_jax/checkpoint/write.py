@@ -3,6 +3,7 @@
 import contextlib
 import datetime
 import logging
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -203,13 +204,21 @@ def record(
     }
 
 
-def save_arguments(leaves: dict[str, Any]) -> Any:
-    """Returns how Orbax is to save an item's arrays."""
+def save_arguments(leaves: dict[str, Any], cut: Mapping[str, tuple[int, ...]] | None = None) -> Any:
+    """Returns how Orbax is to save an item's arrays.
+
+    Args:
+      cut: axes of some arrays along which a chunk has one index.
+    """
     import orbax.checkpoint as ocp
+
+    def one(name: str) -> Any:
+        axes = (cut or {}).get(name, ())
+        return ocp.SaveArgs(chunk_byte_size=_CHUNK_BYTES, shard_axes=axes)
 
     return ocp.args.PyTreeSave(
         leaves,
-        save_args={name: ocp.SaveArgs(chunk_byte_size=_CHUNK_BYTES) for name in leaves},
+        save_args={name: one(name) for name in leaves},
         ocdbt_target_data_file_size=_FILE_BYTES,
     )
 

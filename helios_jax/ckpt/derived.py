@@ -97,7 +97,7 @@ def lazy(
     """Returns an item whose arrays `make` will make by their names; dtypes are kept by default."""
 
     def one(name: str, shape: tuple[int, ...], kept: np.dtype) -> checkpoint.LazyArray:
-        return checkpoint.LazyArray(shape, dtype or kept, lambda: make(name))
+        return checkpoint.LazyArray(shape, dtype or kept, lambda: [((), make(name))])
 
     return {name: one(name, *described) for name, described in source.arrays.items()}
 

@@ -54,7 +54,7 @@ def convert_command(argv: Sequence[str]) -> None:
     from helios_jax.convert import importing, workdir
 
     opened = importing.open_directory(source, to_gmu=values.to_gmu, upcycle=upcycle)
-    workdir.save(importing.load(opened, seed=values.seed), to)
+    workdir.save(opened, to, seed=values.seed)
     print(f'Wrote {to}, from a {opened.family} model; go on with train.init_from={to}.')
 
 

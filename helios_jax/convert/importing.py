@@ -27,12 +27,6 @@ KEPT = ('bos_token_id', 'eos_token_id', 'pad_token_id', 'max_position_embeddings
 HEAD, EMBEDDING = (names.TOP[name] for name in ('unembedding.w', 'embed.w'))
 
 
-class Imported(NamedTuple):
-    restored: Restored
-    files: tokenizers.Files  # of the tokenizer
-    origin: dict[str, Any]  # where the model comes from, for the checkpoint's metadata
-
-
 class CheckedDirectory(NamedTuple):
     """A directory whose every header has been checked; no weight has been read."""
 
@@ -84,8 +78,8 @@ def open_directory(
 
 def load(
     source: CheckedDirectory, *, mesh: jax.sharding.Mesh | None = None, seed: int = 0
-) -> Imported:
-    """Reads the weights straight onto a mesh; the host holds one tensor at a time, and its copy.
+) -> Restored:
+    """Reads the weights straight onto a mesh, float32; the host holds one tensor at a time.
 
     Args:
       mesh: all devices by default, as `restoring.restore`.
@@ -94,16 +88,10 @@ def load(
       UserError: weights that are not finite; a tied checkpoint whose unembedding differs from its
         embedding.
     """
-    _check_head(source)
-    model = Transformer(source.config.model)
-    shapes = abstract_arrays(model, mesh)
-    flat = flatten_dict(shapes['params'], sep='.')
-    biases = flatten_dict(shapes.get('router', {}), sep='.')
-    flat |= {f'{names.ROUTER}{name}': shape for name, shape in biases.items()}
-    filled = {piece.weight.name for piece in source.pieces}
-    fresh = [name for name in flat if name not in filled and not name.startswith(names.ROUTER)]
-    arrays = initial(model, {name: flat[name] for name in fresh}, seed)
-    arrays |= zeros({name: shape for name, shape in flat.items() if name not in fresh})
+    check_head(source)
+    flat = shapes(source, mesh)
+    arrays = fresh(source, flat, seed)
+    arrays |= zeros({name: shape for name, shape in flat.items() if name not in arrays})
     places: dict[str, list[Counterpart]] = {}
     for piece in source.pieces:
         places.setdefault(piece.name, []).append(piece)
@@ -111,16 +99,41 @@ def load(
         tensor = source.tensors.read(name)
         for piece in pieces:
             key = piece.weight.name
-            arrays[key] = place(arrays[key], piece.to_ours(tensor), piece.place)
-    return Imported(
-        Restored(model, _variables(arrays), source.files.tokenizer, source.config),
-        source.files,
-        {
-            'format': 'huggingface',
-            'family': source.family,
-            'config': {name: source.values[name] for name in KEPT if name in source.values},
-        },
-    )
+            arrays[key] = place(arrays[key], tensor, piece)
+    model = Transformer(source.config.model)
+    return Restored(model, _variables(arrays), source.files.tokenizer, source.config)
+
+
+def shapes(
+    source: CheckedDirectory, mesh: jax.sharding.Mesh | None = None
+) -> dict[str, jax.ShapeDtypeStruct]:
+    """Shapes and shardings of all arrays by their names; balance biases are behind `ROUTER`."""
+    abstract = abstract_arrays(Transformer(source.config.model), mesh)
+    biases = flatten_dict(abstract.get('router', {}), sep='.')
+    flat: dict[str, jax.ShapeDtypeStruct] = flatten_dict(abstract['params'], sep='.')
+    return flat | {f'{names.ROUTER}{name}': shape for name, shape in biases.items()}
+
+
+def fresh(
+    source: CheckedDirectory, flat: dict[str, jax.ShapeDtypeStruct], seed: int
+) -> dict[str, Array]:
+    """Makes the parameters that the directory has no weights for."""
+    filled = {piece.weight.name for piece in source.pieces}
+    wanted = {
+        name: shape
+        for name, shape in flat.items()
+        if name not in filled and not name.startswith(names.ROUTER)
+    }
+    return initial(Transformer(source.config.model), wanted, seed)
+
+
+def origin(source: CheckedDirectory) -> dict[str, Any]:
+    """Says where a model comes from, for the metadata of its checkpoint."""
+    return {
+        'format': 'huggingface',
+        'family': source.family,
+        'config': {name: source.values[name] for name in KEPT if name in source.values},
+    }
 
 
 def initial(
@@ -139,16 +152,22 @@ def initial(
     return jax.jit(made, out_shardings={n: shape.sharding for n, shape in wanted.items()})()
 
 
-def place(array: Array, value: np.ndarray, index: tuple[int, ...]) -> Array:
-    """Writes a slice into an array that the caller gives up."""
-    starts = index + (0,) * (array.ndim - len(index))
-    value = value.reshape((1,) * len(index) + value.shape)
-    return _placing(array.sharding)(array, value, starts)
+def place(array: Array, tensor: np.ndarray, piece: Counterpart) -> Array:
+    """Writes a tensor of theirs into an array that the caller gives up."""
+    starts = piece.place + (0,) * (array.ndim - len(piece.place))
+    alike = piece._replace(name='', place=(0,) * len(piece.place))
+    return _placing(array.sharding, alike)(array, tensor, starts)
 
 
 @functools.cache
-def _placing(sharding: jax.sharding.Sharding) -> Any:
-    update = jax.lax.dynamic_update_slice
+def _placing(sharding: jax.sharding.Sharding, piece: Counterpart) -> Any:
+    """Compiles what turns a tensor where the array lies, for all tensors of one form."""
+
+    def update(array: Array, tensor: Array, starts: tuple[Array, ...]) -> Array:
+        value = piece.to_ours(tensor).astype(array.dtype)
+        value = value.reshape((1,) * len(piece.place) + value.shape)
+        return jax.lax.dynamic_update_slice(array, value, starts)
+
     return jax.jit(update, donate_argnums=0, out_shardings=sharding)
 
 
@@ -168,7 +187,8 @@ def _variables(arrays: dict[str, Array]) -> PyTree:
     return {group: unflatten_dict(flat, sep='.') for group, flat in groups.items()}
 
 
-def _check_head(source: CheckedDirectory) -> None:
+def check_head(source: CheckedDirectory) -> None:
+    """Refuses a tied checkpoint that has another unembedding than its embedding."""
     if not source.model.tied_embeddings or HEAD not in source.tensors.found:
         return
     require(

@@ -6,8 +6,8 @@ divide a tied head by √D and they do not, so that √D moves into the last nor
 """
 
 import math
-from collections.abc import Iterable
-from typing import NamedTuple
+from collections.abc import Callable, Iterable
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -69,20 +69,22 @@ class Counterpart(NamedTuple):
     place: tuple[int, ...]  # layer of the stack, if it is one, and expert, if there are some
     factor: float  # theirs = ours / factor
 
-    def to_ours(self, x: np.ndarray) -> np.ndarray:
-        """Returns the slice of our array, float32, padded."""
-        x = x.astype(np.float32)
+    def to_ours(self, x: Any, turn: Callable[[Any], Any] = lambda x: x.T) -> Any:
+        """Returns their tensor as the slice of our array, without the padding of the vocabulary.
+
+        What is no factor's product keeps its dtype.
+
+        Args:
+          x: of NumPy or of JAX.
+          turn: exchanges the axes of a matrix.
+        """
         if self.factor != 1:
-            x = x * np.float32(self.factor)
+            x = x.astype(np.float32) * np.float32(self.factor)
         if self.weight.fan_in:
-            x = x.T
-        shape = self.weight.shape[len(self.place) :]
-        rows = self.weight.axes[len(self.place) :]
-        if (axis := _vocabulary(rows)) >= 0:
-            padding = [(0, 0)] * len(shape)
-            padding[axis] = (0, shape[axis] - x.shape[axis])
-            return np.pad(x, padding)
-        return np.ascontiguousarray(x.reshape(shape))
+            x = turn(x)
+        if _vocabulary(self.weight.axes[len(self.place) :]) >= 0:
+            return x
+        return x.reshape(self.weight.shape[len(self.place) :])
 
     def to_theirs(self, x: np.ndarray) -> np.ndarray:
         """Returns their tensor of the slice of our array, float32."""

@@ -19,6 +19,7 @@ from helios_jax.errors import UserError, nearest, require
 SINGLE = 'model.safetensors'
 INDEX = 'model.safetensors.index.json'
 DTYPES = {'F32': np.float32, 'F16': np.float16, 'BF16': ml_dtypes.bfloat16}
+BLOCK = 2**18  # values that a cache holds
 # Tables that old checkpoints carry, which follow from config.json.
 IGNORED = re.compile(r'model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq')
 
@@ -50,11 +51,11 @@ class Tensors:
           wanted: name → shape.
         """
         for name, shape in wanted.items():
-            require(
-                name in self.found,
-                f'{self.directory} lacks tensor {name}, which its config.json asks for.'
-                f'{nearest(name, self.found)}',
-            )
+            if name not in self.found:  # the nearest of many names takes long to find
+                raise UserError(
+                    f'{self.directory} lacks tensor {name}, which its config.json asks for.'
+                    f'{nearest(name, self.found)}'
+                )
             got = self.found[name]
             require(
                 got.shape == shape,
@@ -81,7 +82,7 @@ class Tensors:
         file = self.found[name].file
         x: np.ndarray = self._files[file].get_tensor(name)
         require(
-            bool(np.isfinite(x).all()),
+            is_finite(x),
             f'{self.directory / file}: tensor {name} has a value that is NaN or infinite.',
         )
         return x
@@ -136,6 +137,14 @@ def _opened(path: epath.Path) -> safe_open:
         return safe_open(str(path), 'np')
     except (SafetensorError, OSError) as error:
         raise UserError(f'{path} cannot be read as safetensors ({str(error)[:160]}).') from None
+
+
+def is_finite(x: np.ndarray) -> bool:
+    """True if a tensor has neither NaN nor infinity, which bits tell in a third of the time."""
+    bits = x.reshape(-1).view(f'u{x.itemsize}')
+    infinity = int(np.array(np.inf, x.dtype).view(bits.dtype)) << 1  # without the sign
+    blocks = (bits[i : i + BLOCK] << 1 for i in range(0, bits.size, BLOCK))
+    return all(int(block.max()) < infinity for block in blocks)
 
 
 def shards(

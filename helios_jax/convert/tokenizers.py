@@ -7,15 +7,16 @@ import tokenizers as library
 from etils import epath
 
 from helios_jax.convert.values import read_json
+from helios_jax.data import special
 from helios_jax.data import tokenizer as tokenizers
-from helios_jax.data.tokenizer import ByteTokenizer
+from helios_jax.data.tokenizer import GENERATION, ByteTokenizer
 from helios_jax.errors import require
 
 SPECS = ('tokenizer.json', 'tokenizer.model')  # what we read, in order of preference
 SETTINGS = 'tokenizer_config.json'
 OTHERS = (
     SETTINGS, 'special_tokens_map.json', 'added_tokens.json', 'vocab.json', 'merges.txt',
-    'chat_template.jinja', 'chat_template.json', 'generation_config.json',
+    'chat_template.jinja', 'chat_template.json', GENERATION,
 )  # fmt: skip
 LARGEST_BYTES = 2**28  # of a file
 
@@ -53,6 +54,12 @@ def read(directory: epath.Path, vocab_size: int, values: dict[str, Any]) -> File
     )
     if spec == 'tokenizer.json' and SETTINGS in contents:
         _check_special(directory, contents[spec], values)
+    place = f'{directory}: config.json'
+    ends = special.end_ids(values.get('eos_token_id'), tokenizer.vocab_size, place)
+    if GENERATION in contents:
+        _ = tokenizer.end_ids  # or else they are refused
+    elif ends:  # as transformers does where there is no such file
+        contents[GENERATION] = json.dumps({'eos_token_id': list(ends)}).encode()
     return Files(spec, tokenizer, contents)
 
 

@@ -4,7 +4,7 @@ import re
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
 
-from helios_jax.errors import UserError
+from helios_jax.errors import UserError, require
 
 # In order of preference. GPT-2 has one token for both; BERT's brackets come last.
 BOS_NAMES = ('<|bos|>', '<s>', '<bos>', '<|begin_of_text|>', '<|startoftext|>', '[BOS]')
@@ -36,6 +36,24 @@ def find(tokenizer: str, role: str, vocabulary: Mapping[str, int]) -> int:
         f'data.tokenizer={tokenizer!r} has no {role}: none of {", ".join(CANDIDATES[role])} is in '
         'it.'
     )
+
+
+def end_ids(said: Any, vocab_size: int, place: str) -> tuple[int, ...]:
+    """Reads an `eos_token_id` of transformers: a number, a list of them, or null.
+
+    Args:
+      place: where it stands, for the message.
+    Raises:
+      UserError: one that is no token's number.
+    """
+    numbers = said if isinstance(said, list) else [] if said is None else [said]
+    for number in numbers:
+        require(
+            type(number) is int and 0 <= number < vocab_size,
+            f'{place}: eos_token_id has {number!r:.40}, but the tokenizer has tokens 0 to '
+            f'{vocab_size - 1}; put back the tokenizer that belongs to it.',
+        )
+    return tuple(numbers)
 
 
 def unknown(model: dict[str, Any], vocabulary: dict[str, int]) -> int:

@@ -26,6 +26,8 @@ from helios_jax.data.lossy import Encoded
 from helios_jax.data.special import Spanned
 from helios_jax.errors import UserError
 
+GENERATION = 'generation_config.json'  # beside a tokenizer's file, as transformers writes it
+
 
 class Tokenizer(abc.ABC):
     """Interface of every tokenizer.
@@ -83,6 +85,22 @@ class Tokenizer(abc.ABC):
         names = {index: name for name, index in self.special_ids.items()}
         tokens = {'bos_token': names.get(self.bos_id, ''), 'eos_token': names.get(self.eos_id, '')}
         return chat_template.find(self.folder, self.chat_setting, tokens)
+
+    @functools.cached_property
+    def end_ids(self) -> tuple[int, ...]:
+        """Tokens that end a text beside EOS, by the generation_config.json next to the tokenizer.
+
+        Raises:
+          UserError: that file is no JSON object, or has an end that is no token's number.
+        """
+        path = self.folder / GENERATION if self.folder else None
+        if path is None or not path.is_file():
+            return ()
+        try:
+            said = json.loads(path.read_bytes()).get('eos_token_id')
+        except (ValueError, RecursionError, AttributeError):
+            raise UserError(f'{path} is no JSON object; mend it, or take it away.') from None
+        return special.end_ids(said, self.vocab_size, str(path))
 
     @functools.cached_property
     def special_starts(self) -> re.Pattern[str]:

@@ -25,7 +25,7 @@ def eval_command(argv: Sequence[str]) -> None:
         'text', '', 'Corpus to read instead of the held-out split.', flag_values=values
     )
     flags.DEFINE_string(
-        'output', '', 'Directory for results; stopped tasks go on there.', flag_values=values
+        'output', '', 'Directory for results; what was stopped goes on there.', flag_values=values
     )
     flags.DEFINE_integer(
         'context', 1, 'Devices that share a row, which travels round a ring.', flag_values=values
@@ -128,7 +128,7 @@ def run_lengths(values: flags.FlagValues) -> None:
     from helios_jax.evaluate.lengths import measure
 
     trained_on = restoring.read_metadata(values.checkpoint, values.step).get('data')
-    results = measure(restore(values), wanted, trained_on=trained_on)
+    results = measure(restore(values), wanted, trained_on=trained_on, output=values.output)
     if values.output:
         length_report.write(values.output, results)
     print(options.to_json(results) if values.json else length_report.table(results))
@@ -138,6 +138,7 @@ def generate_command(argv: Sequence[str]) -> None:
     """Continues prompts with text from a checkpoint.
 
     helios generate --checkpoint=runs/tiny --prompt='def main(' --temperature=0.7
+    helios generate --checkpoint=runs/qwen --chat --system='Be brief.' --prompt='Why is it dark?'
     """
     values = flags.FlagValues()
     checkpoint_flags(values)
@@ -148,17 +149,25 @@ def generate_command(argv: Sequence[str]) -> None:
     flags.DEFINE_float('top_p', 1.0, 'Draw from the likeliest of this mass.', flag_values=values)
     flags.DEFINE_integer('seed', 0, 'Another seed draws another text.', flag_values=values)
     flags.DEFINE_multi_string('stop', [], 'Text to stop before; may repeat.', flag_values=values)
+    flags.DEFINE_bool('chat', False, 'A prompt is a message, to be answered.', flag_values=values)
+    flags.DEFINE_string('system', '', 'Message in front of a chat.', flag_values=values)
     options.parse(values, argv)
+    require(
+        values.chat or not values.system, '--system is a message of a chat; add --chat, or drop it.'
+    )
     prepare(values)
+    from helios_jax.evaluate.conversation import Chat
     from helios_jax.evaluate.generate import compile_ahead, complete
 
     settings: dict[str, Any] = {
         name: values[name].value for name in ('max_tokens', 'temperature', 'top_k', 'top_p', 'seed')
     }
+    settings['chat'] = Chat(values.system) if values.chat else None
     compiled = functools.partial(compile_ahead, prompts=values.prompt, **settings)
     texts = complete(restore(values, compiled), values.prompt, stop=values.stop, **settings)
     for prompt, text in zip(values.prompt, texts, strict=True):
-        print(options.to_json({'prompt': prompt, 'text': text}) if values.json else prompt + text)
+        shown = text if values.chat else prompt + text
+        print(options.to_json({'prompt': prompt, 'text': text}) if values.json else shown)
 
 
 def checkpoint_flags(values: flags.FlagValues) -> None:

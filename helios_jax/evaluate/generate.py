@@ -4,7 +4,7 @@ import concurrent.futures
 import functools
 import logging
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 import jax
@@ -15,6 +15,7 @@ from jaxtyping import Array, Float, Int, PyTree
 from helios_jax import config
 from helios_jax.data.tokenizer import Tokenizer
 from helios_jax.errors import require, within_int32
+from helios_jax.evaluate.conversation import Chat, opened, turn_ends
 from helios_jax.evaluate.decoding import (
     batched,
     empty_cache,
@@ -84,6 +85,7 @@ def generate(
     *,
     max_tokens: int,
     eos_id: int,
+    end_ids: Collection[int] = (),
     temperature: float = 1.0,
     top_k: int = 0,
     top_p: float = 1.0,
@@ -92,7 +94,7 @@ def generate(
 ) -> list[list[int]]:
     """Continues each prompt (token ids, BOS included) by up to `max_tokens` tokens.
 
-    A row ends before EOS, or when `stopped(row, its new tokens)` says so.
+    A row ends before EOS or one of `end_ids`, or when `stopped(row, its new tokens)` says so.
 
     Raises:
       UserError: an empty prompt, or a sampling setting out of range.
@@ -109,7 +111,7 @@ def generate(
     for count in range(max_tokens):
         tokens = np.asarray(draw(logits, seed, count, temperature, top_k, top_p))
         for row in np.flatnonzero(alive):
-            if tokens[row] == eos_id:
+            if tokens[row] == eos_id or tokens[row] in end_ids:
                 alive[row] = False
                 continue
             output[row].append(int(tokens[row]))
@@ -149,6 +151,7 @@ def complete(
     *,
     max_tokens: int,
     stop: Sequence[str] = (),
+    chat: Chat | None = None,
     **settings: Any,
 ) -> list[str]:
     """Returns the texts that continue `prompts`, each cut before the first of the `stop` texts.
@@ -156,14 +159,16 @@ def complete(
     Warns where they reach past the length that the model was trained at.
 
     Args:
+      chat: makes each prompt a conversation, whose answer is returned.
       settings: what `generate` takes besides.
     Raises:
-      UserError: as `generate`, or an empty text to stop at.
+      UserError: as `generate`; an empty text to stop at; a chat template that fails.
     """
     require(all(stop), 'stop is empty, which every text ends with; name some text.')
-    tokens = encoded(restored.tokenizer, prompts)
+    tokens = encoded(restored.tokenizer, prompts, chat)
+    ends = turn_ends(restored.tokenizer) if chat is not None else ()
     warn_of_length(restored.model.model.rope, max(map(len, tokens), default=0), max_tokens)
-    return continued(restored, tokens, max_tokens=max_tokens, stop=stop, **settings)
+    return continued(restored, tokens, max_tokens=max_tokens, stop=stop, end_ids=ends, **settings)
 
 
 def continued(
@@ -172,9 +177,14 @@ def continued(
     *,
     max_tokens: int,
     stop: Sequence[str] = (),
+    end_ids: Sequence[int] = (),
     **settings: Any,
 ) -> list[str]:
-    """Returns what `complete` does, of prompts that are tokens, BOS included."""
+    """Returns what `complete` does, of prompts that are tokens, BOS included.
+
+    Args:
+      end_ids: tokens to end before, beside the tokenizer's own.
+    """
     model, variables, tokenizer, _ = restored
 
     def stopped(_: int, new: list[int]) -> bool:
@@ -187,6 +197,7 @@ def continued(
             variables,
             prompts,
             eos_id=tokenizer.eos_id,
+            end_ids={*tokenizer.end_ids, *end_ids},
             max_tokens=max_tokens,
             stopped=stopped if stop else None,
             **settings,
@@ -197,7 +208,11 @@ def continued(
     return texts
 
 
-def encoded(tokenizer: Tokenizer, prompts: Sequence[str]) -> list[list[int]]:
+def encoded(
+    tokenizer: Tokenizer, prompts: Sequence[str], chat: Chat | None = None
+) -> list[list[int]]:
+    if chat is not None:
+        return [opened(tokenizer, prompt, chat) for prompt in prompts]
     return [[tokenizer.bos_id, *tokenizer.encode(prompt)] for prompt in prompts]
 
 
@@ -210,6 +225,7 @@ def compile_ahead(
     top_k: int = 0,
     top_p: float = 1.0,
     seed: int = 0,
+    chat: Chat | None = None,
 ) -> None:
     """Compiles what `complete` of the same arguments will run, all of it at the same time.
 
@@ -222,7 +238,7 @@ def compile_ahead(
       UserError: as `generate`.
     """
     model, variables, tokenizer, _ = restored
-    tokens = encoded(tokenizer, prompts)
+    tokens = encoded(tokenizer, prompts, chat)
     check(tokens, max_tokens, temperature, top_k, top_p, seed)
     mesh = mesh_of(variables)
     with jax.set_mesh(mesh), concurrent.futures.ThreadPoolExecutor() as pool:

@@ -5,15 +5,19 @@ depth (passkey.py) and tasks of RULER (ruler.py).
 """
 
 import dataclasses
+import functools
 import logging
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
+from etils import epath
+
 from helios_jax import config, display
 from helios_jax.data import corpora
 from helios_jax.data.lossy import Encoded
 from helios_jax.errors import UserError, require
+from helios_jax.evaluate import responses
 from helios_jax.evaluate.generate import continued
 from helios_jax.evaluate.held_out import split
 from helios_jax.evaluate.length_settings import METHODS, Lengths
@@ -39,20 +43,26 @@ def measure(
     *,
     trained_on: Mapping[str, Any] | None = None,
     answer: Answerer | None = None,
+    output: epath.PathLike = '',
 ) -> dict[str, Any]:
-    """Measures every method at every length.
+    """Measures every method at every length; one that was stopped goes on where `output` has it.
 
     Args:
       trained_on: as `held_out.held_out`.
+      output: directory that keeps every row's score, and every answer, as they come; '' keeps none.
       answer: continues prompts; greedy decoding by default.
     Returns:
       The settings, `trained_length`, the number of `documents`, and `rows`, one for each method and
       length: what `sliding.perplexity` returns; `passkey` by depth and `ruler` by task, accuracies
       from 0 to 1. Tasks that need a longer prompt are left out.
     Raises:
-      UserError: no document is as long as the longest row; as `held_out.held_out`.
+      UserError: no document is as long as the longest row; as `held_out.held_out`; `output` has
+        answers of another model.
     """
     texts = long_documents(restored, wanted, trained_on)
+    path = epath.Path(output).expanduser() / responses.FILE if output else None
+    known = responses.Responses(path, responses.identity(restored) if path else '')
+    answer = answer or functools.partial(greedy, known=known)
     trained = restored.model.model.rope.trained_length
     batch_tokens = wanted.batch_rows * restored.config.data.row_length
     prompts = {length: prompts_of(restored, wanted, length) for length in wanted.lengths}
@@ -63,10 +73,10 @@ def measure(
             for length in wanted.lengths:
                 model = stretched(restored, method, length)
                 row = {'method': method, 'length': length, 'factor': max(1.0, length / trained)}
-                row |= perplexity(model, texts, length, wanted.stride, batch_tokens)
+                row |= perplexity(model, texts, length, wanted.stride, batch_tokens, known)
                 for kind, tasks in prompts[length].items():
                     row[kind] = {
-                        name: accuracy(some, (answer or greedy)(model, some, batch_tokens))
+                        name: accuracy(some, answer(model, some, batch_tokens))
                         for name, some in tasks.items()
                     }
                 rows.append(row)
@@ -154,14 +164,27 @@ def prompts_of(
     return found
 
 
-def greedy(restored: Restored, prompts: Sequence[Prompt], batch_tokens: int) -> list[str]:
-    """Continues prompts with their likeliest tokens."""
+def greedy(
+    restored: Restored,
+    prompts: Sequence[Prompt],
+    batch_tokens: int,
+    known: responses.Responses | None = None,
+) -> list[str]:
+    """Continues prompts with their likeliest tokens.
+
+    Args:
+      known: texts that are there already, and where new ones go.
+    """
+    rope = dataclasses.asdict(restored.model.model.rope)
+    keys = [responses.digest('text', rope, prompt.tokens, prompt.room) for prompt in prompts]
+    known = responses.Responses(None, model='') if known is None else known
     lengths = [len(prompt.tokens) + prompt.room for prompt in prompts]
-    texts: dict[int, str] = {}
     for shape in shapes(lengths, mesh_of(restored.variables), batch_tokens):
+        if all(keys[i] in known for i in shape.indices):
+            continue
         some = [prompts[i] for i in shape.indices]
         filled = [*some, *[some[-1]] * (shape.num_rows - len(some))]
         room = max(prompt.room for prompt in some)
         made = continued(restored, [p.tokens for p in filled], max_tokens=room, temperature=0.0)
-        texts |= dict(zip(shape.indices, made[: len(some)], strict=True))
-    return [texts[index] for index in range(len(prompts))]
+        known.add({keys[i]: text for i, text in zip(shape.indices, made, strict=False)})
+    return [known[key] for key in keys]

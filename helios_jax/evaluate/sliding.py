@@ -5,6 +5,7 @@ that follow those of the row before it, and reads as many tokens before them as 
 scores all of its tokens. Here every row starts with BOS, as rows of training do.
 """
 
+import dataclasses
 import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -12,6 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from helios_jax.data.lossy import Encoded
+from helios_jax.evaluate.responses import Responses, digest
 from helios_jax.evaluate.scores import Pair, score, shapes, windows
 from helios_jax.restoring import Restored, mesh_of
 
@@ -29,13 +31,19 @@ class Bin(NamedTuple):
 
 
 def perplexity(
-    restored: Restored, texts: Sequence[Encoded], length: int, stride: int, batch_tokens: int
+    restored: Restored,
+    texts: Sequence[Encoded],
+    length: int,
+    stride: int,
+    batch_tokens: int,
+    known: Responses | None = None,
 ) -> dict[str, Any]:
     """Scores every token of the texts once, in rows of at most `length` tokens.
 
     Args:
       stride: tokens that a row scores, but for a text's first row.
       batch_tokens: tokens at a time, about.
+      known: scores that are there already, and where new ones go.
     Returns:
       `perplexity`, `tokens`; `bits_per_byte` and `positions` (a list of `Bin`) of the first rows.
     """
@@ -45,18 +53,23 @@ def perplexity(
     for number, text in enumerate(texts):
         first[len(rows)] = number
         rows += list(windows(text.ids.tolist(), bos_id, length, stride))
-    nats, tokens = 0.0, 0
-    bits, num_bytes = np.zeros((2, length))  # by position
+    rope = dataclasses.asdict(restored.model.model.rope)
+    keys = [digest('row', rope, *row, index in first) for index, row in enumerate(rows)]
+    known = Responses(None, model='') if known is None else known
     mesh = mesh_of(restored.variables)
     for shape in shapes([len(a) + len(b) for a, b in rows], mesh, batch_tokens):
+        if all(keys[i] in known for i in shape.indices):
+            continue
         scored = score(restored, [rows[i] for i in shape.indices], shape)
-        for index, of_row in zip(shape.indices, scored, strict=True):
-            nats += float(of_row.nats.sum(dtype=np.float64))
-            tokens += len(of_row.nats)
-            if index in first:
-                count = len(of_row.nats)
-                bits[1 : 1 + count] += of_row.nats / math.log(2)
-                num_bytes[1 : 1 + count] += texts[first[index]].num_bytes[:count]
+        some = zip(shape.indices, scored, strict=True)
+        known.add({keys[i]: _sums(x.nats, length if i in first else 0) for i, x in some})
+    nats = math.fsum(known[key][0] for key in keys)
+    bits = np.sum([known[keys[index]][1] for index in first], axis=0)
+    num_bytes = np.zeros(length, np.int64)
+    for index, number in first.items():
+        count = len(rows[index][1])
+        num_bytes[1 : 1 + count] += texts[number].num_bytes[:count]
+    tokens = sum(len(after) for _, after in rows)
     return {
         'perplexity': math.exp(min(nats / tokens, 700)),
         'tokens': tokens,
@@ -65,12 +78,27 @@ def perplexity(
     }
 
 
-def bins(bits: np.ndarray, num_bytes: np.ndarray) -> list[Bin]:
-    """Sums up bits and bytes by position; bins end at powers of two and at the last position."""
+def _sums(nats: np.ndarray, length: int) -> tuple[float, list[float]]:
+    """Sums up a row's nats, and its bits by bin of a first row's `length` positions."""
+    bits = np.zeros(length)
+    bits[1 : 1 + len(nats)] = nats[: max(0, length - 1)] / math.log(2)
+    by_bin = [float(bits[start:end].sum()) for start, end in edges(length)]
+    return float(nats.sum(dtype=np.float64)), by_bin
+
+
+def edges(length: int) -> list[tuple[int, int]]:
+    """Lists where bins start and end: at powers of two and at the last position."""
     made, start = [], 0
-    while start < len(bits):
-        end = min(max(FIRST_BIN, 2 * start), len(bits))
-        some, text = float(bits[start:end].sum()), int(num_bytes[start:end].sum())
+    while start < length:
+        made.append((start, min(max(FIRST_BIN, 2 * start), length)))
+        start = made[-1][1]
+    return made
+
+
+def bins(bits: np.ndarray, num_bytes: np.ndarray) -> list[Bin]:
+    """Puts the bits of each bin and the bytes of each position together."""
+    made = []
+    for some, (start, end) in zip(bits.tolist(), edges(len(num_bytes)), strict=True):
+        text = int(num_bytes[start:end].sum())
         made.append(Bin(start, end, some, text, some / text if text else math.nan))
-        start = end
     return made

@@ -15,7 +15,9 @@ def test_what_is_written_array_by_array_is_read_on_devices_and_on_the_host(tmp_p
 
     def lazy(name):
         return LazyArray(
-            arrays[name].shape, arrays[name].dtype, lambda: made.append(name) or arrays[name]
+            arrays[name].shape,
+            arrays[name].dtype,
+            lambda: [((), made.append(name) or arrays[name])],
         )
 
     items = {'params': {name: lazy(name) for name in arrays}, 'more': {'x.y': lazy('ids')}}
@@ -31,6 +33,21 @@ def test_what_is_written_array_by_array_is_read_on_devices_and_on_the_host(tmp_p
         assert stored.read(name).dtype == array.dtype
         np.testing.assert_array_equal(stored.read(name), array)
     assert [row['damage'] for row in checkpoint.list_steps(tmp_path)] == ['']
+
+
+def test_an_array_is_written_part_by_part(tmp_path):
+    x = np.random.default_rng(0).standard_normal((3, 2, 5, 7)).astype('bfloat16')
+    made = []
+
+    def parts():
+        for index in np.ndindex(3, 2):
+            made.append(index)
+            yield index, x[index]
+
+    write_step(tmp_path, 0, {'params': {'x': LazyArray(x.shape, x.dtype, parts, 2)}}, {})
+    assert made == [*np.ndindex(3, 2)]
+    stored = StoredItem(checkpoint.open_step(tmp_path), 'params')
+    np.testing.assert_array_equal(stored.read('x'), x)
 
 
 def test_an_item_is_verified_before_any_of_it_is_read(tmp_path):

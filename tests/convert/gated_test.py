@@ -1,6 +1,7 @@
 """Re-expressed and upcycled models start as the model that was imported; gated ones travel."""
 
 import dataclasses
+import itertools
 import json
 
 import jax
@@ -42,7 +43,7 @@ def test_the_first_logits_are_those_of_the_imported_model(name, changes, tmp_pat
     made = hugging_face.model(name)
     source = hugging_face.save(made, tmp_path / 'theirs')
     tokens = hugging_face.tokens()
-    imported = load(source, **changes).restored
+    imported = load(source, **changes)
     model = imported.config.model
     assert (model.gmu.kind == 'convex') == ('to_gmu' in changes)
     assert (model.gmu.kind == 'residual') != ('to_gmu' in changes)
@@ -120,7 +121,7 @@ def test_an_exported_model_has_our_logits_and_comes_back(name, tmp_path):
     expected = ours(restored, tokens)
     assert expected.std() > 0.1
     np.testing.assert_allclose(theirs(model, tokens), expected, rtol=0, atol=1e-4)
-    again = load(tmp_path / 'x/out').restored
+    again = load(tmp_path / 'x/out')
     assert again.config.model == restored.config.model
     for mine, other in zip(
         jax.tree.leaves(restored.variables), jax.tree.leaves(again.variables), strict=True
@@ -128,6 +129,36 @@ def test_an_exported_model_has_our_logits_and_comes_back(name, tmp_path):
         # Rows beyond the vocabulary are not exported; no other size is as large as V.
         kept = tuple(slice(0, V) for _ in mine.shape)
         np.testing.assert_allclose(other[kept], mine[kept], rtol=1e-6)
+
+
+KINDS = [
+    *itertools.product(
+        ('convex', 'additive', 'highway'), ('low_rank', 'full', 'per_head', 'scalar', 'static')
+    ),
+    ('layerscale', 'low_rank'),
+    ('rezero', 'low_rank'),
+]
+SLOW = {('layerscale', 'low_rank'), ('rezero', 'low_rank'), ('additive', 'scalar')}
+
+
+@pytest.mark.parametrize(
+    ('kind', 'gate'),
+    [
+        pytest.param(*each, marks=pytest.mark.slow if each in SLOW else pytest.mark.long)
+        for each in KINDS
+    ],
+    ids=str,
+)
+def test_every_kind_and_gate_has_our_logits(kind, gate, tmp_path, monkeypatch):
+    both = 'input' if kind == 'highway' else 'both'
+    for normalizes in ('on', 'off') if (kind, gate) not in SLOW else ('auto',):
+        gmu = config.GMU(kind=kind, gate=gate, gate_input=both, normalize_output=normalizes)
+        monkeypatch.setitem(MODELS, 'this', {'num_layers': 2, 'head_dim': 8, 'gmu': gmu})
+        restored, model = exported('this', tmp_path / normalizes)
+        tokens = hugging_face.tokens()
+        expected = ours(restored, tokens)
+        assert expected.std() > 0.1
+        np.testing.assert_allclose(theirs(model, tokens), expected, rtol=0, atol=1e-4)
 
 
 @pytest.mark.slow
@@ -221,4 +252,4 @@ def test_a_byte_tokenizer_travels(tmp_path):
     assert (tokenizer.bos_token_id, tokenizer.eos_token_id) == (254, 255)
     said = json.loads((tmp_path / 'out/config.json').read_text())
     assert (said['bos_token_id'], said['eos_token_id']) == (254, 255)
-    assert load(tmp_path / 'out').restored.tokenizer.encode(text) == list(text.encode())
+    assert load(tmp_path / 'out').tokenizer.encode(text) == list(text.encode())

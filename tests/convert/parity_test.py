@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from helios_jax import restoring
-from helios_jax.convert import exporting, workdir
+from helios_jax.convert import exporting, importing, workdir
 
 REASON = "needs torch and transformers: pip install 'helios_jax[parity]'"
 torch = pytest.importorskip('torch', reason=REASON)
@@ -31,9 +31,9 @@ def test_logits_equal_transformers_on_import_and_after_a_round_trip(name, tmp_pa
     expected = theirs(made, tokens)
     assert expected.std() > 0.5
     imported = load(source)
-    np.testing.assert_allclose(ours(imported.restored, tokens), expected, rtol=0, atol=1e-4)
+    np.testing.assert_allclose(ours(imported, tokens), expected, rtol=0, atol=1e-4)
 
-    workdir.save(imported, tmp_path / 'run')
+    workdir.save(importing.open_directory(source), tmp_path / 'run')
     exporting.export(tmp_path / 'run', tmp_path / 'back', shard_bytes=30_000)
     assert len(list((tmp_path / 'back').glob('*.safetensors'))) > 2
     said = json.loads((tmp_path / 'back/config.json').read_text())
@@ -43,10 +43,10 @@ def test_logits_equal_transformers_on_import_and_after_a_round_trip(name, tmp_pa
     )
     np.testing.assert_allclose(theirs(back, tokens), expected, rtol=0, atol=1e-4)
     again = load(tmp_path / 'back')
-    assert again.restored.config.model == imported.restored.config.model
+    assert again.config.model == imported.config.model
     for mine, other in zip(
-        jax.tree.leaves(again.restored.variables),
-        jax.tree.leaves(imported.restored.variables),
+        jax.tree.leaves(again.variables),
+        jax.tree.leaves(imported.variables),
         strict=True,
     ):
         np.testing.assert_allclose(mine, other, rtol=1e-6)

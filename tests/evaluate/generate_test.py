@@ -182,6 +182,7 @@ def test_a_row_ends_before_eos_and_the_others_go_on():
     cut = [row[: row.index(eos)] if eos in row else row for row in free]
     assert len(cut[0]) <= 3
     assert short(eos_id=eos) == cut
+    assert short(end_ids=[eos]) == cut
 
 
 def test_a_row_ends_where_it_is_told_to():

@@ -20,6 +20,7 @@ from helios_jax.evaluate import command, length_report, lengths, sliding
 from helios_jax.evaluate.generate import continued
 from helios_jax.evaluate.length_settings import METHODS, Lengths
 from helios_jax.evaluate.prompts import Prompt
+from helios_jax.evaluate.responses import Responses
 
 pytestmark = pytest.mark.usefixtures('quick_runs')
 
@@ -175,6 +176,41 @@ def test_the_command_measures_and_writes(corpus, capsys, tmp_path, monkeypatch):
     assert (tmp_path / 'out' / 'lengths.png').stat().st_size > 10_000
     table = (tmp_path / 'out' / 'lengths.md').read_text()
     assert table == length_report.table(results) + '\n'
+
+
+class StoppedError(Exception):
+    """An evaluation ends here."""
+
+
+@pytest.mark.slow
+def test_an_evaluation_that_is_stopped_goes_on_and_scores_no_row_twice(corpus, tmp_path):
+    made, asked = tiny_restored.restored(), []
+    methods = ('none', 'dynamic')
+    wanted = Lengths((64, 100), methods, corpus, documents=2, trials=0, stride=40, batch_rows=2)
+    score, add = sliding.score, Responses.add
+
+    def scored(restored, pairs, shape):
+        rope = restored.model.model.rope.scaling
+        asked.extend((rope, *map(tuple, pair)) for pair in pairs)
+        return score(restored, pairs, shape)
+
+    def add_and_stop(self, answers):
+        add(self, answers)
+        if len(asked) > 7:
+            raise StoppedError
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sliding, 'score', scored)
+        with pytest.MonkeyPatch.context() as inner:
+            inner.setattr(Responses, 'add', add_and_stop)
+            with pytest.raises(StoppedError):
+                lengths.measure(made, wanted, output=tmp_path / 'a')
+        before = len(asked)
+        resumed = lengths.measure(made, wanted, output=tmp_path / 'a')
+        assert 7 < before < len(asked) and len(set(asked)) == len(asked)
+        assert lengths.measure(made, wanted, output=tmp_path / 'a') == resumed
+        assert len(set(asked)) == len(asked)
+    assert lengths.measure(made, wanted) == resumed
 
 
 @pytest.mark.parametrize(
