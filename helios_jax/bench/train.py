@@ -50,8 +50,8 @@ def measure_training(
         losses, start, seconds = [], 0.0, 0.0
         speed = throughput.Throughput(cfg, throughput.peak_flops())
         total = warmup_steps + cfg.train.num_steps
-        # Rows are read beforehand, and with them which programs there must be. The first run of each
-        # takes a second more, and is not on the clock.
+        # Rows are read beforehand, and with them which programs there must be. The first run of a
+        # program takes a second more, and is not on the clock.
         own = list(itertools.islice(batches, total + profiled_steps))
         for few in sorted({few_documents(cfg.data, batch) for batch in own}):
             example = pipeline.to_global(own[0], rows)

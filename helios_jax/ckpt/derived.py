@@ -125,11 +125,18 @@ def write(
 
 
 def save_tokenizer(source: checkpoint.Opened, new: epath.Path) -> dict[str, Any]:
-    """Copies the tokenizer of a step, verified; returns what metadata says of it."""
+    """Copies the tokenizer of a step and the files beside it, such as a chat template, verified.
+
+    Returns:
+      What metadata says of them.
+    """
     tokenizer = restoring.load_tokenizer(source)
     folder = checkpoint.tokenizer_directory(new)
     folder.mkdir(parents=True)
     spec = tokenizer.save(folder)
+    held = checkpoint.tokenizer_directory(source.directory)
+    for name in source.metadata.get('tokenizer_files', {}):
+        (folder / name).write_bytes((held / name).read_bytes())
     hashes = {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in folder.iterdir()}
     return {'tokenizer': spec, 'tokenizer_files': hashes}
 

@@ -1,13 +1,14 @@
 """Averages and exports are exact, can be read, and leave what they are made of as it was."""
 
 import json
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import small_checkpoints
-from folders import entries
+from folders import entries, files
 from refusals import refused
 from small_checkpoints import arrays, flat, numbers
 
@@ -39,6 +40,9 @@ def test_an_average_is_the_float64_mean_rounded_once(original, tmp_path):
     given = flat(jax.device_get(restored.variables['params']))
     jax.tree.map(np.testing.assert_array_equal, given, arrays(new, 'params'))
     assert restored.tokenizer.vocab_size == small_checkpoints.VOCABULARY
+    folders = [Path(checkpoint.tokenizer_directory(w / 'checkpoints')) for w in (original, new)]
+    assert files(folders[0]).keys() == {'tokenizer.json', 'tokenizer_config.json'}
+    assert files(folders[0]) == files(folders[1])
 
 
 def test_the_average_of_one_step_is_that_step_bit_for_bit(original, tmp_path):

@@ -52,10 +52,15 @@ def write(workdir: Path, steps=SCORES, cfg: config.Config = CONFIG) -> None:
     if not path.exists():
         texts = [f'{n} quick brown foxes jump over lazy dogs' for n in range(300)]
         train_bpe(texts, VOCABULARY, path)
+    template = folder / 'tokenizer_config.json'
+    template.write_text('{"chat_template": "{{ messages }}"}')
+    held = path, template
     metadata = {
         'config': dataclasses.asdict(cfg),
         'tokenizer': 'tokenizer.json',
-        'tokenizer_files': {'tokenizer.json': hashlib.sha256(path.read_bytes()).hexdigest()},
+        'tokenizer_files': {
+            file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in held
+        },
     }
     with contextlib.closing(checkpoint.Checkpoints(directory, keep=9)) as writer:
         for step in steps:
