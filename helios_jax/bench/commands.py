@@ -8,6 +8,7 @@ from typing import Any
 from absl import flags
 
 from helios_jax import config, options
+from helios_jax.bench.mesh.command import mesh_bench
 from helios_jax.errors import one_of, require
 
 
