@@ -14,7 +14,7 @@ from helios_jax.data import tokenizer
 from helios_jax.plan import command
 from helios_jax.plan.changes import PRESETS
 
-CONFIGS = [module.name for module in pkgutil.iter_modules(configs.__path__)]
+CONFIGS = [found.name for found in pkgutil.iter_modules(configs.__path__) if not found.ispkg]
 
 
 def run(capsys, *argv: str) -> str:

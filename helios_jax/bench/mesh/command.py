@@ -16,7 +16,7 @@ def mesh_bench(argv: Sequence[str]) -> None:
     """
     from helios_jax.bench.mesh import compare
 
-    default = compare.Comparison()
+    default = compare.MeshBench()
     values = flags.FlagValues()
     text = 'CONFIG:MESH or CONFIG:MESH:T, tokens of a row; none: all.'
     flags.DEFINE_list('rows', [], text, flag_values=values)
@@ -46,4 +46,4 @@ def mesh_bench(argv: Sequence[str]) -> None:
         verify.verify_meshes(as_json=values.json, seconds=60 * values.minutes or None)
         return
     given: Any = {field.name: values[field.name].value for field in dataclasses.fields(default)}
-    compare.compare_meshes(compare.Comparison(**given))
+    compare.compare_meshes(compare.MeshBench(**given))

@@ -27,7 +27,7 @@ OURS, NONE = 'ours', 'none'
 
 
 @dataclasses.dataclass(frozen=True)
-class Comparison:
+class MeshBench:
     """Flags of `helios bench mesh`."""
 
     rows: Sequence[str] = ()  # none: all of cases.ROWS that the devices form
@@ -43,7 +43,7 @@ class Comparison:
     plot: str = ''
 
 
-def compare_meshes(wanted: Comparison) -> list[Row]:
+def compare_meshes(wanted: MeshBench) -> list[Row]:
     """Measures and prints every row, and draws them if asked to.
 
     Raises:
@@ -65,7 +65,7 @@ def compare_meshes(wanted: Comparison) -> list[Row]:
 
 
 def measured(
-    wanted: Comparison, topology: chips.Topology, read: list[MeshCase], forms: dict[str, str]
+    wanted: MeshBench, topology: chips.Topology, read: list[MeshCase], forms: dict[str, str]
 ) -> list[Row]:
     """Measures row by row what belongs together, each shape on one device and in PyTorch once."""
     end = time.monotonic() + 60 * wanted.minutes if wanted.minutes else float('inf')
@@ -209,7 +209,7 @@ def compared(rows: list[Row]) -> None:
                 row[name] = row[rate] / beside[row['row']]
 
 
-def report(row: Row, wanted: Comparison) -> Row:
+def report(row: Row, wanted: MeshBench) -> Row:
     """Prints a row as soon as it is there."""
     print(options.to_json(row) if wanted.json else describe(row), flush=True)
     return row
