@@ -53,6 +53,7 @@ def test_the_average_of_one_step_is_that_step_bit_for_bit(original, tmp_path):
     assert checkpoint.open_step(new / 'checkpoints').step == 40
 
 
+@pytest.mark.slow
 def test_an_export_is_rounded_to_bfloat16_and_read_as_a_steps_copy_is(original, tmp_path, caplog):
     before = entries(original)
     new = tmp_path / 'export'

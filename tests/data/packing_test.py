@@ -156,6 +156,7 @@ def test_number_of_workers_changes_nothing(corpus, cache_dir):
     assert not multiprocessing.active_children()
 
 
+@pytest.mark.slow
 def test_an_interrupted_run_is_taken_up(corpus, cache_dir, monkeypatch):
     whole = packed(corpus, cache_dir)
     done = []
@@ -265,6 +266,7 @@ def test_lost_bytes_are_counted_and_shown(corpus, cache_dir, tmp_path):
     assert (whole['num_lost_bytes'], whole['lost_example']) == (0, '')
 
 
+@pytest.mark.slow
 def test_an_older_versions_rows_are_packed_again_to_the_same_bits(corpus, cache_dir):
     directory = packed(corpus, cache_dir)
     before = stored_rows(directory)

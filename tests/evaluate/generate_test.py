@@ -83,8 +83,8 @@ def close(actual, expected):
 @pytest.mark.parametrize(
     ('pattern', 'chunk'),
     [
-        ('full', 7),
-        *(slow('full', 1), slow('full', LENGTH)),
+        slow('full', 7),
+        *(slow('full', 1), ('full', LENGTH)),
         *(slow('mixed', 1), slow('mixed', 7), slow('mixed', LENGTH)),
     ],
 )

@@ -120,6 +120,7 @@ def test_prompts_count_neither_as_targets_nor_as_text():
     assert figures['targets'] < score(batch())['targets']
 
 
+@pytest.mark.slow
 def test_rows_of_padding_are_inert():
     made = batch()
     padding = Batch(*(np.zeros_like(x) for x in made))

@@ -196,7 +196,10 @@ def test_matches_the_float64_oracle(name, case, G, monkeypatch):
     assert all((gradient[dead] == 0).all() for gradient in actual[1][1:])
 
 
-@pytest.mark.parametrize('case', ['packed', 'bucket', 'packed_window'])
+@pytest.mark.parametrize(
+    'case',
+    ['bucket', *(pytest.param(c, marks=pytest.mark.slow) for c in ('packed', 'packed_window'))],
+)
 def test_few_documents_take_one_call_that_masks_nothing(case, monkeypatch):
     monkeypatch.setattr(gpu, 'cudnn', EMULATED)
     tokens, setting = CASES[case](T := 293)

@@ -266,7 +266,7 @@ def test_keys_beyond_the_memory_come_in_chunks(residuals, monkeypatch):
         np.testing.assert_allclose(got, want, rtol=0, atol=1e-6 * np.abs(want).max())
 
 
-@pytest.mark.parametrize('window', [0, 150])
+@pytest.mark.parametrize('window', [pytest.param(0, marks=pytest.mark.slow), 150])
 @pytest.mark.parametrize('kind', ['plain', 'packed', 'shuffled'])
 def test_what_is_listed_is_what_is_seen(kind, window):
     """Each visible pair is in a listed strip, once; what is not masked is seen by all."""

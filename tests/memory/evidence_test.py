@@ -319,7 +319,7 @@ def test_a_neighbour_of_the_same_size_on_the_device_is_no_copy_left_behind():
         evidence.check_compiled(arrays, program([near, near, far, OTHER[2]]), host=True)
 
 
-@pytest.mark.parametrize('microbatches', [1, 3])
+@pytest.mark.parametrize('microbatches', [1, pytest.param(3, marks=pytest.mark.slow)])
 def test_what_a_prefix_saves_is_not_stacked_by_a_scan_around_it(microbatches):
     args = jax.eval_shape(lambda: arguments(MOE))
 

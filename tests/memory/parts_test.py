@@ -109,6 +109,7 @@ def test_the_backward_pass_holds_a_part_of_the_hidden_tensors():
     assert sizes == {1: whole, 2: whole // 2, 4: max(whole // 4, narrow)}
 
 
+@pytest.mark.slow
 def test_sums_over_parts_are_float32():
     weights, x, update = arguments('tokens', jnp.bfloat16)
     wide = jax.tree.map(lambda a: a.astype(jnp.float32), (weights, x, update))

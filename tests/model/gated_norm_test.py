@@ -48,8 +48,8 @@ FORMS = [
 @pytest.mark.parametrize(
     ('name', 'kind', 'settings'),
     [
-        ('tpu', 'convex', {}),
-        pytest.param('gpu', 'convex', {}, marks=pytest.mark.slow),
+        ('gpu', 'convex', {}),
+        pytest.param('tpu', 'convex', {}, marks=pytest.mark.slow),
         *(pytest.param('tpu', *form, marks=pytest.mark.slow) for form in FORMS),
         *(pytest.param('gpu', *form, marks=pytest.mark.long) for form in FORMS),
     ],

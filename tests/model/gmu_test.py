@@ -287,8 +287,8 @@ def fresh_gates(model):
 @pytest.mark.parametrize(
     ('sublayers', 'moe'),
     [
-        (48, False),
-        pytest.param(4, False, marks=pytest.mark.slow),
+        (4, False),
+        pytest.param(48, False, marks=pytest.mark.slow),
         pytest.param(16, False, marks=pytest.mark.slow),
         pytest.param(48, True, marks=pytest.mark.slow),
     ],

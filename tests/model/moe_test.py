@@ -24,7 +24,7 @@ CASES = {
     'roomy': {'capacity_factor': 4.0},
     'tight_shared_sigmoid': {'capacity_factor': 0.5, 'num_shared_experts': 1, 'scores': 'sigmoid'},
 }
-SLOW = ('not_renormalized', 'softmax', 'top_one_sigmoid', 'all', 'roomy')
+SLOW = ('tight_shared_sigmoid', 'not_renormalized', 'softmax', 'all', 'roomy')
 
 
 def model(**changes):
@@ -112,9 +112,9 @@ def objective(y, stats, real):
 @pytest.mark.parametrize(
     'case',
     [
-        'tight_shared_sigmoid',
+        'top_one_sigmoid',
         *(pytest.param(name, marks=pytest.mark.slow) for name in SLOW),
-        # What the first case has together.
+        # What the first of these has together.
         *(pytest.param(name, marks=pytest.mark.long) for name in ('tight', 'sigmoid', 'shared')),
     ],
 )
@@ -252,6 +252,7 @@ def test_split_over_a_mesh_equals_one_device(case, random_variables):
         )
 
 
+@pytest.mark.slow
 def test_every_group_counts_its_own_drops(random_variables):
     """Capacity 0.5 of two groups that each hold half of the rows."""
     module, variables = build(random_variables, capacity_factor=0.5)

@@ -135,7 +135,11 @@ def test_without_a_mesh_it_is_a_loop_over_experts():
 
 @pytest.mark.parametrize(
     'sizes',
-    [{'expert': 4, 'fsdp': 2}, {'expert': 2, 'tensor': 2, 'context': 2}, {'fsdp': 8}],
+    [
+        {'expert': 4, 'fsdp': 2},
+        pytest.param({'expert': 2, 'tensor': 2, 'context': 2}, marks=pytest.mark.slow),
+        pytest.param({'fsdp': 8}, marks=pytest.mark.slow),
+    ],
     ids=str,
 )
 def test_every_mesh_gives_the_same_values_and_gradients(sizes):
@@ -163,6 +167,7 @@ def test_capacity_drops_the_late_and_counts_them_on_every_mesh():
     np.testing.assert_allclose(sharded, y, rtol=2e-5, atol=2e-6)
 
 
+@pytest.mark.slow
 def test_ample_capacity_drops_nothing():
     arrays = inputs()
     y, dropped = apply(*arrays, capacity_factor=float(E))

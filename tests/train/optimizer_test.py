@@ -239,7 +239,8 @@ def test_clipping_bounds_the_global_norm():
     np.testing.assert_allclose(mu[2], [3e-4, 4e-4], rtol=1e-6)
 
 
-@pytest.mark.parametrize('name', ['adamw', pytest.param('muon', marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize('name', ['adamw', 'muon'])
 def test_learning_rate_follows_the_count_in_the_state(name):
     params, settings = tree(0), plain(name=name, warmup_steps=5)
     first = optimizer.make(settings, 9, AXES)

@@ -34,6 +34,7 @@ def test_all_rows_are_those_that_the_devices_form():
     assert two and not [name for name in two if 'data_fsdp' in name or 'expert_fsdp' in name]
 
 
+@pytest.mark.slow
 def test_a_model_that_the_devices_cannot_hold_loses_layers_and_says_so():
     few, many = read('hydra_30b_a3b:fsdp', 'h200:2'), read('hydra_30b_a3b:fsdp', 'h200:8')
     assert few.layers == many.layers == 48
