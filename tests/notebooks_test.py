@@ -84,6 +84,7 @@ def kernel(path, tmp_path, monkeypatch):
     monkeypatch.setenv('IPYTHONDIR', str(tmp_path / 'ipython'))
     monkeypatch.setenv('JAX_PLATFORMS', 'cpu')
     monkeypatch.setenv('JAX_NUM_CPU_DEVICES', str(DEVICES.get(path.stem, 1)))
+    monkeypatch.setenv('JAX_DISABLE_MOST_OPTIMIZATIONS', '1')  # compiles sooner
     monkeypatch.setenv('TMPDIR', str(tmp_path / 'temporary'))
     (tmp_path / 'temporary').mkdir()
     monkeypatch.delenv('MPLBACKEND', raising=False)
