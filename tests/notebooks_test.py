@@ -31,7 +31,8 @@ CELL_SECONDS = 300
 PARAMETERS = {
     'quickstart': {'STEPS': 2, 'PROMPT': 'class Sun:\n'},
     'gmu_ablation': {'STEPS': 3, 'WORKERS': 2},
-    'long_context': {'STEPS': 4, 'TRAINED_LENGTH': 16, 'LENGTHS': (16, 48), 'DOCUMENTS': 5},
+    # A length of rows that another notebook has packed.
+    'long_context': {'STEPS': 4, 'TRAINED_LENGTH': 128, 'LENGTHS': (128, 160), 'DOCUMENTS': 5},
     'restore_and_eval': {'STEPS': 3, 'PROMPT': 'class Moon:\n'},
 }
 AGAIN = {'gmu_ablation': {'SEEDS': 1}}  # before all cells run once more
