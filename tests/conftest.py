@@ -13,9 +13,14 @@ from jaxtyping import install_import_hook
 
 install_import_hook('helios_jax', 'beartype.beartype')
 
+import hypothesis  # noqa: E402
 import jax  # noqa: E402
 import pytest  # noqa: E402
 from jax.experimental.compilation_cache import compilation_cache  # noqa: E402
+
+# A machine may be busy: no example has a time limit.
+hypothesis.settings.register_profile('without_deadline', deadline=None)
+hypothesis.settings.load_profile('without_deadline')
 
 jax.config.update('jax_num_cpu_devices', 8)
 jax.config.update('jax_numpy_rank_promotion', 'raise')

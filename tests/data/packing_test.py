@@ -43,7 +43,7 @@ def test_best_fit_prefers_the_fullest_bin_that_has_room():
 
 @pytest.mark.parametrize('row_length', [4, 17, 256])
 @given(docs=TEXTS)
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 def test_best_fit_rows_hold_every_document(row_length, docs):
     rows = packing.Packer(BYTES, row_length, 'best_fit').rows(docs)
     pieces = [piece for row in rows for piece in row]
@@ -67,7 +67,7 @@ def test_best_fit_rows_hold_every_document(row_length, docs):
 
 @pytest.mark.parametrize('row_length', [4, 17, 256])
 @given(docs=TEXTS)
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 def test_concatenated_rows_are_one_stream(row_length, docs):
     rows = packing.Packer(BYTES, row_length, 'concatenate').rows(docs)
     assert all(len(row) == 1 and row[0].tokens[0] == BYTES.bos_id for row in rows)

@@ -339,7 +339,6 @@ def test_two_cores_share_the_key_heads():
 @pytest.mark.slow
 @settings(
     max_examples=4,
-    deadline=None,
     phases=[Phase.explicit, Phase.reuse, Phase.generate],  # shrinking would take many minutes
     suppress_health_check=[HealthCheck.function_scoped_fixture],
 )

@@ -154,7 +154,7 @@ def test_split_over_a_mesh_equals_one_device(sizes, num_chunks, monkeypatch):
 rows = st.lists(st.tuples(st.integers(0, 3), st.booleans()), min_size=7, max_size=7)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(row=rows, other=rows)
 def test_targets_are_the_next_token_of_the_same_document_where_it_counts(row, other):
     tokens = np.arange(20, 34, dtype=np.int32).reshape(2, 7)

@@ -18,7 +18,7 @@ assign_slots = jax.jit(experts.assign_slots, static_argnums=(1, 2))
 choices = st.lists(st.integers(0, 5), min_size=12, max_size=12)  # 5: none of ours
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(choices, st.sampled_from([0, 1, 2, 4]))
 def test_slots_and_sources_are_inverse_and_sorted_by_expert(chosen, capacity):
     num_experts, num_pairs = 5, len(chosen)
@@ -44,7 +44,7 @@ def test_slots_and_sources_are_inverse_and_sorted_by_expert(chosen, capacity):
         np.testing.assert_array_equal(slots, pairs)
 
 
-@settings(max_examples=10, deadline=None)
+@settings(max_examples=10)
 @given(choices, st.sampled_from([0, 2]))
 def test_dispatch_and_combine_are_indexing_with_its_gradient(chosen, capacity):
     num_chosen, num_experts = 3, 5
