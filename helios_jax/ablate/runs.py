@@ -60,6 +60,8 @@ def environments(environment: Mapping[str, str], workers: int) -> list[dict[str,
     Of the GPUs that CUDA_VISIBLE_DEVICES names each worker has its share; where there are fewer
     GPUs than workers, workers share their memory.
     """
+    # A notebook asks for colours, which a log has no use for.
+    environment = {name: value for name, value in environment.items() if name != 'FORCE_COLOR'}
     devices = [name for name in environment.get('CUDA_VISIBLE_DEVICES', '').split(',') if name]
     if workers > 1 and len(devices) >= workers:
         shares = [','.join(devices[worker::workers]) for worker in range(workers)]

@@ -185,4 +185,4 @@ def test_workers_have_gpus_of_their_own_or_share_the_memory_of_one():
     assert of('XLA_PYTHON_CLIENT_MEM_FRACTION', 4) == ['0.225'] * 4
     given['XLA_PYTHON_CLIENT_MEM_FRACTION'] = '.3'
     assert of('XLA_PYTHON_CLIENT_MEM_FRACTION', 4) == ['.3'] * 4
-    assert runs.environments(given, 1) == [given]
+    assert runs.environments({**given, 'FORCE_COLOR': '1'}, 1) == [given]
