@@ -20,6 +20,8 @@ from helios_jax.data import pipeline
 from helios_jax.parallel import cluster
 from helios_jax.train import lock
 
+SHARED = '{} runs at a time: where they shared a device, their seconds and steps do not compare.'
+
 
 def conduct(
     design: Design,
@@ -61,6 +63,8 @@ def conduct(
             display.say('Stopped; the same command goes on.')
             raise KeyboardInterrupt
         notes = [equalities(design)]
+        if workers > 1:
+            notes.append(SHARED.format(workers))
         if dropped:
             notes.append(left_out(dropped, budget, budget_minutes))
             display.say(notes[-1])

@@ -85,7 +85,8 @@ def test_a_budget_says_what_it_dropped(base, tmp_path):
     starter = made_up_study.Starter(tmp_path / 'journal', seconds=0.3)
     made = made_up_study.make(base, seeds=9)
     results = conducted(made, tmp_path / 'w', starter, budget_minutes=0.5 / 60)
-    (line,) = results.notes[1:]
+    shared, line = results.notes[1:]
+    assert shared.startswith('2 runs at a time')
     assert re.search('Dropped from the seeds: .*seed_8.*budget_minutes=0.00833', line)
     states = {(run.seed, run.state) for run in results.runs}
     assert {state for seed, state in states if seed == 8} == {'missing'}
