@@ -1,10 +1,11 @@
-"""77 million parameters in 24 layers of D 512, which learn English text in a minute: for studies.
+"""77 million parameters in 24 layers of D 512, which learn English text in minutes: for studies.
 
 helios train --config=study_77m --workdir=runs/study_77m \
     --config.data.corpus='linux/Documentation/**/*.rst'
 
 The corpus of that command is 20 MB of technical English: git clone --depth=1
-https://github.com/torvalds/linux. A step reads 32,768 bytes, and 700 steps all of it once.
+https://github.com/torvalds/linux. A step reads 32,768 bytes, and 700 steps all of it once. Three
+runs at a time took four minutes each on one H200, start and end included.
 """
 
 import ml_collections

@@ -78,6 +78,7 @@ def measure_training(
         else:
             seconds = time.perf_counter() - start
     device = jax.devices()[0]
+    each = 1e3 / max(1, profiled_steps) / jax.local_device_count()  # of a step and a card
     temporary: list[Any] = [step.compiled.memory_analysis() for step in programs.values()]
     return {
         'kind': cfg.model.gmu.kind,
@@ -89,8 +90,8 @@ def measure_training(
         'state_gib': gib_of(state),
         'peak_gib': (device.memory_stats() or {}).get('peak_bytes_in_use', 0) / GIB,
         'temp_gib': max(memory.temp_size_in_bytes for memory in temporary) / GIB,
-        'kernel_ms': {k: 1e3 * s / profiled_steps for k, s in trace.by_kind(kernels).items()},
-        'top_kernels_ms': {n[:80]: 1e3 * s / profiled_steps for n, s in list(kernels.items())[:25]},
+        'kernel_ms': {k: each * s for k, s in trace.by_kind(kernels).items()},
+        'top_kernels_ms': {n[:80]: each * s for n, s in list(kernels.items())[:25]},
         'device': device.device_kind,
         'jax': jax.__version__,
     }
