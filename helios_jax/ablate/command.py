@@ -32,6 +32,8 @@ def ablate_command(argv: Sequence[str]) -> None:
     values = flags.FlagValues()
     flags.DEFINE_string('workdir', '', 'Directory that the study is kept in.', flag_values=values)
     flags.DEFINE_integer('seeds', 0, "Runs of each arm; 0: the study's.", flag_values=values)
+    text = "Arms to run beside the baseline, by commas; '': all of the study's."
+    flags.DEFINE_list('arms', [], text, flag_values=values)
     flags.DEFINE_bool('interval', True, 'Intervals, which need two seeds.', flag_values=values)
     flags.DEFINE_integer('workers', 1, 'Runs at a time, a process each.', flag_values=values)
     text = 'Time for it; whole seeds are dropped; 0: no end.'
@@ -75,8 +77,11 @@ def asked(values: flags.FlagValues, argv: Sequence[str]) -> tuple[designs.Design
     check(values, study)
     saved = definition.read(Path(values.workdir).expanduser())
     seeds = values.seeds or max(study.seeds, saved.get('seeds', 0))
+    if values.arms:
+        study = studies.narrowed(study, [*values.arms, *saved.get('arms', ())])
     arguments = [f'--study={name}', f'--workdir={values.workdir}', f'--seeds={seeds}']
     arguments += [f'--config={base_name}'] if base_name != study.config else []
+    arguments += [f'--arms={",".join(study.arms)}'] if values.arms else []
     arguments += [] if values.interval else ['--nointerval']
     arguments += options.overrides(begun, base)
     study = dataclasses.replace(study, config=base_name)

@@ -1,5 +1,6 @@
 """Definition of a study in its workdir: what a study that goes on is compared with."""
 
+import dataclasses
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -7,7 +8,7 @@ from typing import Any
 
 from etils import epath
 
-from helios_jax import paths
+from helios_jax import config, paths
 from helios_jax.ablate.design import Design
 from helios_jax.errors import require
 
@@ -31,6 +32,7 @@ def read(workdir: Path) -> dict[str, Any]:
     except ValueError:
         known = False
     require(known, f'{path} is no definition of a study; restore it, or name another workdir.')
+    found['config'] = dataclasses.asdict(config.from_dict(found['config']))  # with newer fields
     return found
 
 

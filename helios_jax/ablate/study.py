@@ -7,7 +7,7 @@ configs/studies. Whatever is wrong with it is said before anything runs.
 import dataclasses
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -80,6 +80,18 @@ class Study:
             not setting,
             f'arm {"".join(setting[:1])!r} sets {RATE}, which learning_rates searches; drop one.',
         )
+
+
+def narrowed(study: Study, arms: Collection[str]) -> Study:
+    """Returns a study of some arms and the baseline.
+
+    Raises:
+      UserError: an arm that the study lacks; none beside the baseline.
+    """
+    for name in arms:
+        one_of('--arms', name, tuple(study.arms))
+    kept = {name: v for name, v in study.arms.items() if name in {study.baseline, *arms}}
+    return dataclasses.replace(study, arms=kept)
 
 
 def rate_name(rate: float) -> str:

@@ -22,6 +22,7 @@ class Weight(NamedTuple):
     shape: tuple[int, ...]
     axes: Axes
     fan_in: int = 0  # inputs of the compute-dtype matmul that reads it; 0: no matmul does
+    gain: float = 1.0  # its values start with a standard deviation of gain / √fan_in
 
     @property
     def size(self) -> int:
@@ -66,10 +67,10 @@ def layer(model: Model, kind: str) -> list[Weight]:
     for sublayer in ('attention_gmu', 'mlp_gmu'):
         found += _below(sublayer, gmu(model).values())
     if not kind.startswith('moe'):
-        return found + _below('mlp', swiglu(D, model.mlp_dim).values())
+        return found + _below('mlp', swiglu(model, model.mlp_dim).values())
     found += _below('moe', moe(model).values())
     if model.moe.num_shared_experts:
-        found += _below('moe.shared', swiglu(D, shared_mlp_dim(model)).values())
+        found += _below('moe.shared', swiglu(model, shared_mlp_dim(model)).values())
     return found
 
 
@@ -92,7 +93,7 @@ def attention(model: Model) -> Rows:
         'q': Weight('q.w', (D, N, H), ('embed', 'heads', 'head_dim'), D),
         'k': Weight('k.w', (D, K, H), ('embed', 'kv_heads', 'head_dim'), D),
         'v': Weight('v.w', (D, K, H), ('embed', 'kv_heads', 'head_dim'), D),
-        'out': Weight('out.w', (N, H, D), ('heads', 'head_dim', 'embed'), N * H),
+        'out': Weight('out.w', (N, H, D), ('heads', 'head_dim', 'embed'), N * H, gain(model)),
     }
     if model.qkv_bias:
         rows['q_bias'] = Weight('q_bias', (N, H), ('heads', 'head_dim'))
@@ -103,11 +104,18 @@ def attention(model: Model) -> Rows:
     return rows
 
 
-def swiglu(D: int, F: int) -> Rows:
+def gain(model: Model) -> float:
+    """Gain of a sublayer's last matrix: with `output_init=depth` the outputs of all 2L sublayers
+    together start as large as one of them (GPT-2)."""
+    return (2 * model.num_layers) ** -0.5 if model.output_init == 'depth' else 1.0
+
+
+def swiglu(model: Model, F: int) -> Rows:
+    D = model.embed_dim
     return {
         'gate': Weight('gate.w', (D, F), ('embed', 'mlp'), D),
         'up': Weight('up.w', (D, F), ('embed', 'mlp'), D),
-        'down': Weight('down.w', (F, D), ('mlp', 'embed'), F),
+        'down': Weight('down.w', (F, D), ('mlp', 'embed'), F, gain(model)),
     }
 
 
@@ -118,7 +126,7 @@ def moe(model: Model) -> Rows:
         'router': Weight('router.w', (D, E), ('embed', 'experts'), D),
         'gate': Weight('gate.w', (E, D, F), ('experts', 'embed', 'mlp'), D),
         'up': Weight('up.w', (E, D, F), ('experts', 'embed', 'mlp'), D),
-        'down': Weight('down.w', (E, F, D), ('experts', 'mlp', 'embed'), F),
+        'down': Weight('down.w', (E, F, D), ('experts', 'mlp', 'embed'), F, gain(model)),
     }
 
 
@@ -147,6 +155,8 @@ def gmu(model: Model) -> Rows:
     rows = {'output_norm': norm('output_norm', D)} if unit.normalizes else {}
     if unit.adds_embedding:
         rows['embedding'] = _vector('embedding', 1, D)
+    if unit.scales_stream:
+        rows['stream_scale'] = _vector('stream_scale', 1, D)
     if not unit.has_gate:
         sizes = {'layerscale': D, 'rezero': 1}
         if unit.kind in sizes:

@@ -22,6 +22,7 @@ class GMU:
     normalize_output: str = 'auto'  # mix RMSNorm(u) instead of u: auto (convex alone) | on | off
     layerscale: float = 0.1  # initial λ of kind=layerscale
     embedding: str = 'off'  # add α x₀, what the embedding gave, α one scalar a sublayer: on | off
+    stream_scale: str = 'off'  # multiply x by λ first, one scalar a sublayer, 1 at first: on | off
 
     def __post_init__(self) -> None:
         one_of(
@@ -38,6 +39,7 @@ class GMU:
         )
         one_of('model.gmu.normalize_output', self.normalize_output, ('auto', 'on', 'off'))
         one_of('model.gmu.embedding', self.embedding, ('on', 'off'))
+        one_of('model.gmu.stream_scale', self.stream_scale, ('on', 'off'))
         at_least_zero('model.gmu', self, 'rank')
         if self.bias != 'depth':
             try:
@@ -59,6 +61,10 @@ class GMU:
     @property
     def adds_embedding(self) -> bool:
         return self.embedding == 'on'
+
+    @property
+    def scales_stream(self) -> bool:
+        return self.stream_scale == 'on'
 
     @property
     def has_gate(self) -> bool:
@@ -162,6 +168,8 @@ class Model:
     attention_softcap: float = 0.0  # c·tanh(logits/c) on attention logits; 0 is off
     tied_embeddings: bool = False  # one matrix for embedding and unembedding
     norm_eps: float = 1e-6  # eps of every RMSNorm
+    norm_scale: str = 'plain'  # what a sublayer reads: plain (x̂) | depth (x̂/√l in layer l)
+    output_init: str = 'plain'  # a sublayer's last matrix starts: plain | depth (1/√(2L) of it)
     compute_dtype: str = 'bfloat16'  # dtype of matmuls and the stream: bfloat16 | float32
     attention: str = 'auto'  # implementation: auto | tpu | cudnn | reference
     gmu: GMU = GMU()
@@ -185,6 +193,8 @@ class Model:
         )
         require(self.head_dim % 2 == 0, f'model.head_dim={self.head_dim} must be even for RoPE.')
         one_of('model.compute_dtype', self.compute_dtype, ('bfloat16', 'float32'))
+        one_of('model.norm_scale', self.norm_scale, ('plain', 'depth'))
+        one_of('model.output_init', self.output_init, ('plain', 'depth'))
         one_of('model.attention', self.attention, ('auto', *ATTENTION))
         require(
             self.gmu.gate != 'per_head' or self.embed_dim % self.head_dim == 0,

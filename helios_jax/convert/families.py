@@ -163,7 +163,8 @@ def of(model: config.Model, *, biased_router: bool = False) -> str:
     moe = [kind.startswith('moe') for kind in model.layer_kinds]
     plain = (
         model.gmu.kind == 'residual'
-        and not model.gmu.normalizes
+        and not (model.gmu.normalizes or model.gmu.adds_embedding or model.gmu.scales_stream)
+        and model.norm_scale == 'plain'
         and not model.attention_softcap
         and rope.expressible(model.rope)
     )

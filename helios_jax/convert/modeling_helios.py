@@ -46,15 +46,15 @@ def normalize(x: Tensor, eps: float) -> Tensor:
 
 
 class HeliosNorm(nn.Module):
-    """RMSNorm with a learnt scale."""
+    """RMSNorm with a learnt scale, and one that stays."""
 
-    def __init__(self, dim: int, eps: float):
+    def __init__(self, dim: int, eps: float, factor: float = 1.0):
         super().__init__()
         self.weight = nn.Parameter(torch.ones(dim))
-        self.eps = eps
+        self.eps, self.factor = eps, factor
 
     def forward(self, x: Tensor) -> Tensor:
-        return (normalize(x, self.eps) * wide(self.weight)).to(x.dtype)
+        return (normalize(x, self.eps) * (self.factor * wide(self.weight))).to(x.dtype)
 
 
 def layer_kinds(model: dict[str, Any]) -> list[str]:
@@ -259,6 +259,8 @@ class HeliosGatedMemoryUnit(nn.Module):
         self.sees: tuple[str, ...] = ()
         if self.gmu['embedding'] == 'on':
             self.embedding = nn.Parameter(torch.zeros(1))
+        if self.gmu['stream_scale'] == 'on':
+            self.stream_scale = nn.Parameter(torch.ones(1))
         if kind in ('layerscale', 'rezero'):
             self.scale = nn.Parameter(torch.zeros(D if kind == 'layerscale' else 1))
         if not self.has_gate:
@@ -287,6 +289,8 @@ class HeliosGatedMemoryUnit(nn.Module):
         stream, update = wide(x), wide(update)
         if self.gmu['kind'] in ('convex', 'highway'):
             update = update - stream
+        if self.gmu['stream_scale'] == 'on':
+            stream = wide(self.stream_scale) * stream
         stream = stream + gate * update
         if self.gmu['embedding'] == 'on':
             stream = stream + wide(self.embedding) * wide(x_0)
@@ -317,10 +321,11 @@ class HeliosLayer(nn.Module):
         super().__init__()
         D = model['embed_dim']
         window = model['window'] if kind.endswith('window') else 0
-        self.input_layernorm = HeliosNorm(D, input_eps(model, 2 * number + 1))
+        factor = (number + 1) ** -0.5 if model['norm_scale'] == 'depth' else 1.0
+        self.input_layernorm = HeliosNorm(D, input_eps(model, 2 * number + 1), factor)
         self.self_attn = HeliosAttention(model, window, number)
         self.attention_gmu = HeliosGatedMemoryUnit(model)
-        self.post_attention_layernorm = HeliosNorm(D, input_eps(model, 2 * number + 2))
+        self.post_attention_layernorm = HeliosNorm(D, input_eps(model, 2 * number + 2), factor)
         moe = kind.startswith('moe')
         self.mlp = HeliosExperts(model) if moe else HeliosMLP(D, model['mlp_dim'])
         self.mlp_gmu = HeliosGatedMemoryUnit(model)

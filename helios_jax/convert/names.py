@@ -32,6 +32,7 @@ GMU = {  # families of theirs have none of these
         'bias': 'bias',
         'scale': 'scale',
         'embedding': 'embedding',
+        'stream_scale': 'stream_scale',
         'output_norm.scale': 'output_norm.weight',
     }.items()
 }

@@ -4,13 +4,14 @@ from functools import partial
 from typing import Any
 
 import flax.linen as nn
+import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
 from helios_jax import config
 from helios_jax.model.attention import Attention
 from helios_jax.model.gmu import GatedMemoryUnit, Norm, input_eps
-from helios_jax.model.layers import RMSNorm
+from helios_jax.model.layers import RMSNorm, scaled
 from helios_jax.model.moe import MixtureOfExperts, Stats, SwiGLU
 from helios_jax.parallel.sharding import constrain
 
@@ -47,28 +48,34 @@ class Block(nn.Module):
         window = model.window if self.kind.endswith('window') else 0
 
         sublayer = 2 * index + 1
-        x_hat = RMSNorm(name='attention_norm')(x, input_eps(model, sublayer))
-        x_hat = checkpoint_name(x_hat, 'attention_input')
+        x_hat = checkpoint_name(scaled(x, *self.norm('attention', index, 1)), 'attention_input')
         how = self.platform, self.residuals, self.few_documents
         attention = Attention(model, window, *how, name='attention')
         update = attention(x_hat, positions, segment_ids, cache_length)
         update = checkpoint_name(update, 'attention_update')
         gate = partial(GatedMemoryUnit, model, backward_parts=parts, platform=self.platform)
-        norm = Norm(RMSNorm(name='mlp_norm').scale(model.embed_dim), input_eps(model, sublayer + 1))
         gated = gate(name_prefix='attention', name='attention_gmu')
-        x, x_hat = gated(x, x_hat, update, sublayer, norm, x_0)
+        x, x_hat = gated(x, x_hat, update, sublayer, self.norm('mlp', index, 2), x_0)
 
         x_hat = checkpoint_name(x_hat, 'mlp_input')
         stats = None
         if self.kind.startswith('moe'):
             update, stats = MixtureOfExperts(model, self.platform, name='moe')(x_hat, segment_ids)
         else:
-            mlp = SwiGLU(model.embed_dim, model.mlp_dim, parts, name='mlp')
+            mlp = SwiGLU(model, model.mlp_dim, parts, name='mlp')
             update = mlp(x_hat)
         update = checkpoint_name(update, 'mlp_update')
         gated = gate(name_prefix='mlp', name='mlp_gmu')
         x, _ = gated(x, x_hat, update, sublayer + 1, x_0=x_0)
         return x, stats
+
+    @nn.nowrap
+    def norm(self, name: str, index: Any, place: int) -> Norm:
+        """Reads the norm in front of the first or second sublayer of layer `index` (from 0)."""
+        scale = RMSNorm(name=f'{name}_norm').scale(self.model.embed_dim)
+        if self.model.norm_scale == 'depth':
+            scale = scale / jnp.sqrt(index + 1.0)
+        return Norm(scale, input_eps(self.model, 2 * index + place))
 
 
 class Layers(nn.Module):

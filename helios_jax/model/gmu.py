@@ -1,6 +1,6 @@
 """Gated Memory Units, which replace the residual connection.
 
-    g = σ(W_b W_x x̂ + b)        y = x + g ⊙ (û − x) [+ α x₀]
+    g = σ(W_b W_x x̂ + b)        y = [λ] x + g ⊙ (û − x) [+ α x₀]
 
 x is the stream, x̂ the sublayer's normalised input, u its output, û = RMSNorm(u) with a learnt
 scale. The gate may see the output, as W_u ū, too or alone (`gmu.gate_input`). b starts at −ln l
@@ -8,7 +8,8 @@ for the l-th sublayer, so g = 1/(l+1) and the stream is the running mean of the 
 every output so far. RMSNorm reads only the stream's direction, so with u instead of û the network
 starts as exactly the pre-norm residual network, and the gates learn from there. The price is two
 skinny matmuls a sublayer. With `gmu.embedding` what the embedding gave, x₀, is added behind every
-sublayer, times a learnt number that starts at 0.
+sublayer, times a learnt number that starts at 0; with `gmu.stream_scale` another, that starts at 1,
+multiplies the stream.
 
 Descends from Highway Networks (1505.00387), GTrXL (1910.06764), ReZero (2003.04887), LayerScale
 (2103.17239), Hyper-Connections (2409.19606) and Review Residuals (2606.31859). Another GMU, which
@@ -75,17 +76,21 @@ def operands(
     gate: Gate,
     scale: Array | None,
     behind: Norm | None,
-    x_0: Array | None,
+    more: bool,
 ) -> gated_norm.MixOperands | None:
     """Returns the operands of the platform's kernel; None for forms of the unit that it lacks.
 
     A plain sum XLA makes where it makes the update; what else the kernel lacks is logged.
+
+    Args:
+      more: True: the unit adds the embedding or scales the stream.
     """
     D = x.shape[-1]
     if gate.vector is None and scale is None:
         return None
-    if x_0 is not None:
-        gated_norm.log_refusal(platform, 'the kernel adds no embedding (model.gmu.embedding).')
+    if more:
+        reason = 'the kernel has no model.gmu.embedding and no model.gmu.stream_scale.'
+        gated_norm.log_refusal(platform, reason)
         return None
     if gate.vector is not None and gate.vector.size != D:
         gated_norm.log_refusal(platform, 'the kernel has no gate that serves several channels.')
@@ -155,7 +160,8 @@ class GatedMemoryUnit(nn.Module):
         if not self.is_initializing() and gated_norm.available(platform):
             product = recomputed(partial(normalized_product, eps), self.backward_parts > 0)
             gate = gate_of(product, name, weights, x_hat, update)
-            given = operands(platform, x, update, gate, weights.scale, behind, x_0)
+            more = gmu.adds_embedding or gmu.scales_stream
+            given = operands(platform, x, update, gate, weights.scale, behind, more)
             if given and gated_norm.takes(given, platform, sharing('batch', 'length')):
                 form = gated_norm.Mix(gmu.kind in INTERPOLATING, gmu.has_gate, eps)
                 return mixed_by_kernel(form, platform, given)
@@ -178,6 +184,9 @@ class GatedMemoryUnit(nn.Module):
             found = found._replace(scale=RMSNorm(name='output_norm').scale(self.model.embed_dim))
         if gmu.adds_embedding:
             found = found._replace(embedding=self.vector(rows['embedding'], zeros))
+        if gmu.scales_stream:
+            ones = nn.initializers.ones
+            found = found._replace(stream=self.vector(rows['stream_scale'], ones))
         if gmu.kind == 'residual':
             return found
         if not gmu.has_gate:

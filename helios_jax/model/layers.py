@@ -41,7 +41,7 @@ class Einsum(nn.Module):
     zeros: bool = False
 
     def setup(self) -> None:
-        init: Any = nn.initializers.normal(self.row.fan_in**-0.5)
+        init: Any = nn.initializers.normal(self.row.gain * self.row.fan_in**-0.5)
         if self.zeros:
             init = nn.initializers.zeros
         self.w = self.param('w', partitioned(init, self.row.axes), self.row.shape, jnp.float32)

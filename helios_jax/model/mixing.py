@@ -1,6 +1,6 @@
 """Arithmetic of a Gated Memory Unit: the gate, and the mix of the stream with an update.
 
-    g = σ(W_b hidden + b)        y = x + g ⊙ (û − x) + α x₀
+    g = σ(W_b hidden + b)        y = λ x + g ⊙ (û − x) + α x₀
 
 model/gmu.py has the module, and says what the letters mean.
 """
@@ -29,6 +29,7 @@ class Weights(NamedTuple):
     vector: Float[Array, '1 1 V'] | None = None  # the bias, or the factor that replaces the gate
     scale: Float[Array, 'D'] | None = None  # scale of the output norm
     embedding: Float[Array, '1 1 1'] | None = None  # α
+    stream: Float[Array, '1 1 1'] | None = None  # λ
 
 
 class Gate(NamedTuple):
@@ -78,7 +79,7 @@ def mix(
     product = recomputed(partial(normalized_product, eps), again)
     gate = gate_of(product, name, weights, x_hat, update)
     function = recomputed(partial(join, gmu, eps), again)
-    return function(x, update, gate, weights.scale, weights.embedding, x_0)
+    return function(x, update, gate, weights.scale, weights.stream, weights.embedding, x_0)
 
 
 def recomputed(function: Callable[..., Array], again: bool) -> Callable[..., Array]:
@@ -111,6 +112,7 @@ def join(
     update: Float[Array, 'B T D'],
     gate: Gate,
     scale: Float[Array, 'D'] | None,
+    stream: Float[Array, '1 1 1'] | None = None,
     embedding: Float[Array, '1 1 1'] | None = None,
     x_0: Float[Array, 'B T D'] | None = None,
 ) -> Float[Array, 'B T D']:
@@ -118,6 +120,7 @@ def join(
 
     Args:
       scale: scale of the output norm; None without one.
+      stream: λ, by which x is multiplied; None: it is not.
       embedding: α, by which x₀ is multiplied and added; None: it is not.
     """
     if scale is not None:
@@ -125,9 +128,10 @@ def join(
     wide, update = float32_or_wider(x), float32_or_wider(update)
     opened = gate.opened(gmu.kind, x.shape[-1])
     if gmu.kind in INTERPOLATING:
-        wide = wide + opened * (update - wide)
-    else:
-        wide = wide + opened * update
+        update = update - wide
+    if stream is not None:
+        wide = stream * wide
+    wide = wide + opened * update
     if embedding is not None and x_0 is not None:
         wide = wide + embedding * float32_or_wider(x_0)
     return wide.astype(x.dtype)

@@ -38,7 +38,7 @@ class Stats(NamedTuple):
 class SwiGLU(nn.Module):
     """Gated MLP: down(silu(gate x) ⊙ up x) (2002.05202)."""
 
-    embed_dim: int
+    model: config.Model
     mlp_dim: int
     backward_parts: int = 0  # slices of the hidden channels in backward; 0: no slices
 
@@ -46,7 +46,7 @@ class SwiGLU(nn.Module):
     def __call__(self, x: Float[Array, 'B T D']) -> Float[Array, 'B T D']:
         gate, up, down = (
             Einsum(row, x.dtype, name=name).weight()
-            for name, row in weights.swiglu(self.embed_dim, self.mlp_dim).items()
+            for name, row in weights.swiglu(self.model, self.mlp_dim).items()
         )
         if self.backward_parts < 2:
             return swiglu(x, gate, up, down)
@@ -149,6 +149,6 @@ class MixtureOfExperts(nn.Module):
             platform=self.platform,
         )
         if moe.num_shared_experts:
-            shared = SwiGLU(self.model.embed_dim, weights.shared_mlp_dim(self.model), name='shared')
+            shared = SwiGLU(self.model, weights.shared_mlp_dim(self.model), name='shared')
             y = y + shared(x)
         return y, router_stats(logits, scores, choices, real.astype(jnp.float32), dropped)

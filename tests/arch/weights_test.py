@@ -29,7 +29,7 @@ GMUS = [
         ('layerscale', 'low_rank'),
         ('rezero', 'low_rank'),
     )
-]
+] + [config.GMU(embedding='on', stream_scale='on')]
 
 
 @pytest.mark.parametrize(

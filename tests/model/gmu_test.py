@@ -138,6 +138,33 @@ def test_a_fresh_unit_adds_nothing_of_the_embedding():
     np.testing.assert_array_equal(y, expected)
 
 
+@pytest.mark.parametrize('parts', [0, 3])
+@pytest.mark.parametrize('kind', ['convex', 'residual', 'rezero'])
+def test_the_stream_is_multiplied_by_a_number_of_each_unit(kind, parts, random_variables):
+    model = shape(kind=kind, stream_scale='on')
+    module = GatedMemoryUnit(model, 'mlp', backward_parts=parts)
+    variables = random_variables(module, *arrays(), INDEX)
+    run = lambda variables: module.apply(variables, *arrays(), INDEX)[0]
+    y, vjp = jax.vjp(run, variables)
+    params, x = variables['params'], inputs()[0]
+    (factor,) = params['stream_scale']
+    expected = formula(model.gmu, params, *inputs()) + (np.float64(factor) - 1) * x
+    np.testing.assert_allclose(y, expected, atol=2e-6, rtol=2e-5)
+    cotangent = np.random.default_rng(4).normal(size=y.shape).astype(np.float32)
+    (gradient,) = vjp(jnp.asarray(cotangent))
+    (found,) = gradient['params']['stream_scale']
+    np.testing.assert_allclose(found, np.sum(cotangent * x), rtol=1e-4)
+
+
+def test_a_fresh_unit_leaves_the_stream_as_it_is():
+    module, params = initialize(shape(stream_scale='on'))
+    assert params.pop('stream_scale') == np.ones(1)
+    plain = GatedMemoryUnit(shape(), 'mlp').apply({'params': params}, *arrays(), INDEX)[0]
+    fresh = params | {'stream_scale': jnp.ones(1)}
+    y, _ = module.apply({'params': fresh}, *arrays(), INDEX)
+    np.testing.assert_array_equal(y, plain)
+
+
 @pytest.mark.parametrize('gate', GATES)
 def test_the_gate_can_be_looked_at(gate, random_variables):
     module = GatedMemoryUnit(shape(gate=gate, normalize_output='off'), 'mlp')

@@ -161,7 +161,7 @@ def test_equals_a_loop_over_experts_in_float64(case, random_variables):
 def test_one_expert_is_the_dense_layer(random_variables):
     """Forward and gradients; the router has nothing to say."""
     moe = MixtureOfExperts(model(num_experts=1, num_experts_per_token=1, scale=1.0))
-    dense = SwiGLU(D, F)
+    dense = SwiGLU(model(), F)
     x = jnp.asarray(tokens())
     variables = random_variables(dense, x)
 

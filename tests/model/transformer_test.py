@@ -38,7 +38,8 @@ MIXED = config.Model(
     compute_dtype='float32',
     rope=config.Rope(base=100.0, scaling='dynamic', trained_length=4),
     moe=config.MoE(num_experts=E, num_experts_per_token=2, mlp_dim=24, num_shared_experts=1),
-    gmu=config.GMU(embedding='on'),
+    gmu=config.GMU(embedding='on', stream_scale='on'),
+    norm_scale='depth',
 )
 PATTERNS = {
     'mixed': {},
@@ -241,8 +242,9 @@ def test_parameters_are_counted_and_their_axes_known(model):
 
 
 @pytest.mark.slow
-def test_a_fresh_network_has_the_variances_it_was_promised():
-    model = Transformer(dataclasses.replace(MIXED, num_layers=3))
+@pytest.mark.parametrize('output_init', ['plain', 'depth'])
+def test_a_fresh_network_has_the_variances_it_was_promised(output_init):
+    model = Transformer(dataclasses.replace(MIXED, num_layers=3, output_init=output_init))
     zeros = jnp.zeros((1, 2), jnp.int32)
     variables = nn.unbox(jax.jit(model.init)(jax.random.key(3), zeros, zeros))
     fan_in = {'embed': 1, 'down': 24, 'out': N * H}
@@ -261,10 +263,32 @@ def test_a_fresh_network_has_the_variances_it_was_promised():
                 wanted = {"['moe']['down']": 24, "['shared']['down']": 24, "['mlp']['down']": F}[
                     ''.join(f'[{key.key!r}]' for key in path[-3:-1])
                 ] ** -0.5
+            if output_init == 'depth' and owner in ('out', 'down'):
+                wanted /= np.sqrt(6)  # sublayers
             error = 5 / np.sqrt(2 * values.size)  # five standard errors
             assert abs(values.std() / wanted - 1) < error, (label, values.std(), wanted)
             assert abs(values.mean()) < 5 * wanted / np.sqrt(values.size), label
     assert not any(np.any(leaf) for leaf in jax.tree.leaves(variables['router']))
+
+
+def test_depth_divides_what_a_layer_reads_by_the_root_of_its_number(random_variables):
+    scaled = dataclasses.replace(MIXED, num_layers=3)
+    model = Transformer(dataclasses.replace(scaled, norm_scale='plain'))
+    variables = random_variables(model, TOKENS, TOKENS)
+    tokens = [jnp.asarray(a) for a in packed()]
+    numbers = {'prefix': {'layer_0': 1}, 'periods': {'layer_0': np.array([[2]]), 'layer_1': 3}}
+
+    def divided(path, leaf):
+        group, layer, norm, *_ = (*(key.key for key in path), '', '')
+        inputs = norm in ('attention_norm', 'mlp_norm')
+        return leaf / np.sqrt(numbers[group][layer]) if inputs else leaf
+
+    params = jax.tree_util.tree_map_with_path(divided, variables['params'])
+    run = lambda model, params: model.apply(variables | {'params': params}, *tokens)[0]
+    actual = jax.jit(functools.partial(run, Transformer(scaled)))(variables['params'])
+    expected = jax.jit(functools.partial(run, model))(params)
+    np.testing.assert_allclose(actual, expected, rtol=0, atol=1e-5)
+    assert np.abs(actual - run(model, variables['params'])).max() > 0.1
 
 
 def test_tied_embeddings_are_one_matrix(random_variables):

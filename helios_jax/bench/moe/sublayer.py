@@ -45,7 +45,7 @@ def measure(name: str, num_rows: int, E: int, D: int, F: int) -> None:
     model = config.Model(embed_dim=D, period='moe', moe=moe)
     both = {
         'experts': gradient(MixtureOfExperts(model), D, lambda out: out[0], None),
-        'dense': gradient(SwiGLU(D, num_chosen * F), D, lambda out: out),
+        'dense': gradient(SwiGLU(model, num_chosen * F), D, lambda out: out),
     }
     seconds = take_turns({form: timed(*one) for form, one in both.items()})
     flops = 18 * num_rows * D * F
