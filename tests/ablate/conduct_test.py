@@ -1,5 +1,6 @@
 """A whole study: from its design to its results, begun, gone on with, grown and refused."""
 
+import json
 import os
 import re
 import subprocess
@@ -79,6 +80,11 @@ def test_a_study_may_grow_and_not_change(base, tmp_path):
     assert files(workdir) == before
     moved = config.replace(base, {'train.compilation_cache': 'elsewhere'})
     definition.require_same(made_up_study.make(moved, seeds=3), workdir)
+    # A setting that there was not when the study began has the value that it would have had.
+    begun = json.loads((workdir / definition.FILE).read_text())
+    assert begun['config']['model'].pop('norm_scale') == 'plain'
+    (workdir / definition.FILE).write_text(json.dumps(begun))
+    definition.require_same(made_up_study.make(base, seeds=3), workdir)
 
 
 def test_a_budget_says_what_it_dropped(base, tmp_path):
@@ -124,14 +130,20 @@ def test_the_command_says_how_to_repeat_itself(base, tmp_path, monkeypatch, caps
 
     monkeypatch.setattr(conduct, 'conduct', note)
     small_run.write_config(base, tmp_path / 'small.py')
-    path = made_up_study.write_study(tmp_path / 'mine.py', config=str(tmp_path / 'small.py'))
-    flags = [f'--study={path}', f'--workdir={tmp_path}/w', '--workers=2', '--seeds=4']
+    arms = {'a': {}, 'b': {'model.num_layers': 3}, 'c': {'model.num_layers': 4}}
+    config = str(tmp_path / 'small.py')
+    path = made_up_study.write_study(tmp_path / 'mine.py', config=config, arms=arms)
+    flags = [f'--study={path}', f'--workdir={tmp_path}/w', '--workers=2', '--seeds=4', '--arms=b']
     refused(capsys, 'ablate', *flags, '--config.train.num_steps=7', '--config.train.seed=3')
-    repeat = f'helios ablate --study={path} --workdir={tmp_path}/w --seeds=4'
+    repeat = f'helios ablate --study={path} --workdir={tmp_path}/w --seeds=4 --arms=a,b'
     assert seen['command'] == f'{repeat} --config.train.num_steps=7 --config.train.seed=3'
     groups = variants.seed_variants(seen['design'], tmp_path, dict.fromkeys('ab', 1e-2))
     assert [v.config.train.seed for v in groups[0]] == [3, 3]
     assert (len(groups), seen['workers']) == (4, 2)
+    definition.write(seen['design'], tmp_path / 'w')
+    # An arm that has run stays in the study.
+    refused(capsys, 'ablate', *flags[:2], '--arms=c', '--config.train.num_steps=7')
+    assert list(seen['design'].configs) == ['a', 'b', 'c']
 
 
 @pytest.mark.slow

@@ -82,6 +82,8 @@ REFUSED = {
     'budget': ({}, ['--budget_minutes=-1'], '--budget_minutes=-1.0 must be 0 or more'),
     'bucket': ({}, ['--workdir=gs://b/x'], 'gs://b/x: a study is kept on a local disk'),
     'no workdir': ({}, ['--workdir='], '--workdir is missing'),
+    'unknown arm': ({}, ['--arms=c'], "--arms='c' is not one of 'a', 'b'"),
+    'baseline alone': ({}, ['--arms=a'], "the only arm is 'a'; name one"),
     'no such config': ({'config': 'tinny'}, [], "--config=tinny: no such file.*'tiny'"),
     'unknown override': ({}, ['--config.model.num_layer=3'], 'num_layer=3.*model.num_layers'),
 }
