@@ -4,7 +4,7 @@ helios ablate --study=zoo --workdir=runs/zoo --config.data.corpus='linux/Documen
 
 x + û (peri-norm, 2502.02732) is the baseline, the strongest of the plain residuals. `lambdas` is
 λx + û + αx₀, `review` Review Residuals (2606.31859), `norm_scale` LayerNorm scaling (2502.05795),
-`residual_depth` GPT-2's initialisation. --arms runs some of them, and later more in the same
+`value_residual` ResFormer's (2410.17897), `residual_depth` GPT-2's initialisation. --arms runs some of them, and later more in the same
 workdir; --config.model.num_layers=12 and 48 ask the same of other depths.
 """
 
@@ -25,6 +25,7 @@ def get_study() -> Study:
             'residual_depth': RESIDUAL | {'model.output_init': 'depth'},
             'norm_scale': RESIDUAL | {'model.norm_scale': 'depth'},
             'lambdas': X_PLUS_U | {'model.gmu.stream_scale': 'on', 'model.gmu.embedding': 'on'},
+            'value_residual': X_PLUS_U | {'model.value_residual': True},
             'layerscale': {'model.gmu.kind': 'layerscale'},
             'rezero': {'model.gmu.kind': 'rezero'},
             'highway': {'model.gmu.kind': 'highway', 'model.gmu.bias': '-3'},

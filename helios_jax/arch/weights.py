@@ -99,6 +99,8 @@ def attention(model: Model) -> Rows:
         rows['q_bias'] = Weight('q_bias', (N, H), ('heads', 'head_dim'))
         for name in ('k_bias', 'v_bias'):
             rows[name] = Weight(name, (K, H), ('kv_heads', 'head_dim'))
+    if model.value_residual:
+        rows['value_mix'] = Weight('value_mix', (2,), ('gate',))
     if model.qk_norm:
         rows |= {'q_norm': norm('q_norm', H), 'k_norm': norm('k_norm', H)}
     return rows

@@ -165,6 +165,7 @@ class Model:
     window: int = 0  # tokens that a *_window layer sees, itself included
     qk_norm: bool = False  # RMSNorm on queries and keys before rotation
     qkv_bias: bool = False  # biases on the products that give queries, keys and values
+    value_residual: bool = False  # mix the first layer's values into every layer's, by two numbers
     attention_softcap: float = 0.0  # c·tanh(logits/c) on attention logits; 0 is off
     tied_embeddings: bool = False  # one matrix for embedding and unembedding
     norm_eps: float = 1e-6  # eps of every RMSNorm

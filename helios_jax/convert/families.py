@@ -165,6 +165,7 @@ def of(model: config.Model, *, biased_router: bool = False) -> str:
         model.gmu.kind == 'residual'
         and not (model.gmu.normalizes or model.gmu.adds_embedding or model.gmu.scales_stream)
         and model.norm_scale == 'plain'
+        and not model.value_residual
         and not model.attention_softcap
         and rope.expressible(model.rope)
     )

@@ -131,20 +131,30 @@ class HeliosAttention(nn.Module):
         self.k_proj = nn.Linear(D, K * H, bias=bias)
         self.v_proj = nn.Linear(D, K * H, bias=bias)
         self.o_proj = nn.Linear(N * H, D, bias=False)
+        if model['value_residual']:
+            self.value_mix = nn.Parameter(torch.full((2,), 0.5))
         if model['qk_norm']:
             self.q_norm, self.k_norm = (HeliosNorm(H, model['norm_eps']) for _ in range(2))
 
-    def forward(self, x: Tensor, positions: Tensor, real: Tensor, cache: Any) -> Tensor:
+    def heads(self, y: Tensor) -> Tensor:
+        return y.view(*y.shape[:2], -1, self.model['head_dim']).transpose(1, 2)
+
+    def forward(
+        self, x: Tensor, first_values: Tensor | None, positions: Tensor, real: Tensor, cache: Any
+    ) -> Tensor:
         """Causal attention.
 
         Args:
+          first_values: those of the first layer, where every layer mixes them with its own.
           positions: [B, S] of every token, those in the cache included.
           real: [B, S], False for padding.
           cache: holds keys before rotation, which depends on the query; None: there is none.
         """
         B, T, _ = x.shape
-        heads = lambda y: y.view(B, T, -1, self.model['head_dim']).transpose(1, 2)
-        q, k, v = heads(self.q_proj(x)), heads(self.k_proj(x)), heads(self.v_proj(x))
+        q, k, v = (self.heads(project(x)) for project in (self.q_proj, self.k_proj, self.v_proj))
+        if first_values is not None:
+            own, first = wide(self.value_mix)
+            v = (own * wide(v) + first * wide(first_values)).to(v.dtype)
         if self.model['qk_norm']:
             q, k = self.q_norm(q), self.k_norm(k)
         if cache is not None:
@@ -331,12 +341,22 @@ class HeliosLayer(nn.Module):
         self.mlp_gmu = HeliosGatedMemoryUnit(model)
 
     def forward(
-        self, x: Tensor, x_0: Tensor, positions: Tensor, real: Tensor, cache: Any
+        self,
+        x: Tensor,
+        x_0: Tensor,
+        first_values: Tensor | None,
+        positions: Tensor,
+        real: Tensor,
+        cache: Any,
     ) -> Tensor:
         x_hat = self.input_layernorm(x)
-        x = self.attention_gmu(x, x_hat, self.self_attn(x_hat, positions, real, cache), x_0)
+        update = self.self_attn(x_hat, first_values, positions, real, cache)
+        x = self.attention_gmu(x, x_hat, update, x_0)
         x_hat = self.post_attention_layernorm(x)
         return self.mlp_gmu(x, x_hat, self.mlp(x_hat), x_0)
+
+    def values(self, x: Tensor) -> Tensor:
+        return self.self_attn.heads(self.self_attn.v_proj(self.input_layernorm(x)))
 
 
 class HeliosPreTrainedModel(PreTrainedModel):
@@ -372,8 +392,9 @@ class HeliosModel(HeliosPreTrainedModel):
         else:
             positions = (real.long().cumsum(-1) - 1).clamp(min=0)
         x = x_0 = self.embed_tokens(input_ids)
+        first_values = self.layers[0].values(x_0) if self.config.helios['value_residual'] else None
         for layer in self.layers:
-            x = layer(x, x_0, positions, real, cache)
+            x = layer(x, x_0, first_values, positions, real, cache)
         return self.norm(x)
 
 

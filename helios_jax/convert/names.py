@@ -43,6 +43,7 @@ LAYER = {
     **{f'attention.{x}_bias': f'self_attn.{x}_proj.bias' for x in 'qkv'},
     **{f'attention.{x}_norm.scale': f'self_attn.{x}_norm.weight' for x in 'qk'},
     'attention.out.w': 'self_attn.o_proj.weight',
+    'attention.value_mix': 'self_attn.value_mix',
     **MLP,
     **GMU,
     'moe.router.w': 'mlp.gate.weight',

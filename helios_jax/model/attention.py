@@ -4,7 +4,9 @@ Keys are cached after their norm and before rotation, because where scales grow 
 key depends on the query that reads it.
 """
 
+from collections.abc import Mapping
 from functools import partial
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -52,11 +54,15 @@ class Attention(nn.Module):
         positions: Int[Array, 'B T'],
         segment_ids: Int[Array, 'B T'] | None,
         cache_length: int = 0,
+        first_values: Float[Array, 'B T K H'] | None = None,
     ) -> Float[Array, 'B T D']:
         """Computes causal attention within segments; `segment_ids=None` means one segment a row.
 
         With `cache_length` S > 0 the collection 'cache' holds S keys and values: those of x are
         written at their positions, and x attends to all that the cache holds.
+
+        Args:
+          first_values: those of the first layer, where every layer's values are mixed with them.
         """
         model, dtype = self.model, x.dtype
         rows = weights.attention(model)
@@ -68,6 +74,9 @@ class Attention(nn.Module):
                 y + self.bias(rows[f'{name}_bias']).astype(dtype)
                 for name, y in (('q', q), ('k', k), ('v', v))
             )
+        if model.value_residual:
+            own, first = self.value_mix(rows['value_mix'])
+            v = v if first_values is None else (own * v + first * first_values).astype(dtype)
         if model.qk_norm:
             front = partial(heads_in_front, platform=self.platform)
             q = front(RMSNorm(name='q_norm')(front(q), model.norm_eps))
@@ -110,6 +119,11 @@ class Attention(nn.Module):
     def bias(self, row: weights.Weight) -> Float[Array, '1 1 N H']:
         init = partitioned(nn.initializers.zeros, row.axes)
         return self.param(row.name, init, row.shape, jnp.float32)[None, None]
+
+    @nn.nowrap
+    def value_mix(self, row: weights.Weight) -> Float[Array, '2']:
+        init = partitioned(nn.initializers.constant(0.5), row.axes)
+        return self.param(row.name, init, row.shape, jnp.float32)
 
     @nn.nowrap
     def update_cache(
@@ -174,6 +188,24 @@ class Attention(nn.Module):
             add_bucket, jnp.zeros_like(q), tuple(map(jnp.asarray, (numbers, *tables)))
         )
         return out
+
+
+def first_values(
+    model: config.Model, params: Mapping[str, Any], x_hat: Float[Array, 'B T D']
+) -> Float[Array, 'B T K H']:
+    """Computes the values of the first layer, which later layers mix with their own (2410.17897).
+
+    Args:
+      params: of the first layer's attention.
+      x_hat: what it reads.
+    """
+    row = weights.attention(model)['v']
+    values: Any = Einsum(row, x_hat.dtype, parent=None).apply(
+        {'params': params['v']}, 'btd,dkh->btkh', x_hat
+    )
+    if model.qkv_bias:
+        values = values + params['v_bias'].astype(x_hat.dtype)[None, None]
+    return constrain(values, 'batch', 'length', 'kv_heads', 'head_dim')
 
 
 def _attend_sharded(

@@ -1,7 +1,7 @@
 """One layer, attention and feed-forward each behind a norm and joined by a GMU; a run of them."""
 
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax.numpy as jnp
@@ -16,6 +16,16 @@ from helios_jax.model.moe import MixtureOfExperts, Stats, SwiGLU
 from helios_jax.parallel.sharding import constrain
 
 LayerStats = dict[str, Stats]  # name of the layer in its period → what its router reports
+
+
+class Shared(NamedTuple):
+    """What every layer reads beside the stream; None where the config does not want it."""
+
+    x_0: Float[Array, 'B T D'] | None = None  # what the embedding gave (gmu.embedding)
+    first_values: Float[Array, 'B T K H'] | None = None  # those of the first layer (value_residual)
+
+
+NOTHING = Shared()
 
 
 class Block(nn.Module):
@@ -35,14 +45,10 @@ class Block(nn.Module):
         index: Any,
         positions: Int[Array, 'B T'],
         segment_ids: Int[Array, 'B T'] | None,
-        x_0: Float[Array, 'B T D'] | None = None,
+        shared: Shared = NOTHING,
         cache_length: int = 0,
     ) -> tuple[Float[Array, 'B T D'], Stats | None]:
-        """Runs layer `index` (from 0; may be traced) on the stream x.
-
-        Args:
-          x_0: what the embedding gave; None where the config does not add it (`gmu.embedding`).
-        """
+        """Runs layer `index` (from 0; may be traced) on the stream x."""
         model, parts = self.model, self.backward_parts
         x = constrain(x, 'batch', 'length', 'stream')
         window = model.window if self.kind.endswith('window') else 0
@@ -51,11 +57,11 @@ class Block(nn.Module):
         x_hat = checkpoint_name(scaled(x, *self.norm('attention', index, 1)), 'attention_input')
         how = self.platform, self.residuals, self.few_documents
         attention = Attention(model, window, *how, name='attention')
-        update = attention(x_hat, positions, segment_ids, cache_length)
+        update = attention(x_hat, positions, segment_ids, cache_length, shared.first_values)
         update = checkpoint_name(update, 'attention_update')
         gate = partial(GatedMemoryUnit, model, backward_parts=parts, platform=self.platform)
         gated = gate(name_prefix='attention', name='attention_gmu')
-        x, x_hat = gated(x, x_hat, update, sublayer, self.norm('mlp', index, 2), x_0)
+        x, x_hat = gated(x, x_hat, update, sublayer, self.norm('mlp', index, 2), shared.x_0)
 
         x_hat = checkpoint_name(x_hat, 'mlp_input')
         stats = None
@@ -66,7 +72,7 @@ class Block(nn.Module):
             update = mlp(x_hat)
         update = checkpoint_name(update, 'mlp_update')
         gated = gate(name_prefix='mlp', name='mlp_gmu')
-        x, _ = gated(x, x_hat, update, sublayer + 1, x_0=x_0)
+        x, _ = gated(x, x_hat, update, sublayer + 1, x_0=shared.x_0)
         return x, stats
 
     @nn.nowrap
@@ -92,14 +98,14 @@ class Layers(nn.Module):
         first_index: Any,
         positions: Int[Array, 'B T'],
         segment_ids: Int[Array, 'B T'] | None,
-        x_0: Float[Array, 'B T D'] | None = None,
+        shared: Shared = NOTHING,
         cache_length: int = 0,
     ) -> tuple[Float[Array, 'B T D'], LayerStats]:
         stats = {}
         for i, kind in enumerate(self.kinds):
             name = f'layer_{i}'
             layer = Block(self.model, kind, self.platform, name=name)
-            x, reported = layer(x, first_index + i, positions, segment_ids, x_0, cache_length)
+            x, reported = layer(x, first_index + i, positions, segment_ids, shared, cache_length)
             if reported is not None:
                 stats[name] = reported
         return x, stats

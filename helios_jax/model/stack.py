@@ -10,7 +10,7 @@ from jaxtyping import Array, Float, Int
 from helios_jax import config
 from helios_jax.memory import policy, store
 from helios_jax.memory.unrolled import unrolled, unrolls
-from helios_jax.model.block import Block, LayerStats
+from helios_jax.model.block import NOTHING, Block, LayerStats, Shared
 from helios_jax.model.gmu import input_eps
 from helios_jax.model.layers import RMSNorm
 from helios_jax.parallel import platforms
@@ -34,7 +34,7 @@ class Stack:
         indices: Int[Array, 'R'],
         positions: Int[Array, 'B T'],
         segment_ids: Int[Array, 'B T'] | None,
-        x_0: Float[Array, 'B T D'] | None = None,
+        shared: Shared = NOTHING,
     ) -> tuple[Float[Array, 'B T D'], dict[str, LayerStats]]:
         """The normalised stream behind the last layer, and the routers' statistics.
 
@@ -42,7 +42,7 @@ class Stack:
           variables: of `prefix` (where the model has one), of `periods`, stacked, and of `norm`.
           x: the stream below the first layer.
           indices: number of the first layer in each of the R repeats of the period.
-          x_0: what the embedding gave, if every layer adds it.
+          shared: what every layer reads beside it.
         """
         model = self.model
         # Policy `none` names nothing: its gradient is JAX's own.
@@ -55,7 +55,7 @@ class Stack:
             params, router = layer_variables(variables['prefix'], i)
             x, own = store.apply(
                 partial(self.layer, kind, i),
-                params=(params, x_0), x=x, others=(router, positions, segment_ids),
+                params=(params, shared), x=x, others=(router, positions, segment_ids),
                 input_name='block_input', **where,
             )  # fmt: skip
             if own is not None:
@@ -67,7 +67,7 @@ class Stack:
             [partial(self.scanned_layer, kind, i) for i, kind in enumerate(model.period_kinds)],
             params=[params for params, _ in period],
             x=x,
-            shared=x_0,
+            shared=shared,
             scanned=[(indices, router) for _, router in period],
             others=(positions, segment_ids),
             input_name='block_input',
@@ -93,7 +93,7 @@ class Stack:
         """Layer `index` of a kind: the stream behind it, and its router's statistics or None.
 
         Args:
-          given: its parameters, and x₀ or None.
+          given: its parameters, and what all layers read.
         """
         form, num_parts = '', 0
         if self.memory.policy != 'none':
@@ -101,9 +101,9 @@ class Stack:
             num_parts = self.memory.backward_parts
         how = self.platform, form, num_parts, self.few_documents
         block = Block(self.model, kind, *how, parent=None)
-        params, x_0 = given
+        params, shared = given
         variables = {'params': params, 'router': router}
-        return block.apply(variables, x, index, positions, segment_ids, x_0)
+        return block.apply(variables, x, index, positions, segment_ids, shared)
 
     def scanned_layer(
         self, kind: str, i: int, given: Any, x: Array, period: Any, *others: Any

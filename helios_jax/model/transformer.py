@@ -13,9 +13,10 @@ from jaxtyping import Array, Float, Int
 
 from helios_jax import config
 from helios_jax.arch import weights
-from helios_jax.model.block import Layers, LayerStats
+from helios_jax.model.attention import first_values
+from helios_jax.model.block import Layers, LayerStats, Shared
 from helios_jax.model.gmu import input_eps
-from helios_jax.model.layers import Einsum, Embed, RMSNorm
+from helios_jax.model.layers import Einsum, Embed, RMSNorm, scaled
 from helios_jax.model.loss import project
 from helios_jax.model.stack import Stack
 from helios_jax.parallel.sharding import constrain
@@ -74,11 +75,11 @@ class Transformer(nn.Module):
         """
         model = self.model
         x = constrain(self.embed(tokens), 'batch', 'length', 'stream')
-        x_0 = x if model.gmu.adds_embedding else None
+        shared = self.shared(x)
         first = len(model.prefix_kinds)
         indices = first + len(model.period_kinds) * jnp.arange(model.num_periods)
         if cache_length or self.is_mutable_collection('intermediates') or self.is_initializing():
-            args = (positions, segment_ids, x_0, cache_length)
+            args = (positions, segment_ids, shared, cache_length)
             statistics: dict[str, LayerStats] = {}
             if first:
                 x, statistics['prefix'] = self.prefix(x, 0, *args)
@@ -89,10 +90,24 @@ class Transformer(nn.Module):
             if first:
                 variables['prefix'] = self.prefix.variables
             stack = Stack(model, self.memory, self.platform, self.few_documents)
-            x, statistics = stack(variables, x, indices, positions, segment_ids, x_0)
+            x, statistics = stack(variables, x, indices, positions, segment_ids, shared)
         if self.is_initializing():
             self.unembedding_weight()
         return x, {group: layers for group, layers in statistics.items() if layers}
+
+    def shared(self, x_0: Float[Array, 'B T D']) -> Shared:
+        """Returns what every layer reads beside the stream, which starts as x_0."""
+        model = self.model
+        kept = x_0 if model.gmu.adds_embedding else None
+        if not model.value_residual or self.is_initializing():
+            return Shared(kept)
+        if model.prefix_kinds:
+            layer = nn.unbox(self.prefix.variables['params']['layer_0'])
+        else:
+            stacked = nn.unbox(self.periods.variables['params']['layer_0'])
+            layer = jax.tree.map(lambda weights: weights[0], stacked)
+        x_hat = scaled(x_0, layer['attention_norm']['scale'], input_eps(model, 1))
+        return Shared(kept, first_values(model, layer['attention'], x_hat))
 
     def unembedding_weight(self) -> Float[Array, 'D V']:
         """float32; V is padded."""

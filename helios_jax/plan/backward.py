@@ -38,6 +38,9 @@ def _layer(placement: Placement, kind: str) -> int:
     elements = STREAMS.value * stream
     if model.gmu.adds_embedding:
         elements += EMBEDDING_STREAMS.value * stream
+    if model.value_residual:
+        values = (model.num_kv_heads, model.head_dim), ('kv_heads', 'head_dim')
+        elements += EMBEDDING_STREAMS.value * tokens * placement.elements(*values)
     recomputed = set(saved.recomputed_by_backward(placement, kind, table)).intersection(
         ('q', 'k', 'v', 'attention_output', 'attention_update', 'mlp_update')
     )

@@ -55,7 +55,7 @@ RECOMPUTED_OF_A_GATE = Measured(
 )
 EMBEDDING_STREAMS = Measured(
     2,
-    '[B T D] more where units add what the embedding gave: it, and the sum of its gradients',
+    'arrays more of what every layer reads, x₀ or the first values: it, its gradients’ sum',
     *_SCHEDULES,
 )
 REPLAYED_STREAMS = Measured(

@@ -79,7 +79,10 @@ MODELS = {
             kind='additive', gate='full', bias='-1', normalize_output='on', embedding='on',
         ),
     },
-    'residual': {'gmu': config.GMU(kind='residual', stream_scale='on'), 'norm_scale': 'depth'},
+    'residual': {
+        'gmu': config.GMU(kind='residual', stream_scale='on'), 'norm_scale': 'depth',
+        'qkv_bias': True, 'value_residual': True,
+    },
     'ntk': {
         'rope': config.Rope(base=543.0, trained_length=5, scaling='ntk', factor=2.0),
         'gmu': config.GMU(gate='scalar', gate_input='output'),

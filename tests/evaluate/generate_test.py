@@ -41,6 +41,7 @@ def model_of(pattern: str) -> Transformer:
             compute_dtype='float32', rope=config.Rope(scaling='dynamic', trained_length=TRAINED),
             moe=config.MoE(num_experts=4, num_experts_per_token=2, mlp_dim=24),
             gmu=config.GMU(embedding='on' if pattern == 'mixed' else 'off'),
+            value_residual=pattern == 'mixed',
         ),
         data=config.Data(row_length=TRAINED),
     )  # fmt: skip

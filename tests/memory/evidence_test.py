@@ -31,6 +31,7 @@ MOE = dataclasses.replace(
     num_layers=3,
     moe=config.MoE(num_experts=E, num_experts_per_token=X, mlp_dim=EXPERT_F),
     gmu=config.GMU(embedding='on'),  # which every layer reads, and none stores
+    value_residual=True,
 )
 MIXED = dataclasses.replace(MOE, prefix='', period='dense,moe', num_layers=6)
 # What a period of MIXED, one dense layer and one of experts, stores under each name.

@@ -116,6 +116,25 @@ def build(case, random_variables):
     return module, variables
 
 
+def test_the_first_layers_values_are_mixed_in(random_variables):
+    model = dataclasses.replace(MODEL, value_residual=True)
+    module, x = Attention(model), jnp.asarray(stream())
+    args = tuple(map(jnp.asarray, rows(packed=True)))
+    variables = random_variables(module, x, *args)
+    params = variables['params']
+    own, first = np.float64(params['value_mix'])
+    others = np.random.default_rng(8).normal(size=params['v']['w'].shape).astype(np.float32)
+    values = jnp.einsum('btd,dkh->btkh', x, others)
+    out = module.apply(variables, x, *args, 0, values)
+    mixed = {'w': own * params['v']['w'] + first * others}
+    plain = {'q': params['q'], 'k': params['k'], 'v': mixed, 'out': params['out']}
+    expected = Attention(MODEL).apply({'params': plain}, x, *args)
+    np.testing.assert_allclose(out, expected, atol=1e-5)
+    np.testing.assert_array_equal(
+        module.init(jax.random.key(0), x, *args)['params']['value_mix'].value, [0.5, 0.5]
+    )
+
+
 @pytest.mark.parametrize(
     ('case', 'packed'),
     [*((case, True) for case in CASES), ('plain', False), ('dynamic_yarn', False)],

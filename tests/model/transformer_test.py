@@ -13,9 +13,9 @@ from packed_rows import packed_rows
 from helios_jax import config
 from helios_jax.arch import flops, weights
 from helios_jax.memory.jaxprs import equations
-from helios_jax.model.block import Block
+from helios_jax.model.block import Block, Shared
 from helios_jax.model.gmu import input_eps
-from helios_jax.model.layers import RMSNorm
+from helios_jax.model.layers import RMSNorm, scaled
 from helios_jax.model.loss import cross_entropy
 from helios_jax.model.transformer import Transformer, abstract_variables
 from helios_jax.parallel import mesh as meshes
@@ -40,6 +40,7 @@ MIXED = config.Model(
     moe=config.MoE(num_experts=E, num_experts_per_token=2, mlp_dim=24, num_shared_experts=1),
     gmu=config.GMU(embedding='on', stream_scale='on'),
     norm_scale='depth',
+    value_residual=True,
 )
 PATTERNS = {
     'mixed': {},
@@ -143,6 +144,13 @@ def of_layer(model: config.Model, collections, index: int):
     }
 
 
+def read_by_all(model, variables, x_0):
+    """What every layer reads beside the stream, from the definition."""
+    first = of_layer(model, variables, 0)['params']
+    x_hat = scaled(x_0, first['attention_norm']['scale'], input_eps(model, 1))
+    return Shared(x_0, jnp.einsum('btd,dkh->btkh', x_hat, first['attention']['v']['w']))
+
+
 @pytest.mark.slow
 def test_the_scan_stands_for_its_layers_one_by_one(random_variables):
     config_ = dataclasses.replace(
@@ -154,10 +162,11 @@ def test_the_scan_stands_for_its_layers_one_by_one(random_variables):
     assert config_.layer_kinds == ('moe', 'dense_window', *['dense', 'moe_window'] * 2)
 
     def unrolled(variables):
-        x = x_0 = variables['params']['embed']['w'][tokens]
+        x = variables['params']['embed']['w'][tokens]
+        shared = read_by_all(config_, variables, x)
         for index, kind in enumerate(config_.layer_kinds):
             layer = of_layer(config_, variables, index)
-            x, _ = Block(config_, kind).apply(layer, x, index, positions, ids, x_0)
+            x, _ = Block(config_, kind).apply(layer, x, index, positions, ids, shared)
         norm = {'params': variables['params']['final_norm']}
         return RMSNorm().apply(norm, x, input_eps(config_, 2 * config_.num_layers + 1))
 
@@ -189,12 +198,13 @@ def test_the_gates_of_every_layer_can_be_looked_at_under_every_policy(
 
     @jax.jit
     def one_by_one(variables):
-        x = x_0 = variables['params']['embed']['w'][tokens]
+        x = variables['params']['embed']['w'][tokens]
+        shared = read_by_all(config_, variables, x)
         gates = []
         for index, kind in enumerate(config_.layer_kinds):
             layer = of_layer(config_, variables, index)
             (x, _), own = Block(config_, kind).apply(
-                layer, x, index, positions, ids, x_0, mutable=['intermediates']
+                layer, x, index, positions, ids, shared, mutable=['intermediates']
             )
             gates.append(own['intermediates'])
         return gates
@@ -272,8 +282,8 @@ def test_a_fresh_network_has_the_variances_it_was_promised(output_init):
 
 
 def test_depth_divides_what_a_layer_reads_by_the_root_of_its_number(random_variables):
-    scaled = dataclasses.replace(MIXED, num_layers=3)
-    model = Transformer(dataclasses.replace(scaled, norm_scale='plain'))
+    by_depth = dataclasses.replace(MIXED, num_layers=3)
+    model = Transformer(dataclasses.replace(by_depth, norm_scale='plain'))
     variables = random_variables(model, TOKENS, TOKENS)
     tokens = [jnp.asarray(a) for a in packed()]
     numbers = {'prefix': {'layer_0': 1}, 'periods': {'layer_0': np.array([[2]]), 'layer_1': 3}}
@@ -285,7 +295,7 @@ def test_depth_divides_what_a_layer_reads_by_the_root_of_its_number(random_varia
 
     params = jax.tree_util.tree_map_with_path(divided, variables['params'])
     run = lambda model, params: model.apply(variables | {'params': params}, *tokens)[0]
-    actual = jax.jit(functools.partial(run, Transformer(scaled)))(variables['params'])
+    actual = jax.jit(functools.partial(run, Transformer(by_depth)))(variables['params'])
     expected = jax.jit(functools.partial(run, model))(params)
     np.testing.assert_allclose(actual, expected, rtol=0, atol=1e-5)
     assert np.abs(actual - run(model, variables['params'])).max() > 0.1
