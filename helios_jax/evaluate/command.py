@@ -85,6 +85,22 @@ def task_flags(values: flags.FlagValues) -> None:
     flags.DEFINE_integer(
         'max_length', 0, "Tokens of a task's row; longer contexts are cut.", flag_values=values
     )
+    flags.DEFINE_integer(
+        'num_fewshot', None, "Solved examples in a prompt; else the task's own number.",
+        flag_values=values,
+    )  # fmt: skip
+    flags.DEFINE_bool(
+        'apply_chat_template', False, 'A prompt is a conversation, of the chat template.',
+        flag_values=values,
+    )  # fmt: skip
+    flags.DEFINE_string(
+        'system_instruction', '', 'Text in front of a prompt; the system message of a chat.',
+        flag_values=values,
+    )  # fmt: skip
+    flags.DEFINE_bool(
+        'fewshot_as_multiturn', True, 'Examples are turns of the chat, not one message.',
+        flag_values=values,
+    )  # fmt: skip
 
 
 def length_flags(values: flags.FlagValues) -> None:
@@ -103,13 +119,24 @@ def length_flags(values: flags.FlagValues) -> None:
 def run_tasks(values: flags.FlagValues) -> None:
     """Runs --tasks on the checkpoint, and prints their table."""
     require(not values.text, '--text and --tasks are two evaluations; give one of them.')
+    require(
+        values.apply_chat_template or not values['fewshot_as_multiturn'].present,
+        '--fewshot_as_multiturn says how a chat is made; add --apply_chat_template, or drop it.',
+    )
+    from helios_jax import restoring
     from helios_jax.evaluate import benchmarks
+    from helios_jax.evaluate.prompting import Prompting
 
+    given: dict[str, Any] = {name: values[name].value for name in Prompting._fields}
+    prompting = Prompting(**given)
+    prompting.check()
     benchmarks.check(values.limit, values.batch_rows, values.max_length)
-    tasks = benchmarks.load(values.tasks, values.include_path)
+    if prompting.apply_chat_template:
+        prompting.check_template(restoring.read_tokenizer(values.checkpoint, values.step))
+    tasks = benchmarks.load(values.tasks, values.include_path, prompting)
     results = benchmarks.run(
-        restore(values), tasks, limit=values.limit, batch_rows=values.batch_rows,
-        max_length=values.max_length, output=values.output,
+        restore(values), tasks, prompting=prompting, limit=values.limit,
+        batch_rows=values.batch_rows, max_length=values.max_length, output=values.output,
     )  # fmt: skip
     print(options.to_json(results) if values.json else benchmarks.table(results))
 
