@@ -17,7 +17,8 @@ from etils import epath
 
 from helios_jax import display, options, paths
 from helios_jax.errors import UserError, nearest, require
-from helios_jax.evaluate import responses
+from helios_jax.evaluate import conversation, responses
+from helios_jax.evaluate.conversation import Chat
 from helios_jax.evaluate.prompting import AS_TASKS_SAY, Prompting
 from helios_jax.restoring import Restored
 
@@ -120,7 +121,8 @@ def run(
         that this model cannot do; `output` has answers of another model or of other prompts.
     """
     check(limit, batch_rows, max_length)
-    prompting.check_template(restored.tokenizer)
+    if prompting.apply_chat_template:
+        conversation.check(restored.tokenizer, Chat(prompting.system_instruction))
     from lm_eval.evaluator import evaluate
 
     from helios_jax.evaluate.harness import HarnessModel

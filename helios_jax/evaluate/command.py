@@ -10,6 +10,7 @@ from absl import flags
 from helios_jax import config, options, paths
 from helios_jax.errors import UserError, require
 from helios_jax.evaluate.length_settings import METHODS, Lengths
+from helios_jax.evaluate.prompting import Prompting
 
 
 def eval_command(argv: Sequence[str]) -> None:
@@ -49,6 +50,8 @@ def eval_command(argv: Sequence[str]) -> None:
         require(not unread, f'--{name} means nothing to {"".join(chosen)}; leave it out.')
     if values.tasks:
         return run_tasks(values)
+    for name in Prompting._fields:
+        require(not values[name].present, f'--{name} is for --tasks; name some, or leave it out.')
     if values.lengths:
         return run_lengths(values)
     require(not values.output, '--output is for --tasks and --lengths; print with --json.')
@@ -124,15 +127,16 @@ def run_tasks(values: flags.FlagValues) -> None:
         '--fewshot_as_multiturn says how a chat is made; add --apply_chat_template, or drop it.',
     )
     from helios_jax import restoring
-    from helios_jax.evaluate import benchmarks
-    from helios_jax.evaluate.prompting import Prompting
+    from helios_jax.evaluate import benchmarks, conversation
+    from helios_jax.evaluate.conversation import Chat
 
     given: dict[str, Any] = {name: values[name].value for name in Prompting._fields}
     prompting = Prompting(**given)
     prompting.check()
     benchmarks.check(values.limit, values.batch_rows, values.max_length)
     if prompting.apply_chat_template:
-        prompting.check_template(restoring.read_tokenizer(values.checkpoint, values.step))
+        tokenizer = restoring.read_tokenizer(values.checkpoint, values.step)
+        conversation.check(tokenizer, Chat(values.system_instruction))
     tasks = benchmarks.load(values.tasks, values.include_path, prompting)
     results = benchmarks.run(
         restore(values), tasks, prompting=prompting, limit=values.limit,

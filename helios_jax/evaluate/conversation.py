@@ -4,7 +4,7 @@ import itertools
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
-from helios_jax.data import chat
+from helios_jax.data import chat, chat_template
 from helios_jax.data.chat import CUT
 from helios_jax.data.tokenizer import Tokenizer
 from helios_jax.errors import require
@@ -18,6 +18,21 @@ class Chat(NamedTuple):
     """Settings by which a prompt becomes a conversation."""
 
     system: str = ''  # the message in front of it; '' is none
+
+
+def check(tokenizer: Tokenizer, given: Chat) -> None:
+    """Refuses a tokenizer without a chat template, and a template that cannot render a chat.
+
+    Raises:
+      UserError: there is none but the built-in one; or it fails, with or without an answer.
+    """
+    require(
+        tokenizer.chat_template.path != chat_template.BUILT_IN,
+        f'the checkpoint carries no chat template; put the {chat_template.FILE} of the model into '
+        'the folder tokenizer of its checkpoints, or do without apply_chat_template.',
+    )
+    opened(tokenizer, 'a', given)
+    turn_ends(tokenizer)
 
 
 def opened(tokenizer: Tokenizer, prompt: str, given: Chat) -> list[int]:

@@ -1,12 +1,12 @@
 """How tasks become prompts: settings of lm-evaluation-harness, for examples and chat templates."""
 
 import logging
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-from helios_jax.data import chat_template
-from helios_jax.data.tokenizer import Tokenizer
 from helios_jax.errors import require
-from helios_jax.evaluate import conversation
+
+if TYPE_CHECKING:
+    from helios_jax.data.tokenizer import Tokenizer
 
 log = logging.getLogger(__name__)
 
@@ -34,25 +34,7 @@ class Prompting(NamedTuple):
         n = self.num_fewshot
         require(n is None or n >= 0, f'num_fewshot={n} must be 0 (none) or more.')
 
-    def check_template(self, tokenizer: Tokenizer) -> None:
-        """Refuses a chat template that is absent, or cannot render these conversations.
-
-        Raises:
-          UserError: the checkpoint carries no template, or one that does not take what it is given.
-        """
-        if not self.apply_chat_template:
-            return
-        template = tokenizer.chat_template
-        require(
-            template.path != chat_template.BUILT_IN,
-            'apply_chat_template, but the checkpoint carries no chat template; put the '
-            f"model's {chat_template.FILE} into the folder tokenizer of its checkpoints, or leave "
-            'the setting out.',
-        )
-        conversation.opened(tokenizer, 'a', conversation.Chat(self.system_instruction))
-        conversation.turn_ends(tokenizer)
-
-    def described(self, tokenizer: Tokenizer) -> dict[str, Any]:
+    def described(self, tokenizer: 'Tokenizer') -> dict[str, Any]:
         """Returns the settings that answers depend on, with the template's fingerprint."""
         chat = self.apply_chat_template
         return self._asdict() | {
