@@ -107,8 +107,7 @@ def write_step(
     (folder / layout.METADATA).mkdir()
     record = write.record(step, items, metadata, metrics={})
     (folder / layout.METADATA / 'metadata').write_text(json.dumps(record))
-    _sync(folder)
-    manifest.write(folder)
+    manifest.write(folder, meanwhile=lambda: _sync(folder))
 
 
 def _sync(folder: epath.Path) -> None:

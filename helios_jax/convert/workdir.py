@@ -103,9 +103,10 @@ def _parts(
     source: CheckedDirectory, pieces: list[Counterpart], shape: tuple[int, ...], dtype: np.dtype
 ) -> Iterator[tuple[tuple[int, ...], np.ndarray]]:
     for piece in pieces:
-        x = piece.to_ours(source.tensors.read(piece.name), turned)
         wanted = shape[len(piece.place) :]
-        if x.shape != wanted:
+        turn = functools.partial(turned, columns=wanted[-1])
+        x = piece.to_ours(source.tensors.read(piece.name), turn)
+        if x.shape != wanted:  # rows of the vocabulary, which are not turned
             x = np.pad(x, [(0, n - size) for n, size in zip(wanted, x.shape, strict=True)])
         yield piece.place, x.astype(dtype, copy=False)
 
@@ -117,10 +118,16 @@ def _whole(
     yield (), np.zeros(shape, np.float32) if array is None else np.asarray(array)
 
 
-def turned(x: np.ndarray) -> np.ndarray:
-    """Exchanges the axes of a matrix in memory; by strips, it takes a quarter of NumPy's time."""
+def turned(x: np.ndarray, columns: int = 0) -> np.ndarray:
+    """Exchanges the axes of a matrix in memory; by strips, it takes a quarter of NumPy's time.
+
+    Args:
+      columns: what the result has at least; those beyond the matrix's own are zero.
+    """
     bits = x.view(f'u{x.itemsize}')  # bfloat16 is copied more slowly
-    out = np.empty(bits.shape[::-1], bits.dtype)
-    for start in range(0, len(bits), STRIP):
-        out[:, start : start + STRIP] = bits[start : start + STRIP].T
+    rows, width = bits.shape
+    out = np.zeros((width, max(rows, columns)), bits.dtype)
+    for start in range(0, rows, STRIP):
+        end = min(start + STRIP, rows)
+        out[:, start:end] = bits[start:end].T
     return out.view(x.dtype)
