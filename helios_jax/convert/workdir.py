@@ -21,7 +21,6 @@ from helios_jax.errors import require
 from helios_jax.train import report
 from helios_jax.train.run import CONFIG_FILE
 
-STRIP = 8  # rows of a matrix that are turned together
 BFLOAT16, FLOAT32 = np.dtype('bfloat16'), np.dtype(np.float32)
 
 
@@ -104,10 +103,12 @@ def _parts(
 ) -> Iterator[tuple[tuple[int, ...], np.ndarray]]:
     for piece in pieces:
         wanted = shape[len(piece.place) :]
-        turn = functools.partial(turned, columns=wanted[-1])
-        x = piece.to_ours(source.tensors.read(piece.name), turn)
-        if x.shape != wanted:  # rows of the vocabulary, which are not turned
-            x = np.pad(x, [(0, n - size) for n, size in zip(wanted, x.shape, strict=True)])
+        # A matrix is turned where its values are copied into the checkpoint's chunks.
+        x = piece.to_ours(source.tensors.read(piece.name))
+        if x.shape != wanted:
+            padded = np.zeros(wanted, x.dtype)
+            padded[tuple(map(slice, x.shape))] = x
+            x = padded
         yield piece.place, x.astype(dtype, copy=False)
 
 
@@ -116,18 +117,3 @@ def _whole(
 ) -> Iterator[tuple[tuple[int, ...], np.ndarray]]:
     """Gives a parameter that was made here, or zeros: balance biases that the directory lacks."""
     yield (), np.zeros(shape, np.float32) if array is None else np.asarray(array)
-
-
-def turned(x: np.ndarray, columns: int = 0) -> np.ndarray:
-    """Exchanges the axes of a matrix in memory; by strips, it takes a quarter of NumPy's time.
-
-    Args:
-      columns: what the result has at least; those beyond the matrix's own are zero.
-    """
-    bits = x.view(f'u{x.itemsize}')  # bfloat16 is copied more slowly
-    rows, width = bits.shape
-    out = np.zeros((width, max(rows, columns)), bits.dtype)
-    for start in range(0, rows, STRIP):
-        end = min(start + STRIP, rows)
-        out[:, start:end] = bits[start:end].T
-    return out.view(x.dtype)
