@@ -1,4 +1,4 @@
-"""How tasks become prompts: settings of lm-evaluation-harness, for examples and chat templates."""
+"""Settings of lm-evaluation-harness that say how tasks become prompts: examples, chat templates."""
 
 import logging
 from typing import TYPE_CHECKING, Any, NamedTuple
