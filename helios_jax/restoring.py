@@ -132,6 +132,15 @@ def read_metadata(directory: epath.PathLike, step: int | str = 'latest') -> dict
     return checkpoint.open_step(checkpoint_directory(directory), step).metadata
 
 
+def read_tokenizer(directory: epath.PathLike, step: int | str = 'latest') -> tokenizers.Tokenizer:
+    """Loads a checkpoint's tokenizer, and no array.
+
+    Raises:
+      UserError: as `load_tokenizer`; no checkpoint there, or no such step.
+    """
+    return load_tokenizer(checkpoint.open_step(checkpoint_directory(directory), step))
+
+
 def saved_config(opened: checkpoint.Opened) -> config.Config:
     """Reads the resolved config that a checkpoint was trained with.
 

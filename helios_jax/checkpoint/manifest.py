@@ -14,6 +14,7 @@ import json
 import os
 import pathlib
 import re
+from collections.abc import Callable
 from typing import Any
 
 from etils import epath
@@ -44,12 +45,18 @@ def files(folder: epath.Path) -> dict[str, epath.Path]:
     return found
 
 
-def write(folder: epath.Path) -> None:
-    """Hashes the files and writes the manifest, whole or not at all."""
+def write(folder: epath.Path, meanwhile: Callable[[], object] = lambda: None) -> None:
+    """Hashes the files and writes the manifest, whole or not at all.
+
+    Args:
+      meanwhile: called while files are hashed; it has returned before the manifest is there.
+    """
     found = files(folder)
     with concurrent.futures.ThreadPoolExecutor() as pool:
-        hashes = list(pool.map(sha256, found.values()))
-        sizes = list(pool.map(_size, found.values()))
+        hashing = pool.map(sha256, found.values())
+        sizing = pool.map(_size, found.values())
+        meanwhile()
+        hashes, sizes = list(hashing), list(sizing)
     listed = dict(zip(found, map(list, zip(sizes, hashes, strict=True)), strict=True))
     temporary = folder / f'{NAME}.tmp'
     temporary.write_text(_render({'files': listed, 'sha256': _digest(listed)}))

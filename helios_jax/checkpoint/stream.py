@@ -66,7 +66,7 @@ class LazyArray:
 
     Attributes:
       parts: gives the parts in turn, each with its indices along the first axes: `((), array)` is
-        a whole array, and `((2, 5), x)` what stands at [2, 5].
+        a whole array, and `((2, 5), x)` what stands at [2, 5]. A view is copied a chunk at a time.
       num_indices: how many indices each part has.
     """
 
@@ -107,8 +107,7 @@ def write_step(
     (folder / layout.METADATA).mkdir()
     record = write.record(step, items, metadata, metrics={})
     (folder / layout.METADATA / 'metadata').write_text(json.dumps(record))
-    _sync(folder)
-    manifest.write(folder)
+    manifest.write(folder, meanwhile=lambda: _sync(folder))
 
 
 def _sync(folder: epath.Path) -> None:

@@ -6,7 +6,7 @@ divide a tied head by √D and they do not, so that √D moves into the last nor
 """
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -71,19 +71,18 @@ class Counterpart(NamedTuple):
     place: tuple[int, ...]  # layer of the stack, if it is one, and expert, if there are some
     factor: float  # theirs = ours / factor
 
-    def to_ours(self, x: Any, turn: Callable[[Any], Any] = lambda x: x.T) -> Any:
+    def to_ours(self, x: Any) -> Any:
         """Returns their tensor as the slice of our array, without the padding of the vocabulary.
 
-        What is no factor's product keeps its dtype.
+        What is no factor's product keeps its dtype, and of NumPy is a view.
 
         Args:
           x: of NumPy or of JAX.
-          turn: exchanges the axes of a matrix.
         """
         if self.factor != 1:
             x = x.astype(np.float32) * np.float32(self.factor)
         if self.weight.fan_in:
-            x = turn(x)
+            x = x.T
         if _vocabulary(self.weight.axes[len(self.place) :]) >= 0:
             return x
         return x.reshape(self.weight.shape[len(self.place) :])

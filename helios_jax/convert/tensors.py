@@ -1,4 +1,7 @@
-"""Safetensors files: their headers checked before anything is read, then one tensor at a time."""
+"""Safetensors files: their headers checked before anything is read, then one tensor at a time.
+
+A tensor is a view of its file, which is mapped: the system can drop its pages.
+"""
 
 import json
 import math
@@ -28,6 +31,7 @@ class Header(NamedTuple):
     file: str
     shape: tuple[int, ...]
     dtype: str  # as the header names it
+    span: slice  # of the file's bytes
 
 
 class Tensors:
@@ -41,7 +45,7 @@ class Tensors:
             safetensors file or whose sizes do not add up, a tensor elsewhere than the index says.
         """
         self.directory = directory
-        self._files: dict[str, safe_open] = {}
+        self._files: dict[str, np.ndarray] = {}  # the bytes of each, mapped
         self.found = {name: tensor for name, tensor in self._listed() if not _ignored(name)}
 
     def require_exactly(self, wanted: Mapping[str, tuple[int, ...]]) -> None:
@@ -74,13 +78,14 @@ class Tensors:
         )
 
     def read(self, name: str) -> np.ndarray:
-        """Reads one tensor, in the dtype of its file.
+        """Returns one tensor, in the dtype of its file; nobody may write to it.
 
         Raises:
           UserError: it has NaN or infinity.
         """
-        file = self.found[name].file
-        x: np.ndarray = self._files[file].get_tensor(name)
+        file, shape, dtype, span = self.found[name]
+        x = self._files[file][span].view(DTYPES[dtype]).reshape(shape)
+        x = x if x.flags.aligned else x.copy()
         require(
             is_finite(x),
             f'{self.directory / file}: tensor {name} has a value that is NaN or infinite.',
@@ -121,20 +126,24 @@ class Tensors:
         )
 
     def _headers(self, file: str) -> Iterator[tuple[str, Header]]:
-        opened = self._files[file] = _opened(self.directory / file)
-        for name in opened.keys():  # noqa: SIM118 (it is no dict)
-            described = opened.get_slice(name)
-            yield name, Header(file, tuple(described.get_shape()), described.get_dtype())
+        content = self._files[file] = _mapped(self.directory / file)
+        begin = 8 + int.from_bytes(content[:8].tobytes(), 'little')
+        header = json.loads(content[8:begin].tobytes())
+        header.pop('__metadata__', None)
+        for name, tensor in header.items():
+            span = slice(*(begin + offset for offset in tensor['data_offsets']))
+            yield name, Header(file, tuple(tensor['shape']), tensor['dtype'], span)
 
 
 def _ignored(name: str) -> bool:
     return IGNORED.fullmatch(name) is not None
 
 
-def _opened(path: epath.Path) -> safe_open:
-    # It holds the header's sizes against the file's, and maps the file without reading it.
+def _mapped(path: epath.Path) -> np.ndarray:
+    """Maps a file's bytes, once its header is found to be whole, and its sizes the file's."""
     try:
-        return safe_open(str(path), 'np')
+        safe_open(str(path), 'np')
+        return np.asarray(np.memmap(str(path), np.uint8, 'r'))
     except (SafetensorError, OSError) as error:
         raise UserError(f'{path} cannot be read as safetensors ({str(error)[:160]}).') from None
 

@@ -77,7 +77,7 @@ def render(
       UserError: a template that is not Jinja, or raises an error.
     """
     text = chat_template.run(
-        tokenizer.chat_template, _cut(messages, tokenizer), place, add_generation_prompt
+        tokenizer.chat_template, cut(messages, tokenizer), place, add_generation_prompt
     )
     return _unmarked(text)
 
@@ -94,7 +94,7 @@ def training(
       UserError: as `render` says; or it cannot be said what the answers are.
     """
     template = tokenizer.chat_template
-    messages = _cut(messages, tokenizer)
+    messages = cut(messages, tokenizer)
     whole = chat_template.run(template, messages, place)
     if not chat_template.marks_answers(template):
         return _unmarked(_marked(template, messages, place, whole))
@@ -137,12 +137,12 @@ def _unmarked(marked: str) -> Conversation:
     return Conversation(MARKS.sub('', marked), answers, places[CUT])
 
 
-def _cut(value: Any, tokenizer: 'Tokenizer') -> Any:
+def cut(value: Any, tokenizer: 'Tokenizer') -> Any:
     """Cuts each name of a special token that the messages hold, so that it stays text."""
     if isinstance(value, str):
         return tokenizer.special_starts.sub(rf'\g<0>{CUT}', value)
     if isinstance(value, list):
-        return [_cut(item, tokenizer) for item in value]
+        return [cut(item, tokenizer) for item in value]
     if isinstance(value, dict):
-        return {_cut(name, tokenizer): _cut(item, tokenizer) for name, item in value.items()}
+        return {cut(name, tokenizer): cut(item, tokenizer) for name, item in value.items()}
     return value

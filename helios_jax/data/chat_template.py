@@ -26,6 +26,7 @@ PLAIN = (
     r"{% for message in messages %}{{ '<|' + message.role + '|>\n' + message.content + eos_token }}"
     r"{% endfor %}{% if add_generation_prompt %}{{ '<|assistant|>\n' }}{% endif %}"
 )
+BUILT_IN = 'the built-in chat template'  # the path of `PLAIN`
 # Marks around what stands in a block `generation`. Unicode keeps them out of text.
 START, STOP = '\ufdd1', '\ufdd2'
 
@@ -76,7 +77,7 @@ def find(folder: epath.Path | None, setting: str, tokens: Mapping[str, str]) -> 
                 f'{folder / CONFIG} has no chat template called default; set data.chat_template.'
             )
         return Template(own, str(folder / CONFIG), tokens)
-    return Template(PLAIN, 'the built-in chat template', tokens)
+    return Template(PLAIN, BUILT_IN, tokens)
 
 
 def _text(path: epath.Path) -> str:

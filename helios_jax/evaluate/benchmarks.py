@@ -17,7 +17,9 @@ from etils import epath
 
 from helios_jax import display, options, paths
 from helios_jax.errors import UserError, nearest, require
-from helios_jax.evaluate import responses
+from helios_jax.evaluate import conversation, responses
+from helios_jax.evaluate.conversation import Chat
+from helios_jax.evaluate.prompting import AS_TASKS_SAY, Prompting
 from helios_jax.restoring import Restored
 
 PACKAGE = 'lm_eval'
@@ -32,7 +34,6 @@ OFFLINE = {
     'TQDM_DISABLE': '1',  # its bars; the display has ours
 }
 BOOTSTRAP_DRAWS = 1000  # of metrics whose standard error has no closed form
-FEWSHOT_SEED = 1234  # the harness's own
 SHORTEST_LIMIT = 3  # tokens: BOS, one that is read, one that is scored
 
 
@@ -46,16 +47,20 @@ def check(limit: int, batch_rows: int, max_length: int) -> None:
     )
 
 
-def load(names: Sequence[str], include_path: str = '') -> dict[str, Any]:
+def load(
+    names: Sequence[str], include_path: str = '', prompting: Prompting = AS_TASKS_SAY
+) -> dict[str, Any]:
     """Loads tasks and their data, from `include_path` or else from the harness itself.
 
     Args:
       names: tasks, groups or tags.
       include_path: directory of task files. They are code: they may name Python functions.
+      prompting: says how many examples they show.
     Returns:
       What `lm_eval.evaluator.evaluate` takes as its tasks.
     Raises:
-      UserError: the extra is missing; no such task, or one whose files or data cannot be read.
+      UserError: the extra is missing; no such task, or one whose files or data cannot be
+        read, or that has fewer examples than it is to show.
     """
     require(
         importlib.util.find_spec(PACKAGE) is not None,
@@ -86,10 +91,7 @@ def load(names: Sequence[str], include_path: str = '') -> dict[str, Any]:
                 'mend its files, or see that its data is on this machine (nothing is downloaded '
                 'unless HF_HUB_OFFLINE=0 and HF_DATASETS_OFFLINE=0).'
             ) from error
-    for task in loaded['tasks'].values():
-        if task.get_config('num_fewshot') is None:
-            task.set_config(key='num_fewshot', value=0)
-        task.set_fewshot_seed(seed=FEWSHOT_SEED)
+    prompting.set_examples(loaded['tasks'])
     return loaded
 
 
@@ -97,6 +99,7 @@ def run(
     restored: Restored,
     tasks: dict[str, Any],
     *,
+    prompting: Prompting = AS_TASKS_SAY,
     limit: int = 0,
     batch_rows: int = 16,
     max_length: int = 0,
@@ -105,25 +108,34 @@ def run(
     """Runs loaded tasks; an evaluation that was interrupted goes on where `output` has answers.
 
     Args:
+      prompting: what `load` was given.
       limit: documents of each task; 0 takes all.
       batch_rows: as `HarnessModel`.
       max_length: as `HarnessModel`.
       output: directory for results.json, results.md and the answers; '' keeps nothing.
     Returns:
-      The harness's results with standard errors, and `model`, `truncated`, `limit`, `lm_eval`.
+      The harness's results with standard errors, and `model`, `truncated`, `limit`, `lm_eval`, the
+      fields of `prompting`, and `chat_template`, the fingerprint of the template that was applied.
     Raises:
-      UserError: a number out of range; a task that this model cannot do; `output` has answers of
-        another model.
+      UserError: a number out of range; a chat template that is absent or cannot be used; a task
+        that this model cannot do; `output` has answers of another model or of other prompts.
     """
     check(limit, batch_rows, max_length)
+    if prompting.apply_chat_template:
+        conversation.check(restored.tokenizer, Chat(prompting.system_instruction))
     from lm_eval.evaluator import evaluate
 
     from helios_jax.evaluate.harness import HarnessModel
 
     folder = epath.Path(output).expanduser() if output else None
-    model = responses.identity(restored)
-    known = responses.Responses(folder / responses.FILE if folder else None, model)
-    asked = HarnessModel(restored, batch_rows=batch_rows, max_length=max_length, responses=known)
+    model, prompts = responses.identity(restored), prompting.described(restored.tokenizer)
+    known = responses.Responses(
+        folder / responses.FILE if folder else None, responses.digest(model, prompts)
+    )
+    asked = HarnessModel(
+        restored, batch_rows=batch_rows, max_length=max_length, responses=known,
+        apply_chat_template=prompting.apply_chat_template,
+    )  # fmt: skip
     try:
         with contextlib.redirect_stdout(sys.stderr):  # stdout is for results alone
             found: Any = evaluate(
@@ -132,12 +144,16 @@ def run(
                 limit=limit or None,
                 bootstrap_iters=BOOTSTRAP_DRAWS,
                 log_samples=False,
+                system_instruction=prompting.system_instruction or None,
+                apply_chat_template=prompting.apply_chat_template,
+                fewshot_as_multiturn=prompting.fewshot_as_multiturn,
             )
     except UserError:
         raise
     except (ValueError, NotImplementedError) as error:
         raise UserError(f'--tasks: {error}') from error
     results = json.loads(json.dumps(found, default=str)) | {
+        **prompts,
         'model': model,
         'truncated': asked.num_truncated,
         'limit': limit,

@@ -10,6 +10,7 @@ from absl import flags
 from helios_jax import config, options, paths
 from helios_jax.errors import UserError, require
 from helios_jax.evaluate.length_settings import METHODS, Lengths
+from helios_jax.evaluate.prompting import Prompting
 
 
 def eval_command(argv: Sequence[str]) -> None:
@@ -49,6 +50,8 @@ def eval_command(argv: Sequence[str]) -> None:
         require(not unread, f'--{name} means nothing to {"".join(chosen)}; leave it out.')
     if values.tasks:
         return run_tasks(values)
+    for name in Prompting._fields:
+        require(not values[name].present, f'--{name} is for --tasks; name some, or leave it out.')
     if values.lengths:
         return run_lengths(values)
     require(not values.output, '--output is for --tasks and --lengths; print with --json.')
@@ -85,6 +88,22 @@ def task_flags(values: flags.FlagValues) -> None:
     flags.DEFINE_integer(
         'max_length', 0, "Tokens of a task's row; longer contexts are cut.", flag_values=values
     )
+    flags.DEFINE_integer(
+        'num_fewshot', None, "Solved examples in a prompt; else the task's own number.",
+        flag_values=values,
+    )  # fmt: skip
+    flags.DEFINE_bool(
+        'apply_chat_template', False, 'A prompt is a conversation, of the chat template.',
+        flag_values=values,
+    )  # fmt: skip
+    flags.DEFINE_string(
+        'system_instruction', '', 'Text in front of a prompt; the system message of a chat.',
+        flag_values=values,
+    )  # fmt: skip
+    flags.DEFINE_bool(
+        'fewshot_as_multiturn', True, 'Examples are turns of the chat, not one message.',
+        flag_values=values,
+    )  # fmt: skip
 
 
 def length_flags(values: flags.FlagValues) -> None:
@@ -103,13 +122,25 @@ def length_flags(values: flags.FlagValues) -> None:
 def run_tasks(values: flags.FlagValues) -> None:
     """Runs --tasks on the checkpoint, and prints their table."""
     require(not values.text, '--text and --tasks are two evaluations; give one of them.')
-    from helios_jax.evaluate import benchmarks
+    require(
+        values.apply_chat_template or not values['fewshot_as_multiturn'].present,
+        '--fewshot_as_multiturn says how a chat is made; add --apply_chat_template, or drop it.',
+    )
+    from helios_jax import restoring
+    from helios_jax.evaluate import benchmarks, conversation
+    from helios_jax.evaluate.conversation import Chat
 
+    given: dict[str, Any] = {name: values[name].value for name in Prompting._fields}
+    prompting = Prompting(**given)
+    prompting.check()
     benchmarks.check(values.limit, values.batch_rows, values.max_length)
-    tasks = benchmarks.load(values.tasks, values.include_path)
+    if prompting.apply_chat_template:
+        tokenizer = restoring.read_tokenizer(values.checkpoint, values.step)
+        conversation.check(tokenizer, Chat(values.system_instruction))
+    tasks = benchmarks.load(values.tasks, values.include_path, prompting)
     results = benchmarks.run(
-        restore(values), tasks, limit=values.limit, batch_rows=values.batch_rows,
-        max_length=values.max_length, output=values.output,
+        restore(values), tasks, prompting=prompting, limit=values.limit,
+        batch_rows=values.batch_rows, max_length=values.max_length, output=values.output,
     )  # fmt: skip
     print(options.to_json(results) if values.json else benchmarks.table(results))
 

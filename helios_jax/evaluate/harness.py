@@ -14,7 +14,9 @@ from lm_eval.api.model import TemplateLM
 from lm_eval.models.utils import normalize_gen_kwargs
 
 from helios_jax import display
+from helios_jax.data import chat
 from helios_jax.errors import require
+from helios_jax.evaluate import conversation
 from helios_jax.evaluate.generate import continued, warn_of_length
 from helios_jax.evaluate.responses import Responses, digest
 from helios_jax.evaluate.scores import Pair, RowBatch, score, shapes, windows
@@ -34,9 +36,11 @@ class HarnessModel(TemplateLM):
       max_length: tokens of a row, at least 3. Longer contexts lose their beginning, and
         `num_truncated` counts them; texts of rolling tasks are cut into rows of it. 0 cuts no
         context, and texts into rows of the length that the model was made for.
+      apply_chat_template: what the harness is told under this name; contexts are then what the
+        method of this name rendered, and an answer ends with its turn.
       responses: answers that are there already, and where new ones go; in memory if left out.
     Raises:
-      UserError: later, a request that cannot be answered.
+      UserError: a chat template that cannot be used; later, a request that cannot be answered.
     """
 
     def __init__(
@@ -45,6 +49,7 @@ class HarnessModel(TemplateLM):
         *,
         batch_rows: int = 16,
         max_length: int = 0,
+        apply_chat_template: bool = False,
         responses: Responses | None = None,
     ) -> None:
         super().__init__()
@@ -52,6 +57,8 @@ class HarnessModel(TemplateLM):
         self.max_length = max_length
         self.num_truncated = 0
         self._batch_tokens = batch_rows * restored.config.data.row_length
+        self._chat = apply_chat_template
+        self._ends = conversation.turn_ends(restored.tokenizer) if apply_chat_template else ()
         self._responses = responses or Responses(None, model='')
 
     @property
@@ -64,14 +71,43 @@ class HarnessModel(TemplateLM):
 
     @property
     def tokenizer_name(self) -> str:
-        return self.restored.tokenizer.name
+        """Name under which the harness may keep rendered prompts: no other template shares it."""
+        tokenizer = self.restored.tokenizer
+        return f'{tokenizer.fingerprint}-{tokenizer.chat_template.fingerprint}'
+
+    def chat_template(self, chat_template: bool | str = False) -> str | None:
+        """Returns the source of the checkpoint's template, whichever name is asked for."""
+        return self.restored.tokenizer.chat_template.source if chat_template else None
+
+    def apply_chat_template(
+        self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True
+    ) -> str:
+        """Renders a conversation as `helios generate --chat` does; the result is for `tok_encode`.
+
+        Args:
+          chat_history: messages of a role and its content.
+          add_generation_prompt: opens the answer; else the last message is its beginning.
+        """
+        if not self._chat:
+            raise ValueError('HarnessModel needs apply_chat_template=True as well.')
+        tokenizer, goes_on = self.restored.tokenizer, not add_generation_prompt
+        return conversation.rendered(tokenizer, chat_history, goes_on=goes_on)
 
     def tok_encode(
         self, string: str, add_special_tokens: bool | None = None, **kwargs: Any
     ) -> list[int]:
-        """Encodes a text, with BOS in front unless `add_special_tokens` is False."""
-        start = [] if add_special_tokens is False else [self.prefix_token_id]
-        return [*start, *self.restored.tokenizer.encode(string)]
+        """Encodes a context and what follows it, BOS first; without BOS it is a text alone."""
+        tokenizer = self.restored.tokenizer
+        if add_special_tokens is False:
+            return tokenizer.encode(string)
+        if self._chat:
+            return conversation.encoded(tokenizer, string)
+        return [self.prefix_token_id, *tokenizer.encode(string)]
+
+    def _encode_pair(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
+        if self._chat:  # names of special tokens are text in the continuation
+            continuation = chat.cut(continuation, self.restored.tokenizer)
+        return super()._encode_pair(context, continuation)
 
     def loglikelihood(
         self, requests: list[Instance], disable_tqdm: bool = True
@@ -153,7 +189,7 @@ class HarnessModel(TemplateLM):
     def _continued(self, some: list[Any], shape: RowBatch, settings: dict[str, Any]) -> list[str]:
         prompts = [tokens for tokens, _ in some]
         filled = [*prompts, *[prompts[-1]] * (shape.num_rows - len(prompts))]
-        return continued(self.restored, filled, **settings)[: len(prompts)]
+        return continued(self.restored, filled, end_ids=self._ends, **settings)[: len(prompts)]
 
     def _answers(
         self,

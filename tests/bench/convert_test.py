@@ -20,8 +20,8 @@ def test_an_import_holds_no_more_than_a_few_tensors(tmp_path, monkeypatch):
         monkeypatch.setenv(name, '65536')
     row = convert.measured(MODEL, 'float32', tmp_path, repeats=1)
     assert row['bytes'] > 9 * row['largest_tensor_bytes']
-    # Two tensors, and what of others is on its way to the disk.
-    assert row['peak_bytes'] < 3.5 * row['largest_tensor_bytes']
+    # One tensor, and what of another is on its way to the disk.
+    assert row['peak_bytes'] < 2 * row['largest_tensor_bytes']
     assert row['import_seconds'] > row['read_seconds'] > 0
     assert restoring.restore(tmp_path / 'run0').config.model.num_layers == 12
 

@@ -4,7 +4,7 @@ import small_steps
 from etils import epath
 
 from helios_jax import checkpoint
-from helios_jax.checkpoint import layout
+from helios_jax.checkpoint import layout, write
 from helios_jax.checkpoint.stream import LazyArray, StoredItem, write_step
 from helios_jax.errors import UserError
 
@@ -48,6 +48,17 @@ def test_an_array_is_written_part_by_part(tmp_path):
     assert made == [*np.ndindex(3, 2)]
     stored = StoredItem(checkpoint.open_step(tmp_path), 'params')
     np.testing.assert_array_equal(stored.read('x'), x)
+
+
+@pytest.mark.parametrize('dtype', ['bfloat16', 'float32'])
+def test_a_part_may_be_a_turned_view(dtype, tmp_path, monkeypatch):
+    monkeypatch.setattr(write, '_CHUNK_BYTES', 1024)  # of the 4 to 9 KB
+    x = np.random.default_rng(0).standard_normal((7, 324)).astype(dtype)
+    views = [x.T.reshape(18, 18, 7), x.T[::-1].reshape(18, 18, 7)]
+    array = LazyArray((2, 18, 18, 7), x.dtype, lambda: zip([(0,), (1,)], views, strict=True), 1)
+    write_step(tmp_path, 0, {'params': {'x': array}}, {})
+    found = StoredItem(checkpoint.open_step(tmp_path), 'params').read('x')
+    np.testing.assert_array_equal(found, np.stack(views))
 
 
 def test_an_item_is_verified_before_any_of_it_is_read(tmp_path):

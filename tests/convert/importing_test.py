@@ -100,14 +100,6 @@ def test_commands_bring_a_model_in_let_it_speak_and_take_it_out(tmp_path, capsys
     assert restored.config.data.tokenizer == f'{run}/checkpoints/tokenizer/tokenizer.json'
 
 
-@pytest.mark.parametrize('shape', [(519, 7), (3, 600), (256, 8), (1, 1)])
-@pytest.mark.parametrize('dtype', ['bfloat16', 'float32'])
-def test_a_matrix_is_turned(shape, dtype):
-    x = np.random.default_rng(0).standard_normal(shape).astype(dtype)
-    np.testing.assert_array_equal(workdir.turned(x), x.T)
-    assert workdir.turned(x).flags.c_contiguous
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize('changes', [{}, {'to_gmu': True}, {'upcycle': (3, 2)}], ids=str)
 def test_a_workdir_has_what_is_read_onto_devices_and_keeps_bfloat16(changes, tmp_path):

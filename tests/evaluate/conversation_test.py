@@ -12,7 +12,7 @@ from helios_jax import cli
 from helios_jax.data import tokenizer as tokenizers
 from helios_jax.errors import UserError
 from helios_jax.evaluate import command
-from helios_jax.evaluate.conversation import Chat, opened, turn_ends
+from helios_jax.evaluate.conversation import Chat, encoded, opened, rendered, turn_ends
 
 WORDS = ['<s>', '</s>', '<|user|>', '<|system|>', '<|assistant|>', '<|end|>', 'a', 'b', 'c', '?']
 TEMPLATE = (
@@ -89,3 +89,26 @@ def test_the_command_prints_the_answer(capsys, monkeypatch):
     cli.main([*given, '--prompt=<|user|>\nWhy?'])
     other = json.loads(capsys.readouterr().out)
     assert asked['prompt'] == 'Why?' and asked['text'] != other['text']
+
+
+@pytest.mark.parametrize(
+    ('content', 'template', 'expected'),
+    [
+        ('b c', TEMPLATE, 'b c'),
+        ('b c ', TEMPLATE, 'b c '),
+        ('b c ', TEMPLATE.replace('m.content', 'm.content | trim'), 'b c'),
+        ('<|end|> b', TEMPLATE, '<\ufdd0|end|> b'),
+        ('b', '{% generation %}' + TEMPLATE + '{% endgeneration %}', 'b'),
+    ],
+)
+def test_an_answer_that_has_begun_goes_on(content, template, expected, tmp_path):
+    made = tokenizer(tmp_path, template)
+    said = [{'role': 'user', 'content': 'a'}, {'role': 'assistant', 'content': content}]
+    text = rendered(made, said, goes_on=True)
+    assert text == f'<|user|>a<|end|><|assistant|>{expected}'
+    assert encoded(made, text).count(WORDS.index('<|end|>')) == 1
+
+
+def test_a_template_that_leaves_out_what_is_to_go_on_is_refused(tmp_path):
+    with pytest.raises(UserError, match=r'chat_template\.jinja leaves out a message'):
+        rendered(tokenizer(tmp_path, 'a'), [{'role': 'user', 'content': 'b'}], goes_on=True)
