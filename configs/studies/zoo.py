@@ -5,7 +5,8 @@ helios ablate --study=zoo --workdir=runs/zoo --config.data.corpus='linux/Documen
 x + û (peri-norm, 2502.02732) is the baseline, the strongest of the plain residuals. `lambdas` is
 λx + û + αx₀, `review` Review Residuals (2606.31859), `norm_scale` LayerNorm scaling (2502.05795),
 `value_residual` ResFormer's (2410.17897), `residual_depth` GPT-2's initialisation. --arms runs some
-of them, and later more in the same workdir; --config.model.num_layers asks the same of other depths.
+of them, and later more in the same workdir;
+--config.model.num_layers asks the same of other depths.
 """
 
 from helios_jax.ablate.study import Study

@@ -392,7 +392,10 @@ class HeliosModel(HeliosPreTrainedModel):
         else:
             positions = (real.long().cumsum(-1) - 1).clamp(min=0)
         x = x_0 = self.embed_tokens(input_ids)
-        first_values = self.layers[0].values(x_0) if self.config.helios['value_residual'] else None
+        first_values = None
+        if self.config.helios['value_residual']:
+            first: Any = self.layers[0]
+            first_values = first.values(x_0)
         for layer in self.layers:
             x = layer(x, x_0, first_values, positions, real, cache)
         return self.norm(x)

@@ -19,7 +19,7 @@ LayerStats = dict[str, Stats]  # name of the layer in its period → what its ro
 
 
 class Shared(NamedTuple):
-    """What every layer reads beside the stream; None where the config does not want it."""
+    """Arrays that every layer reads beside the stream; None where the config has no use for one."""
 
     x_0: Float[Array, 'B T D'] | None = None  # what the embedding gave (gmu.embedding)
     first_values: Float[Array, 'B T K H'] | None = None  # those of the first layer (value_residual)
