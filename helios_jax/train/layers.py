@@ -18,18 +18,18 @@ Sublayers = Sequence[Mapping[str, Any]]  # as `evaluate.sublayers.figures` gives
 # What a panel of lines shows → the figure of each sublayer that it is of.
 LINES = {
     'mean gate': 'gate_mean',
-    f'share of gates below {SHUT} or above {OPEN}': 'gate_saturated',
+    'share of saturated gates': 'gate_saturated',
     'mean factor of the update': 'factor_mean',
     'root mean square of the stream': 'stream_rms',
 }
-# Figures with a number for each bin → label of the bins' axis, and its upper end; 0: their number.
-SHADES = {'gate_histogram': ('gate of {}', 1.0), 'expert_load': ('expert of {}', 0.0)}
+# Figures with a number for each part → label of the parts' axis, and its end (`plot.shades`).
+SHADES = {'gate_histogram': ('gate of {}', 1.0), 'expert_load': ('expert', 0.0)}
 # A figure → what the caption says if it is drawn.
 SAID = {
     'stream_rms': 'The trained model on held-out text; the stream is the one below a sublayer.',
     'gate_mean': (
         f'Gates are those of all tokens and channels: {BAND[1] - BAND[0]:.0%} of them lie within '
-        'the band.'
+        f'the band; one below {SHUT} or above {OPEN} is saturated.'
     ),
     'gate_histogram': 'A column is a layer: the darker, the more of its gates are that far open.',
     'expert_load': 'A column is a layer: the darker, the more tokens chose that expert.',
@@ -90,6 +90,8 @@ def drawn(sublayers: Sublayers) -> Figure:
     for axes, (label, values) in zip(panels, lines.items(), strict=False):
         within = bands if LINES[label] == 'gate_mean' else None
         plot.per_layer(axes, values, ylabel=label, bands=within)
+        if LINES[label].startswith('gate'):
+            axes.set_ylim(bottom=0)
     for axes, (shares, label, top) in zip(panels[len(lines) :], bins, strict=True):
         plot.shades(axes, shares, ylabel=label, top=top)
     return figure
