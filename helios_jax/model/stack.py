@@ -10,12 +10,13 @@ from jaxtyping import Array, Float, Int
 from helios_jax import config
 from helios_jax.memory import policy, store
 from helios_jax.memory.unrolled import unrolled, unrolls
-from helios_jax.model.block import Block, LayerStats
+from helios_jax.model.block import Block
 from helios_jax.model.gmu import input_eps
 from helios_jax.model.layers import RMSNorm
 from helios_jax.parallel import platforms
 
 Variables = Mapping[str, Any]  # collection → name of the layer → its variables
+Reports = dict[str, Any]  # name of the layer → what `Stack.layer` gives beside the stream
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,8 +36,8 @@ class Stack:
         positions: Int[Array, 'B T'],
         segment_ids: Int[Array, 'B T'] | None,
         x_0: Float[Array, 'B T D'] | None = None,
-    ) -> tuple[Float[Array, 'B T D'], dict[str, LayerStats]]:
-        """The normalised stream behind the last layer, and the routers' statistics.
+    ) -> tuple[Float[Array, 'B T D'], dict[str, Reports]]:
+        """The normalised stream behind the last layer, and what each layer reports beside.
 
         Args:
           variables: of `prefix` (where the model has one), of `periods`, stacked, and of `norm`.
@@ -49,7 +50,7 @@ class Stack:
         table = None if self.memory.policy == 'none' else policy.actions(self.memory)
         host = platforms.has_host_memory(self.platform)
         where: dict[str, Any] = {'table': table, 'host': host}
-        statistics: dict[str, LayerStats] = {}
+        statistics: dict[str, Reports] = {}
 
         for i, kind in enumerate(model.prefix_kinds):
             params, router = layer_variables(variables['prefix'], i)
