@@ -20,7 +20,7 @@ TRAINING = {'loss': 'training loss (nats per token)', 'gradient_norm': 'norm of 
 GATES = {
     'mean gate of attention': ('attention', 'gate_mean'),
     'mean gate of mlp': ('mlp', 'gate_mean'),
-    'root mean square of the stream below': ('attention', 'stream_rms'),
+    'root mean square of the stream': ('attention', 'stream_rms'),
 }
 EXPERTS = {
     'router/load_max_over_mean': 'largest load of an expert ÷ mean load',

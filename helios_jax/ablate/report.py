@@ -212,7 +212,10 @@ def _gates(results: StudyResults) -> Iterator[Section]:
     arms = [arm for arm in statistics.compared(results) if known(arm)]
     if not arms:
         return
-    caption = f'The trained models on the same held-out text, by layer. Lines are means; {BANDS}.'
+    caption = (
+        'The trained models on the same held-out text, by layer; the stream is the one below a '
+        f'layer. Lines are means over seeds; {BANDS}.'
+    )
     tenths = [f'{n / BINS:g} to {(n + 1) / BINS:g}' for n in range(BINS)]
     head = ['arm', *(f'saturated in {name}' for name in NAMES), 'most in one sublayer', *tenths]
     said = (
