@@ -98,21 +98,8 @@ class Observed(Stack):
 
     real: Bool[Array, 'B T']  # tokens that are no padding
 
-    def layer(
-        self,
-        kind: str,
-        index: Any,
-        given: Any,
-        x: Array,
-        router: Any,
-        positions: Array,
-        segment_ids: Array | None,
-    ) -> Any:
-        params, x_0 = given
-        (x, stats), seen = Block(self.model, kind, self.platform, parent=None).apply(
-            {'params': params, 'router': router}, x, index, positions, segment_ids, x_0,
-            mutable=['intermediates'],
-        )  # fmt: skip
+    def run(self, block: Block, variables: Any, *arguments: Any) -> Any:
+        (x, stats), seen = block.apply(variables, *arguments, mutable=['intermediates'])
         units = seen['intermediates']
         found = {name: self.summary(**units[f'{name}_gmu']) for name in NAMES}
         if stats is not None:

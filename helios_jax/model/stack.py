@@ -16,7 +16,7 @@ from helios_jax.model.layers import RMSNorm
 from helios_jax.parallel import platforms
 
 Variables = Mapping[str, Any]  # collection → name of the layer → its variables
-Reports = dict[str, Any]  # name of the layer → what `Stack.layer` gives beside the stream
+Reports = dict[str, Any]  # name of the layer → what `Stack.run` gives beside the stream
 
 
 @dataclasses.dataclass(frozen=True)
@@ -104,7 +104,10 @@ class Stack:
         block = Block(self.model, kind, *how, parent=None)
         params, x_0 = given
         variables = {'params': params, 'router': router}
-        return block.apply(variables, x, index, positions, segment_ids, x_0)
+        return self.run(block, variables, x, index, positions, segment_ids, x_0)
+
+    def run(self, block: Block, variables: Any, *arguments: Any) -> Any:
+        return block.apply(variables, *arguments)
 
     def scanned_layer(
         self, kind: str, i: int, given: Any, x: Array, period: Any, *others: Any
