@@ -120,12 +120,43 @@ def intervals(
     _finish(axes, xlabel, '')
 
 
-def per_layer(axes: Axes, lines: Mapping[str, ArrayLike], *, ylabel: str) -> None:
-    """Draws name → a value of each layer, from the lowest layer, which is 1."""
+def per_layer(
+    axes: Axes,
+    lines: Mapping[str, ArrayLike],
+    *,
+    ylabel: str,
+    bands: Mapping[str, tuple[ArrayLike, ArrayLike]] | None = None,
+) -> None:
+    """Draws name → a value of each layer, from the lowest layer, which is 1.
+
+    Args:
+      bands: name → lower and upper end of a band about its line, a value of each layer too.
+    """
     for n, (name, values) in enumerate(lines.items()):
+        if not np.size(values):
+            continue
         layers = np.arange(1, np.size(values) + 1)
         axes.plot(layers, values, label=name, **_look(n, marked=len(layers) < FEW_POINTS))
+        if bands and name in bands:
+            low, high = bands[name]
+            axes.fill_between(layers, low, high, color=_colour(n), alpha=0.2, lw=0)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    _finish(axes, 'layer', ylabel)
+
+
+def shades(axes: Axes, shares: ArrayLike, *, ylabel: str, top: float = 0.0) -> None:
+    """Draws how much of each layer is in each of equal parts: the darker, the more.
+
+    Args:
+      shares: [layers, parts]; NaN stays white.
+      top: where the parts end that start at 0; 0: parts are numbered, from 0.
+    """
+    shares = np.asarray(shares, float)
+    layers, parts = shares.shape
+    edges = np.linspace(0, top, parts + 1) if top else np.arange(parts + 1) - 0.5
+    axes.pcolormesh(np.arange(layers + 1) + 0.5, edges, shares.T, cmap='Blues', vmin=0)
+    for axis in [axes.xaxis] + [axes.yaxis] * (not top):
+        axis.set_major_locator(MaxNLocator(integer=True))
     _finish(axes, 'layer', ylabel)
 
 

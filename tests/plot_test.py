@@ -74,6 +74,31 @@ def test_layers_count_from_one_and_bars_have_their_lengths():
     assert {'layer', 'mean gate', 'attention', 'mlp', 'convex', 'residual'} <= said(figure)
 
 
+def test_a_band_lies_about_its_line_and_a_name_without_values_keeps_its_look():
+    figure, (axes,) = plot.panels(1)
+    bands = {'convex': ([0.1, 0.2], [0.5, 0.4])}
+    lines = {'residual': [], 'convex': [0.25, 0.3]}
+    plot.per_layer(axes, lines, ylabel='mean gate', bands=bands)
+    (line,), (band,) = axes.lines, axes.collections
+    assert (line.get_label(), line.get_color()) == ('convex', plot.COLOURS[1])
+    corners = {tuple(corner) for corner in band.get_paths()[0].vertices.tolist()}
+    assert corners == {(1, 0.1), (1, 0.5), (2, 0.2), (2, 0.4)}
+    drawn(figure)
+
+
+def test_shades_are_a_column_a_layer():
+    figure, (gates, experts) = plot.panels(2)
+    shares = [[0.5, 0.5, 0], [math.nan] * 3]
+    plot.shades(gates, shares, ylabel='gate', top=1.0)
+    plot.shades(experts, shares, ylabel='expert')
+    (shaded,) = gates.collections
+    assert shaded.get_array()[:, 0].tolist() == [0.5, 0.5, 0] and shaded.get_clim() == (0, 0.5)
+    assert shaded.get_array().mask[:, 1].all()
+    assert gates.get_xlim() == (0.5, 2.5) and gates.get_ylim() == (0, 1)
+    assert experts.get_ylim() == (-0.5, 2.5)
+    drawn(figure)
+
+
 def test_many_names_look_different_and_their_legend_stays_inside():
     figure, panels = plot.panels(3)
     lines = {f'an_arm_with_a_name_{n}': [(STEPS, [n, n + 1.0, n + 2.0])] for n in range(20)}

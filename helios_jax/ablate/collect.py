@@ -21,7 +21,7 @@ from helios_jax.ablate.variants import (
     search_variants,
     seed_variants,
 )
-from helios_jax.train import metrics
+from helios_jax.train import layers, metrics
 from helios_jax.train.run import CONFIG_FILE
 
 GIB = 2**30
@@ -133,6 +133,7 @@ def read_run(variant: Variant, design: Design, arm: Arm) -> StudyRun:
         peak_bytes=round(peak * GIB),
         points=points,
         series=series,
+        sublayers=tuple(layers.read(variant.directory)),
         swept=variant.swept,
     )
 
@@ -190,5 +191,5 @@ def _without_result(
     arm: str, seed: int, rate: float, state: str, reason: str, *, swept: bool
 ) -> StudyRun:
     return StudyRun(
-        arm, seed, rate, state, reason, math.nan, 0.0, 0, 0.0, 0, (), {}, swept=swept
+        arm, seed, rate, state, reason, math.nan, 0.0, 0, 0.0, 0, (), {}, (), swept=swept
     )  # fmt: skip

@@ -2,12 +2,14 @@
 
 from collections.abc import Sequence
 
+import numpy as np
 from matplotlib.figure import Figure
 
 from helios_jax import plot
 from helios_jax.ablate import statistics
 from helios_jax.ablate.records import StudyResults, StudyRun
 from helios_jax.evaluate import figures
+from helios_jax.train import layers
 
 AXES = {
     'tokens': 'training tokens',
@@ -15,6 +17,11 @@ AXES = {
     'seconds': 'seconds of training steps',
 }
 TRAINING = {'loss': 'training loss (nats per token)', 'gradient_norm': 'norm of the gradient'}
+GATES = {
+    'mean gate of attention': ('attention', 'gate_mean'),
+    'mean gate of mlp': ('mlp', 'gate_mean'),
+    'root mean square of the stream': ('attention', 'stream_rms'),
+}
 EXPERTS = {
     'router/load_max_over_mean': 'largest load of an expert ÷ mean load',
     'router/drop_fraction': "share of experts' tokens dropped",
@@ -68,6 +75,30 @@ def training(results: StudyResults) -> Figure:
 def experts(results: StudyResults) -> Figure:
     """Draws the routers' figures of the compared runs, or those of them that runs logged."""
     return _series(results, EXPERTS)
+
+
+def gates(results: StudyResults) -> Figure:
+    """Draws each arm's mean gates, and its stream, by layer, over the seeds of its runs."""
+    figure, panels = plot.panels(len(GATES))
+    for axes, (label, (name, of)) in zip(panels, GATES.items(), strict=True):
+        means, ends = {}, {}
+        for arm in statistics.compared(results):
+            seeds = by_layer(results, arm, name, of)
+            means[arm] = seeds.mean(axis=0) if len(seeds) else []
+            if len(seeds) > 1:
+                ends[arm] = seeds.min(axis=0), seeds.max(axis=0)
+        plot.per_layer(axes, means, ylabel=label, bands=ends)
+    return figure
+
+
+def by_layer(results: StudyResults, arm: str, name: str, figure: str) -> np.ndarray:
+    """Returns a figure of the sublayer `name` in an arm's compared runs: [seeds, layers, …].
+
+    Runs without the figure are left out.
+    """
+    runs = statistics.compared(results)[arm].values()
+    found = [layers.by_layer(run.sublayers, name, figure) for run in runs]
+    return np.array([values for values in found if len(values)])
 
 
 def logged(results: StudyResults, names: Sequence[str]) -> list[str]:

@@ -32,6 +32,7 @@ class StudyRun:
     peak_bytes: int  # the most that a device held; 0 where the device does not tell
     points: tuple[Point, ...]
     series: Mapping[str, tuple[tuple[float, float], ...]]  # figure → (step, value) of its lines
+    sublayers: tuple[Mapping[str, Any], ...]  # figures of each (train.layers); () if not known
     swept: bool  # part of the learning-rate search, not of the comparison
 
 

@@ -10,6 +10,7 @@ import statistics as medians
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+import numpy as np
 from etils import epath
 
 from helios_jax import plot
@@ -19,6 +20,7 @@ from helios_jax.ablate.records import Arm, StudyResults, StudyRun
 from helios_jax.ablate.speedup import BUDGETS, speed_up
 from helios_jax.ablate.statistics import ALIKE, BETTER, UNKNOWN, WORSE, Comparison, Estimate
 from helios_jax.evaluate import figures
+from helios_jax.evaluate.sublayers import BINS, NAMES, OPEN, SHUT
 from helios_jax.train.report import flat
 
 STUDY = 'study.json'  # a study's resolved definition, in its workdir
@@ -114,6 +116,7 @@ def _sections(results: StudyResults, workdir: epath.Path) -> Iterator[Section]:
     if statistics.searches(results):
         yield Section('Learning rates', _rates(results))
     yield from _training(results)
+    yield from _gates(results)
     if lost := statistics.left_out(results):
         yield Section(
             'Runs left out',
@@ -202,6 +205,37 @@ def _training(results: StudyResults) -> Iterator[Section]:
         drawn = plot.png(pictures.experts(results))
         caption = f'Over all mixtures of experts of a model, at steps that were logged; {BANDS}.'
         yield Section('Experts', [Picture('experts.png', drawn, caption)])
+
+
+def _gates(results: StudyResults) -> Iterator[Section]:
+    known = lambda arm: pictures.by_layer(results, arm, NAMES[0], 'gate_mean').size
+    arms = [arm for arm in statistics.compared(results) if known(arm)]
+    if not arms:
+        return
+    caption = (
+        'The trained models on the same held-out text, by layer; the stream is the one below a '
+        f'layer. Lines are means over seeds; {BANDS}.'
+    )
+    tenths = [f'{n / BINS:g} to {(n + 1) / BINS:g}' for n in range(BINS)]
+    head = ['arm', *(f'saturated in {name}' for name in NAMES), 'most in one sublayer', *tenths]
+    said = (
+        f'A gate below {SHUT} or above {OPEN} is saturated; the last columns are the shares of '
+        'gates that are so far open. All are means over seeds, layers, tokens and channels.'
+    )
+    drawn = Picture('gates.png', plot.png(pictures.gates(results)), caption)
+    yield Section('Gates', [drawn, Grid(head, [_gates_row(results, arm) for arm in arms]), said])
+
+
+def _gates_row(results: StudyResults, arm: str) -> list[str]:
+    of = lambda name, figure: pictures.by_layer(results, arm, name, figure).mean(axis=0)
+    shut = {name: of(name, 'gate_saturated') for name in NAMES}
+    most = max(NAMES, key=lambda name: shut[name].max())
+    open_so_far = np.concatenate([of(name, 'gate_histogram') for name in NAMES]).mean(axis=0)
+    return [
+        arm, *(f'{values.mean():.1%}' for values in shut.values()),
+        f'{shut[most].max():.1%}: {most} of layer {shut[most].argmax() + 1}',
+        *(f'{share:.1%}' for share in open_so_far),
+    ]  # fmt: skip
 
 
 def _spikes(results: StudyResults) -> Grid:

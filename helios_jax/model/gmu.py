@@ -33,6 +33,7 @@ from helios_jax.memory.parts import Cut, Parts, in_parts
 from helios_jax.model.layers import (
     Einsum,
     RMSNorm,
+    float32_or_wider,
     partitioned,
     scaled,
 )
@@ -143,8 +144,9 @@ class GatedMemoryUnit(nn.Module):
         x_0 is what the embedding gave; None where the config does not add it.
 
         With a mutable collection `intermediates`, leaves g there as `gate`: a tuple of one float32
-        array, broadcastable to [B, T, D]. In a whole network it lies below the layer's name, and
-        the gates of scanned layers are stacked, bottom first (R repeats of the period):
+        array, broadcastable to [B, T, D]; and `stream_rms`, the root mean square of each token's x,
+        [B T]. In a whole network they lie below the layer's name, and those of scanned layers are
+        stacked, bottom first (R repeats of the period):
 
             _, seen = model.apply(variables, tokens, positions, mutable=['intermediates'])
             gates = seen['intermediates']
@@ -156,6 +158,8 @@ class GatedMemoryUnit(nn.Module):
         if self.is_mutable_collection('intermediates'):
             gate = gate_of(partial(normalized_product, eps), name, weights, x_hat, update)
             self.sow('intermediates', 'gate', gate.opened(gmu.kind, x.shape[-1]))
+            squares = jnp.square(float32_or_wider(x)).mean(axis=-1)
+            self.sow('intermediates', 'stream_rms', jnp.sqrt(squares))
         platform = self.platform or jax.default_backend()
         if not self.is_initializing() and gated_norm.available(platform):
             product = recomputed(partial(normalized_product, eps), self.backward_parts > 0)

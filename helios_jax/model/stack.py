@@ -10,12 +10,13 @@ from jaxtyping import Array, Float, Int
 from helios_jax import config
 from helios_jax.memory import policy, store
 from helios_jax.memory.unrolled import unrolled, unrolls
-from helios_jax.model.block import NOTHING, Block, LayerStats, Shared
+from helios_jax.model.block import NOTHING, Block, Shared
 from helios_jax.model.gmu import input_eps
 from helios_jax.model.layers import RMSNorm
 from helios_jax.parallel import platforms
 
 Variables = Mapping[str, Any]  # collection → name of the layer → its variables
+Reports = dict[str, Any]  # name of the layer → what `Stack.run` gives beside the stream
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,8 +36,8 @@ class Stack:
         positions: Int[Array, 'B T'],
         segment_ids: Int[Array, 'B T'] | None,
         shared: Shared = NOTHING,
-    ) -> tuple[Float[Array, 'B T D'], dict[str, LayerStats]]:
-        """The normalised stream behind the last layer, and the routers' statistics.
+    ) -> tuple[Float[Array, 'B T D'], dict[str, Reports]]:
+        """The normalised stream behind the last layer, and what each layer reports beside.
 
         Args:
           variables: of `prefix` (where the model has one), of `periods`, stacked, and of `norm`.
@@ -49,7 +50,7 @@ class Stack:
         table = None if self.memory.policy == 'none' else policy.actions(self.memory)
         host = platforms.has_host_memory(self.platform)
         where: dict[str, Any] = {'table': table, 'host': host}
-        statistics: dict[str, LayerStats] = {}
+        statistics: dict[str, Reports] = {}
 
         for i, kind in enumerate(model.prefix_kinds):
             params, router = layer_variables(variables['prefix'], i)
@@ -103,7 +104,10 @@ class Stack:
         block = Block(self.model, kind, *how, parent=None)
         params, shared = given
         variables = {'params': params, 'router': router}
-        return block.apply(variables, x, index, positions, segment_ids, shared)
+        return self.run(block, variables, x, index, positions, segment_ids, shared)
+
+    def run(self, block: Block, variables: Any, *arguments: Any) -> Any:
+        return block.apply(variables, *arguments)
 
     def scanned_layer(
         self, kind: str, i: int, given: Any, x: Array, period: Any, *others: Any

@@ -65,8 +65,8 @@ class Transformer(nn.Module):
     ) -> tuple[Float[Array, 'B T D'], dict[str, LayerStats]]:
         """Final hidden states in the compute dtype, and the routers' statistics.
 
-        A mutable collection `intermediates` receives the gates of every layer, as
-        `GatedMemoryUnit` describes; the layers then run as under memory.policy='none'.
+        A mutable collection `intermediates` receives the gates of every layer and the size of the
+        stream, as `GatedMemoryUnit` describes; the layers then run as under memory.policy='none'.
 
         Args:
           positions: of each token in its segment, from 0.

@@ -1,7 +1,9 @@
 """Finishes a run: its held-out score, a report, a sample, and a table for people."""
 
 import dataclasses
+import math
 import sys
+from typing import Any
 
 import jax
 import rich.console
@@ -10,13 +12,14 @@ from etils import epath
 from jaxtyping import PyTree
 
 from helios_jax import display
+from helios_jax.arch import rules
 from helios_jax.data import baselines, pipeline
-from helios_jax.evaluate import figures
+from helios_jax.evaluate import figures, sublayers
 from helios_jax.evaluate.generate import generate
 from helios_jax.evaluate.perplexity import evaluate
 from helios_jax.model.transformer import Transformer
 from helios_jax.parallel import sharding
-from helios_jax.train import metrics, report
+from helios_jax.train import layers, metrics, report
 from helios_jax.train import state as states
 from helios_jax.train.run import Run, readable
 from helios_jax.train.step import compiler_options_of
@@ -56,12 +59,15 @@ def _score(run: Run, variables: PyTree) -> dict[str, float]:
 def write_report(run: Run, state: states.TrainState, held_out: dict[str, float]) -> None:
     """Writes report.md into the workdir, with a sample that continues held-out text; prints both.
 
-    Every process calls this: the sample is computed by all of them.
+    Every process calls this: the sample, and what the layers do, is computed by all of them.
     """
+    with display.phase('Looking at the layers'):
+        observed = observe(run, state)
     with display.phase('Writing a sample'):
         prompt, sample = continuation(run, state)
     if jax.process_index() != 0:
         return
+    layers.write(run.workdir, observed)
     validation = run.data.validation
     data = {
         'corpus': run.config.data.corpus,
@@ -84,6 +90,24 @@ def write_report(run: Run, state: states.TrainState, held_out: dict[str, float])
         sample=f'{prompt}⟦generated from here⟧{sample}',
     )
     show(final, prompt, sample, path)
+
+
+def observe(run: Run, state: states.TrainState) -> dict[str, Any]:
+    """Computes `sublayers.figures` on the fewest held-out rows that devices and processes share.
+
+    Means over a row's tokens and channels are exact enough to draw. Rows are whole, as in training:
+    a kernel may refuse shorter ones. That is at most a batch of `score`.
+    """
+    cfg, mesh = run.config, run.setup.mesh
+    num_rows = math.lcm(rules.shards(mesh, 'batch'), jax.process_count())
+    validation = run.data.validation
+    batch = next(pipeline.eval_batches(validation, batch_rows=num_rows, num_rows=num_rows))
+    return sublayers.figures(
+        Transformer(cfg.model),
+        readable(run, state, ema=bool(cfg.train.ema)),
+        pipeline.to_global(batch, sharding.sharding(mesh, ('batch', 'length'))),
+        documents_apart=cfg.data.documents_apart,
+    )
 
 
 def show(final: dict[str, float], prompt: str, sample: str, path: epath.Path) -> None:

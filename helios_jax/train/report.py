@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 
 from helios_jax import plot
 from helios_jax.evaluate import figures
-from helios_jax.train import metrics
+from helios_jax.train import layers, metrics
 
 PACKAGES = (
     'helios_jax', 'jax', 'jaxlib', 'flax', 'optax', 'orbax-checkpoint', 'tensorflow-datasets',
@@ -57,7 +57,7 @@ def write(
     final: Mapping[str, Any],
     sample: str,
 ) -> epath.Path:
-    """Writes report.md and its curves into `workdir`, from the metrics.jsonl there.
+    """Writes report.md and its pictures into `workdir`, from metrics.jsonl and layers.json there.
 
     Args:
       config_dict: the resolved config, nested.
@@ -66,10 +66,10 @@ def write(
     Returns:
       The path of report.md.
     Raises:
-      UserError: there is no metrics.jsonl, or it cannot be read.
+      UserError: there is no metrics.jsonl, or one of the two cannot be read.
     """
     workdir = epath.Path(workdir)
-    lines = metrics.read(workdir / metrics.FILE)
+    lines, sublayers = metrics.read(workdir / metrics.FILE), layers.read(workdir)
     (workdir / 'curves.png').write_bytes(plot.png(curves(lines)))
     sections = [
         '# Training report',
@@ -77,6 +77,7 @@ def write(
             {label: f'{n} {unit}'.strip() for label, n, unit in figures.labelled(final)}, 'result'
         ),
         '## Curves\n\n![Loss, held-out bits per byte and other figures of the run](curves.png)',
+        *_layers(workdir, sublayers),
         f'## Sample\n\n{fenced(sample)}',
         f'## Data\n\n{_markdown({name: figures.number(n) for name, n in data.items()}, "data")}',
         *(
@@ -88,6 +89,14 @@ def write(
     path = workdir / 'report.md'
     path.write_text('\n\n'.join(sections) + '\n')
     return path
+
+
+def _layers(workdir: epath.Path, sublayers: layers.Sublayers) -> list[str]:
+    if not sublayers:
+        return []
+    (workdir / 'layers.png').write_bytes(plot.png(layers.drawn(sublayers)))
+    shown = '![Gates, stream and experts of each layer](layers.png)'
+    return [f'## Layers\n\n{shown}\n\n{layers.caption(sublayers)}']
 
 
 def curves(lines: list[dict[str, Any]]) -> Figure:

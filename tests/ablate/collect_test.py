@@ -5,10 +5,12 @@ import math
 
 import made_up_study
 import pytest
+from made_up_layers import gated
 
 from helios_jax.ablate import collect, variants
 from helios_jax.ablate.design import sized_arms
 from helios_jax.ablate.records import Point
+from helios_jax.train import layers
 
 METRIC = 'eval/bits_per_byte'
 
@@ -64,6 +66,13 @@ def test_a_finished_run_is_read_whole(variant):
     assert run.peak_bytes == 3 * 2**29
     assert run.series['loss'] == ((3.0, 3.0), (6.0, 1.5))
     assert not run.swept and run.reason == ''
+
+
+def test_figures_of_layers_are_read_where_a_run_left_them(variant):
+    write(variant, made_up_study.lines(variant))
+    assert read(variant)[0].sublayers == ()
+    layers.write(variant.directory, {'tokens': 9, 'sublayers': gated()})
+    assert read(variant)[0].sublayers == gated()
 
 
 def test_what_has_not_finished_is_missing_and_says_how_far_it_is(variant):

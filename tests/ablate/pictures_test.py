@@ -1,7 +1,9 @@
 import math
 
+import numpy as np
 import studies
 from drawings import drawn
+from made_up_layers import gated, rows
 
 from helios_jax.ablate import pictures
 
@@ -54,6 +56,30 @@ def test_training_has_a_panel_for_each_figure_that_was_logged():
     loads = {'router/load_max_over_mean': ((10.0, 1.5), (20.0, 1.25))}
     figure = pictures.experts(studies.results([studies.run('residual', series=loads)]))
     assert figure.axes[0].lines[0].get_ydata().tolist() == [1.5, 1.25]
+
+
+def test_gates_are_means_over_seeds_by_layer():
+    runs = [
+        studies.run('residual', 1, sublayers=rows()),
+        studies.run('convex', 1, sublayers=gated(5)),
+        studies.run('convex', 2, sublayers=gated(5, shift=0.2)),
+        studies.run('convex', 3),  # of a release without these figures
+        studies.run('convex', 4, math.nan, state='failed', sublayers=gated(5, shift=9)),
+    ]
+    figure = pictures.gates(studies.results(runs))
+    attention, mlp, stream = figure.axes
+    for axes, start in ((attention, 0.2), (mlp, 0.45)):
+        (line,), (band,) = axes.lines, axes.collections
+        expected = start + np.arange(5) / 10
+        np.testing.assert_allclose(line.get_ydata(), expected)
+        heights = band.get_paths()[0].vertices[:, 1]
+        np.testing.assert_allclose(
+            [heights.min(), heights.max()], [expected[0] - 0.1, expected[-1] + 0.1]
+        )
+    residual, convex = stream.lines
+    assert residual.get_ydata().tolist() == [1, 2, 3, 4]
+    assert convex.get_color() == attention.lines[0].get_color() != residual.get_color()
+    drawn(figure)
 
 
 def test_units_are_those_of_the_metric():

@@ -3,6 +3,7 @@ import math
 
 import pytest
 import studies
+from made_up_layers import gated, rows
 
 from helios_jax.ablate import report
 
@@ -118,6 +119,26 @@ def test_html_says_what_markdown_says_with_its_pictures_inside(written):
     assert all((written.parent / f'{name}.png').exists() for name in [*names, 'training'])
     assert 'the loss is &lt;nan&gt; at step 7' in text
     assert 'convex is better than residual' in text
+
+
+def test_gates_have_their_table_where_an_arm_has_gates(written, tmp_path):
+    assert 'Gates' not in written.read_text()
+    runs = [
+        studies.run('residual', 1, sublayers=rows()),
+        studies.run('convex', 1, sublayers=gated(3)),
+        studies.run('convex', 2, sublayers=gated(3, shift=0.1)),
+    ]
+    report.write(studies.results(runs[:1]), tmp_path)
+    assert not (tmp_path / 'gates.png').exists()
+    text = section(report.write(studies.results(runs), tmp_path).read_text(), 'Gates')
+    head, _, *table = [line for line in text.splitlines() if line.startswith('|')]
+    assert head.endswith('| 0.8 to 0.9 | 0.9 to 1 |')
+    assert table == [
+        '| convex | 7.0% | 12.0% | 13.0%: mlp of layer 3 | 30.0% | 70.0% |' + ' 0.0% |' * 8
+    ]
+    assert '](gates.png)' in text and 'below 0.01 or above 0.99' in text
+    shown = (tmp_path / 'report.html').read_text()
+    assert '<td>13.0%: mlp of layer 3</td>' in shown and 'alt="Gates"' in shown
 
 
 def test_the_same_results_are_the_same_bytes(written, tmp_path):

@@ -174,6 +174,8 @@ def test_the_gate_can_be_looked_at(gate, random_variables):
     (g,) = seen['intermediates']['gate']
     assert np.ptp(g) > 0.1
     np.testing.assert_allclose(x + g * (update - x), y, atol=2e-6, rtol=2e-5)
+    (stream_rms,) = seen['intermediates']['stream_rms']
+    np.testing.assert_allclose(stream_rms, np.sqrt(np.mean(np.square(x), axis=-1)), rtol=1e-5)
 
 
 @pytest.mark.parametrize('gate', GATES)

@@ -85,7 +85,15 @@ def test_a_run_leaves_metrics_checkpoints_config_and_a_report(finished):
     assert f'| held-out text | {held_out["bits_per_byte"]:.4f} bits/byte |' in report
     assert re.search(r'\| speed \| [\d,]+ tokens/s \|', report)
     assert '⟦generated from here⟧' in report and 'gzip' in report
-    assert (workdir / 'curves.png').read_bytes().startswith(b'\x89PNG')
+    for picture in ('curves', 'layers'):
+        assert f']({picture}.png)' in report
+        assert (workdir / f'{picture}.png').read_bytes().startswith(b'\x89PNG')
+    looked_at = json.loads((workdir / 'layers.json').read_text())
+    assert 0 < looked_at['tokens'] <= 8 * 32  # a row a device
+    assert [row['layer'] for row in looked_at['sublayers']] == [1, 1, 2, 2]
+    # Ten steps from 1/(l + 1).
+    gates = [row['gate_mean'] for row in looked_at['sublayers']]
+    np.testing.assert_allclose(gates, 1 / np.arange(2, 6), atol=0.05)
     assert list((workdir / 'tensorboard').iterdir())
 
 

@@ -4,10 +4,11 @@ import json
 import jax
 import pytest
 from drawings import pixels
+from made_up_layers import gated
 
 from helios_jax import plot
 from helios_jax.errors import UserError
-from helios_jax.train import report
+from helios_jax.train import layers, report
 
 
 def lines() -> list[dict]:
@@ -46,6 +47,14 @@ def test_report_holds_every_figure_and_setting(tmp_path):
     assert [row for row in rows if row not in text.splitlines()] == []
     assert '```text\ndef f():\n    return 1\n```\n' in text
     assert '](curves.png)' in text
+
+
+def test_layers_are_shown_where_a_run_left_their_figures(tmp_path):
+    assert '## Layers' not in write(tmp_path) and not (tmp_path / 'layers.png').exists()
+    layers.write(tmp_path, {'tokens': 9, 'sublayers': gated()})
+    shown = write(tmp_path).split('\n## Layers\n')[1].split('\n## ')[0]
+    assert '](layers.png)' in shown and 'saturated' in shown
+    assert pixels((tmp_path / 'layers.png').read_bytes()).std() > 0.01
 
 
 @pytest.mark.parametrize('run', [3, 4, 7])

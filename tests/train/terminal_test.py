@@ -43,6 +43,7 @@ SEEN = [
     r'printed',
     r'step 4/4  held-out loss \d\.\d{4} nats/token  \d\.\d{4} bits/byte',
     r'━{20} 0:00:00 step 4/4  loss \d\.\d{4}  lr .* tokens/s .*',
+    r'Looking at the layers: \d.* s',
     r'Writing a sample: \d.* s',
     r'',
     r'held-out text +\d\.\d{4}  bits/byte',
