@@ -22,6 +22,7 @@ class Weight(NamedTuple):
     shape: tuple[int, ...]
     axes: Axes
     fan_in: int = 0  # inputs of the compute-dtype matmul that reads it; 0: no matmul does
+    uses: int = 1  # vectors of a token that are multiplied with it
 
     @property
     def size(self) -> int:
@@ -147,6 +148,8 @@ def gmu(model: Model) -> Rows:
     rows = {'output_norm': norm('output_norm', D)} if unit.normalizes else {}
     if unit.adds_embedding:
         rows['embedding'] = _vector('embedding', 1, D)
+    if unit.kind == 'hyper':
+        return rows | hyper(model)
     if not unit.has_gate:
         sizes = {'layerscale': D, 'rezero': 1}
         if unit.kind in sizes:
@@ -159,6 +162,20 @@ def gmu(model: Model) -> Rows:
     if unit.gate == 'low_rank':
         rows['out'] = Weight('out.w', (width, D), ('gate', 'gate_embed'), width)
     return rows | {'bias': _vector('bias', D if unit.gate == 'low_rank' else width, D)}
+
+
+def hyper(model: Model) -> Rows:
+    """Weights of a hyper-connection beside its output norm's scale."""
+    D, n = model.embed_dim, model.gmu.streams
+    rows = {'bias': Weight('bias', (n * (n + 2),), ('gate',))}
+    if model.gmu.hyper == 'static':
+        return rows
+    if model.gmu.hyper == 'dynamic':
+        shape, uses, factors = (D, n + 2), n, 2
+    else:
+        shape, uses, factors = (n * D, n * (n + 2)), 1, 3
+    rows['from_streams'] = Weight('from_streams.w', shape, ('embed', 'gate'), shape[0], uses)
+    return rows | {'alpha': Weight('alpha', (factors,), ('gate',))}
 
 
 def _vector(name: str, size: int, embed_dim: int) -> Weight:

@@ -7,6 +7,7 @@ from collections import Counter
 from helios_jax.errors import at_least_zero, one_of, positive, require
 
 MOST_LAYERS = 10_000  # far above any model: what lies beyond is a typing error
+MOST_STREAMS = 64  # the same
 LAYER_KINDS = ('dense', 'moe', 'dense_window', 'moe_window')
 SCALINGS = ('none', 'static', 'dynamic', 'linear', 'llama3', 'ntk')
 ATTENTION = ('tpu', 'cudnn', 'reference')  # kernels/attention has a row for each
@@ -14,7 +15,7 @@ ATTENTION = ('tpu', 'cudnn', 'reference')  # kernels/attention has a row for eac
 
 @dataclasses.dataclass(frozen=True)
 class GMU:
-    kind: str = 'convex'  # mix: convex | additive | residual | layerscale | rezero | highway
+    kind: str = 'convex'  # convex | additive | residual | layerscale | rezero | highway | hyper
     gate: str = 'low_rank'  # what the gate depends on: low_rank | full | per_head | scalar | static
     gate_input: str = 'input'  # what the gate sees: input (x̂) | output (u) | both; highway: x̂
     rank: int = 0  # r of the low-rank gate; 0 takes max(16, D/64)
@@ -22,12 +23,14 @@ class GMU:
     normalize_output: str = 'auto'  # mix RMSNorm(u) instead of u: auto (convex alone) | on | off
     layerscale: float = 0.1  # initial λ of kind=layerscale
     embedding: str = 'off'  # add α x₀, what the embedding gave, α one scalar a sublayer: on | off
+    hyper: str = 'dynamic'  # coefficients of kind=hyper: static | dynamic | constrained (mHC)
+    streams: int = 4  # n, streams of kind=hyper that layers carry side by side, 2 to 64
 
     def __post_init__(self) -> None:
         one_of(
             'model.gmu.kind',
             self.kind,
-            ('convex', 'additive', 'residual', 'layerscale', 'rezero', 'highway'),
+            ('convex', 'additive', 'residual', 'layerscale', 'rezero', 'highway', 'hyper'),
         )
         one_of('model.gmu.gate', self.gate, ('low_rank', 'full', 'per_head', 'scalar', 'static'))
         one_of('model.gmu.gate_input', self.gate_input, ('input', 'output', 'both'))
@@ -39,6 +42,7 @@ class GMU:
         one_of('model.gmu.normalize_output', self.normalize_output, ('auto', 'on', 'off'))
         one_of('model.gmu.embedding', self.embedding, ('on', 'off'))
         at_least_zero('model.gmu', self, 'rank')
+        self._check_hyper()
         if self.bias != 'depth':
             try:
                 number = float(self.bias)
@@ -48,6 +52,19 @@ class GMU:
                 math.isfinite(number),
                 f"model.gmu.bias={self.bias!r} must be 'depth' or a number such as -3.",
             )
+
+    def _check_hyper(self) -> None:
+        one_of('model.gmu.hyper', self.hyper, ('static', 'dynamic', 'constrained'))
+        require(
+            2 <= self.streams <= MOST_STREAMS,
+            f'model.gmu.streams={self.streams} must lie between 2 and {MOST_STREAMS}; one stream '
+            'is kind=residual.',
+        )
+        require(
+            self.kind != 'hyper' or not self.adds_embedding,
+            "model.gmu.embedding='on', but the streams of kind='hyper' start with the embedding "
+            'and may keep it; choose another kind, or off.',
+        )
 
     @property
     def normalizes(self) -> bool:
@@ -59,6 +76,11 @@ class GMU:
     @property
     def adds_embedding(self) -> bool:
         return self.embedding == 'on'
+
+    @property
+    def num_streams(self) -> int:
+        """n, the streams that a layer hands to the next; 1 unless kind is hyper."""
+        return self.streams if self.kind == 'hyper' else 1
 
     @property
     def has_gate(self) -> bool:
@@ -247,12 +269,20 @@ class Model:
     def gate_width(self) -> int:
         """Width of a gate's hidden vector: the rank, D, the number of heads, 1, or 0 (static).
 
-        A static gate reads nothing of a token.
+        A static gate reads nothing of a token. Of kind=hyper the logits of all coefficients are
+        meant: n of pre, n of post, n² of res.
         """
+        if self.gmu.kind == 'hyper':
+            return self.gmu.streams * (self.gmu.streams + 2)
         D = self.embed_dim
         rank = self.gmu.rank or max(16, D // 64)
         widths = {'low_rank': rank, 'full': D, 'per_head': D // self.head_dim, 'scalar': 1}
         return widths.get(self.gmu.gate, 0)
+
+    @property
+    def streams_dim(self) -> int:
+        """Width of all streams side by side, n·D."""
+        return self.gmu.num_streams * self.embed_dim
 
     @property
     def expert_mlp_dim(self) -> int:

@@ -15,6 +15,7 @@ from helios_jax import config
 from helios_jax.arch import weights
 from helios_jax.model.block import Layers, LayerStats
 from helios_jax.model.gmu import input_eps
+from helios_jax.model.hyper import merged, spread
 from helios_jax.model.layers import Einsum, Embed, RMSNorm
 from helios_jax.model.loss import project
 from helios_jax.model.stack import Stack
@@ -75,6 +76,7 @@ class Transformer(nn.Module):
         model = self.model
         x = constrain(self.embed(tokens), 'batch', 'length', 'stream')
         x_0 = x if model.gmu.adds_embedding else None
+        x = spread(model, x)
         first = len(model.prefix_kinds)
         indices = first + len(model.period_kinds) * jnp.arange(model.num_periods)
         if cache_length or self.is_mutable_collection('intermediates') or self.is_initializing():
@@ -83,7 +85,7 @@ class Transformer(nn.Module):
             if first:
                 x, statistics['prefix'] = self.prefix(x, 0, *args)
             x, statistics['periods'] = self.periods(x, indices, *args)
-            x = self.final_norm(x, input_eps(model, 2 * model.num_layers + 1))
+            x = self.final_norm(merged(model, x), input_eps(model, 2 * model.num_layers + 1))
         else:
             variables = {'periods': self.periods.variables, 'norm': self.final_norm.variables}
             if first:
