@@ -146,7 +146,7 @@ class Actions:
 
     block_input: str = _tensor(
         'batch stored_length streams'
-    )  # the n streams at a layer's bottom [B T n·D], n = 1 but for gmu.kind=hyper
+    )  # the stream at a layer's bottom [B T D]; gmu.kind=hyper has n side by side
     attention_input: str = _tensor(_STREAM)  # x̂ of the attention sublayer [B T D]
     q: str = _tensor(_HEADS)  # unrotated queries [B T N H]
     k: str = _tensor('batch length kv_heads head_dim')  # unrotated keys [B T K H]

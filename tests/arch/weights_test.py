@@ -30,12 +30,16 @@ GMUS = [
         ('rezero', 'low_rank'),
     )
 ]
+GMUS += [
+    config.GMU(kind='hyper', hyper=form, streams=3, normalize_output='on')
+    for form in ('static', 'dynamic', 'constrained')
+]
 
 
 @pytest.mark.parametrize(
     'model',
     [DENSE, MIXED, *(dataclasses.replace(DENSE, gmu=gmu) for gmu in GMUS)],
-    ids=lambda model: f'{model.period}-{model.gmu.kind}-{model.gmu.gate}',
+    ids=lambda model: f'{model.period}-{model.gmu.kind}-{model.gmu.gate}-{model.gmu.hyper}',
 )
 def test_every_parameter_has_the_models_shape_and_axes(model):
     variables = abstract_variables(Transformer(model))
