@@ -9,7 +9,7 @@ stochastic: a product of such matrices over all layers is one too, so that no st
 
 At the start every stream is the embedding, post is 1, and res and pre each add up to 1: all streams
 stay alike, and the network is the pre-norm residual network. What differs from sublayer to
-sublayer is the stream that is read. Without that, alike streams would have alike gradients for ever.
+sublayer is the stream that is read; else alike streams would have alike gradients for ever.
 """
 
 from collections.abc import Callable
@@ -131,7 +131,7 @@ class HyperConnection(nn.Module):
 
 
 def first_bias(gmu: config.GMU, index: Any) -> Float[Array, 'n C']:
-    """Returns the bias of a fresh unit of sublayer `index`, which reads stream (index − 1) mod n."""
+    """Returns the bias of a fresh unit of sublayer `index`: it reads stream (index − 1) mod n."""
     n = gmu.streams
     own, same, post = jax.nn.one_hot((index - 1) % n, n), jnp.eye(n), jnp.ones(n)
     if gmu.hyper == 'constrained':

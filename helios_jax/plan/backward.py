@@ -12,6 +12,7 @@ from helios_jax.plan import saved
 from helios_jax.plan.arguments import layer_weights, local
 from helios_jax.plan.measured import (
     EMBEDDING_STREAMS,
+    HYPER_STREAMS,
     IN_A_PART,
     INSIDE,
     INSIDE_QUANTISED,
@@ -38,6 +39,7 @@ def _layer(placement: Placement, kind: str) -> int:
     elements = STREAMS.value * stream
     if model.gmu.adds_embedding:
         elements += EMBEDDING_STREAMS.value * stream
+    elements += HYPER_STREAMS.value * (model.gmu.num_streams - 1) * stream
     recomputed = set(saved.recomputed_by_backward(placement, kind, table)).intersection(
         ('q', 'k', 'v', 'attention_output', 'attention_update', 'mlp_update')
     )

@@ -33,6 +33,7 @@ _MOE_STEP = ('2026-11-29', 'helios plan --compile of hydra_30b_a3b, v5p:4x4x2: j
 _ESTIMATED = ('2026-11-29', 'a matmul, and bytes that helios_8b waits for; no step was played')
 _GATES = ('2026-11-30', 'helios plan --compile of helios_8b, full, v5p:2x2x4: jax 0.10.2')
 _GATES_GPU = ('2026-11-30', 'steps of helios_1b on one H200: jax 0.11.2')
+_COUNTED = ('2026-11-30', 'counted from the formulas of model/hyper.py; no step was measured')
 _KERNELS = ('2026-11-29', 'schedules of our kernels, libtpu 0.0.42')
 
 # One layer's backward pass, in arrays [B T D] or, inside an MLP, [B T F].
@@ -57,6 +58,12 @@ EMBEDDING_STREAMS = Measured(
     2,
     '[B T D] more where units add what the embedding gave: it, and the sum of its gradients',
     *_SCHEDULES,
+)
+HYPER_STREAMS = Measured(
+    8,
+    '[B T D] more for each stream beyond one: x, its gradient, and float32 sums of streams',
+    '2026-11-30',
+    "libtpu 0.0.42's peak of a step for v5e, full, 4 static streams: jax 0.10.2",
 )
 REPLAYED_STREAMS = Measured(
     7,
@@ -83,6 +90,11 @@ SILU = Measured(3, '[B T F] of a SiLU', *_TRACED)
 # Seconds.
 HOST_FRACTION = Measured(
     0.75, "of PCIe 5's 64 GB/s: a state fetched and written back, one after the other", *_H100
+)
+HYPER_PASSES = Measured(
+    12,
+    'times that a sublayer reads or writes each of n streams: 3 forward, 3 again, 6 backward',
+    *_COUNTED,
 )
 HOP_SECONDS = Measured(
     1e-6, 'seconds from a chip to the next', '2026-11-29', 'jax-ml.github.io/scaling-book/tpus'

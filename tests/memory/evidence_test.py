@@ -126,7 +126,8 @@ def test_every_policy_computes_the_same_jaxpr(model):
 
 # Every model, both dtypes and both sizes run in CI, the rest before a release.
 IN_CI = [
-    ('dense', 'float32', 8), ('dense', 'bfloat16', 1), ('moe', 'float32', 1), ('hyper', 'float32', 1),
+    ('dense', 'float32', 8), ('dense', 'bfloat16', 1), ('moe', 'float32', 1),
+    ('hyper', 'float32', 1),
 ]  # fmt: skip
 RUNS = [
     pytest.param(

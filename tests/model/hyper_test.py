@@ -23,6 +23,7 @@ from helios_jax.parallel import compiler_options
 from helios_jax.parallel import mesh as meshes
 
 FORMS = ('static', 'dynamic', 'constrained')
+NO_POLICY = config.Memory('none')
 # What compiles a network is quick for one form.
 LATE = [*(pytest.param(form, marks=pytest.mark.slow) for form in FORMS[:2]), 'constrained']
 B, T, D, N, INDEX = 2, 3, 10, 4, 7
@@ -41,7 +42,7 @@ def gmu(form, **settings):
     return config.GMU(kind='hyper', hyper=form, **settings)
 
 
-def network(form, memory=config.Memory('none'), **changes):
+def network(form, memory=NO_POLICY, **changes):
     unit = gmu(form, streams=3) if form else config.GMU(kind='residual')
     return Transformer(dataclasses.replace(MODEL, gmu=unit, **changes), memory)
 
@@ -133,8 +134,8 @@ def test_a_fresh_unit_reads_one_stream_and_keeps_all(form):
         found = fresh(index)
         own = np.eye(N)[(index - 1) % N]
         other = hyper.OTHERS if form == 'constrained' else 0.0
-        shares = lambda one: other + (1 - N * other) * one
-        for got, wanted in zip(found, (shares(own), np.ones(N), shares(np.eye(N))), strict=True):
+        pre, res = (other + (1 - N * other) * one for one in (own, np.eye(N)))
+        for got, wanted in zip(found, (pre, np.ones(N), res), strict=True):
             wanted = np.broadcast_to(wanted, got.shape)
             np.testing.assert_allclose(got, wanted, rtol=2e-5, atol=1e-7)
 
@@ -145,7 +146,7 @@ def test_a_fresh_network_is_the_residual_network(form):
     positions = jnp.tile(jnp.arange(9)[None], (2, 1))
     logits = {}
     for kind in ('', form):
-        model = network(kind, **MIXED)
+        model = network(kind)
         run = jax.jit(lambda model=model: model.apply(
             nn.unbox(model.init(jax.random.key(5), tokens, positions)),
             tokens, positions, method='logits',
@@ -187,7 +188,7 @@ def tokens_of(rows, length):
     return np.random.default_rng(2).integers(0, 61, (rows, length)).astype(np.int32)
 
 
-def loss_and_gradient(form, memory=config.Memory('none'), mesh=None):
+def loss_and_gradient(form, memory=NO_POLICY, mesh=None):
     tokens = jnp.asarray(tokens_of(8, 12))
     positions = jnp.tile(jnp.arange(12)[None], (8, 1))
     variables = trained(form)
@@ -243,7 +244,8 @@ def test_parts_and_unrolled_layers_compute_the_same(form):
         assert_same(loss_and_gradient(form, memory), plain)
 
 
-@pytest.mark.parametrize('form', LATE)
+@pytest.mark.slow
+@pytest.mark.parametrize('form', FORMS)
 def test_decoding_with_a_cache_is_recomputation(form):
     model, variables = network(form, **MIXED), trained(form)
     (row,) = tokens_of(1, 11)
