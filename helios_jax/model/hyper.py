@@ -178,9 +178,12 @@ def sinkhorn(logits: Float[Array, '*B n n']) -> Float[Array, '*B n n']:
     """
 
     def step(_: Any, logits: Array) -> Array:
-        return jax.nn.log_softmax(jax.nn.log_softmax(logits, axis=-1), axis=-2)
+        return jax.nn.log_softmax(jax.nn.log_softmax(logits, axis=1), axis=0)
 
-    return jnp.exp(jax.lax.fori_loop(0, SINKHORN_STEPS, step, logits))
+    # Tokens come last within the loop: a TPU pads the last axis to 128.
+    turned = jnp.moveaxis(logits, (-2, -1), (0, 1))
+    mixed = jnp.exp(jax.lax.fori_loop(0, SINKHORN_STEPS, step, turned))
+    return jnp.moveaxis(mixed, (0, 1), (-2, -1))
 
 
 def read(
