@@ -66,7 +66,10 @@ def spread(model: config.Model, x: Float[Array, 'B T D']) -> Float[Array, 'B T n
 def merged(model: config.Model, x: Float[Array, 'B T nD']) -> Float[Array, 'B T D']:
     """Returns the mean of the streams, which to a norm is the papers' sum, with the eps of one."""
     n = model.gmu.num_streams
-    return (sum(apart(n, x)) / n).astype(x.dtype) if n > 1 else x
+    if n == 1:
+        return x
+    total: Any = sum(apart(n, x))
+    return (total / n).astype(x.dtype)
 
 
 def apart(n: int, x: Float[Array, 'B T nD']) -> list[Float[Array, 'B T D']]:
@@ -160,7 +163,7 @@ def coefficients(
 ) -> Coefficients:
     """Computes pre, post and res, for each token where there are logits."""
     terms = learnt.bias
-    if logits is not None:
+    if logits is not None and learnt.alpha is not None:
         B, T, _ = logits.shape
         added = float32_or_wider(logits).reshape(B, T, *terms.shape[2:])
         terms = terms + learnt.alpha * (jnp.tanh(added) if gmu.hyper == 'dynamic' else added)
