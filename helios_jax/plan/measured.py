@@ -24,6 +24,7 @@ class Measured(Generic[Number]):
 # `seen` is the day of the last --validate with all cases within their limits.
 _SCHEDULES = ('2026-11-23', "read from libtpu 0.0.50's schedules for v5e; validated by jax 0.10.2")
 _TRACED = ('2026-11-23', 'the traced gradient: jax 0.12.0')
+_TRACED_HYPER = ('2026-11-30', 'the traced gradient: jax 0.10.2')
 _H100 = ('2026-11-22', 'one H100 80GB HBM3')
 _PROFILE = ('2026-11-22', 'profile of helios_1b on one H100: jax 0.12.0')
 _MOE_PROFILE = ('2026-11-30', 'profiles of Hydra on one H200: jax 0.11.2')
@@ -85,6 +86,8 @@ IN_A_PART = Measured(
 NORM = Measured(2, '[B T D] of a norm in front of a sublayer', *_TRACED)
 GATE = Measured(4, '[B T D] of a gate', *_TRACED)
 STATIC_GATE = Measured(1, '[B T D] of a static gate', *_TRACED)
+HYPER = Measured(3, '[B T D] of each of n streams, and one more of the update', *_TRACED_HYPER)
+STATIC_HYPER = Measured(2, 'the same of static coefficients', *_TRACED_HYPER)
 OUTPUT_NORM = Measured(2, '[B T D] of the norm of an output', *_TRACED)
 SILU = Measured(3, '[B T F] of a SiLU', *_TRACED)
 # Seconds.

@@ -12,7 +12,15 @@ from helios_jax.arch import buffers, rules, tensors
 from helios_jax.arch.tensors import NAMES, TENSORS
 from helios_jax.arch.weights import shared_mlp_dim
 from helios_jax.memory import policy
-from helios_jax.plan.measured import GATE, NORM, OUTPUT_NORM, SILU, STATIC_GATE
+from helios_jax.plan.measured import (
+    GATE,
+    HYPER,
+    NORM,
+    OUTPUT_NORM,
+    SILU,
+    STATIC_GATE,
+    STATIC_HYPER,
+)
 from helios_jax.plan.placement import DTYPE_BYTES, Placement
 
 
@@ -239,6 +247,9 @@ def _everything(placement: Placement, kind: str) -> list[SavedTensor]:
     gate = 0
     if model.gmu.has_gate:
         gate = STATIC_GATE.value if model.gmu.gate == 'static' else GATE.value
+    if model.gmu.kind == 'hyper':
+        each = STATIC_HYPER if model.gmu.hyper == 'static' else HYPER
+        gate = each.value * model.gmu.streams + 1
     gate += OUTPUT_NORM.value if model.gmu.normalizes else 0
     wide = {
         'norms': 2 * NORM.value * stream,
