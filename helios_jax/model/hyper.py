@@ -23,6 +23,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float
 
 from helios_jax import config
+from helios_jax.arch.weights import Weight
 from helios_jax.arch.weights import gmu as gmu_rows
 from helios_jax.kernels import gated_norm
 from helios_jax.model.layers import (
@@ -129,7 +130,7 @@ class HyperConnection(nn.Module):
         return Learnt(bias, alpha[columns].reshape(1, 1, 1, n + 2))
 
     @nn.nowrap
-    def vector(self, row: Any, init: Any) -> Float[Array, 'W']:
+    def vector(self, row: Weight, init: Any) -> Float[Array, 'W']:
         return self.param(row.name, partitioned(init, row.axes), row.shape, jnp.float32)
 
 
