@@ -64,7 +64,7 @@ HYPER_STREAMS = Measured(
     6,
     '[B T D] more for each stream beyond one: x, its gradient, and float32 sums of streams',
     '2026-11-30',
-    "libtpu 0.0.42's peaks of steps for v5e, full, 4 streams, static and dynamic: jax 0.10.2",
+    "libtpu 0.0.42's peaks of steps for v5e, full, 4 streams of all forms: jax 0.10.2",
 )
 REPLAYED_STREAMS = Measured(
     7,

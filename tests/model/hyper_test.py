@@ -180,8 +180,19 @@ def test_no_stream_of_constrained_units_grows(random_variables):
 
 @functools.cache
 def trained(form):
-    """Variables of the network in which nothing is at its start."""
-    return random_weights(abstract_variables(network(form, **MIXED)), seed=2)
+    """Variables of the network in which nothing is at its start, but nothing far from it.
+
+    Random mixes of streams would make too much of rounding.
+    """
+    model = network(form, **MIXED)
+    first = hyper.first_bias(model.model.gmu, 1).ravel()
+
+    def near_its_start(path, value):
+        is_bias = path[-1].key == 'bias' and 'gmu' in path[-2].key
+        return first[(None,) * (value.ndim - 1)] + 0.2 * value if is_bias else value
+
+    variables = random_weights(abstract_variables(model), seed=2)
+    return jax.tree_util.tree_map_with_path(near_its_start, variables)
 
 
 def tokens_of(rows, length):
@@ -207,8 +218,7 @@ def loss_and_gradient(form, memory=NO_POLICY, mesh=None):
 
 def assert_same(found, expected):
     np.testing.assert_allclose(found[0], expected[0], rtol=1e-5)
-    # Random mixes of streams make more of rounding than trained ones would.
-    near = lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=1e-3 * np.abs(b).max())
+    near = lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=3e-4 * np.abs(b).max())
     jax.tree.map(near, found[1], expected[1])
 
 
