@@ -3,7 +3,8 @@
 helios ablate --study=zoo --workdir=runs/zoo --config.data.corpus='linux/Documentation/**/*.rst'
 
 x + û (peri-norm, 2502.02732) is the baseline, the strongest of the plain residuals. `lambdas` is
-λx + û + αx₀, `review` Review Residuals (2606.31859), `norm_scale` LayerNorm scaling (2502.05795),
+λx + û + αx₀, `hyper` Hyper-Connections (2409.19606) and their constrained form (2512.24880),
+`review` Review Residuals (2606.31859), `norm_scale` LayerNorm scaling (2502.05795),
 `value_residual` ResFormer's (2410.17897), `residual_depth` GPT-2's initialisation. --arms runs some
 of them, and later more in the same workdir;
 --config.model.num_layers asks the same of other depths.
@@ -30,6 +31,8 @@ def get_study() -> Study:
             'layerscale': {'model.gmu.kind': 'layerscale'},
             'rezero': {'model.gmu.kind': 'rezero'},
             'highway': {'model.gmu.kind': 'highway', 'model.gmu.bias': '-3'},
+            'hyper': {'model.gmu.kind': 'hyper'},
+            'hyper_constrained': {'model.gmu.kind': 'hyper', 'model.gmu.hyper': 'constrained'},
             'review': {
                 'model.gmu.kind': 'additive',
                 'model.gmu.gate': 'full',

@@ -10,14 +10,17 @@ from helios_jax.config import Model
 
 
 def active_matmul(model: Model) -> int:
-    """Number of weights that multiply one token: with the unembedding, without the embedding."""
+    """Number of weights that multiply one token: with the unembedding, without the embedding.
+
+    A weight that multiplies each of several streams counts for each.
+    """
     moe = model.moe
     total = weights.embedding(model).size if model.tied_embeddings else 0
     for weight in weights.all_weights(model):
         if weight.expert:
             total += weight.size // moe.num_experts * moe.num_experts_per_token
         elif weight.matmul:
-            total += weight.size
+            total += weight.size * weight.uses
     return total
 
 

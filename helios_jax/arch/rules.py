@@ -16,6 +16,7 @@ RULES: Mapping[str, Axes] = {
     'length': ('context',),
     'stored_length': ('context', 'tensor'),  # a saved activation's, if unsplit by tensor
     'stream': (),
+    'streams': (),  # all of gmu.kind=hyper, side by side
     'choices': (),  # a token's experts
     'loss_batch': ('slice', 'data', 'expert'),  # beside unembed_vocab, which takes fsdp
     'whole': (),

@@ -40,6 +40,7 @@ def shape(model: Model, name: str, rows: int, row_length: int) -> tuple[int, ...
         'length': row_length,
         'stored_length': row_length,
         'stream': model.embed_dim,
+        'streams': model.streams_dim,
         'heads': model.num_heads,
         'kv_heads': model.num_kv_heads,
         'head_dim': model.head_dim,

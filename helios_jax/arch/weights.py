@@ -23,6 +23,7 @@ class Weight(NamedTuple):
     axes: Axes
     fan_in: int = 0  # inputs of the compute-dtype matmul that reads it; 0: no matmul does
     gain: float = 1.0  # its values start with a standard deviation of gain / √fan_in
+    uses: int = 1  # vectors of a token that are multiplied with it
 
     @property
     def size(self) -> int:
@@ -159,6 +160,8 @@ def gmu(model: Model) -> Rows:
         rows['embedding'] = _vector('embedding', 1, D)
     if unit.scales_stream:
         rows['stream_scale'] = _vector('stream_scale', 1, D)
+    if unit.kind == 'hyper':
+        return rows | hyper(model)
     if not unit.has_gate:
         sizes = {'layerscale': D, 'rezero': 1}
         if unit.kind in sizes:
@@ -171,6 +174,20 @@ def gmu(model: Model) -> Rows:
     if unit.gate == 'low_rank':
         rows['out'] = Weight('out.w', (width, D), ('gate', 'gate_embed'), width)
     return rows | {'bias': _vector('bias', D if unit.gate == 'low_rank' else width, D)}
+
+
+def hyper(model: Model) -> Rows:
+    """Weights of a hyper-connection beside its output norm's scale."""
+    D, n = model.embed_dim, model.gmu.streams
+    rows = {'bias': Weight('bias', (n * (n + 2),), ('gate',))}
+    if model.gmu.hyper == 'static':
+        return rows
+    if model.gmu.hyper == 'dynamic':
+        shape, uses, factors = (D, n + 2), n, 2
+    else:
+        shape, uses, factors = (n * D, n * (n + 2)), 1, 3
+    rows['from_streams'] = Weight('from_streams.w', shape, ('embed', 'gate'), shape[0], uses=uses)
+    return rows | {'alpha': Weight('alpha', (factors,), ('gate',))}
 
 
 def _vector(name: str, size: int, embed_dim: int) -> Weight:

@@ -18,7 +18,8 @@ from typing import Any, TypeVar
 
 import ml_collections
 
-from helios_jax.config.model import GMU, Model, MoE, Rope
+from helios_jax.config.gmu import GMU
+from helios_jax.config.model import Model, MoE, Rope
 from helios_jax.config.run import Actions, Data, Memory, Mesh, Optimizer, Train
 from helios_jax.errors import nearest, require, within_int32
 

@@ -4,80 +4,13 @@ import dataclasses
 import math
 from collections import Counter
 
+from helios_jax.config.gmu import GMU
 from helios_jax.errors import at_least_zero, one_of, positive, require
 
 MOST_LAYERS = 10_000  # far above any model: what lies beyond is a typing error
 LAYER_KINDS = ('dense', 'moe', 'dense_window', 'moe_window')
 SCALINGS = ('none', 'static', 'dynamic', 'linear', 'llama3', 'ntk')
 ATTENTION = ('tpu', 'cudnn', 'reference')  # kernels/attention has a row for each
-
-
-@dataclasses.dataclass(frozen=True)
-class GMU:
-    kind: str = 'convex'  # mix: convex | additive | residual | layerscale | rezero | highway
-    gate: str = 'low_rank'  # what the gate depends on: low_rank | full | per_head | scalar | static
-    gate_input: str = 'input'  # what the gate sees: input (x̂) | output (u) | both; highway: x̂
-    rank: int = 0  # r of the low-rank gate; 0 takes max(16, D/64)
-    bias: str = 'depth'  # the gate's initial bias: depth (−ln l), or a number such as -3
-    normalize_output: str = 'auto'  # mix RMSNorm(u) instead of u: auto (convex alone) | on | off
-    layerscale: float = 0.1  # initial λ of kind=layerscale
-    embedding: str = 'off'  # add α x₀, what the embedding gave, α one scalar a sublayer: on | off
-    stream_scale: str = 'off'  # multiply x by λ first, one scalar a sublayer, 1 at first: on | off
-
-    def __post_init__(self) -> None:
-        one_of(
-            'model.gmu.kind',
-            self.kind,
-            ('convex', 'additive', 'residual', 'layerscale', 'rezero', 'highway'),
-        )
-        one_of('model.gmu.gate', self.gate, ('low_rank', 'full', 'per_head', 'scalar', 'static'))
-        one_of('model.gmu.gate_input', self.gate_input, ('input', 'output', 'both'))
-        require(
-            self.kind != 'highway' or self.gate_input != 'output',
-            "model.gmu.gate_input='output', but the gate of kind='highway' sees its input alone; "
-            'choose another kind, or input.',
-        )
-        one_of('model.gmu.normalize_output', self.normalize_output, ('auto', 'on', 'off'))
-        one_of('model.gmu.embedding', self.embedding, ('on', 'off'))
-        one_of('model.gmu.stream_scale', self.stream_scale, ('on', 'off'))
-        at_least_zero('model.gmu', self, 'rank')
-        if self.bias != 'depth':
-            try:
-                number = float(self.bias)
-            except ValueError:
-                number = math.nan
-            require(
-                math.isfinite(number),
-                f"model.gmu.bias={self.bias!r} must be 'depth' or a number such as -3.",
-            )
-
-    @property
-    def normalizes(self) -> bool:
-        """True if the sublayer's output is normalised before it is mixed."""
-        if self.normalize_output == 'auto':
-            return self.kind == 'convex'
-        return self.normalize_output == 'on'
-
-    @property
-    def adds_embedding(self) -> bool:
-        return self.embedding == 'on'
-
-    @property
-    def scales_stream(self) -> bool:
-        return self.stream_scale == 'on'
-
-    @property
-    def has_gate(self) -> bool:
-        return self.kind in ('convex', 'additive', 'highway')
-
-    @property
-    def sees(self) -> tuple[str, ...]:
-        """Names what the gate sees of a token: x̂, the sublayer's output, both, or nothing."""
-        if not self.has_gate or self.gate == 'static':
-            return ()
-        if self.kind == 'highway':
-            return ('input',)
-        return ('input', 'output') if self.gate_input == 'both' else (self.gate_input,)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -202,6 +135,11 @@ class Model:
             f'model.gmu.gate=per_head needs head_dim={self.head_dim} to divide '
             f'embed_dim={self.embed_dim}.',
         )
+        require(
+            not self.value_residual or self.gmu.kind != 'hyper',
+            "model.value_residual=True, but with gmu.kind='hyper' the first layer reads no fixed "
+            'stream; choose another kind, or False.',
+        )
         self._check_layers()
 
     def _check_layers(self) -> None:
@@ -258,12 +196,20 @@ class Model:
     def gate_width(self) -> int:
         """Width of a gate's hidden vector: the rank, D, the number of heads, 1, or 0 (static).
 
-        A static gate reads nothing of a token.
+        A static gate reads nothing of a token. Of kind=hyper the logits of all coefficients are
+        meant: n of pre, n of post, n² of res.
         """
+        if self.gmu.kind == 'hyper':
+            return self.gmu.streams * (self.gmu.streams + 2)
         D = self.embed_dim
         rank = self.gmu.rank or max(16, D // 64)
         widths = {'low_rank': rank, 'full': D, 'per_head': D // self.head_dim, 'scalar': 1}
         return widths.get(self.gmu.gate, 0)
+
+    @property
+    def streams_dim(self) -> int:
+        """Width of all streams side by side, n·D."""
+        return self.gmu.num_streams * self.embed_dim
 
     @property
     def expert_mlp_dim(self) -> int:

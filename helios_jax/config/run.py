@@ -144,7 +144,9 @@ class Actions:
     A field is the one row of its tensor: the memory system, the planner and the sharding read it.
     """
 
-    block_input: str = _tensor(_STREAM)  # the stream at a layer's bottom [B T D]
+    block_input: str = _tensor(
+        'batch stored_length streams'
+    )  # the stream at a layer's bottom [B T D]; gmu.kind=hyper has n side by side
     attention_input: str = _tensor(_STREAM)  # x̂ of the attention sublayer [B T D]
     q: str = _tensor(_HEADS)  # unrotated queries [B T N H]
     k: str = _tensor('batch length kv_heads head_dim')  # unrotated keys [B T K H]

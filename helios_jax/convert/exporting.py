@@ -38,7 +38,7 @@ def export(
       dtype: of the tensors, float32 or bfloat16.
       shard_bytes: most bytes of a file of tensors; the host holds one at a time.
     Raises:
-      UserError: no such checkpoint, or a model that drops tokens, which transformers cannot.
+      UserError: no such checkpoint, or a model that drops tokens or has several streams.
     """
     directory = restoring.checkpoint_directory(checkpoint_directory)
     restored = restoring.restore(directory, step)
@@ -73,6 +73,7 @@ def write(
         f'model.moe.capacity_factor={model.moe.capacity_factor} drops tokens, which no exported '
         'model does; train with 0.',
     )
+    families.require_one_stream(model)
     arrays = flatten_dict(restored.variables['params'], sep='.')
     biases = flatten_dict(restored.variables.get('router', {}), sep='.')
     arrays |= {f'{names.ROUTER}{name}': bias for name, bias in biases.items()}

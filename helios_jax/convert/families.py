@@ -43,6 +43,7 @@ def read(values: Values) -> tuple[str, config.Model]:
     if name == OURS:
         model = config.from_dict(values.get('helios'), config.Model, 'config.json: helios')
         require(model.vocab_size > 0, 'config.json: vocab_size=0 must be above 0.')
+        require_one_stream(model)
         return OURS, model
     family = FAMILIES[name]
     for setting, harmless in (
@@ -151,6 +152,15 @@ def pattern(kinds: list[str]) -> tuple[list[str], list[str]]:
             if len(rest) % len(period) == 0 and rest == period * (len(rest) // len(period)):
                 return kinds[:first], period
     raise AssertionError('a period of all layers always fits')
+
+
+def require_one_stream(model: config.Model) -> None:
+    """Refuses a model whose layers carry several streams, which no family has, ours included."""
+    require(
+        model.gmu.kind != 'hyper',
+        "model.gmu.kind='hyper' has no Hugging Face form, neither in transformers nor in "
+        'modeling_helios.py; choose another kind.',
+    )
 
 
 def of(model: config.Model, *, biased_router: bool = False) -> str:

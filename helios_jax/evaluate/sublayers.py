@@ -7,7 +7,7 @@ than a shallow one.
 
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -16,7 +16,7 @@ from jaxtyping import Array, Bool, Float, PyTree
 
 from helios_jax import config
 from helios_jax.data.pipeline import Batch
-from helios_jax.model.block import Block, Shared
+from helios_jax.model.block import Block
 from helios_jax.model.loss import with_targets
 from helios_jax.model.stack import Stack
 from helios_jax.model.transformer import Transformer
@@ -66,7 +66,7 @@ def sums_of_batch(
     """Computes the figures: group and name of a layer → sublayer → figure, stacked over repeats."""
     batch, _, _ = with_targets(batch)  # in the order of tokens that the mesh wants
     real = batch.segment_ids > 0
-    begun: Any = Transformer(model).apply(variables, batch.tokens, method=_begun)
+    begun: Any = Transformer(model).apply(variables, batch.tokens, method='begin')
     first, period = len(model.prefix_kinds), len(model.period_kinds)
     groups: dict[str, Any] = {
         group: {name: tree[group] for name, tree in variables.items() if group in tree}
@@ -88,11 +88,6 @@ def sums_of_batch(
     return jax.tree.map(lambda a: constrain(a, *['whole'] * a.ndim), found)
 
 
-def _begun(model: Transformer, tokens: Array) -> tuple[Array, Shared]:
-    x = constrain(model.embed(tokens), 'batch', 'length', 'stream')
-    return x, model.shared(x)
-
-
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Observed(Stack):
     """Layers that give figures of their sublayers where others give their router's statistics."""
@@ -102,21 +97,22 @@ class Observed(Stack):
     def run(self, block: Block, variables: Any, *arguments: Any) -> Any:
         (x, stats), seen = block.apply(variables, *arguments, mutable=['intermediates'])
         units = seen['intermediates']
-        found = {name: self.summary(**units[f'{name}_gmu']) for name in NAMES}
+        found = {name: self.summary(units[f'{name}_gmu']) for name in NAMES}
         if stats is not None:
             found['mlp']['expert_load'] = stats.load / stats.load.sum()
         return x, found
 
-    def summary(self, stream_rms: tuple[Array], gate: tuple[Array]) -> dict[str, Array]:
+    def summary(self, left: Mapping[str, tuple[Any]]) -> dict[str, Array]:
         """Sums up what a unit left in the collection `intermediates`."""
         gmu, weights = self.model.gmu, self.real / self.real.sum()
         mean = lambda values: jnp.sum(values.mean(axis=-1) * weights)
-        found = {'stream_rms': jnp.sqrt(mean(stream_rms[0][..., None] ** 2))}
-        if gmu.kind == 'residual':
+        found = {'stream_rms': jnp.sqrt(mean(left['stream_rms'][0][..., None] ** 2))}
+        if gmu.kind in ('residual', 'hyper'):
             return found
+        (gate,) = left['gate']
         if not gmu.has_gate:
-            return found | {'factor_mean': gate[0].mean()}
-        opened = jnp.broadcast_to(gate[0], (*self.real.shape, gate[0].shape[-1]))
+            return found | {'factor_mean': gate.mean()}
+        opened = jnp.broadcast_to(gate, (*self.real.shape, gate.shape[-1]))
         part = jnp.minimum((opened * BINS).astype(jnp.int32), BINS - 1)
         low, high = (quantile(lambda g: mean(opened <= g), wanted) for wanted in BAND)
         return found | {

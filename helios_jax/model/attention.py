@@ -108,7 +108,8 @@ class Attention(nn.Module):
         multiply by a weight [N H D] at half speed, and by [D N H] at full speed.
         """
         on_tpu = (self.platform or jax.default_backend()) == 'tpu'
-        turned = on_tpu and generation() in ('v6e', 'tpu7x') and self.model.gmu.kind != 'residual'
+        by_row = self.model.gmu.kind not in ('residual', 'hyper')
+        turned = on_tpu and generation() in ('v6e', 'tpu7x') and by_row
         if not turned:
             return out('btnh,nhd->btd', heads)
         # Without the barrier XLA would turn it back.

@@ -1,4 +1,7 @@
-"""One layer, attention and feed-forward each behind a norm and joined by a GMU; a run of them."""
+"""One layer, attention and feed-forward each behind a norm and joined by a GMU; a run of them.
+
+With `gmu.kind=hyper` layers carry n streams side by side, else one (n = 1).
+"""
 
 from functools import partial
 from typing import Any, NamedTuple
@@ -11,6 +14,7 @@ from jaxtyping import Array, Float, Int
 from helios_jax import config
 from helios_jax.model.attention import Attention
 from helios_jax.model.gmu import GatedMemoryUnit, Norm, input_eps
+from helios_jax.model.hyper import HyperConnection
 from helios_jax.model.layers import RMSNorm, scaled
 from helios_jax.model.moe import MixtureOfExperts, Stats, SwiGLU
 from helios_jax.parallel.sharding import constrain
@@ -41,27 +45,37 @@ class Block(nn.Module):
     @nn.compact
     def __call__(
         self,
-        x: Float[Array, 'B T D'],
+        x: Float[Array, 'B T nD'],
         index: Any,
         positions: Int[Array, 'B T'],
         segment_ids: Int[Array, 'B T'] | None,
         shared: Shared = NOTHING,
         cache_length: int = 0,
-    ) -> tuple[Float[Array, 'B T D'], Stats | None]:
+    ) -> tuple[Float[Array, 'B T nD'], Stats | None]:
         """Runs layer `index` (from 0; may be traced) on the stream x."""
         model, parts = self.model, self.backward_parts
-        x = constrain(x, 'batch', 'length', 'stream')
+        x = constrain(x, 'batch', 'length', 'streams')
         window = model.window if self.kind.endswith('window') else 0
 
         sublayer = 2 * index + 1
-        x_hat = checkpoint_name(scaled(x, *self.norm('attention', index, 1)), 'attention_input')
+        connect = partial(HyperConnection, model, again=parts > 0, platform=self.platform)
+        h, write = x, None
+        if model.gmu.kind == 'hyper':
+            h, write = connect('attention', name='attention_gmu')(x, sublayer)
+        x_hat = checkpoint_name(scaled(h, *self.norm('attention', index, 1)), 'attention_input')
         how = self.platform, self.residuals, self.few_documents
         attention = Attention(model, window, *how, name='attention')
         update = attention(x_hat, positions, segment_ids, cache_length, shared.first_values)
         update = checkpoint_name(update, 'attention_update')
         gate = partial(GatedMemoryUnit, model, backward_parts=parts, platform=self.platform)
-        gated = gate(name_prefix='attention', name='attention_gmu')
-        x, x_hat = gated(x, x_hat, update, sublayer, self.norm('mlp', index, 2), shared.x_0)
+        norm = self.norm('mlp', index, 2)
+        if write:
+            x = write(update)
+            h, write = connect('mlp', name='mlp_gmu')(x, sublayer + 1)
+            x_hat = scaled(h, *norm)
+        else:
+            gated = gate(name_prefix='attention', name='attention_gmu')
+            x, x_hat = gated(x, x_hat, update, sublayer, norm, shared.x_0)
 
         x_hat = checkpoint_name(x_hat, 'mlp_input')
         stats = None
@@ -71,6 +85,8 @@ class Block(nn.Module):
             mlp = SwiGLU(model, model.mlp_dim, parts, name='mlp')
             update = mlp(x_hat)
         update = checkpoint_name(update, 'mlp_update')
+        if write:
+            return write(update), stats
         gated = gate(name_prefix='mlp', name='mlp_gmu')
         x, _ = gated(x, x_hat, update, sublayer + 1, x_0=shared.x_0)
         return x, stats
@@ -94,13 +110,13 @@ class Layers(nn.Module):
     @nn.compact
     def __call__(
         self,
-        x: Float[Array, 'B T D'],
+        x: Float[Array, 'B T nD'],
         first_index: Any,
         positions: Int[Array, 'B T'],
         segment_ids: Int[Array, 'B T'] | None,
         shared: Shared = NOTHING,
         cache_length: int = 0,
-    ) -> tuple[Float[Array, 'B T D'], LayerStats]:
+    ) -> tuple[Float[Array, 'B T nD'], LayerStats]:
         stats = {}
         for i, kind in enumerate(self.kinds):
             name = f'layer_{i}'

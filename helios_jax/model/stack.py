@@ -12,6 +12,7 @@ from helios_jax.memory import policy, store
 from helios_jax.memory.unrolled import unrolled, unrolls
 from helios_jax.model.block import NOTHING, Block, Shared
 from helios_jax.model.gmu import input_eps
+from helios_jax.model.hyper import merged
 from helios_jax.model.layers import RMSNorm
 from helios_jax.parallel import platforms
 
@@ -31,7 +32,7 @@ class Stack:
     def __call__(
         self,
         variables: Mapping[str, Variables],
-        x: Float[Array, 'B T D'],
+        x: Float[Array, 'B T nD'],
         indices: Int[Array, 'R'],
         positions: Int[Array, 'B T'],
         segment_ids: Int[Array, 'B T'] | None,
@@ -41,7 +42,7 @@ class Stack:
 
         Args:
           variables: of `prefix` (where the model has one), of `periods`, stacked, and of `norm`.
-          x: the stream below the first layer.
+          x: the stream below the first layer, or n of them side by side.
           indices: number of the first layer in each of the R repeats of the period.
           shared: what every layer reads beside it.
         """
@@ -77,7 +78,7 @@ class Stack:
         layers = {f'layer_{i}': own for i, own in enumerate(stacked) if own is not None}
         statistics['periods'] = layers
 
-        params = variables['norm']['params']
+        x, params = merged(model, x), variables['norm']['params']
         x = store.apply(self.last_norm, params=params, x=x, input_name='final_hidden', **where)
         return x, statistics
 

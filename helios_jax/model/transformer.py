@@ -16,6 +16,7 @@ from helios_jax.arch import weights
 from helios_jax.model.attention import first_values
 from helios_jax.model.block import Layers, LayerStats, Shared
 from helios_jax.model.gmu import input_eps
+from helios_jax.model.hyper import merged, spread
 from helios_jax.model.layers import Einsum, Embed, RMSNorm, scaled
 from helios_jax.model.loss import project
 from helios_jax.model.stack import Stack
@@ -74,8 +75,7 @@ class Transformer(nn.Module):
           cache_length: above 0, reads and writes the collection 'cache' of this many positions.
         """
         model = self.model
-        x = constrain(self.embed(tokens), 'batch', 'length', 'stream')
-        shared = self.shared(x)
+        x, shared = self.begin(tokens)
         first = len(model.prefix_kinds)
         indices = first + len(model.period_kinds) * jnp.arange(model.num_periods)
         if cache_length or self.is_mutable_collection('intermediates') or self.is_initializing():
@@ -84,7 +84,7 @@ class Transformer(nn.Module):
             if first:
                 x, statistics['prefix'] = self.prefix(x, 0, *args)
             x, statistics['periods'] = self.periods(x, indices, *args)
-            x = self.final_norm(x, input_eps(model, 2 * model.num_layers + 1))
+            x = self.final_norm(merged(model, x), input_eps(model, 2 * model.num_layers + 1))
         else:
             variables = {'periods': self.periods.variables, 'norm': self.final_norm.variables}
             if first:
@@ -95,19 +95,20 @@ class Transformer(nn.Module):
             self.unembedding_weight()
         return x, {group: layers for group, layers in statistics.items() if layers}
 
-    def shared(self, x_0: Float[Array, 'B T D']) -> Shared:
-        """Returns what every layer reads beside the stream, which starts as x_0."""
+    def begin(self, tokens: Int[Array, 'B T']) -> tuple[Float[Array, 'B T nD'], Shared]:
+        """Returns the stream below the first layer, and what every layer reads beside it."""
         model = self.model
-        kept = x_0 if model.gmu.adds_embedding else None
+        x_0 = constrain(self.embed(tokens), 'batch', 'length', 'stream')
+        x, kept = spread(model, x_0), x_0 if model.gmu.adds_embedding else None
         if not model.value_residual or self.is_initializing():
-            return Shared(kept)
+            return x, Shared(kept)
         if model.prefix_kinds:
             layer = nn.unbox(self.prefix.variables['params']['layer_0'])
         else:
             stacked = nn.unbox(self.periods.variables['params']['layer_0'])
             layer = jax.tree.map(lambda weights: weights[0], stacked)
         x_hat = scaled(x_0, layer['attention_norm']['scale'], input_eps(model, 1))
-        return Shared(kept, first_values(model, layer['attention'], x_hat))
+        return x, Shared(kept, first_values(model, layer['attention'], x_hat))
 
     def unembedding_weight(self) -> Float[Array, 'D V']:
         """float32; V is padded."""

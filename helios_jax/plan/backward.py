@@ -12,6 +12,7 @@ from helios_jax.plan import saved
 from helios_jax.plan.arguments import layer_weights, local
 from helios_jax.plan.measured import (
     EMBEDDING_STREAMS,
+    HYPER_STREAMS,
     IN_A_PART,
     INSIDE,
     INSIDE_QUANTISED,
@@ -41,6 +42,7 @@ def _layer(placement: Placement, kind: str) -> int:
     if model.value_residual:
         values = (model.num_kv_heads, model.head_dim), ('kv_heads', 'head_dim')
         elements += EMBEDDING_STREAMS.value * tokens * placement.elements(*values)
+    elements += HYPER_STREAMS.value * (model.gmu.num_streams - 1) * stream
     recomputed = set(saved.recomputed_by_backward(placement, kind, table)).intersection(
         ('q', 'k', 'v', 'attention_output', 'attention_update', 'mlp_update')
     )

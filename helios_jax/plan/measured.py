@@ -24,6 +24,7 @@ class Measured(Generic[Number]):
 # `seen` is the day of the last --validate with all cases within their limits.
 _SCHEDULES = ('2026-11-23', "read from libtpu 0.0.50's schedules for v5e; validated by jax 0.10.2")
 _TRACED = ('2026-11-23', 'the traced gradient: jax 0.12.0')
+_TRACED_HYPER = ('2026-11-30', 'the traced gradient: jax 0.10.2')
 _H100 = ('2026-11-22', 'one H100 80GB HBM3')
 _PROFILE = ('2026-11-22', 'profile of helios_1b on one H100: jax 0.12.0')
 _MOE_PROFILE = ('2026-11-30', 'profiles of Hydra on one H200: jax 0.11.2')
@@ -33,6 +34,7 @@ _MOE_STEP = ('2026-11-29', 'helios plan --compile of hydra_30b_a3b, v5p:4x4x2: j
 _ESTIMATED = ('2026-11-29', 'a matmul, and bytes that helios_8b waits for; no step was played')
 _GATES = ('2026-11-30', 'helios plan --compile of helios_8b, full, v5p:2x2x4: jax 0.10.2')
 _GATES_GPU = ('2026-11-30', 'steps of helios_1b on one H200: jax 0.11.2')
+_COUNTED = ('2026-11-30', 'counted from the formulas of model/hyper.py; no step was measured')
 _KERNELS = ('2026-11-29', 'schedules of our kernels, libtpu 0.0.42')
 
 # One layer's backward pass, in arrays [B T D] or, inside an MLP, [B T F].
@@ -58,6 +60,12 @@ EMBEDDING_STREAMS = Measured(
     'arrays more of what every layer reads, x₀ or the first values: it, its gradients’ sum',
     *_SCHEDULES,
 )
+HYPER_STREAMS = Measured(
+    6,
+    '[B T D] more for each stream beyond one: x, its gradient, and float32 sums of streams',
+    '2026-11-30',
+    "libtpu 0.0.42's peaks of steps for v5e, full, 4 streams of all forms: jax 0.10.2",
+)
 REPLAYED_STREAMS = Measured(
     7,
     "[B T D] while an MLP in parts runs again, whole: both sublayers' x̂, the stream between them "
@@ -78,11 +86,18 @@ IN_A_PART = Measured(
 NORM = Measured(2, '[B T D] of a norm in front of a sublayer', *_TRACED)
 GATE = Measured(4, '[B T D] of a gate', *_TRACED)
 STATIC_GATE = Measured(1, '[B T D] of a static gate', *_TRACED)
+HYPER = Measured(3, '[B T D] of each of n streams, and one more of the update', *_TRACED_HYPER)
+STATIC_HYPER = Measured(2, 'the same of static coefficients', *_TRACED_HYPER)
 OUTPUT_NORM = Measured(2, '[B T D] of the norm of an output', *_TRACED)
 SILU = Measured(3, '[B T F] of a SiLU', *_TRACED)
 # Seconds.
 HOST_FRACTION = Measured(
     0.75, "of PCIe 5's 64 GB/s: a state fetched and written back, one after the other", *_H100
+)
+HYPER_PASSES = Measured(
+    12,
+    'times that a sublayer reads or writes each of n streams: 3 forward, 3 again, 6 backward',
+    *_COUNTED,
 )
 HOP_SECONDS = Measured(
     1e-6, 'seconds from a chip to the next', '2026-11-29', 'jax-ml.github.io/scaling-book/tpus'

@@ -12,7 +12,15 @@ from helios_jax.arch import buffers, rules, tensors
 from helios_jax.arch.tensors import NAMES, TENSORS
 from helios_jax.arch.weights import shared_mlp_dim
 from helios_jax.memory import policy
-from helios_jax.plan.measured import GATE, NORM, OUTPUT_NORM, SILU, STATIC_GATE
+from helios_jax.plan.measured import (
+    GATE,
+    HYPER,
+    NORM,
+    OUTPUT_NORM,
+    SILU,
+    STATIC_GATE,
+    STATIC_HYPER,
+)
 from helios_jax.plan.placement import DTYPE_BYTES, Placement
 
 
@@ -109,9 +117,10 @@ def _graph(placement: Placement, kind: str, table: dict[str, str]) -> Graph:
     kept = 'kernel_' if placement.keeps_quantised and policy.kernel_form(table) else ''
     qkv = tuple(f'{kept}{name}' for name in 'qkv')
     q, k = ('q_product', 'k_product') if model.qk_norm else ('attention_input',) * 2
+    of_streams = unit.kind == 'hyper' and unit.hyper != 'static'  # logits that follow the token
     sources: dict[str, tuple[str, ...]] = {
         'block_input': (),
-        'attention_input': ('block_input',),
+        'attention_input': ('block_input', *(['attention_gate'] if of_streams else [])),
         'q_product': ('attention_input',),
         'k_product': ('attention_input',),
         'q': (q,),
@@ -130,13 +139,14 @@ def _graph(placement: Placement, kind: str, table: dict[str, str]) -> Graph:
     for name, stream in (('attention', 'block_input'), ('mlp', 'middle')):
         update = f'{name}_update'
         inputs = tuple(update if seen == 'output' else f'{name}_input' for seen in unit.sees)
+        inputs = (stream,) if of_streams else inputs
         sources[f'{name}_gate'] = inputs
         if name == 'attention':
-            gate = ('attention_gate',) if unit.sees else ()
+            gate = ('attention_gate',) if inputs else ()
             sources['middle'] = ('block_input', update, *gate)  # the stream between sublayers
-            sources['mlp_input'] = ('middle',)
+            sources['mlp_input'] = ('middle', *(['mlp_gate'] if of_streams else []))
             sources |= _feed_forward(placement, kind)
-        read += [*inputs, f'{name}_gate'] if unit.sees else []
+        read += [*inputs, f'{name}_gate'] if inputs else []
         read += [update] if unit.kind != 'residual' or unit.normalizes else []
         # The gate's gradient is d y · (u − x) of a mix, d y · u of a sum.
         read += [stream] if unit.kind in ('convex', 'highway') else []
@@ -237,6 +247,9 @@ def _everything(placement: Placement, kind: str) -> list[SavedTensor]:
     gate = 0
     if model.gmu.has_gate:
         gate = STATIC_GATE.value if model.gmu.gate == 'static' else GATE.value
+    if model.gmu.kind == 'hyper':
+        each = STATIC_HYPER if model.gmu.hyper == 'static' else HYPER
+        gate = each.value * model.gmu.streams + 1
     gate += OUTPUT_NORM.value if model.gmu.normalizes else 0
     wide = {
         'norms': 2 * NORM.value * stream,

@@ -13,7 +13,7 @@ from helios_jax.arch import flops, grouped_matmul, rules
 from helios_jax.arch.weights import all_weights
 from helios_jax.chips import Chip
 from helios_jax.plan.arguments import local
-from helios_jax.plan.measured import HOST_FRACTION, Speeds, speeds
+from helios_jax.plan.measured import HOST_FRACTION, HYPER_PASSES, Speeds, speeds
 from helios_jax.plan.peak import StepMemory
 from helios_jax.plan.placement import Placement
 from helios_jax.plan.saved import (
@@ -146,6 +146,8 @@ def _memory_bytes(placement: Placement, planned: StepMemory, reached: Speeds) ->
     update = 8 * weights + 2 * moments + 8 * weights
     stream = placement.local_tokens * model.embed_dim * placement.dtype_bytes
     gates = 2 * reached.gate_passes.value if model.gmu.has_gate else 0
+    if model.gmu.kind == 'hyper':
+        gates = 2 * HYPER_PASSES.value * model.gmu.streams
     passes = reached.stream_passes.value + gates
     within, dense = 0, 0
     for kind, number in model.kind_counts.items():

@@ -29,6 +29,14 @@ def test_a_tensor_has_the_shape_that_its_comment_says(name):
     assert tensors.shape(MODEL, name, 4, 64) == tuple(SIZES[letter] for letter in letters)
 
 
+def test_streams_lie_side_by_side_between_layers_alone():
+    hyper = config.replace(MODEL, {'gmu': config.GMU(kind='hyper', streams=5)})
+    sizes = {name: tensors.shape(hyper, name, 4, 64) for name in tensors.NAMES}
+    changed = {n: size for n, size in sizes.items() if size != tensors.shape(MODEL, n, 4, 64)}
+    gate = (4, 64, 5 * (5 + 2))
+    assert changed == {'block_input': (4, 64, 5 * 48), 'attention_gate': gate, 'mlp_gate': gate}
+
+
 def test_what_rounding_would_make_another_function_keeps_its_own_dtype():
     exact = {tensor.name: tensor.dtype for tensor in tensors.TENSORS.values() if tensor.exact}
     assert exact == {'log_sum_exp': 'float32', 'router_choices': 'int32'}
@@ -38,4 +46,4 @@ def test_a_length_that_the_mesh_does_not_divide_for_storage_is_split_less():
     placed = type('Mesh', (), {'shape': dict.fromkeys(rules.MESH_AXES, 1) | {'tensor': 3}})
     axes = tensors.TENSORS['block_input'].axes
     assert rules.fitting((4, 63, 48), axes, placed) == axes
-    assert rules.fitting((4, 64, 48), axes, placed) == ('batch', 'length', 'stream')
+    assert rules.fitting((4, 64, 48), axes, placed) == ('batch', 'length', 'streams')

@@ -19,23 +19,30 @@ MIXED = dataclasses.replace(
     moe=config.MoE(num_experts=12, mlp_dim=40, num_shared_experts=2),
 )  # fmt: skip
 GMUS = [
-    config.GMU(kind=kind, gate=gate)
-    for kind, gate in (
-        ('additive', 'full'),
-        ('highway', 'low_rank'),
-        ('convex', 'static'),
-        ('convex', 'scalar'),
-        ('residual', 'low_rank'),
-        ('layerscale', 'low_rank'),
-        ('rezero', 'low_rank'),
-    )
-] + [config.GMU(embedding='on', stream_scale='on')]
+    *(
+        config.GMU(kind=kind, gate=gate)
+        for kind, gate in (
+            ('additive', 'full'),
+            ('highway', 'low_rank'),
+            ('convex', 'static'),
+            ('convex', 'scalar'),
+            ('residual', 'low_rank'),
+            ('layerscale', 'low_rank'),
+            ('rezero', 'low_rank'),
+        )
+    ),
+    config.GMU(embedding='on', stream_scale='on'),
+    *(
+        config.GMU(kind='hyper', hyper=form, streams=3, normalize_output='on')
+        for form in ('static', 'dynamic', 'constrained')
+    ),
+]
 
 
 @pytest.mark.parametrize(
     'model',
     [DENSE, MIXED, *(dataclasses.replace(DENSE, gmu=gmu) for gmu in GMUS)],
-    ids=lambda model: f'{model.period}-{model.gmu.kind}-{model.gmu.gate}',
+    ids=lambda model: f'{model.period}-{model.gmu.kind}-{model.gmu.gate}-{model.gmu.hyper}',
 )
 def test_every_parameter_has_the_models_shape_and_axes(model):
     variables = abstract_variables(Transformer(model))

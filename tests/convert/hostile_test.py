@@ -11,12 +11,17 @@ from hugging_face import CONFIG, D, F, L, V, random_tensors
 from refusals import refused
 from safetensors.numpy import load_file, save_file
 
-from helios_jax.convert import importing, workdir
+from helios_jax import config
+from helios_jax.convert import exporting, importing, workdir
 from helios_jax.convert.tensors import Tensors
+from helios_jax.data.tokenizer import ByteTokenizer
 from helios_jax.errors import UserError
+from helios_jax.model.transformer import Transformer
+from helios_jax.restoring import Restored
 
 INDEX = 'model.safetensors.index.json'
 EMBED = 'model.embed_tokens.weight'
+STREAMS = "gmu.kind='hyper' has no Hugging Face form"
 
 
 @pytest.fixture
@@ -222,6 +227,7 @@ def test_pickles_are_never_opened(source):
         ({'tie_word_embeddings': 'yes'}, 'tie_word_embeddings'),
         ({'rms_norm_eps': 0}, 'norm_eps'),
         ({'layer_types': ['full_attention']}, 'layer_types'),
+        ({'model_type': 'helios', 'helios': {'vocab_size': V, 'gmu': {'kind': 'hyper'}}}, STREAMS),
     ],
     ids=str,
 )
@@ -231,6 +237,16 @@ def test_a_config_that_contradicts_the_tensors_or_itself_is_refused(source, chan
     with pytest.raises(UserError, match=message) as caught:
         importing.open_directory(source)
     assert '\n' not in str(caught.value)
+
+
+def test_a_model_of_several_streams_is_not_exported(tmp_path):
+    cfg = config.replace(config.Config(), {'model.gmu.kind': 'hyper'})
+    restored = Restored(Transformer(cfg.model), {'params': {}}, ByteTokenizer(), cfg)
+    with pytest.raises(UserError, match=STREAMS):
+        exporting.write(
+            restored, {}, tmp_path / 'out', origin={}, dtype='float32', shard_bytes=20_000
+        )
+    assert not list(tmp_path.iterdir())
 
 
 def test_another_tokenizer_is_refused(source):

@@ -134,18 +134,18 @@ def test_a_gate_for_several_channels_counts_as_often_as_others():
     gate = jnp.asarray(np.random.default_rng(1).random((B, T, 1)), jnp.float32)
     real = batch().segment_ids > 0
     observed = sublayers.Observed(DENSE, config.Memory('none'), real=real)
-    look = observed.summary((jnp.full((B, T), 3.0),), (gate,))
+    look = observed.summary({'stream_rms': (jnp.full((B, T), 3.0),), 'gate': (gate,)})
     assert look['gate_mean'] == pytest.approx(np.mean(np.asarray(gate)[real]), abs=1e-6)
     assert look['stream_rms'] == pytest.approx(3, abs=1e-6)
 
 
-@pytest.mark.parametrize('kind', ['residual', 'layerscale'])
+@pytest.mark.parametrize('kind', ['residual', 'layerscale', 'hyper'])
 def test_a_model_without_gates_has_its_factor_and_its_stream(kind):
     model = with_gmu(DENSE, kind=kind)
     rows = found(model)['sublayers']
-    has = {'layer', 'sublayer', 'stream_rms'} | ({'factor_mean'} if kind != 'residual' else set())
+    has = {'layer', 'sublayer', 'stream_rms'} | ({'factor_mean'} if kind == 'layerscale' else set())
     assert all(row.keys() == has for row in rows)
-    if kind != 'residual':
+    if kind == 'layerscale':
         scales = random_variables(model)['params']['periods']['layer_0']['mlp_gmu']['scale']
         means = [row['factor_mean'] for row in rows if row['sublayer'] == 'mlp']
         np.testing.assert_allclose(means, scales.reshape(3, -1).mean(axis=-1), atol=1e-6)

@@ -33,6 +33,9 @@ MOE = dataclasses.replace(
     gmu=config.GMU(embedding='on'),  # which every layer reads, and none stores
     value_residual=True,
 )
+HYPER = dataclasses.replace(
+    DENSE, num_layers=3, gmu=config.GMU(kind='hyper', hyper='constrained', streams=3)
+)
 MIXED = dataclasses.replace(MOE, prefix='', period='dense,moe', num_layers=6)
 # What a period of MIXED, one dense layer and one of experts, stores under each name.
 STREAM = [(B, T, D)] * 2
@@ -110,8 +113,8 @@ def equations(jaxpr):
 
 @pytest.mark.parametrize(
     'model',
-    [DENSE, pytest.param(MOE, marks=pytest.mark.slow), pytest.param(MIXED, marks=pytest.mark.slow)],
-    ids=['dense', 'moe', 'mixed'],
+    [DENSE, *(pytest.param(model, marks=pytest.mark.slow) for model in (MOE, MIXED, HYPER))],
+    ids=['dense', 'moe', 'mixed', 'hyper'],
 )
 def test_every_policy_computes_the_same_jaxpr(model):
     args = jax.eval_shape(lambda: arguments(model))
@@ -122,16 +125,19 @@ def test_every_policy_computes_the_same_jaxpr(model):
         assert of(config.Memory(preset)) == plain, preset
 
 
-# Both models, both dtypes and both sizes run in CI, the rest before a release.
-IN_CI = [('dense', 'float32', 8), ('dense', 'bfloat16', 1), ('moe', 'float32', 1)]
+# Every model, both dtypes and both sizes run in CI, the rest before a release.
+IN_CI = [
+    ('dense', 'float32', 8), ('dense', 'bfloat16', 1), ('moe', 'float32', 1),
+    ('hyper', 'float32', 1),
+]  # fmt: skip
 RUNS = [
     pytest.param(
-        {'dense': DENSE, 'moe': MOE}[case[0]],
+        {'dense': DENSE, 'moe': MOE, 'hyper': HYPER}[case[0]],
         *case[1:],
         marks=pytest.mark.slow if case in IN_CI else pytest.mark.long,
         id='-'.join(map(str, case)),
     )
-    for case in itertools.product(('dense', 'moe'), ('float32', 'bfloat16'), (1, 8))
+    for case in itertools.product(('dense', 'moe', 'hyper'), ('float32', 'bfloat16'), (1, 8))
 ]
 
 

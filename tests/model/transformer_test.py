@@ -56,6 +56,10 @@ GMUS = [
     for gate in (GATES if config.GMU(kind=kind).has_gate else GATES[:1])
     for normalize in ('on', 'off')
 ]
+GMUS += [
+    {'kind': 'hyper', 'hyper': form, 'normalize_output': normalize}
+    for form, normalize in (('static', 'off'), ('dynamic', 'on'), ('constrained', 'off'))
+]
 
 
 def packed():
@@ -238,6 +242,9 @@ def test_parameters_are_counted_and_their_axes_known(model):
         lambda path, leaf: leaf.size if path[-1].key == 'w' else 0, shapes['params']
     )
     matmul = sum(jax.tree.leaves(matrices))
+    if model.gmu.kind == 'hyper' and model.gmu.hyper == 'dynamic':  # each stream is multiplied
+        n, sublayers = model.gmu.streams, 2 * model.num_layers
+        matmul += sublayers * (n - 1) * D * (n + 2)
     if not model.tied_embeddings:
         matmul -= D * model.padded_vocab_size
     num_moe = sum(kind.startswith('moe') for kind in model.layer_kinds)

@@ -129,6 +129,9 @@ GMUS = [
     config.GMU(kind='convex', gate='static', normalize_output='off'),
     config.GMU(kind='convex', gate_input='input'),
     config.GMU(kind='additive', gate_input='output'),
+    config.GMU(kind='hyper', hyper='static', streams=3),
+    config.GMU(kind='hyper', hyper='dynamic', normalize_output='on'),
+    config.GMU(kind='hyper', hyper='constrained', streams=2),
 ]
 
 
@@ -141,7 +144,7 @@ SKIPPED = ('q', 'attention_output', 'gate_up', 'attention_update')
         # In CI each unit meets two of the tensors, before a release the others too.
         pytest.param(
             gmu, skipped, marks=pytest.mark.long if (i + j) % 2 else pytest.mark.slow,
-            id=f'{gmu.kind}-{gmu.gate}-{gmu.gate_input}-{skipped}',
+            id=f'{gmu.kind}-{gmu.gate}-{gmu.gate_input}-{gmu.hyper}-{skipped}',
         )
         for i, gmu in enumerate(GMUS)
         for j, skipped in enumerate(SKIPPED)
