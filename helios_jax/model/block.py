@@ -62,13 +62,13 @@ class Block(nn.Module):
         h, write = x, None
         if model.gmu.kind == 'hyper':
             h, write = connect('attention', name='attention_gmu')(x, sublayer)
-        x_hat = checkpoint_name(scaled(h, *self.norm('attention', index, 1)), 'attention_input')
+        x_hat = checkpoint_name(scaled(h, *self.norm('attention', sublayer)), 'attention_input')
         how = self.platform, self.residuals, self.few_documents
         attention = Attention(model, window, *how, name='attention')
         update = attention(x_hat, positions, segment_ids, cache_length, shared.first_values)
         update = checkpoint_name(update, 'attention_update')
         gate = partial(GatedMemoryUnit, model, backward_parts=parts, platform=self.platform)
-        norm = self.norm('mlp', index, 2)
+        norm = self.norm('mlp', sublayer + 1)
         if write:
             x = write(update)
             h, write = connect('mlp', name='mlp_gmu')(x, sublayer + 1)
@@ -92,12 +92,12 @@ class Block(nn.Module):
         return x, stats
 
     @nn.nowrap
-    def norm(self, name: str, index: Any, place: int) -> Norm:
-        """Reads the norm in front of the first or second sublayer of layer `index` (from 0)."""
+    def norm(self, name: str, sublayer: Any) -> Norm:
+        """Reads the norm in front of a sublayer, which counts from 1 (2l − 1 and 2l in layer l)."""
         scale = RMSNorm(name=f'{name}_norm').scale(self.model.embed_dim)
         if self.model.norm_scale == 'depth':
-            scale = scale / jnp.sqrt(index + 1.0)
-        return Norm(scale, input_eps(self.model, 2 * index + place))
+            scale = scale / jnp.sqrt((sublayer + 1) // 2)
+        return Norm(scale, input_eps(self.model, sublayer))
 
 
 class Layers(nn.Module):
