@@ -17,9 +17,12 @@ LINEAR = config.Optimizer(
 )
 MUON = dataclasses.replace(LINEAR, name='muon', learning_rate=0.02)
 PATTERNS = {
-    'dense': {'period': 'dense'},
+    'dense': {
+        'period': 'dense', 'gmu': config.GMU(stream_scale='on'), 'norm_scale': 'depth',
+        'value_residual': True,
+    },
     'moe': {'prefix': 'dense', 'period': 'moe', 'gmu': config.GMU(embedding='on')},
-}
+}  # fmt: skip
 
 
 def settings(pattern: str, **replaced) -> config.Config:

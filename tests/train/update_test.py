@@ -62,7 +62,8 @@ def test_the_update_of_each_layer_alone_is_the_update_of_all(pattern, rule):
     for memory in (ON_DEVICE, ON_HOST):
         cfg = dataclasses.replace(configured(pattern, memory, layers=3), optimizer=rule)
         # XLA rounds the products of one number alone otherwise than those of an array.
-        cfg = config.replace(cfg, {'model.gmu.embedding': 'off'})
+        off = dict.fromkeys(('model.gmu.embedding', 'model.gmu.stream_scale'), 'off')
+        cfg = config.replace(cfg, off)
         setup = states.create(cfg, mesh_of({}, 1))
         rng = np.random.default_rng(3)
         draw = lambda tree: jax.tree.map(
