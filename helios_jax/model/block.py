@@ -7,6 +7,7 @@ from functools import partial
 from typing import Any, NamedTuple
 
 import flax.linen as nn
+import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
@@ -96,7 +97,8 @@ class Block(nn.Module):
         """Reads the norm in front of a sublayer, which counts from 1 (2l − 1 and 2l in layer l)."""
         scale = RMSNorm(name=f'{name}_norm').scale(self.model.embed_dim)
         if self.model.norm_scale == 'depth':
-            scale = scale / jnp.sqrt((sublayer + 1) // 2)
+            layer = jnp.asarray((sublayer + 1) // 2, jnp.float32)
+            scale = scale * jax.lax.rsqrt(layer)
         return Norm(scale, input_eps(self.model, sublayer))
 
 

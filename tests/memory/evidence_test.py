@@ -31,11 +31,15 @@ MOE = dataclasses.replace(
     num_layers=3,
     moe=config.MoE(num_experts=E, num_experts_per_token=X, mlp_dim=EXPERT_F),
     gmu=config.GMU(embedding='on'),  # which every layer reads, and none stores
-    value_residual=True,
 )
 HYPER = dataclasses.replace(
     DENSE, num_layers=3, gmu=config.GMU(kind='hyper', hyper='constrained', streams=3)
 )
+# With û the size of the lowest layer's values would have no gradient but rounding.
+VALUES = dataclasses.replace(
+    DENSE, num_layers=2, value_residual=True, norm_scale='depth',
+    gmu=config.GMU(normalize_output='off', stream_scale='on'),
+)  # fmt: skip
 MIXED = dataclasses.replace(MOE, prefix='', period='dense,moe', num_layers=6)
 # What a period of MIXED, one dense layer and one of experts, stores under each name.
 STREAM = [(B, T, D)] * 2
@@ -125,19 +129,20 @@ def test_every_policy_computes_the_same_jaxpr(model):
         assert of(config.Memory(preset)) == plain, preset
 
 
+MODELS = {'dense': DENSE, 'moe': MOE, 'hyper': HYPER, 'values': VALUES}
 # Every model, both dtypes and both sizes run in CI, the rest before a release.
 IN_CI = [
     ('dense', 'float32', 8), ('dense', 'bfloat16', 1), ('moe', 'float32', 1),
-    ('hyper', 'float32', 1),
+    ('hyper', 'float32', 1), ('values', 'float32', 1),
 ]  # fmt: skip
 RUNS = [
     pytest.param(
-        {'dense': DENSE, 'moe': MOE, 'hyper': HYPER}[case[0]],
+        MODELS[case[0]],
         *case[1:],
         marks=pytest.mark.slow if case in IN_CI else pytest.mark.long,
         id='-'.join(map(str, case)),
     )
-    for case in itertools.product(('dense', 'moe', 'hyper'), ('float32', 'bfloat16'), (1, 8))
+    for case in itertools.product(MODELS, ('float32', 'bfloat16'), (1, 8))
 ]
 
 
