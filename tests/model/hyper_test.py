@@ -24,8 +24,7 @@ from helios_jax.parallel import mesh as meshes
 
 FORMS = ('static', 'dynamic', 'constrained')
 NO_POLICY = config.Memory('none')
-# What compiles a network is quick for one form.
-LATE = [*(pytest.param(form, marks=pytest.mark.slow) for form in FORMS[:2]), 'constrained']
+QUICK = (('static', 'on'), ('dynamic', 'off'))
 B, T, D, N, INDEX = 2, 3, 10, 4, 7
 EPS = 1e-3  # large, so that a norm without it would show
 MODEL = config.Model(
@@ -36,6 +35,10 @@ MIXED = {
     'num_layers': 5, 'prefix': 'dense', 'period': 'dense_window,moe', 'window': 5,
     'moe': config.MoE(num_experts=4, num_experts_per_token=2, mlp_dim=24),
 }  # fmt: skip
+
+
+def before_a_release(*cases):
+    return [pytest.param(*case, marks=pytest.mark.long) for case in cases]
 
 
 def gmu(form, **settings):
@@ -90,7 +93,13 @@ def formula(form, p, x, u, normalizes):
     return h, jnp.concatenate(new, -1)
 
 
-@pytest.mark.parametrize(('form', 'normalize'), [*itertools.product(FORMS, ('off', 'on'))])
+@pytest.mark.parametrize(
+    ('form', 'normalize'),
+    [
+        case if case in QUICK else pytest.param(*case, marks=pytest.mark.slow)
+        for case in itertools.product(FORMS, ('off', 'on'))
+    ],
+)
 def test_value_and_gradient_are_those_of_the_papers_formulas(form, normalize, random_variables):
     module = unit_of(form, normalize)
     variables = random_variables(module, jnp.asarray(inputs()[0], jnp.float32), INDEX)
@@ -140,7 +149,8 @@ def test_a_fresh_unit_reads_one_stream_and_keeps_all(form):
             np.testing.assert_allclose(got, wanted, rtol=2e-5, atol=1e-7)
 
 
-@pytest.mark.parametrize('form', LATE)
+@pytest.mark.slow
+@pytest.mark.parametrize('form', ['dynamic', 'constrained', *before_a_release(('static',))])
 def test_a_fresh_network_is_the_residual_network(form):
     tokens = jax.random.randint(jax.random.key(3), (2, 9), 0, 61)
     positions = jnp.tile(jnp.arange(9)[None], (2, 1))
@@ -222,6 +232,7 @@ def assert_same(found, expected):
     jax.tree.map(near, found[1], expected[1])
 
 
+@pytest.mark.slow
 def test_alike_streams_get_unlike_gradients():
     """Else they would stay alike for ever; under constraints the one that is read differs."""
     tokens = jnp.asarray(tokens_of(2, 12))
@@ -236,10 +247,6 @@ def test_alike_streams_get_unlike_gradients():
     for unit in ('attention_gmu', 'mlp_gmu'):  # above the last two layers some stream is not read
         post = np.asarray(gradient[unit]['bias'])[:1].reshape(1, 3, 5)[..., 1]
         assert (np.ptp(post, axis=-1) > 1e-2 * np.abs(post).max()).all()
-
-
-def before_a_release(*cases):
-    return [pytest.param(*case, marks=pytest.mark.long) for case in cases]
 
 
 @pytest.mark.slow

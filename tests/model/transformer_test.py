@@ -290,6 +290,7 @@ def test_a_fresh_network_has_the_variances_it_was_promised(output_init):
     assert not any(np.any(leaf) for leaf in jax.tree.leaves(variables['router']))
 
 
+@pytest.mark.slow
 def test_depth_divides_what_a_layer_reads_by_the_root_of_its_number(random_variables):
     by_depth = dataclasses.replace(MIXED, num_layers=3)
     model = Transformer(dataclasses.replace(by_depth, norm_scale='plain'))

@@ -255,6 +255,7 @@ def test_resuming_with_changed_data_is_refused_and_writes_nothing(finished):
     assert entries(workdir) == before
 
 
+@pytest.mark.slow
 def test_a_batch_of_many_documents_has_a_program_of_its_own(small, tmp_path, monkeypatch):
     kinds, made, compiled, ran = iter([True, True, False, True]), [], [], []
 
