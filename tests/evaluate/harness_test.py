@@ -113,11 +113,8 @@ def close(found: dict, wanted: dict) -> None:
             np.testing.assert_allclose(found[task][name], value, rtol=1e-5, err_msg=name)
 
 
-@pytest.mark.parametrize(
-    'names',
-    [('quiz', 'texts', 'last_words'), pytest.param(('sums',), marks=pytest.mark.slow)],
-    ids=' '.join,
-)
+@pytest.mark.slow
+@pytest.mark.parametrize('names', [('quiz', 'texts', 'last_words'), ('sums',)], ids=' '.join)
 def test_figures_of_four_kinds_of_tasks_are_those_of_a_direct_computation(
     names, tasks_directory, tmp_path
 ):

@@ -116,6 +116,7 @@ def build(case, random_variables):
     return module, variables
 
 
+@pytest.mark.slow
 def test_the_first_layers_values_are_mixed_in(random_variables):
     model = dataclasses.replace(MODEL, value_residual=True)
     module, x = Attention(model), jnp.asarray(stream())

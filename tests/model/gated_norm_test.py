@@ -48,8 +48,7 @@ FORMS = [
 @pytest.mark.parametrize(
     ('name', 'kind', 'settings'),
     [
-        ('gpu', 'convex', {}),
-        pytest.param('tpu', 'convex', {}, marks=pytest.mark.slow),
+        *(pytest.param(name, 'convex', {}, marks=pytest.mark.slow) for name in ('gpu', 'tpu')),
         *(pytest.param('tpu', *form, marks=pytest.mark.slow) for form in FORMS),
         *(pytest.param('gpu', *form, marks=pytest.mark.long) for form in FORMS),
     ],

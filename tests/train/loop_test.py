@@ -184,6 +184,7 @@ def test_samples_that_are_not_the_steps_are_refused(copied):
         loop.train(cfg, workdir)
 
 
+@pytest.mark.slow
 def test_run_falls_back_where_only_the_optimizer_is_damaged(copied, caplog):
     cfg, workdir = copied
     files = (workdir / 'checkpoints/10/optimizer/d').iterdir()

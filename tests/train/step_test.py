@@ -179,7 +179,8 @@ def test_the_balance_bias_moves_by_its_rate_towards_the_mean_load():
     assert len(jax.tree.leaves(state.optimizer)) == 2 * parameters + len(counts)
 
 
-@pytest.mark.parametrize('balance', [pytest.param('aux', marks=pytest.mark.slow), 'none'])
+@pytest.mark.slow
+@pytest.mark.parametrize('balance', ['aux', 'none'])
 def test_other_ways_to_balance_leave_the_bias_alone(balance):
     router = begun('moe').router
     load = {'periods': {'layer_0': jnp.arange(12.0)[None]}}
