@@ -382,7 +382,7 @@ def compiled_for_tpu(model, memory, shape):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize('preset', ['fp8', 'fp8_offload'])
+@pytest.mark.parametrize('preset', [pytest.param('fp8', marks=pytest.mark.long), 'fp8_offload'])
 def test_actions_take_effect_on_a_tpu_where_no_loop_is(preset):
     """In a layer before the scan, and in a scan of two layers, which XLA may write out."""
     memory = config.Memory(preset)
