@@ -29,6 +29,7 @@ def read(workdir: Path) -> dict[str, Any]:
     try:
         found = json.loads(path.read_text())
         known = isinstance(found, dict) and {'seeds', 'arms', 'config'} <= set(found)
+        known = known and isinstance(found['config'], dict)
     except ValueError:
         known = False
     require(known, f'{path} is no definition of a study; restore it, or name another workdir.')

@@ -76,7 +76,9 @@ class Attention(nn.Module):
             )
         if model.value_residual:
             own, first = self.value_mix(rows['value_mix'])
-            v = v if first_values is None else (own * v + first * first_values).astype(dtype)
+            if not self.is_initializing():  # when there is no first layer yet
+                assert first_values is not None, 'model.value_residual needs the first values'
+                v = (own * v + first * first_values).astype(dtype)
         if model.qk_norm:
             front = partial(heads_in_front, platform=self.platform)
             q = front(RMSNorm(name='q_norm')(front(q), model.norm_eps))
