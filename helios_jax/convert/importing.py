@@ -1,7 +1,14 @@
-"""Reads a Hugging Face directory onto a mesh, a tensor at a time."""
+"""Reads a Hugging Face directory onto a mesh, tensor by tensor.
 
-import functools
-from typing import Any, NamedTuple
+Pages of the next tensors come from the disk, and programs that turn them are compiled, in threads
+beside the one that places tensors.
+"""
+
+import collections
+import os
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Executor, ThreadPoolExecutor
+from typing import Any, NamedTuple, TypeVar
 
 import flax.linen as nn
 import jax
@@ -14,7 +21,7 @@ from jaxtyping import Array, PyTree
 from helios_jax import config
 from helios_jax.convert import families, names, tokenizers
 from helios_jax.convert.names import Counterpart
-from helios_jax.convert.tensors import Tensors
+from helios_jax.convert.tensors import DTYPES, Tensors
 from helios_jax.convert.values import read_json
 from helios_jax.errors import require
 from helios_jax.model.transformer import Transformer
@@ -25,6 +32,7 @@ CONFIG = 'config.json'
 KEPT = ('bos_token_id', 'eos_token_id', 'pad_token_id', 'max_position_embeddings')
 # An unembedding that a tied checkpoint may carry as well.
 HEAD, EMBEDDING = (names.TOP[name] for name in ('unembedding.w', 'embed.w'))
+T, R = TypeVar('T'), TypeVar('R')
 
 
 class CheckedDirectory(NamedTuple):
@@ -79,7 +87,7 @@ def open_directory(
 def load(
     source: CheckedDirectory, *, mesh: jax.sharding.Mesh | None = None, seed: int = 0
 ) -> Restored:
-    """Reads the weights straight onto a mesh, float32; the host holds one tensor at a time.
+    """Reads the weights straight onto a mesh, float32; the host copies one tensor at a time.
 
     Args:
       mesh: all devices by default, as `restoring.restore`.
@@ -90,16 +98,23 @@ def load(
     """
     check_head(source)
     flat = shapes(source, mesh)
-    arrays = fresh(source, flat, seed)
-    arrays |= zeros({name: shape for name, shape in flat.items() if name not in arrays})
-    places: dict[str, list[Counterpart]] = {}
-    for piece in source.pieces:
-        places.setdefault(piece.name, []).append(piece)
-    for name, pieces in places.items():
-        tensor = source.tensors.read(name)
-        for piece in pieces:
-            key = piece.weight.name
-            arrays[key] = place(arrays[key], tensor, piece)
+    threads = min(8, os.cpu_count() or 1)
+    with ThreadPoolExecutor(threads) as pool:
+        programs = {
+            form: pool.submit(compiled, flat[piece.weight.name], *form)
+            for form, piece in {form_of(source, piece): piece for piece in source.pieces}.items()
+        }
+        arrays = fresh(source, flat, seed)
+        arrays |= zeros({name: shape for name, shape in flat.items() if name not in arrays})
+        places: dict[str, list[Counterpart]] = {}
+        for piece in source.pieces:
+            places.setdefault(piece.name, []).append(piece)
+        tensors = ahead(pool, source.tensors.read, places, threads)
+        for pieces, tensor in zip(places.values(), tensors, strict=True):
+            for piece in pieces:
+                key, place = piece.weight.name, programs[form_of(source, piece)].result()
+                # Waiting bounds the copies that are on their way to a device.
+                arrays[key] = jax.block_until_ready(place(arrays[key], tensor, starts(piece)))
     model = Transformer(source.config.model)
     return Restored(model, _variables(arrays), source.files.tokenizer, source.config)
 
@@ -152,23 +167,48 @@ def initial(
     return jax.jit(made, out_shardings={n: shape.sharding for n, shape in wanted.items()})()
 
 
-def place(array: Array, tensor: np.ndarray, piece: Counterpart) -> Array:
-    """Writes a tensor of theirs into an array that the caller gives up."""
-    starts = piece.place + (0,) * (array.ndim - len(piece.place))
+def ahead(
+    pool: Executor, function: Callable[[T], R], items: Iterable[T], number: int
+) -> Iterator[R]:
+    """Yields what a function returns for each item, in order, while it runs for the next ones."""
+    running: collections.deque[Any] = collections.deque()
+    for item in items:
+        running.append(pool.submit(function, item))
+        if len(running) > number:
+            yield running.popleft().result()
+    while running:
+        yield running.popleft().result()
+
+
+class Form(NamedTuple):
+    """What tensors that one program places have in common."""
+
+    piece: Counterpart  # without its name and its place
+    dtype: str
+
+
+def form_of(source: CheckedDirectory, piece: Counterpart) -> Form:
     alike = piece._replace(name='', place=(0,) * len(piece.place))
-    return _placing(array.sharding, alike)(array, tensor, starts)
+    return Form(alike, source.tensors.found[piece.name].dtype)
 
 
-@functools.cache
-def _placing(sharding: jax.sharding.Sharding, piece: Counterpart) -> Any:
-    """Compiles what turns a tensor where the array lies, for all tensors of one form."""
+def starts(piece: Counterpart) -> tuple[np.int32, ...]:
+    """Says where in our array the tensor begins."""
+    whole = len(piece.weight.shape) - len(piece.place)
+    return (*map(np.int32, piece.place), *[np.int32(0)] * whole)
+
+
+def compiled(shape: jax.ShapeDtypeStruct, piece: Counterpart, dtype: str) -> Any:
+    """Compiles what writes a tensor of theirs into an array that the caller gives up."""
 
     def update(array: Array, tensor: Array, starts: tuple[Array, ...]) -> Array:
         value = piece.to_ours(tensor).astype(array.dtype)
         value = value.reshape((1,) * len(piece.place) + value.shape)
         return jax.lax.dynamic_update_slice(array, value, starts)
 
-    return jax.jit(update, donate_argnums=0, out_shardings=sharding)
+    tensor = jax.ShapeDtypeStruct(piece.shape, DTYPES[dtype])
+    jitted = jax.jit(update, donate_argnums=0, out_shardings=shape.sharding)
+    return jitted.lower(shape, tensor, starts(piece)).compile()
 
 
 def zeros(wanted: dict[str, jax.ShapeDtypeStruct]) -> dict[str, Array]:
