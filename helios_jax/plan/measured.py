@@ -142,13 +142,22 @@ def _of_a_tpu(
     )
 
 
+_CARD = chips.CHIPS['h100']
 # By chip, or by platform.
 SPEEDS = {
     'gpu': Speeds(
-        Measured(0.8, 'of peak FLOP/s: 798 of 989 TFLOP/s, bfloat16, 8192³', *_H100),
+        Measured(
+            round(_CARD.matmul_flops / _CARD.peak_flops, 1),
+            'of peak FLOP/s: a large product',
+            *_H100,
+        ),
         Measured(0.44, 'of peak: cuDNN forward and backward, 436 TFLOP/s', *_H100),
         Measured(0, 'keys more: not measured by length', *_H100),
-        Measured(0.9, 'of HBM bandwidth: a copy, 3.0 of 3.35 TB/s', *_H100),
+        Measured(
+            round(_CARD.copy_bytes_per_second / _CARD.hbm_bytes_per_second, 1),
+            'of HBM bandwidth: a copy',
+            *_H100,
+        ),
         Measured(120, "times that a layer's work reads or writes an array [B T D]", *_PROFILE),
         Measured(16, 'more of them for each gated sublayer: convex by its kernel', *_GATES_GPU),
         Measured(9, 'times that an MLP reads or writes an array [B T F]', *_PROFILE),
