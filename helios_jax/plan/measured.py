@@ -34,7 +34,7 @@ _MOE_STEP = ('2026-11-29', 'helios plan --compile of hydra_30b_a3b, v5p:4x4x2: j
 _ESTIMATED = ('2026-11-29', 'a matmul, and bytes that helios_8b waits for; no step was played')
 _GATES = ('2026-11-30', 'helios plan --compile of helios_8b, full, v5p:2x2x4: jax 0.10.2')
 _GATES_GPU = ('2026-11-30', 'steps of helios_1b on one H200: jax 0.11.2')
-_COUNTED = ('2026-11-30', 'counted from the formulas of model/hyper.py; no step was measured')
+_COUNTED = ('2026-11-30', 'counted from the formulas of model/; no step was measured')
 _KERNELS = ('2026-11-29', 'schedules of our kernels, libtpu 0.0.42')
 
 # One layer's backward pass, in arrays [B T D] or, inside an MLP, [B T F].
@@ -97,6 +97,12 @@ HOST_FRACTION = Measured(
 HYPER_PASSES = Measured(
     12,
     'times that a sublayer reads or writes each of n streams: 3 forward, 3 again, 6 backward',
+    *_COUNTED,
+)
+EMBEDDING_PASSES = Measured(
+    5,
+    "times that a sublayer reads or writes x₀: 1 forward, 1 again; backward it and its gradients' "
+    'sum, read and written',
     *_COUNTED,
 )
 HOP_SECONDS = Measured(
