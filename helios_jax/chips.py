@@ -64,7 +64,7 @@ class Chip:
 
     @property
     def ceilings(self) -> tuple[float, float]:
-        """FLOP/s and bytes/s of HBM that nothing exceeds: measured, or else the maker's peaks."""
+        """FLOP/s and bytes/s of HBM that can be reached: measured, or else the maker's peaks."""
         return (
             self.matmul_flops or self.peak_flops,
             self.copy_bytes_per_second or self.hbm_bytes_per_second,

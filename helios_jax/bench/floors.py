@@ -2,8 +2,9 @@
 
 The compiled program says what each instruction does, the profile which kernels ran for it, and how
 often. An instruction takes at least its bytes by the rate of memory and its FLOPs by the rate of a
-large matmul, whichever is longer; elementwise arithmetic counts as free. What sends to other cards
-or to the host, and what is not understood, has no floor.
+large matmul, whichever is longer; elementwise arithmetic counts as free. Arrays small enough for
+the card's cache may be read in less. What sends to other cards or to the host, and what is not
+understood, has no floor.
 """
 
 import collections
@@ -27,40 +28,40 @@ from helios_jax.plan.compiler.program import (
 )
 
 FLOORLESS = (*FREE, *collectives.KINDS, 'call', 'conditional')
-MATRICES = ('__cublas', 'mosaic_gpu', '__cudnn')  # whoever takes these multiplies
+LIBRARIES = ('__cublas', '__cudnn')  # calls that may multiply
 Computations = dict[str, list[str]]
 
 
-class Keys(NamedTuple):
+class SeenKeys(NamedTuple):
     """Mean number of keys that a query of a packed row sees; padding sees none."""
 
     full: float
     window: float  # in a layer with a window
 
 
-class Work(NamedTuple):
-    """What one run of an instruction cannot do without."""
+class Needs(NamedTuple):
+    """Bytes to move and FLOPs to do in one run of an instruction."""
 
     num_bytes: float
     flops: float
 
 
 Gap = dict[str, Any]
-Works = dict[tuple[str, str], Work]  # by the names of a program and of an instruction in it
+AllNeeds = dict[tuple[str, str], Needs]  # by the names of a program and of an instruction in it
 
 
-def of_programs(texts: Iterable[str], keys: Keys) -> Works:
-    """Reads what the instructions of optimised modules do, but for names that they use unlike."""
-    found: dict[tuple[str, str], set[Work]] = {}
+def of_programs(texts: Iterable[str], keys: SeenKeys) -> AllNeeds:
+    """Reads what the instructions of optimised modules need; names that differ are left out."""
+    found: dict[tuple[str, str], set[Needs]] = {}
     for text in texts:
         named = re.match(r'HloModule ([\w.\-]+)', text)
-        for name, work in of_program(text, keys):
-            found.setdefault((named[1] if named else '', name), set()).add(work)
-    return {name: works.pop() for name, works in found.items() if len(works) == 1}
+        for name, needs in of_program(text, keys):
+            found.setdefault((named[1] if named else '', name), set()).add(needs)
+    return {name: alike.pop() for name, alike in found.items() if len(alike) == 1}
 
 
-def of_program(text: str, keys: Keys) -> Iterator[tuple[str, Work]]:
-    """Yields the work of each instruction whose work is known, wherever in the program it is."""
+def of_program(text: str, keys: SeenKeys) -> Iterator[tuple[str, Needs]]:
+    """Yields what each instruction needs, wherever in the program it is, where that is known."""
     _, computations = split(text)
     for computation in computations:
         for found in content(computation, computations):
@@ -68,7 +69,7 @@ def of_program(text: str, keys: Keys) -> Iterator[tuple[str, Work]]:
                 continue
             flops = flops_of(found, computations, keys)
             if flops is not None:
-                yield found.name, Work(num_bytes(found, computations), flops)
+                yield found.name, Needs(num_bytes(found, computations), flops)
 
 
 def floorless(instruction: Instruction) -> bool:
@@ -90,12 +91,14 @@ def num_bytes(instruction: Instruction, computations: Computations) -> float:
     return hbm_bytes(results) + sum(map(hbm_bytes, read.values()))
 
 
-def flops_of(instruction: Instruction, computations: Computations, keys: Keys) -> float | None:
+def flops_of(instruction: Instruction, computations: Computations, keys: SeenKeys) -> float | None:
     """Counts the FLOPs of an instruction's products; None where it has some that are not known."""
     text, called = instruction.text, target(instruction)
     if instruction.opcode == 'fusion':
-        names = re.findall(r'calls=%([\w.\-]+)', text)
-        inner = [i for name in names for i in content(name, computations)]
+        fused = re.search(r'calls=%([\w.\-]+)', text)
+        if not fused or fused[1] not in computations:
+            return None
+        inner = content(fused[1], computations)
         counts = [flops_of(i, computations, keys) for i in inner if isinstance(i, Instruction)]
         return None if None in counts else math.fsum(filter(None, counts))
     if instruction.opcode == 'convolution':
@@ -111,10 +114,10 @@ def flops_of(instruction: Instruction, computations: Computations, keys: Keys) -
         left = sizes(instruction.operands[0])[0]
         contracted = math.prod(left[int(dim)] for dim in re.findall(r'\d+', found[1]))
         return 2.0 * math.prod(sizes(instruction.shape)[0]) * contracted
-    return None if called.startswith(MATRICES) else 0.0
+    return None if called.startswith(LIBRARIES) else 0.0
 
 
-def attention_flops(instruction: Instruction, keys: Keys) -> float | None:
+def attention_flops(instruction: Instruction, keys: SeenKeys) -> float | None:
     """Counts two products of cuDNN's attention forward, five backward, of the keys that are seen.
 
     In rows of several segments a query sees as many as `keys` says.
@@ -122,7 +125,8 @@ def attention_flops(instruction: Instruction, keys: Keys) -> float | None:
     text = instruction.text
     scores = re.search(r'"intermediate_tensor_shape":.*?"dimensions":\[([^\]]*)\]', text)
     mask = re.search(r'"mask_type":"(\w+)"', text)
-    if not scores or not mask or mask[1] not in ('NO_MASK', 'CAUSAL', 'PADDING_CAUSAL'):
+    known = mask and mask[1] in ('NO_MASK', 'CAUSAL', 'PADDING_CAUSAL')
+    if not scores or not mask or not known or not instruction.operands:
         return None
     setting = dict(re.findall(r'"(sliding_window_length|max_seg_per_batch)":"?(\d+)', text))
     window = int(setting.get('sliding_window_length', 0))
@@ -159,14 +163,14 @@ def sizes(shape: str) -> list[tuple[int, ...]]:
 
 
 def compare(
-    events: Iterable[trace.Event], works: Works, ceilings: tuple[float, float], each: float
+    events: Iterable[trace.Event], needs: AllNeeds, ceilings: tuple[float, float], each: float
 ) -> dict[str, Gap]:
     """Puts each kind of kernel's time beside its floor.
 
     An instruction's floor counts where most of its time went.
 
     Args:
-      ceilings: FLOP/s and bytes/s that nothing exceeds.
+      ceilings: FLOP/s and bytes/s, as `Chip.ceilings`.
       each: factor that makes a second of all events milliseconds of a step on a card.
     Returns:
       kind → `ms`; `known_ms`, of the kernels whose floor is known; `floor_ms` of those; `reached`,
@@ -176,12 +180,12 @@ def compare(
     seconds: dict[str, float] = collections.defaultdict(float)
     known: dict[str, float] = collections.defaultdict(float)
     runs: dict[tuple[str, str], dict[str, list[float]]] = {}
-    names = by_kernel_name(works)
+    names = by_kernel_name(needs)
     for event in events:
         kind, taken = trace.kind_of(event.name, trace.KINDS), (event.end - event.start) / 1e9
         seconds[kind] += taken
         own = (event.module, event.instruction) if event.instruction else names.get(event.name)
-        if own in works:
+        if own in needs:
             known[kind] += taken
             runs.setdefault(own, {}).setdefault(event.name, []).append(taken)
     floors: dict[str, dict[str, float]] = {}
@@ -189,7 +193,7 @@ def compare(
         longest = max(kernels, key=lambda name: sum(kernels[name]))
         # A run takes each of its kernels once, and what is small, such as a memset, perhaps twice.
         times = min(map(len, kernels.values()))
-        bound, least = floor(works[own], ceilings)
+        bound, least = floor(needs[own], ceilings)
         of_kind = floors.setdefault(trace.kind_of(longest, trace.KINDS), {})
         of_kind[bound] = of_kind.get(bound, 0.0) + times * least
     return {
@@ -198,9 +202,9 @@ def compare(
     }
 
 
-def floor(work: Work, ceilings: tuple[float, float]) -> tuple[str, float]:
+def floor(needs: Needs, ceilings: tuple[float, float]) -> tuple[str, float]:
     """Returns what bounds a run of an instruction, and the seconds that it takes at least."""
-    flops, num_bytes = work.flops / ceilings[0], work.num_bytes / ceilings[1]
+    flops, num_bytes = needs.flops / ceilings[0], needs.num_bytes / ceilings[1]
     return ('FLOPs', flops) if flops > num_bytes else ('bytes', num_bytes)
 
 
@@ -218,10 +222,10 @@ def row(ms: float, known_ms: float, each: float, bounds: Mapping[str, float] | N
     }
 
 
-def by_kernel_name(works: Works) -> dict[str, tuple[str, str]]:
+def by_kernel_name(needs: AllNeeds) -> dict[str, tuple[str, str]]:
     """Finds an instruction by the name that XLA gives its kernel, where one alone has it."""
     named: dict[str, list[tuple[str, str]]] = {}
-    for own in works:
+    for own in needs:
         named.setdefault(re.sub(r'[.\-]', '_', own[1]), []).append(own)
     return {name: owns[0] for name, owns in named.items() if len(owns) == 1}
 

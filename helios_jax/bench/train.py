@@ -125,18 +125,18 @@ def beside_floors(
     """
     events = [event for card in trace.card_events(profile) for event in card]
     chip = chips.find(jax.devices()[0].device_kind)
-    works: floors.Works = {}
+    needs: floors.AllNeeds = {}
     if events and chip:
         texts = [hlo.text(step.compiled) for step in programs]
-        works = floors.of_programs(texts, keys_seen(cfg, steps))
-    return floors.compare(events, works, chip.ceilings if chip else (math.inf, math.inf), each)
+        needs = floors.of_programs(texts, keys_seen(cfg, steps))
+    return floors.compare(events, needs, chip.ceilings if chip else (math.inf, math.inf), each)
 
 
-def keys_seen(cfg: config.Config, steps: Sequence[Metrics]) -> floors.Keys:
+def keys_seen(cfg: config.Config, steps: Sequence[Metrics]) -> floors.SeenKeys:
     """Counts the keys that a query of these steps' rows saw, on average."""
     queries = cfg.train.batch_rows * cfg.data.row_length * len(steps)
     seen = lambda name: sum(float(m['tokens'] * m[name]) for m in steps if name in m) / queries
-    return floors.Keys(seen('mean_context'), seen('mean_window_context'))
+    return floors.SeenKeys(seen('mean_context'), seen('mean_window_context'))
 
 
 def gib_of(state: states.TrainState) -> dict[str, float]:

@@ -114,6 +114,8 @@ def check_descriptions(tokenizer: Tokenizer, tasks: dict[str, Any]) -> None:
             raise UserError(
                 f'the description of task {name!r} cannot be read: {error}; mend its file.'
             ) from error
+        if not system:
+            continue
         try:
             conversation.opened(tokenizer, 'a', Chat(system))
         except UserError as error:

@@ -6,7 +6,7 @@ import pytest
 
 from helios_jax import config
 from helios_jax.bench import floors, trace, train
-from helios_jax.bench.floors import Keys, Work
+from helios_jax.bench.floors import Needs, SeenKeys
 
 # 24 rows of 6 values times [6, 10]; in a loop of 4 turns a cuBLAS product with a workspace, of a
 # layer of a stack; attention of 2 rows of 8 tokens, 6 heads on 3, of 16 values.
@@ -97,6 +97,7 @@ ENTRY %main (x: bf16[24,6], scale: f32[6], w: bf16[4,6,10]) -> bf16[24,6] {
   %gradient.1 = bf16[5,6,10] custom-call(%work, %x, %grouped.1), custom_call_target="mosaic_gpu_v2"
   %unknown.1 = bf16[24,10] custom-call(%x, %x), custom_call_target="__cublas$lt$groupedMatmul"
   %mixed.1 = bf16[24,6] custom-call(%x, %x, %scale), custom_call_target="__gpu$xla.gpu.triton"
+  %elsewhere.1 = bf16[24,6] fusion(%x), kind=kLoop, calls=%absent
   %all-reduce.1 = bf16[24,6] all-reduce(%x), replica_groups={}
   %offloaded.1 = bf16[24,6]{1,0:S(5)} copy(%x)
   ROOT %copy.1 = bf16[24,6] copy(%x)
@@ -109,7 +110,7 @@ for place, text in (
     ('<BOTH>', fmha('PADDING_CAUSAL', 3, 4)),
 ):
     PROGRAM = PROGRAM.replace(place, text)
-KEYS = Keys(full=2.5, window=1.75)
+KEYS = SeenKeys(full=2.5, window=1.75)
 X, LAYER, Q, K = 24 * 6 * 2, 6 * 10 * 2, 2 * 8 * 6 * 16 * 2, 2 * 8 * 3 * 16 * 2
 ATTENTION = 2 * 2 * 6 * 8 * 16  # FLOPs of one product for each key that a query sees
 CAUSAL = sum(range(1, 9)) / 8
@@ -117,30 +118,32 @@ WINDOW = (1 + 2 + 6 * 3) / 8
 
 
 @pytest.mark.parametrize(
-    ('name', 'work'),
+    ('name', 'needed'),
     [
-        ('loop_mix_fusion.2', Work(X + 6 * 4 + X, 0)),
-        ('layer.7', Work(LAYER + 4 + LAYER, 0)),  # of the stack a layer
-        ('cublas-gemm.3', Work(X + LAYER + 24 * 10 * 2, 2 * 24 * 10 * 6)),  # and no workspace
-        ('gemm_fusion_dot.4', Work(X + 6 * 14 * 2 + 24 * 14 * 2, 2 * 24 * 14 * 6)),
+        ('loop_mix_fusion.2', Needs(X + 6 * 4 + X, 0)),
+        ('layer.7', Needs(LAYER + 4 + LAYER, 0)),  # of the stack a layer
+        ('cublas-gemm.3', Needs(X + LAYER + 24 * 10 * 2, 2 * 24 * 10 * 6)),  # and no workspace
+        ('gemm_fusion_dot.4', Needs(X + 6 * 14 * 2 + 24 * 14 * 2, 2 * 24 * 14 * 6)),
         (
             'plain.1',
-            Work(Q + K + Q + 2 * 6 * 8 * 4, 2 * ATTENTION * CAUSAL),
+            Needs(Q + K + Q + 2 * 6 * 8 * 4, 2 * ATTENTION * CAUSAL),
         ),
-        ('window.1', Work(Q + K + Q, 2 * ATTENTION * WINDOW)),
-        ('packed.1', Work(Q + K + 2 * 4 * 4 + Q, 5 * ATTENTION * 2.5)),
-        ('both.1', Work(Q + K + 2 * 4 * 4 + Q, 2 * ATTENTION * 1.75)),
-        ('grouped.1', Work(9 * 3 * 4 + X + 5 * LAYER + 24 * 10 * 2, 2 * 24 * 6 * 10)),
-        ('gradient.1', Work(9 * 3 * 4 + X + 24 * 10 * 2 + 5 * LAYER, 2 * 24 * 6 * 10)),
-        ('mixed.1', Work(X + 6 * 4 + X, 0)),
-        ('copy.1', Work(2 * X, 0)),
+        ('window.1', Needs(Q + K + Q, 2 * ATTENTION * WINDOW)),
+        ('packed.1', Needs(Q + K + 2 * 4 * 4 + Q, 5 * ATTENTION * 2.5)),
+        ('both.1', Needs(Q + K + 2 * 4 * 4 + Q, 2 * ATTENTION * 1.75)),
+        ('grouped.1', Needs(9 * 3 * 4 + X + 5 * LAYER + 24 * 10 * 2, 2 * 24 * 6 * 10)),
+        ('gradient.1', Needs(9 * 3 * 4 + X + 24 * 10 * 2 + 5 * LAYER, 2 * 24 * 6 * 10)),
+        ('mixed.1', Needs(X + 6 * 4 + X, 0)),
+        ('copy.1', Needs(2 * X, 0)),
     ],
 )
-def test_an_instruction_moves_its_arrays_once_and_multiplies(name, work):
-    assert dict(floors.of_program(PROGRAM, KEYS))[name] == work
+def test_an_instruction_moves_its_arrays_once_and_multiplies(name, needed):
+    assert dict(floors.of_program(PROGRAM, KEYS))[name] == needed
 
 
-@pytest.mark.parametrize('name', ['unknown.1', 'all-reduce.1', 'offloaded.1', 'while.1', 'x'])
+@pytest.mark.parametrize(
+    'name', ['unknown.1', 'elsewhere.1', 'all-reduce.1', 'offloaded.1', 'while.1', 'x']
+)
 def test_what_is_not_understood_or_waits_for_others_has_no_floor(name):
     assert name not in dict(floors.of_program(PROGRAM, KEYS))
 
@@ -151,7 +154,7 @@ def test_names_that_two_programs_use_unlike_have_no_floor():
     alone = floors.of_programs([PROGRAM], KEYS)
     assert set(alone) - set(found) == {('jit_train_step', 'copy.1')}
     elsewhere = floors.of_programs([PROGRAM, other.replace('jit_train_step', 'jit_other')], KEYS)
-    assert elsewhere['jit_other', 'copy.1'] == Work(8, 0)
+    assert elsewhere['jit_other', 'copy.1'] == Needs(8, 0)
 
 
 def event(kernel: str, microseconds: float, instruction: str = '', module: str = '') -> trace.Event:
@@ -172,8 +175,8 @@ def test_each_kind_of_kernel_stands_beside_its_floor():
         *[event('loop_mix_fusion_2', 5, 'loop_mix_fusion.2', 'jit_other') for _ in range(2)],
         *[event('ncclDevKernel_AllReduce', 7, 'all-reduce.1') for _ in range(2)],
     ]
-    works = floors.of_programs([PROGRAM], KEYS)
-    found = floors.compare(events, works, (1e9, 1e9), each=1e6 / 2)  # microseconds of a step
+    needs = floors.of_programs([PROGRAM], KEYS)
+    found = floors.compare(events, needs, (1e9, 1e9), each=1e6 / 2)  # microseconds of a step
     gemm, attention = 4 * 2 * 24 * 10 * 6 / 1e3, 5 * ATTENTION * 2.5 / 1e3
     mix = (2 * X + 6 * 4) / 1e3
     expected = {
@@ -211,9 +214,9 @@ def test_a_compiled_programs_products_are_counted_where_its_loops_are():
 
     arrays = jnp.ones((5, 6)), jnp.ones((6, 7)), jnp.ones((3, 7, 7))
     text = jax.jit(run).lower(*arrays).compile().as_text()
-    works = floors.of_programs([text], KEYS)
-    assert {module for module, _ in works} == {'jit_run'}
-    assert {work.flops for work in works.values()} == {0, 2 * 5 * 7 * 6, 2 * 5 * 7 * 7}
+    needs = floors.of_programs([text], KEYS)
+    assert {module for module, _ in needs} == {'jit_run'}
+    assert {needed.flops for needed in needs.values()} == {0, 2 * 5 * 7 * 6, 2 * 5 * 7 * 7}
 
 
 def test_keys_are_counted_over_all_queries_padding_among_them():
@@ -223,6 +226,6 @@ def test_keys_are_counted_over_all_queries_padding_among_them():
         {'tokens': jnp.int32(12), 'mean_context': jnp.float32(3), 'mean_window_context': 2.0},
         {'tokens': jnp.int32(16), 'mean_context': jnp.float32(4), 'mean_window_context': 2.5},
     ]
-    assert train.keys_seen(cfg, steps) == Keys((36 + 64) / 32, (24 + 40) / 32)
+    assert train.keys_seen(cfg, steps) == SeenKeys((36 + 64) / 32, (24 + 40) / 32)
     del steps[0]['mean_window_context'], steps[1]['mean_window_context']
     assert train.keys_seen(cfg, steps).window == 0
