@@ -43,6 +43,9 @@ class Chip:
     host_bytes: float  # a device's share of its host's memory
     devices_per_chip: int = 1
     capability: str = ''  # a GPU's compute capability: 9.0 is Hopper
+    # What the largest operations reach of the two peaks; 0: nobody measured.
+    matmul_flops: float = 0.0  # a bfloat16 product, FLOP/s
+    copy_bytes_per_second: float = 0.0  # a copy within HBM, read and written
     # TPUs alone:
     dimensions: int = 1  # dimensions of a topology; GPUs are just counted
     topology: str = ''  # the smallest to compile for
@@ -58,6 +61,14 @@ class Chip:
     def clock(self) -> float:
         """Cycles per second of a TPU, from its peak FLOP/s."""
         return self.peak_flops / (2 * self.num_cores * self.num_mxus * self.macs)
+
+    @property
+    def ceilings(self) -> tuple[float, float]:
+        """FLOP/s and bytes/s of HBM that can be reached: measured, or else the maker's peaks."""
+        return (
+            self.matmul_flops or self.peak_flops,
+            self.copy_bytes_per_second or self.hbm_bytes_per_second,
+        )
 
 
 CHIPS: dict[str, Chip] = {
@@ -86,7 +97,7 @@ CHIPS: dict[str, Chip] = {
         ),
         Chip(
             'h100', 'gpu', ('NVIDIA H100 80GB HBM3',), 989e12, 0.93 * 80e9, 3350e9, 450e9, 64e9,
-            234e9, capability='9.0',
+            234e9, capability='9.0', matmul_flops=798e12, copy_bytes_per_second=3.0e12,
         ),
         Chip(
             'h200', 'gpu', ('NVIDIA H200',), 989e12, 0.93 * 141e9, 4800e9, 450e9, 64e9, 369e9,
@@ -150,6 +161,8 @@ SOURCES: dict[tuple[str, str], Source] = {
     ('tpu', 'delay_slots'): _SCHEDULES,
     ('gpu', 'device_kinds'): Source("CUDA's cudaDeviceProp.name, as JAX hands it on", '2026-11-24'),
     ('gpu', 'peak_flops'): _SHEETS,
+    ('gpu', 'matmul_flops'): Source('a bfloat16 product of 8192³ on one card', '2026-11-22'),
+    ('gpu', 'copy_bytes_per_second'): Source('a copy on one card', '2026-11-22'),
     ('gpu', 'capability'): Source('developer.nvidia.com/cuda-gpus', '2026-11-29'),
     # 0.93: what driver, CUDA and XLA's allocator leave at XLA_PYTHON_CLIENT_MEM_FRACTION=.95.
     ('gpu', 'hbm_bytes'): Source('data sheets, times 0.93 as measured on an H100', '2026-11-22'),

@@ -129,7 +129,7 @@ def gates_bench(argv: Sequence[str]) -> None:
 
 
 def train_bench(argv: Sequence[str]) -> None:
-    """Measures training speed on real text.
+    """Measures training speed on real text, and kernels beside their floors.
 
     helios bench train --config=helios_1b --config.data.tokenizer=tokenizer.json --peer
     """

@@ -7,7 +7,7 @@ import collections
 import re
 from collections.abc import Iterable
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 
@@ -36,6 +36,9 @@ class Event(NamedTuple):
     name: str
     start: float
     end: float
+    # The program, and the instruction of its text, that it ran for; '' where that is not recorded.
+    module: str = ''
+    instruction: str = ''
 
 
 Spans = list[tuple[float, float]]
@@ -47,7 +50,7 @@ def card_events(directory: Path) -> list[list[Event]]:
     assert profiles, f'no profile below {directory}'
     return [
         [
-            Event(event.name, event.start_ns, event.start_ns + event.duration_ns)
+            _event(event)
             for line in plane.lines
             if line.name.startswith('Stream')
             for event in line.events
@@ -55,6 +58,14 @@ def card_events(directory: Path) -> list[list[Event]]:
         for plane in jax.profiler.ProfileData.from_file(str(profiles[-1])).planes
         if '/device:' in plane.name
     ]
+
+
+def _event(event: Any) -> Event:
+    stats = {name: str(value) for name, value in event.stats if name in ('hlo_module', 'hlo_op')}
+    end = event.start_ns + event.duration_ns
+    return Event(
+        event.name, event.start_ns, end, stats.get('hlo_module', ''), stats.get('hlo_op', '')
+    )
 
 
 def kernel_seconds(directory: Path) -> dict[str, float]:
@@ -92,7 +103,7 @@ class Waiting(NamedTuple):
 def waiting(events: list[Event]) -> Waiting:
     """Finds what a card waited for."""
     spans: dict[str, Spans] = collections.defaultdict(list)
-    for name, start, end in events:
+    for name, start, end, *_ in events:
         sends = re.search(COLLECTIVE, name.lower())
         spans[kind_of(name, COLLECTIVES) if sends else ''].append((start, end))
     compute = union(spans.pop('', []))

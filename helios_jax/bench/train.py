@@ -3,27 +3,30 @@
     helios bench train --config=helios_1b --config.data.tokenizer=tokenizer.json --peer
 
 Each variant (GMU kind × packing) runs in a process of its own, so that none inherits another's
-memory, and reports tokens/s, MFU, peak memory and where the time goes.
+memory, and reports tokens/s, MFU, peak memory and where the time goes: of each kind of kernel the
+milliseconds of a step, beside those that its bytes or its FLOPs take at least (floors.py).
 """
 
 import dataclasses
 import itertools
+import math
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
 
-from helios_jax import config, options, process
-from helios_jax.bench import torch_peer, trace
+from helios_jax import chips, config, options, process
+from helios_jax.bench import floors, torch_peer, trace
 from helios_jax.data import pipeline, tokenizer
+from helios_jax.memory import hlo
 from helios_jax.parallel import cluster, sharding
 from helios_jax.parallel import mesh as meshes
 from helios_jax.train import state as states
 from helios_jax.train import throughput
-from helios_jax.train.step import CompiledStep, compile_step, few_documents
+from helios_jax.train.step import CompiledStep, Metrics, compile_step, few_documents
 
 GIB = 2**30
 
@@ -48,6 +51,7 @@ def measure_training(
     with jax.set_mesh(mesh), tempfile.TemporaryDirectory() as profile:
         programs: dict[bool, CompiledStep] = {}
         losses, start, seconds = [], 0.0, 0.0
+        profiled: list[Metrics] = []
         speed = throughput.Throughput(cfg, throughput.peak_flops())
         total = warmup_steps + cfg.train.num_steps
         # Rows are read beforehand, and with them which programs there must be. The first run of a
@@ -70,15 +74,19 @@ def measure_training(
             losses.append(metrics['loss'])
             if warmup_steps <= count < total:
                 speed.add(metrics)
+            if count >= total:
+                profiled.append(metrics)
         jax.block_until_ready(state)
         kernels: dict[str, float] = {}
+        gaps: dict[str, floors.Gap] = {}
+        each = 1e3 / max(1, profiled_steps) / jax.local_device_count()  # of a step and a card
         if profiled_steps:
             jax.profiler.stop_trace()
             kernels = trace.kernel_seconds(Path(profile))
+            gaps = beside_floors(cfg, Path(profile), programs.values(), profiled, each)
         else:
             seconds = time.perf_counter() - start
     device = jax.devices()[0]
-    each = 1e3 / max(1, profiled_steps) / jax.local_device_count()  # of a step and a card
     temporary: list[Any] = [step.compiled.memory_analysis() for step in programs.values()]
     return {
         'kind': cfg.model.gmu.kind,
@@ -90,11 +98,45 @@ def measure_training(
         'state_gib': gib_of(state),
         'peak_gib': (device.memory_stats() or {}).get('peak_bytes_in_use', 0) / GIB,
         'temp_gib': max(memory.temp_size_in_bytes for memory in temporary) / GIB,
+        'kernel_floors': gaps,
         'kernel_ms': {k: each * s for k, s in trace.by_kind(kernels).items()},
         'top_kernels_ms': {n[:80]: each * s for n, s in list(kernels.items())[:25]},
         'device': device.device_kind,
         'jax': jax.__version__,
     }
+
+
+def beside_floors(
+    cfg: config.Config,
+    profile: Path,
+    programs: Iterable[CompiledStep],
+    steps: Sequence[Metrics],
+    each: float,
+) -> dict[str, floors.Gap]:
+    """Puts the kernels of a profile beside their floors, by the rates of this run's devices.
+
+    Args:
+      programs: those that the profiled steps are runs of.
+      steps: metrics of the profiled steps.
+      each: as `floors.compare` takes it.
+    Returns:
+      rows of `floors.compare`; none where no kernels were seen. Of a device that chips.py lacks no
+      floor is known.
+    """
+    events = [event for card in trace.card_events(profile) for event in card]
+    chip = chips.find(jax.devices()[0].device_kind)
+    needs: floors.AllNeeds = {}
+    if events and chip:
+        texts = [hlo.text(step.compiled) for step in programs]
+        needs = floors.of_programs(texts, keys_seen(cfg, steps))
+    return floors.compare(events, needs, chip.ceilings if chip else (math.inf, math.inf), each)
+
+
+def keys_seen(cfg: config.Config, steps: Sequence[Metrics]) -> floors.SeenKeys:
+    """Counts the keys that a query of these steps' rows saw, on average."""
+    queries = cfg.train.batch_rows * cfg.data.row_length * len(steps)
+    seen = lambda name: sum(float(m['tokens'] * m[name]) for m in steps if name in m) / queries
+    return floors.SeenKeys(seen('mean_context'), seen('mean_window_context'))
 
 
 def gib_of(state: states.TrainState) -> dict[str, float]:
@@ -133,7 +175,8 @@ def compare_training(
         peer = process.run(torch_peer.measure_peer, dataclasses.asdict(same))
         print(options.to_json(peer), flush=True)
     if not as_json:
-        print('\n'.join(describe(row, peer) for row in rows))
+        for row in rows:
+            print('\n'.join([describe(row, peer), *floors.lines(row['kernel_floors'])]))
 
 
 def variant(cfg: config.Config, kind: str, packing: str) -> config.Config:

@@ -16,6 +16,7 @@ from typing import Any
 from etils import epath
 
 from helios_jax import display, options, paths
+from helios_jax.data.tokenizer import Tokenizer
 from helios_jax.errors import UserError, nearest, require
 from helios_jax.evaluate import conversation, responses
 from helios_jax.evaluate.conversation import Chat
@@ -95,6 +96,36 @@ def load(
     return loaded
 
 
+def check_descriptions(tokenizer: Tokenizer, tasks: dict[str, Any]) -> None:
+    """Refuses tasks whose own description is a system message that the chat template refuses.
+
+    Args:
+      tasks: what `load` returned.
+    Raises:
+      UserError: there is one.
+    """
+    for name, task in tasks['tasks'].items():
+        # A description may be a template over the fields of a document, and empty for some.
+        wanted = task.config.description
+        texts = (task.resolve_field(doc, wanted) for doc in task.eval_docs) if wanted else ()
+        try:
+            system = next(filter(None, texts), '')
+        except Exception as error:  # whatever functions that a template calls raise
+            raise UserError(
+                f'the description of task {name!r} cannot be read: {error}; mend its file.'
+            ) from error
+        if not system:
+            continue
+        try:
+            conversation.opened(tokenizer, 'a', Chat(system))
+        except UserError as error:
+            raise UserError(
+                f'the description of task {name!r} is a system message, and '
+                f"{str(error).rstrip('.')}; take it out of the task's file, or do without "
+                'apply_chat_template.'
+            ) from error
+
+
 def run(
     restored: Restored,
     tasks: dict[str, Any],
@@ -117,12 +148,14 @@ def run(
       The harness's results with standard errors, and `model`, `truncated`, `limit`, `lm_eval`, the
       fields of `prompting`, and `chat_template`, the fingerprint of the template that was applied.
     Raises:
-      UserError: a number out of range; a chat template that is absent or cannot be used; a task
-        that this model cannot do; `output` has answers of another model or of other prompts.
+      UserError: a number out of range; a chat template that is absent, cannot be used, or refuses
+        the description of a task; a task that this model cannot do; `output` has answers of another
+        model or of other prompts.
     """
     check(limit, batch_rows, max_length)
     if prompting.apply_chat_template:
         conversation.check(restored.tokenizer, Chat(prompting.system_instruction))
+        check_descriptions(restored.tokenizer, tasks)
     from lm_eval.evaluator import evaluate
 
     from helios_jax.evaluate.harness import HarnessModel

@@ -134,10 +134,13 @@ def run_tasks(values: flags.FlagValues) -> None:
     prompting = Prompting(**given)
     prompting.check()
     benchmarks.check(values.limit, values.batch_rows, values.max_length)
+    tokenizer = None
     if prompting.apply_chat_template:
         tokenizer = restoring.read_tokenizer(values.checkpoint, values.step)
         conversation.check(tokenizer, Chat(values.system_instruction))
     tasks = benchmarks.load(values.tasks, values.include_path, prompting)
+    if tokenizer:  # before the weights are read
+        benchmarks.check_descriptions(tokenizer, tasks)
     results = benchmarks.run(
         restore(values), tasks, prompting=prompting, limit=values.limit,
         batch_rows=values.batch_rows, max_length=values.max_length, output=values.output,

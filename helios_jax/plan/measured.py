@@ -34,7 +34,7 @@ _MOE_STEP = ('2026-11-29', 'helios plan --compile of hydra_30b_a3b, v5p:4x4x2: j
 _ESTIMATED = ('2026-11-29', 'a matmul, and bytes that helios_8b waits for; no step was played')
 _GATES = ('2026-11-30', 'helios plan --compile of helios_8b, full, v5p:2x2x4: jax 0.10.2')
 _GATES_GPU = ('2026-11-30', 'steps of helios_1b on one H200: jax 0.11.2')
-_COUNTED = ('2026-11-30', 'counted from the formulas of model/hyper.py; no step was measured')
+_COUNTED = ('2026-11-30', 'counted from the formulas of model/; no step was measured')
 _KERNELS = ('2026-11-29', 'schedules of our kernels, libtpu 0.0.42')
 
 # One layer's backward pass, in arrays [B T D] or, inside an MLP, [B T F].
@@ -99,6 +99,12 @@ HYPER_PASSES = Measured(
     'times that a sublayer reads or writes each of n streams: 3 forward, 3 again, 6 backward',
     *_COUNTED,
 )
+EMBEDDING_PASSES = Measured(
+    5,
+    "times that a sublayer reads or writes x₀: 1 forward, 1 again; backward it and its gradients' "
+    'sum, read and written',
+    *_COUNTED,
+)
 HOP_SECONDS = Measured(
     1e-6, 'seconds from a chip to the next', '2026-11-29', 'jax-ml.github.io/scaling-book/tpus'
 )
@@ -142,13 +148,22 @@ def _of_a_tpu(
     )
 
 
+_CARD = chips.CHIPS['h100']
 # By chip, or by platform.
 SPEEDS = {
     'gpu': Speeds(
-        Measured(0.8, 'of peak FLOP/s: 798 of 989 TFLOP/s, bfloat16, 8192³', *_H100),
+        Measured(
+            round(_CARD.matmul_flops / _CARD.peak_flops, 1),
+            'of peak FLOP/s: a large product',
+            *_H100,
+        ),
         Measured(0.44, 'of peak: cuDNN forward and backward, 436 TFLOP/s', *_H100),
         Measured(0, 'keys more: not measured by length', *_H100),
-        Measured(0.9, 'of HBM bandwidth: a copy, 3.0 of 3.35 TB/s', *_H100),
+        Measured(
+            round(_CARD.copy_bytes_per_second / _CARD.hbm_bytes_per_second, 1),
+            'of HBM bandwidth: a copy',
+            *_H100,
+        ),
         Measured(120, "times that a layer's work reads or writes an array [B T D]", *_PROFILE),
         Measured(16, 'more of them for each gated sublayer: convex by its kernel', *_GATES_GPU),
         Measured(9, 'times that an MLP reads or writes an array [B T F]', *_PROFILE),

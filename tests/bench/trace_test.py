@@ -48,6 +48,26 @@ def profile(tmp_path):
     return tmp_path
 
 
+def test_an_event_names_the_instruction_that_it_ran_for(tmp_path):
+    names = {1: 'hlo_module', 2: 'hlo_op', 3: 'correlation_id'}
+    metadata = ' '.join(
+        f'stat_metadata {{ key: {n} value {{ id: {n} name: "{name}" }} }}'
+        for n, name in names.items()
+    )
+    stats = (
+        'stats { metadata_id: 3 int64_value: 7 } stats { metadata_id: 2 str_value: "cublas.3" } '
+        'stats { metadata_id: 1 str_value: "jit_train_step" }'
+    )
+    text = plane('/device:GPU:0', ('Stream #13(Compute)', {2: [4000], 4: [9000]}))
+    text = text.replace('duration_ps: 4000 }', f'duration_ps: 4000 {stats} }}')
+    text = text.removesuffix('}\n') + f'{metadata} }}\n'
+    path = tmp_path / 'host.xplane.pb'
+    path.write_bytes(jax.profiler.ProfileData.text_proto_to_serialized_xspace(text))
+    (events,) = trace.card_events(tmp_path)
+    own = [(event.end - event.start, event.module, event.instruction) for event in events]
+    assert own == [(4, 'jit_train_step', 'cublas.3'), (9, '', '')]
+
+
 def test_kernels_are_summed_over_streams_longest_first(profile):
     attention, matmul, copy, reduction, *_ = KERNELS
     found = trace.kernel_seconds(profile)

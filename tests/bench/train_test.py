@@ -11,7 +11,7 @@ from helios_jax.bench import torch_peer, train
 from helios_jax.errors import UserError
 
 ROW = {'kind': 'convex', 'packing': 'best_fit', 'tokens_per_second': 58_571.4, 'mfu': 0.42,
-       'segment_mfu': 0.39,
+       'segment_mfu': 0.39, 'kernel_floors': {},
        'peak_gib': 51.93}  # fmt: skip
 FLAGS = {'warmup_steps': 7, 'profiled_steps': 2, 'as_json': False}
 
@@ -88,4 +88,4 @@ def test_a_measurement_counts_the_steps_on_the_clock(tmp_path):
     assert 0.8 * 8 * 32 < batch_tokens <= 8 * 32 * 1.000001
     assert row['kind'] == cfg.model.gmu.kind
     assert sum(row['state_gib'].values()) > 0
-    assert row['kernel_ms'] == {}
+    assert row['kernel_ms'] == row['kernel_floors'] == {}

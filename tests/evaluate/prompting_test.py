@@ -262,6 +262,52 @@ def test_settings_that_cannot_be_are_refused_before_anything_is_loaded(
     assert re.search(message, line), line
 
 
+NO_SYSTEM = "{% if messages[0].role == 'system' %}{{ raise_exception('no system') }}{% endif %}"
+
+
+@pytest.mark.parametrize('description', ['Be quick.', '{% if question == "eta" %}Eta.{% endif %}'])
+def test_a_description_that_the_template_refuses_is_found_out_before_the_weights_are_read(
+    description, run, directory, capsys, monkeypatch, tmp_path
+):
+    monkeypatch.setattr(command, 'prepare', lambda values: None)
+    monkeypatch.setattr(command, 'restore', None)
+    text = (directory / 'quiz.yaml').read_text()
+    (tmp_path / 'quiz.yaml').write_text(f"{text}description: '{description}'\n")
+    place = run / 'checkpoints/tokenizer/chat_template.jinja'
+    place.write_text(NO_SYSTEM + TEMPLATE)
+    given = f'--checkpoint={run}', '--tasks=quiz', f'--include_path={tmp_path}'
+    line = refused(capsys, 'eval', *given, '--apply_chat_template')
+    place.unlink()
+    assert re.search(r"description of task 'quiz'.*by /.*/chat_template\.jinja: no system;", line)
+    assert line.endswith('do without apply_chat_template.')
+
+
+def test_descriptions_are_no_matter_to_a_template_that_takes_them_and_where_there_are_none(
+    restored, directory, tmp_path
+):
+    tokenizer = ByteTokenizer()
+    tokenizer.folder = epath.Path(tmp_path / 'tokenizer')
+    tokenizer.folder.mkdir()
+    (tokenizer.folder / 'chat_template.jinja').write_text(NO_SYSTEM + TEMPLATE)
+    (tmp_path / 'quiz.yaml').write_text(
+        (directory / 'quiz.yaml').read_text() + "description: '{% if answer > 9 %}x{% endif %}'\n"
+    )
+    for place in (directory, tmp_path):  # the second is empty for every document
+        benchmarks.check_descriptions(tokenizer, benchmarks.load(['quiz'], str(place)))
+    (tmp_path / 'quiz.yaml').write_text(
+        (directory / 'quiz.yaml').read_text() + "description: '{{ nothing }}'\n"
+    )
+    with pytest.raises(UserError, match="task 'quiz' cannot be read: 'nothing' is undefined; mend"):
+        benchmarks.check_descriptions(tokenizer, benchmarks.load(['quiz'], str(tmp_path)))
+    described = (directory / 'quiz.yaml').read_text() + 'description: Be quick.\n'
+    (tmp_path / 'quiz.yaml').write_text(described)
+    tasks = benchmarks.load(['quiz'], str(tmp_path))
+    benchmarks.check_descriptions(restored.tokenizer, tasks)
+    chat = Prompting(apply_chat_template=True)
+    with pytest.raises(UserError, match="description of task 'quiz'"):
+        benchmarks.run(restored._replace(tokenizer=tokenizer), tasks, prompting=chat)
+
+
 def test_a_template_beside_the_tokenizer_is_taken_and_one_without_system_messages_refused(
     run, restored, directory, capsys, monkeypatch
 ):
@@ -276,8 +322,7 @@ def test_a_template_beside_the_tokenizer_is_taken_and_one_without_system_message
     cli.main(given)
     results = json.loads(capsys.readouterr().out)
     assert results['apply_chat_template'] and results['num_fewshot'] == 1
-    no_system = "{% if messages[0].role == 'system' %}{{ raise_exception('no system') }}{% endif %}"
-    place.write_text(no_system + TEMPLATE)
+    place.write_text(NO_SYSTEM + TEMPLATE)
     line = refused(capsys, *given, '--system_instruction=x')
     place.unlink()
     assert re.search(r'cannot be rendered by .*chat_template\.jinja: no system', line), line

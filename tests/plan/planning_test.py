@@ -123,6 +123,25 @@ def test_an_embedding_that_layers_add_stays_there_with_its_gradient():
     assert added.working - plain.working == 2 * 2 * tokens * cfg.model.embed_dim
 
 
+@pytest.mark.parametrize('chip', ['v5e', 'h100'])
+@pytest.mark.parametrize('kind', ['residual', 'convex'])
+def test_an_embedding_that_layers_add_is_passed_over_in_every_sublayer(kind, chip):
+    cfg = config.replace(large(), {'model.gmu.kind': kind})
+    on = config.replace(cfg, {'model.gmu.embedding': 'on'})
+    plain, added = (plan(c, chips.CHIPS[chip], 16).seconds for c in (cfg, on))
+    sublayers = 2 * cfg.model.num_layers
+    tokens = cfg.train.batch_rows * cfg.data.row_length // 16
+    # Read forward, again and backward, where its gradients' sum is read and written: bfloat16.
+    passed = sublayers * (1 + 1 + 3) * 2 * tokens * cfg.model.embed_dim
+    # A number α of each sublayer, float32, with its gradient and two moments: read and written.
+    updated = sublayers * 4 * 2 * 4
+    assert added.memory_bytes - plain.memory_bytes == passed + updated
+    rate = plain.memory_bytes / plain.memory
+    assert added.memory - plain.memory == pytest.approx((passed + updated) / rate)
+    assert added.step > plain.step
+    assert added.flops == plain.flops
+
+
 def test_an_average_of_the_parameters_is_counted_where_the_moments_lie():
     averaged = lambda **memory: config.replace(large(**memory), {'train.ema': 0.999})
     without, on_device = (plan(cfg, V5E, 16).memory for cfg in (large(), averaged()))
