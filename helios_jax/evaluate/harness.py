@@ -1,7 +1,8 @@
 """A model as lm-evaluation-harness asks for it: log-likelihoods and texts.
 
 Rows start with BOS, as rows of training do. Requests are sorted by length, padded to few shapes and
-spread over the mesh; equal ones are computed once. Needs the extra `eval`.
+spread over the mesh; equal ones are computed once, and so is a context that choices share. Needs
+the extra `eval`.
 """
 
 import json
@@ -18,12 +19,19 @@ from helios_jax.data import chat
 from helios_jax.errors import require
 from helios_jax.evaluate import conversation
 from helios_jax.evaluate.generate import continued, warn_of_length
+from helios_jax.evaluate.questions import batches, questions, score_choices
 from helios_jax.evaluate.responses import Responses, digest
-from helios_jax.evaluate.scores import Pair, RowBatch, score, shapes, windows
+from helios_jax.evaluate.scores import Pair, RowBatch, TokenScores, score, shapes, windows
 from helios_jax.restoring import Restored, mesh_of
 
 log = logging.getLogger(__name__)
 
+# What a phase is called, and what it counts.
+TITLES = {
+    'score': ('Scoring rows', 'rows'),
+    'choices': ('Scoring choices', 'contexts'),
+    'generate': ('Generating texts', 'rows'),
+}
 # What a task may ask for in `generation_kwargs`.
 GENERATION = {'until', 'max_gen_toks', 'do_sample', 'temperature', 'top_k', 'top_p'}
 
@@ -138,7 +146,7 @@ class HarnessModel(TemplateLM):
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = True) -> list[str]:
         """Continues contexts as each request says: greedily, unless it samples."""
-        questions: list[tuple[list[int], dict[str, Any]]] = []
+        prompts: list[tuple[list[int], dict[str, Any]]] = []
         repeats: dict[str, int] = {}
         for request in requests:
             context, settings = request.args[0], _settings(request.args[1])
@@ -147,24 +155,25 @@ class HarnessModel(TemplateLM):
                 key = digest(tokens, settings)
                 repeats[key] = repeats.get(key, -1) + 1
                 settings |= {'seed': repeats[key]}
-            questions.append((tokens, settings))
+            prompts.append((tokens, settings))
         self._warn()
         answers: dict[int, str] = {}
         groups: dict[str, list[int]] = {}
-        for index, (_, settings) in enumerate(questions):
+        for index, (_, settings) in enumerate(prompts):
             groups.setdefault(json.dumps(settings), []).append(index)
         for wanted, own in groups.items():
             settings = json.loads(wanted)
-            longest = max(len(questions[i][0]) for i in own)
+            longest = max(len(prompts[i][0]) for i in own)
             warn_of_length(self.restored.model.model.rope, longest, settings['max_tokens'])
+            more = settings['max_tokens']
             texts = self._answers(
                 'generate',
-                [questions[i] for i in own],
-                [len(questions[i][0]) + settings['max_tokens'] for i in own],
+                [prompts[i] for i in own],
+                lambda some, *sizes, more=more: shapes([len(t) + more for t, _ in some], *sizes),
                 lambda some, shape, settings=settings: self._continued(some, shape, settings),
             )
             answers |= dict(zip(own, texts, strict=True))
-        return [answers[index] for index in range(len(questions))]
+        return [answers[index] for index in range(len(prompts))]
 
     def _scored(self, pairs: list[Pair]) -> list[tuple[float, bool]]:
         lengths = [len(before) + len(after) for before, after in pairs]
@@ -177,14 +186,29 @@ class HarnessModel(TemplateLM):
                 '--max_length cuts rows.', beyond, len(pairs), rope.reach,
             )  # fmt: skip
 
-        def compute(some: list[Pair], shape: RowBatch) -> list[tuple[float, bool]]:
-            return [
-                (-float(tokens.nats.sum(dtype='float64')), bool(tokens.likeliest.all()))
-                for tokens in score(self.restored, some, shape)
-            ]
-
-        answers = self._answers('score', pairs, lengths, compute)
-        return [(total, greedy) for total, greedy in answers]
+        asked = questions(pairs, mesh_of(self.restored.variables))
+        alone = [(one.context, one.choices[0]) for one in asked if len(one.choices) == 1]
+        together = [one for one in asked if len(one.choices) > 1]
+        each = self._answers(
+            'score',
+            alone,
+            lambda some, *sizes: shapes([len(a) + len(b) for a, b in some], *sizes),
+            lambda some, shape: [total(one) for one in score(self.restored, some, shape)],
+        )
+        lists = self._answers(
+            'choices',
+            together,
+            batches,
+            lambda some, batch: [
+                [total(choice) for choice in one]
+                for one in score_choices(self.restored, some, batch)
+            ],
+        )
+        found = {digest(*pair): answer for pair, answer in zip(alone, each, strict=True)}
+        for one, answers in zip(together, lists, strict=True):
+            own = zip(one.choices, answers, strict=True)
+            found |= {digest(one.context, choice): answer for choice, answer in own}
+        return [(nats, greedy) for nats, greedy in (found[digest(*pair)] for pair in pairs)]
 
     def _continued(self, some: list[Any], shape: RowBatch, settings: dict[str, Any]) -> list[str]:
         prompts = [tokens for tokens, _ in some]
@@ -194,23 +218,29 @@ class HarnessModel(TemplateLM):
     def _answers(
         self,
         kind: str,
-        questions: Sequence[Any],
-        lengths: Sequence[int],
-        compute: Callable[[list[Any], RowBatch], list[Any]],
+        asked: Sequence[Any],
+        batched: Callable[..., Sequence[Any]],
+        compute: Callable[[list[Any], Any], list[Any]],
     ) -> list[Any]:
-        """Answers questions a batch at a time, but for batches whose answers are all there."""
-        keys = [digest(kind, *question) for question in questions]
-        asked = list(dict(zip(reversed(keys), reversed(range(len(keys))), strict=True)).values())
-        asked.sort()
+        """Answers questions a batch at a time, but for batches whose answers are all there.
+
+        Args:
+          batched: makes batches of (questions, mesh, tokens of a batch), each with `indices`.
+          compute: answers (the questions of a batch, the batch).
+        """
+        if not asked:
+            return []
+        keys = [digest(kind, *question) for question in asked]
+        own: list[tuple[str, Any]] = list(dict(zip(keys, asked, strict=True)).items())
         mesh = mesh_of(self.restored.variables)
-        title = {'score': 'Scoring rows', 'generate': 'Generating texts'}[kind]
-        with display.phase(title, len(asked), 'rows') as advance:
-            for shape in shapes([lengths[i] for i in asked], mesh, self._batch_tokens):
-                own = [asked[index] for index in shape.indices]
-                if not all(keys[i] in self._responses for i in own):
-                    found = compute([questions[i] for i in own], shape)
-                    self._responses.add(dict(zip([keys[i] for i in own], found, strict=True)))
-                advance(len(own))
+        title, unit = TITLES[kind]
+        with display.phase(title, len(own), unit) as advance:
+            for batch in batched([question for _, question in own], mesh, self._batch_tokens):
+                some = [own[index] for index in batch.indices]
+                if not all(key in self._responses for key, _ in some):
+                    found = compute([question for _, question in some], batch)
+                    self._responses.add(dict(zip([key for key, _ in some], found, strict=True)))
+                advance(len(some))
         return [self._responses[key] for key in keys]
 
     def _fitting(self, before: list[int], after: list[int]) -> Pair:
@@ -235,6 +265,11 @@ class HarnessModel(TemplateLM):
                 '%d contexts lost their beginning to --max_length=%d.',
                 self.num_truncated, self.max_length,
             )  # fmt: skip
+
+
+def total(tokens: TokenScores) -> tuple[float, bool]:
+    """Returns ln p of all tokens, and whether each is the likeliest."""
+    return -float(tokens.nats.sum(dtype='float64')), bool(tokens.likeliest.all())
 
 
 def _settings(kwargs: dict[str, Any]) -> dict[str, Any]:

@@ -59,7 +59,8 @@ class Attention(nn.Module):
         """Computes causal attention within segments; `segment_ids=None` means one segment a row.
 
         With `cache_length` S > 0 the collection 'cache' holds S keys and values: those of x are
-        written at their positions, and x attends to all that the cache holds.
+        written at their positions, and x attends to all that the cache holds. Where no cache is
+        given one is made, and x, whose positions are then its indices, attends to itself.
 
         Args:
           first_values: those of the first layer, where every layer's values are mixed with them.
@@ -87,14 +88,17 @@ class Attention(nn.Module):
         k = checkpoint_name(constrain(k, 'batch', 'length', 'kv_heads', 'head_dim'), 'k')
         v = checkpoint_name(constrain(v, 'batch', 'length', 'kv_heads', 'head_dim'), 'v')
         tokens = Tokens(positions, segment_ids)
+        goes_on = self.has_variable('cache', 'keys')
         if cache_length:
-            k, v = self.update_cache(k, v, positions, segment_ids, cache_length)
+            keys, values = self.update_cache(k, v, positions, segment_ids, cache_length)
+        if goes_on:
+            k, v = keys, values
             slots = jnp.arange(cache_length, dtype=positions.dtype)[None]
             slots = jnp.broadcast_to(slots, (x.shape[0], cache_length))
             # Every slot up to a query's position has been written; causality hides the others.
             tokens = Tokens(positions, tokens.ids_of_queries, slots, jnp.ones_like(slots))
         implementation = model.attention
-        if cache_length and implementation != 'reference':
+        if goes_on and implementation != 'reference':
             implementation = 'auto'  # the one that is named for training may take no cache
         # Initialising needs shapes alone, and its tiny batch fits neither mesh nor kernel.
         out = q

@@ -72,7 +72,8 @@ class Transformer(nn.Module):
         Args:
           positions: of each token in its segment, from 0.
           segment_ids: document index per token, 0 is padding; None: one segment a row.
-          cache_length: above 0, reads and writes the collection 'cache' of this many positions.
+          cache_length: above 0, reads and writes the collection 'cache' of this many positions;
+            where none is given, one is made, and positions are indices.
         """
         model = self.model
         x, shared = self.begin(tokens)

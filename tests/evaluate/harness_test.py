@@ -180,13 +180,27 @@ def test_eight_devices_find_what_one_does(tasks_directory):
 
 
 def test_equal_requests_are_asked_once():
-    model = asked()
+    model, two = asked(), (PAIRS[0], PAIRS[-1])
     calls = []
     real = harness.score
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(harness, 'score', lambda *args: calls.append(args[1]) or real(*args))
-        answers = model.loglikelihood(requests('loglikelihood', *PAIRS[:2], *PAIRS[:2]))
+        answers = model.loglikelihood(requests('loglikelihood', *two, *two))
     assert answers[:2] == answers[2:] and [len(pairs) for pairs in calls] == [2]
+
+
+def test_choices_of_one_context_are_scored_together():
+    model, calls = asked(), []
+    real = harness.score_choices
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(harness, 'score_choices', lambda *args: calls.append(args[1]) or real(*args))
+        context = 'twelve'
+        pairs = [(context, ' is 12'), ('ten', ' is 10'), (context, ' is 13'), (context, ' is 12')]
+        answers = model.loglikelihood(requests('loglikelihood', *pairs))
+    assert [[len(one.choices) for one in some] for some in calls] == [[2]]
+    for (nats, greedy), pair in zip(answers, pairs, strict=True):
+        wanted = direct(*pair)
+        assert math.isclose(nats, wanted[0], rel_tol=1e-5) and greedy == wanted[1]
 
 
 @pytest.mark.slow
