@@ -35,6 +35,7 @@ _ESTIMATED = ('2026-11-29', 'a matmul, and bytes that helios_8b waits for; no st
 _GATES = ('2026-11-30', 'helios plan --compile of helios_8b, full, v5p:2x2x4: jax 0.10.2')
 _GATES_GPU = ('2026-11-30', 'steps of helios_1b on one H200: jax 0.11.2')
 _COUNTED = ('2026-11-30', 'counted from the formulas of model/hyper.py; no step was measured')
+_COUNTED_AVERAGES = ('2026-11-30', 'counted from model/depth_average.py; no step was measured')
 _KERNELS = ('2026-11-29', 'schedules of our kernels, libtpu 0.0.42')
 
 # One layer's backward pass, in arrays [B T D] or, inside an MLP, [B T F].
@@ -66,6 +67,11 @@ HYPER_STREAMS = Measured(
     '2026-11-30',
     "libtpu 0.0.42's peaks of steps for v5e, full, 4 streams of all forms: jax 0.10.2",
 )
+AVERAGE_STREAMS = Measured(
+    1,
+    '[B T D] more for each depth-weighted average: its gradient, which all layers below read',
+    *_COUNTED_AVERAGES,
+)
 REPLAYED_STREAMS = Measured(
     7,
     "[B T D] while an MLP in parts runs again, whole: both sublayers' x̂, the stream between them "
@@ -90,6 +96,7 @@ HYPER = Measured(3, '[B T D] of each of n streams, and one more of the update', 
 STATIC_HYPER = Measured(2, 'the same of static coefficients', *_TRACED_HYPER)
 OUTPUT_NORM = Measured(2, '[B T D] of the norm of an output', *_TRACED)
 SILU = Measured(3, '[B T F] of a SiLU', *_TRACED)
+AVERAGED = Measured(1, '[B T D] of a layer’s output, which averages multiply', *_TRACED_HYPER)
 # Seconds.
 HOST_FRACTION = Measured(
     0.75, "of PCIe 5's 64 GB/s: a state fetched and written back, one after the other", *_H100
@@ -98,6 +105,11 @@ HYPER_PASSES = Measured(
     12,
     'times that a sublayer reads or writes each of n streams: 3 forward, 3 again, 6 backward',
     *_COUNTED,
+)
+AVERAGE_PASSES = Measured(
+    6,
+    'times that a layer reads or writes each depth-weighted average: 2 forward, 4 backward',
+    *_COUNTED_AVERAGES,
 )
 HOP_SECONDS = Measured(
     1e-6, 'seconds from a chip to the next', '2026-11-29', 'jax-ml.github.io/scaling-book/tpus'

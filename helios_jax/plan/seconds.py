@@ -13,7 +13,13 @@ from helios_jax.arch import flops, grouped_matmul, rules
 from helios_jax.arch.weights import all_weights
 from helios_jax.chips import Chip
 from helios_jax.plan.arguments import local
-from helios_jax.plan.measured import HOST_FRACTION, HYPER_PASSES, Speeds, speeds
+from helios_jax.plan.measured import (
+    AVERAGE_PASSES,
+    HOST_FRACTION,
+    HYPER_PASSES,
+    Speeds,
+    speeds,
+)
 from helios_jax.plan.peak import StepMemory
 from helios_jax.plan.placement import Placement
 from helios_jax.plan.saved import (
@@ -148,7 +154,8 @@ def _memory_bytes(placement: Placement, planned: StepMemory, reached: Speeds) ->
     gates = 2 * reached.gate_passes.value if model.gmu.has_gate else 0
     if model.gmu.kind == 'hyper':
         gates = 2 * HYPER_PASSES.value * model.gmu.streams
-    passes = reached.stream_passes.value + gates
+    averages = AVERAGE_PASSES.value * model.num_averages
+    passes = reached.stream_passes.value + gates + averages
     within, dense = 0, 0
     for kind, number in model.kind_counts.items():
         elements = number * inside(placement, kind)

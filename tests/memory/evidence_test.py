@@ -35,6 +35,9 @@ MOE = dataclasses.replace(
 HYPER = dataclasses.replace(
     DENSE, num_layers=3, gmu=config.GMU(kind='hyper', hyper='constrained', streams=3)
 )
+AVERAGES = dataclasses.replace(
+    DENSE, num_layers=3, gmu=config.GMU(kind='residual', normalize_output='on', dwa='1x1')
+)
 # With û the size of the lowest layer's values would have no gradient but rounding.
 VALUES = dataclasses.replace(
     DENSE, num_layers=2, value_residual=True, norm_scale='depth',
@@ -117,8 +120,11 @@ def equations(jaxpr):
 
 @pytest.mark.parametrize(
     'model',
-    [DENSE, *(pytest.param(model, marks=pytest.mark.slow) for model in (MOE, MIXED, HYPER))],
-    ids=['dense', 'moe', 'mixed', 'hyper'],
+    [
+        DENSE,
+        *(pytest.param(model, marks=pytest.mark.slow) for model in (MOE, MIXED, HYPER, AVERAGES)),
+    ],
+    ids=['dense', 'moe', 'mixed', 'hyper', 'averages'],
 )
 def test_every_policy_computes_the_same_jaxpr(model):
     args = jax.eval_shape(lambda: arguments(model))
@@ -129,11 +135,11 @@ def test_every_policy_computes_the_same_jaxpr(model):
         assert of(config.Memory(preset)) == plain, preset
 
 
-MODELS = {'dense': DENSE, 'moe': MOE, 'hyper': HYPER, 'values': VALUES}
+MODELS = {'dense': DENSE, 'moe': MOE, 'hyper': HYPER, 'values': VALUES, 'averages': AVERAGES}
 # Every model, both dtypes and both sizes run in CI, the rest before a release.
 IN_CI = [
     ('dense', 'float32', 8), ('dense', 'bfloat16', 1), ('moe', 'float32', 1),
-    ('hyper', 'float32', 1), ('values', 'float32', 1),
+    ('hyper', 'float32', 1), ('values', 'float32', 1), ('averages', 'float32', 1),
 ]  # fmt: skip
 RUNS = [
     pytest.param(
