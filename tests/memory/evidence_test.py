@@ -35,13 +35,10 @@ MOE = dataclasses.replace(
 HYPER = dataclasses.replace(
     DENSE, num_layers=3, gmu=config.GMU(kind='hyper', hyper='constrained', streams=3)
 )
-AVERAGES = dataclasses.replace(
-    DENSE, num_layers=3, gmu=config.GMU(kind='residual', normalize_output='on', dwa='1x1')
-)
 # With û the size of the lowest layer's values would have no gradient but rounding.
 VALUES = dataclasses.replace(
     DENSE, num_layers=2, value_residual=True, norm_scale='depth',
-    gmu=config.GMU(normalize_output='off', stream_scale='on'),
+    gmu=config.GMU(normalize_output='off', stream_scale='on', dwa='1x1'),
 )  # fmt: skip
 MIXED = dataclasses.replace(MOE, prefix='', period='dense,moe', num_layers=6)
 # What a period of MIXED, one dense layer and one of experts, stores under each name.
@@ -122,9 +119,9 @@ def equations(jaxpr):
     'model',
     [
         DENSE,
-        *(pytest.param(model, marks=pytest.mark.slow) for model in (MOE, MIXED, HYPER, AVERAGES)),
+        *(pytest.param(model, marks=pytest.mark.slow) for model in (MOE, MIXED, HYPER, VALUES)),
     ],
-    ids=['dense', 'moe', 'mixed', 'hyper', 'averages'],
+    ids=['dense', 'moe', 'mixed', 'hyper', 'values'],
 )
 def test_every_policy_computes_the_same_jaxpr(model):
     args = jax.eval_shape(lambda: arguments(model))
@@ -135,11 +132,11 @@ def test_every_policy_computes_the_same_jaxpr(model):
         assert of(config.Memory(preset)) == plain, preset
 
 
-MODELS = {'dense': DENSE, 'moe': MOE, 'hyper': HYPER, 'values': VALUES, 'averages': AVERAGES}
+MODELS = {'dense': DENSE, 'moe': MOE, 'hyper': HYPER, 'values': VALUES}
 # Every model, both dtypes and both sizes run in CI, the rest before a release.
 IN_CI = [
     ('dense', 'float32', 8), ('dense', 'bfloat16', 1), ('moe', 'float32', 1),
-    ('hyper', 'float32', 1), ('values', 'float32', 1), ('averages', 'float32', 1),
+    ('hyper', 'float32', 1), ('values', 'float32', 1),
 ]  # fmt: skip
 RUNS = [
     pytest.param(

@@ -149,7 +149,7 @@ def test_value_and_gradient_are_those_of_the_papers_sums(form, policy):
 
 @pytest.mark.slow
 def test_the_networks_layers_read_the_averages():
-    found = loss_and_gradient('2x2')
+    found = loss_and_gradient('2x2', config.Memory('full', layers='unrolled'))
     assert_same(found, loss_and_gradient('2x2', forward=by_hand))
     assert (np.abs(found[1]['depth_weights']) > 1e-6).all()
 
@@ -193,9 +193,13 @@ def test_an_average_takes_each_kth_output_and_the_newest():
     assert averaged('off') == []
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
-    'sizes', [{'data': 2, 'fsdp': 4}, {'fsdp': 2, 'context': 2, 'tensor': 2}], ids=str
+    'sizes',
+    [
+        pytest.param({'data': 2, 'fsdp': 4}, marks=pytest.mark.slow),
+        pytest.param({'fsdp': 2, 'context': 2, 'tensor': 2}, marks=pytest.mark.long),
+    ],
+    ids=str,
 )
 def test_eight_devices_compute_what_one_does(sizes):
     memory = config.Memory('full')
@@ -203,7 +207,7 @@ def test_eight_devices_compute_what_one_does(sizes):
     assert_same(loss_and_gradient('2x2', memory, config.Mesh(**sizes)), alone)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_parts_and_unrolled_layers_compute_the_same():
     plain = loss_and_gradient('1x2')
     for memory in (config.Memory('full', backward_parts=2), config.Memory(layers='unrolled')):
