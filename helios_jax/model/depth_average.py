@@ -2,10 +2,10 @@
 
     Y_i = Σ_{j ≤ i} α_ij X_j          X_{i+1} = layer_{i+1}(Y_i)
 
-X_0 is what the embedding gave, X_j the output of layer j. Behind every p-th layer
-there is an average, elsewhere Y_i = X_i; it takes every k-th output, the newest among them
-(`gmu.dwa` is kxp). α starts as 1 for the newest output and 0 for the others, so that the network
-starts as the one without averages.
+X_0 is what the embedding gave, X_j the output of layer j. With `gmu.dwa` = kxp there is an average
+behind every p-th layer, elsewhere Y_i = X_i, and it takes every k-th output, the newest among them.
+α starts as 1 for the newest output and 0 for the others, so that the network starts as the one
+without averages.
 
 Layers carry the sums, not the outputs: each adds its output to every average above it. A sum is
 linear, and its gradient in α reads X_j alone, which layer j makes: no layer keeps other layers'

@@ -16,7 +16,7 @@ from helios_jax.arch import weights
 from helios_jax.errors import UserError
 from helios_jax.evaluate import decoding
 from helios_jax.memory import policy as policies
-from helios_jax.memory import store
+from helios_jax.memory import store, traced
 from helios_jax.model import depth_average
 from helios_jax.model.block import Block
 from helios_jax.model.layers import RMSNorm
@@ -145,6 +145,19 @@ def test_value_and_gradient_are_those_of_the_papers_sums(form, policy):
         for a, b in zip(*(jax.jit(lambda f=f: compared(f))() for f in (ours, theirs)), strict=True):
             assert a.dtype == jnp.float64
             np.testing.assert_allclose(a, b, rtol=1e-9, atol=1e-10)
+
+
+@pytest.mark.parametrize('policy', ['full', pytest.param('minimal', marks=pytest.mark.slow)])
+def test_a_layer_keeps_for_its_backward_pass_what_it_keeps_without_averages(policy):
+    def kept(form):
+        model = network(form, config.Memory(policy))
+        shapes = nn.unbox(abstract_variables(model))['params']
+        loss = lambda params, *tokens: model.apply({'params': params}, *tokens)[0].sum()
+        return traced.saved(jax.make_jaxpr(jax.grad(loss))(shapes, *tokens_of(2)))
+
+    without = kept('off')
+    assert 'block_input' in {array.name for array in without}
+    assert kept('1x1') == without
 
 
 @pytest.mark.slow
