@@ -171,7 +171,7 @@ def test_the_networks_layers_read_the_averages():
     ('form', 'gmu'),
     [
         (FORMS[0], config.GMU()),
-        *(pytest.param(form, RESIDUAL, marks=pytest.mark.slow) for form in FORMS[1:]),
+        *(pytest.param(form, RESIDUAL, marks=pytest.mark.long) for form in FORMS[1:]),
     ],
     ids=['convex', *map(str, FORMS[1:])],
 )
