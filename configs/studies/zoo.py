@@ -5,7 +5,8 @@ helios ablate --study=zoo --workdir=runs/zoo --config.data.corpus='linux/Documen
 x + û (peri-norm, 2502.02732) is the baseline, the strongest of the plain residuals. `lambdas` is
 λx + û + αx₀, `hyper` Hyper-Connections (2409.19606) and their constrained form (2512.24880),
 `review` Review Residuals (2606.31859), `norm_scale` LayerNorm scaling (2502.05795),
-`value_residual` ResFormer's (2410.17897), `residual_depth` GPT-2's initialisation. --arms runs some
+`value_residual` ResFormer's (2410.17897), `denseformer` averages of all outputs so far (4x5 of
+2402.02622), `residual_depth` GPT-2's initialisation. --arms runs some
 of them, and later more in the same workdir;
 --config.model.num_layers asks the same of other depths.
 """
@@ -28,6 +29,7 @@ def get_study() -> Study:
             'norm_scale': RESIDUAL | {'model.norm_scale': 'depth'},
             'lambdas': X_PLUS_U | {'model.gmu.stream_scale': 'on', 'model.gmu.embedding': 'on'},
             'value_residual': X_PLUS_U | {'model.value_residual': True},
+            'denseformer': X_PLUS_U | {'model.gmu.dwa': '4x5'},
             'layerscale': {'model.gmu.kind': 'layerscale'},
             'rezero': {'model.gmu.kind': 'rezero'},
             'highway': {'model.gmu.kind': 'highway', 'model.gmu.bias': '-3'},

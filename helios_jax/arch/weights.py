@@ -46,6 +46,7 @@ Rows = dict[str, Weight]  # name of a module's own weight → its row, whose pat
 def all_weights(model: Model) -> tuple[Weight, ...]:
     """Lists every weight; a layer of the period is stacked: its first axis counts repetitions."""
     found = [embedding(model), norm('final_norm', model.embed_dim)]
+    found += [depth_weights(model)] if model.num_averages else []
     for i, kind in enumerate(model.prefix_kinds):
         found += _below(f'prefix.layer_{i}', layer(model, kind))
     for i, kind in enumerate(model.period_kinds):
@@ -82,6 +83,24 @@ def embedding(model: Model) -> Weight:
 def unembedding(model: Model) -> Weight:
     D, V = model.embed_dim, model.padded_vocab_size
     return Weight('unembedding.w', (D, V), ('stream', 'unembed_vocab'), D)
+
+
+def averaged(model: Model) -> list[tuple[int, int]]:
+    """Lists the terms of all depth-weighted averages: (number of an average, output it takes).
+
+    Output 0 is the embedding's, output l that of layer l. Of an average the newest comes last.
+    """
+    p, k = model.gmu.dwa_period, model.gmu.dwa_dilation
+    return [
+        (number, output)
+        for number in range(model.num_averages)
+        for output in range(p * (number + 1) % k, p * (number + 1) + 1, k)
+    ]
+
+
+def depth_weights(model: Model) -> Weight:
+    """Weights of the depth-weighted averages (DenseFormer), one a term."""
+    return Weight('depth_weights', (len(averaged(model)),), ('gate',))
 
 
 def norm(name: str, dim: int) -> Weight:

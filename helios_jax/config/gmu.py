@@ -2,9 +2,11 @@
 
 import dataclasses
 import math
+import re
 
 from helios_jax.errors import at_least_zero, one_of, require
 
+DILATION_X_PERIOD = r'[1-9]\d{0,4}x[1-9]\d{0,4}'  # of gmu.dwa
 MOST_STREAMS = 64  # far above any model: what lies beyond is a typing error
 
 
@@ -19,6 +21,7 @@ class GMU:
     layerscale: float = 0.1  # initial λ of kind=layerscale
     embedding: str = 'off'  # add α x₀, what the embedding gave, α one scalar a sublayer: on | off
     stream_scale: str = 'off'  # multiply x by λ first, one scalar a sublayer, 1 at first: on | off
+    dwa: str = 'off'  # depth-weighted averages (DenseFormer): dilation x period, as 4x5 | off
     hyper: str = 'dynamic'  # coefficients of kind=hyper: static | dynamic | constrained (mHC)
     streams: int = 4  # n, streams of kind=hyper that layers carry side by side, 2 to 64
 
@@ -39,6 +42,11 @@ class GMU:
         one_of('model.gmu.embedding', self.embedding, ('on', 'off'))
         one_of('model.gmu.stream_scale', self.stream_scale, ('on', 'off'))
         at_least_zero('model.gmu', self, 'rank')
+        require(
+            self.dwa == 'off' or re.fullmatch(DILATION_X_PERIOD, self.dwa) is not None,
+            f'model.gmu.dwa={self.dwa!r} must be a dilation and a period such as 1x1 or 4x5, '
+            'or off.',
+        )
         self._check_hyper()
         if self.bias != 'depth':
             try:
@@ -63,6 +71,11 @@ class GMU:
                 f"model.gmu.{name}={value!r}, but kind='hyper' weighs its streams itself, and they "
                 'start with the embedding; choose another kind, or off.',
             )
+        require(
+            self.kind != 'hyper' or self.dwa == 'off',
+            f"model.gmu.dwa={self.dwa!r}, but kind='hyper' weighs its streams itself; choose "
+            'another kind, or off.',
+        )
 
     @property
     def normalizes(self) -> bool:
@@ -78,6 +91,16 @@ class GMU:
     @property
     def scales_stream(self) -> bool:
         return self.stream_scale == 'on'
+
+    @property
+    def dwa_dilation(self) -> int:
+        """k: a depth-weighted average takes every k-th output; 0: there is none."""
+        return 0 if self.dwa == 'off' else int(self.dwa.partition('x')[0])
+
+    @property
+    def dwa_period(self) -> int:
+        """p: there is an average behind every p-th layer; 0: there is none."""
+        return 0 if self.dwa == 'off' else int(self.dwa.partition('x')[2])
 
     @property
     def num_streams(self) -> int:

@@ -140,6 +140,11 @@ class Model:
             "model.value_residual=True, but with gmu.kind='hyper' the first layer reads no fixed "
             'stream; choose another kind, or False.',
         )
+        require(
+            self.gmu.dwa_period <= self.num_layers,
+            f'model.gmu.dwa={self.gmu.dwa!r}: the period must be at most '
+            f'model.num_layers={self.num_layers}, or nothing is averaged.',
+        )
         self._check_layers()
 
     def _check_layers(self) -> None:
@@ -210,6 +215,11 @@ class Model:
     def streams_dim(self) -> int:
         """Width of all streams side by side, n·D."""
         return self.gmu.num_streams * self.embed_dim
+
+    @property
+    def num_averages(self) -> int:
+        """Number of depth-weighted averages, one behind every `gmu.dwa_period` layers."""
+        return self.num_layers // self.gmu.dwa_period if self.gmu.dwa_period else 0
 
     @property
     def expert_mlp_dim(self) -> int:

@@ -174,6 +174,7 @@ def of(model: config.Model, *, biased_router: bool = False) -> str:
     plain = (
         model.gmu.kind == 'residual'
         and not (model.gmu.normalizes or model.gmu.adds_embedding or model.gmu.scales_stream)
+        and not model.num_averages
         and model.norm_scale == 'plain'
         and not model.value_residual
         and not model.attention_softcap

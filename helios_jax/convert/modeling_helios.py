@@ -71,6 +71,14 @@ def input_eps(model: dict[str, Any], index: int) -> float:
     return model['norm_eps'] / index**2 if follows else model['norm_eps']
 
 
+def averaged(gmu: dict[str, Any], num_layers: int) -> dict[int, range]:
+    """Layer → outputs that are averaged behind it, 0 the embedding's (DenseFormer)."""
+    if gmu['dwa'] == 'off':
+        return {}
+    k, p = map(int, gmu['dwa'].split('x'))
+    return {i: range(i % k, i + 1, k) for i in range(p, num_layers + 1, p)}
+
+
 def frequencies(rope: dict[str, Any], head_dim: int, factor: float) -> Tensor:
     """Rotary frequencies for a scale factor, float64."""
     half = torch.arange(head_dim // 2, dtype=torch.float64)
@@ -373,6 +381,10 @@ class HeliosModel(HeliosPreTrainedModel):
         self.embed_tokens = nn.Embedding(config.vocab_size, model['embed_dim'])
         self.layers = nn.ModuleList(HeliosLayer(model, kind, i) for i, kind in enumerate(kinds))
         self.norm = HeliosNorm(model['embed_dim'], input_eps(model, 2 * len(kinds) + 1))
+        self.averaged = averaged(model['gmu'], len(kinds))
+        if self.averaged:
+            terms = sum(len(outputs) for outputs in self.averaged.values())
+            self.depth_weights = nn.Parameter(torch.zeros(terms))
         self.post_init()
 
     def forward(
@@ -396,8 +408,16 @@ class HeliosModel(HeliosPreTrainedModel):
         if self.config.helios['value_residual']:
             first: Any = self.layers[0]
             first_values = first.values(x_0)
-        for layer in self.layers:
+        outputs, terms = [x_0], 0
+        for i, layer in enumerate(self.layers, start=1):
             x = layer(x, x_0, first_values, positions, real, cache)
+            outputs += [x] if self.averaged else []
+            if taken := self.averaged.get(i):
+                weights = wide(self.depth_weights[terms : terms + len(taken)])
+                x = sum(w * wide(outputs[j]) for w, j in zip(weights, taken, strict=True)).to(
+                    x.dtype
+                )
+                terms += len(taken)
         return self.norm(x)
 
 

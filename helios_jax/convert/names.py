@@ -18,6 +18,7 @@ from helios_jax.config import Model
 ROUTER = 'router.'  # in front of the names of balance biases, which are no parameters
 TOP = {
     'embed.w': 'model.embed_tokens.weight',
+    'depth_weights': 'model.depth_weights',
     'final_norm.scale': 'model.norm.weight',
     'unembedding.w': 'lm_head.weight',
 }

@@ -67,6 +67,7 @@ def linearize(
     Args:
       table: tensor name → action.
       input_name: what x is called in the table.
+      x: an array, or several.
     """
     saves = checkpoint_policy(table)
     checkpointed = jax.checkpoint(function, policy=saves, prevent_cse=False)
@@ -86,7 +87,11 @@ def linearize(
     return Linearized(
         closed,
         jax.tree.structure(out),
-        tuple(_leaves(closed.jaxpr, used[:num_leaves], _size(out), _size(params), input_name)),
+        tuple(
+            _leaves(
+                closed.jaxpr, used[:num_leaves], _size(out), _size(params), _size(x), input_name
+            )
+        ),
         transposed,
         jax.tree.structure(gradients),
     )
@@ -109,9 +114,10 @@ def _size(tree: Any) -> int:
 
 
 def _leaves(
-    jaxpr: Any, used: list[bool], first: int, place_of_x: int, input_name: str
+    jaxpr: Any, used: list[bool], first: int, place_of_x: int, size_of_x: int, input_name: str
 ) -> Iterator[Leaf]:
     """Describes the used leaves, which `jaxpr` returns from its output number `first` on."""
+    behind_x = place_of_x + size_of_x
     arguments = {id(v): i for i, v in enumerate(jaxpr.invars)}
     constants = {id(v): i for i, v in enumerate(jaxpr.constvars)}
     seen: dict[int, int] = {}
@@ -120,7 +126,9 @@ def _leaves(
         variable = jaxprs.source(jaxpr.outvars[place], jaxpr)
         name, local = jaxprs.origin(variable, jaxpr)
         argument = arguments.get(id(variable), -1)
-        if argument == place_of_x:
+        if argument >= behind_x:
+            argument -= size_of_x
+        elif argument >= place_of_x:
             argument, name = -1, input_name
         twin = seen.setdefault(id(variable), i)
         yield Leaf(place, twin, argument, constants.get(id(variable), -1), name, local)

@@ -79,7 +79,7 @@ def apply(
     *,
     table: Mapping[str, str] | None,
     params: PyTree,
-    x: Array,
+    x: PyTree,
     others: Sequence[Any] = (),
     input_name: str,
     host: bool = True,
@@ -88,6 +88,7 @@ def apply(
 
     Args:
       table: tensor name → action, as of `policy.actions`; None: the gradient is JAX's own.
+      x: an array, or several: those that the gradient reads are stored.
       input_name: what x is called in the table.
       host: True if there is a host memory space; without one, what would be offloaded stays on the
         device.
@@ -98,11 +99,11 @@ def apply(
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _apply(scheme: Scheme, params: PyTree, x: Array, others: Any) -> Any:
+def _apply(scheme: Scheme, params: PyTree, x: PyTree, others: Any) -> Any:
     return scheme.functions[0](params, x, *others)
 
 
-def _apply_forward(scheme: Scheme, params: PyTree, x: Array, others: Any) -> Any:
+def _apply_forward(scheme: Scheme, params: PyTree, x: PyTree, others: Any) -> Any:
     linear = scheme.linearize(0, params, x, *others)
     out, leaves = linear.forward(params, x, *others)
     return out, (linear, params, others, keep(scheme, linear, leaves, scanned=False))
@@ -125,13 +126,13 @@ def scan(
     *,
     table: Mapping[str, str] | None,
     params: Sequence[PyTree],
-    x: Array,
+    x: PyTree,
     scanned: Sequence[PyTree],
     shared: PyTree = None,
     others: Sequence[Any] = (),
     input_name: str,
     host: bool = True,
-) -> tuple[Array, list[Any]]:
+) -> tuple[PyTree, list[Any]]:
     """The functions one after another, over and over: (the last x, each one's statistics, stacked).
 
     Function i is called as function((params[i], shared), x, scanned[i], *others) → (x, statistics),
@@ -148,13 +149,13 @@ def in_turn(
     functions: Sequence[Callable[..., Any]],
     params: Any,
     shared: Any,
-    x: Array,
+    x: PyTree,
     scanned: Any,
     others: Any,
 ) -> Any:
     """`scan` without a table."""
 
-    def step(x: Array, slices: Any) -> Any:
+    def step(x: PyTree, slices: Any) -> Any:
         statistics = []
         for function, mine, its in zip(functions, *slices, strict=True):
             x, own = function((mine, shared), x, its, *others)
@@ -165,12 +166,12 @@ def in_turn(
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _scan(scheme: Scheme, params: Any, shared: Any, x: Array, scanned: Any, others: Any) -> Any:
+def _scan(scheme: Scheme, params: Any, shared: Any, x: PyTree, scanned: Any, others: Any) -> Any:
     return in_turn(scheme.functions, params, shared, x, scanned, others)
 
 
 def _scan_forward(
-    scheme: Scheme, params: Any, shared: Any, x: Array, scanned: Any, others: Any
+    scheme: Scheme, params: Any, shared: Any, x: PyTree, scanned: Any, others: Any
 ) -> Any:
     one = jax.eval_shape(lambda tree: jax.tree.map(lambda a: a[0], tree), (params, scanned))
     linears = tuple(
@@ -178,7 +179,7 @@ def _scan_forward(
         for i, (mine, its) in enumerate(zip(*one, strict=True))
     )
 
-    def step(x: Array, slices: Any) -> Any:
+    def step(x: PyTree, slices: Any) -> Any:
         statistics, kept = [], []
         for linear, mine, its in zip(linears, *slices, strict=True):
             (x, own), leaves = linear.forward((mine, shared), x, its, *others)
@@ -276,7 +277,7 @@ def leaves_of(linear: Linearized, kept: Kept, params: PyTree, others: Any) -> li
     """The leaves of the vjp, from what was stored and the arguments other than x."""
     stored = kept.near | kept.far
     mine, rest = jax.tree.leaves(params), jax.tree.leaves(others)
-    arguments = [*mine, None, *rest]  # x, which is among the stored, lies between
+    arguments = [*mine, *rest]  # x, which lies between, is among the stored
     leaves: list[Any] = []
     for i, leaf in enumerate(linear.leaves):
         if leaf.twin != i:

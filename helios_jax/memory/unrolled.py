@@ -13,7 +13,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, PyTree
+from jaxtyping import PyTree
 
 from helios_jax import config
 from helios_jax.memory import store
@@ -40,12 +40,12 @@ def unrolled(
     functions: Sequence[Callable[..., Any]],
     *,
     params: Sequence[PyTree],
-    x: Array,
+    x: PyTree,
     scanned: Sequence[PyTree],
     shared: PyTree = None,
     others: Sequence[Any] = (),
     **stored: Any,
-) -> tuple[Array, list[Any]]:
+) -> tuple[PyTree, list[Any]]:
     """Calls the functions in turn, over and over; arguments and result are `store.scan`'s.
 
     Args:

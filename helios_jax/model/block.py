@@ -14,12 +14,14 @@ from jaxtyping import Array, Float, Int
 
 from helios_jax import config
 from helios_jax.model.attention import Attention
+from helios_jax.model.depth_average import Averaged, joined
 from helios_jax.model.gmu import GatedMemoryUnit, Norm, input_eps
 from helios_jax.model.hyper import HyperConnection
 from helios_jax.model.layers import RMSNorm, scaled
 from helios_jax.model.moe import MixtureOfExperts, Stats, SwiGLU
 from helios_jax.parallel.sharding import constrain
 
+Stream = Float[Array, 'B T nD'] | Averaged
 LayerStats = dict[str, Stats]  # name of the layer in its period → what its router reports
 
 
@@ -28,6 +30,7 @@ class Shared(NamedTuple):
 
     x_0: Float[Array, 'B T D'] | None = None  # what the embedding gave (gmu.embedding)
     first_values: Float[Array, 'B T K H'] | None = None  # those of the first layer (value_residual)
+    depth_weights: Float[Array, 'L1 A'] | None = None  # of averages over depth (gmu.dwa)
 
 
 NOTHING = Shared()
@@ -46,15 +49,18 @@ class Block(nn.Module):
     @nn.compact
     def __call__(
         self,
-        x: Float[Array, 'B T nD'],
+        x: Stream,
         index: Any,
         positions: Int[Array, 'B T'],
         segment_ids: Int[Array, 'B T'] | None,
         shared: Shared = NOTHING,
         cache_length: int = 0,
-    ) -> tuple[Float[Array, 'B T nD'], Stats | None]:
+    ) -> tuple[Stream, Stats | None]:
         """Runs layer `index` (from 0; may be traced) on the stream x."""
         model, parts = self.model, self.backward_parts
+        sums = None
+        if isinstance(x, Averaged):
+            x, sums = x
         x = constrain(x, 'batch', 'length', 'streams')
         window = model.window if self.kind.endswith('window') else 0
 
@@ -90,6 +96,9 @@ class Block(nn.Module):
             return write(update), stats
         gated = gate(name_prefix='mlp', name='mlp_gmu')
         x, _ = gated(x, x_hat, update, sublayer + 1, x_0=shared.x_0)
+        if sums is not None:
+            assert shared.depth_weights is not None, 'gmu.dwa needs the weights'
+            return joined(model, sums, x, index, shared.depth_weights), stats
         return x, stats
 
     @nn.nowrap
@@ -112,13 +121,13 @@ class Layers(nn.Module):
     @nn.compact
     def __call__(
         self,
-        x: Float[Array, 'B T nD'],
+        x: Stream,
         first_index: Any,
         positions: Int[Array, 'B T'],
         segment_ids: Int[Array, 'B T'] | None,
         shared: Shared = NOTHING,
         cache_length: int = 0,
-    ) -> tuple[Float[Array, 'B T nD'], LayerStats]:
+    ) -> tuple[Stream, LayerStats]:
         stats = {}
         for i, kind in enumerate(self.kinds):
             name = f'layer_{i}'

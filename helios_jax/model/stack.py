@@ -10,7 +10,8 @@ from jaxtyping import Array, Float, Int
 from helios_jax import config
 from helios_jax.memory import policy, store
 from helios_jax.memory.unrolled import unrolled, unrolls
-from helios_jax.model.block import NOTHING, Block, Shared
+from helios_jax.model.block import NOTHING, Block, Shared, Stream
+from helios_jax.model.depth_average import Averaged
 from helios_jax.model.gmu import input_eps
 from helios_jax.model.hyper import merged
 from helios_jax.model.layers import RMSNorm
@@ -32,7 +33,7 @@ class Stack:
     def __call__(
         self,
         variables: Mapping[str, Variables],
-        x: Float[Array, 'B T nD'],
+        x: Stream,
         indices: Int[Array, 'R'],
         positions: Int[Array, 'B T'],
         segment_ids: Int[Array, 'B T'] | None,
@@ -42,7 +43,7 @@ class Stack:
 
         Args:
           variables: of `prefix` (where the model has one), of `periods`, stacked, and of `norm`.
-          x: the stream below the first layer, or n of them side by side.
+          x: the stream below the first layer, or n of them side by side; averages with it.
           indices: number of the first layer in each of the R repeats of the period.
           shared: what every layer reads beside it.
         """
@@ -78,16 +79,17 @@ class Stack:
         layers = {f'layer_{i}': own for i, own in enumerate(stacked) if own is not None}
         statistics['periods'] = layers
 
-        x, params = merged(model, x), variables['norm']['params']
-        x = store.apply(self.last_norm, params=params, x=x, input_name='final_hidden', **where)
-        return x, statistics
+        top = merged(model, x.x if isinstance(x, Averaged) else x)
+        params = variables['norm']['params']
+        out = store.apply(self.last_norm, params=params, x=top, input_name='final_hidden', **where)
+        return out, statistics
 
     def layer(
         self,
         kind: str,
         index: Any,
         given: Any,
-        x: Array,
+        x: Stream,
         router: Any,
         positions: Array,
         segment_ids: Array | None,
@@ -111,7 +113,7 @@ class Stack:
         return block.apply(variables, *arguments)
 
     def scanned_layer(
-        self, kind: str, i: int, given: Any, x: Array, period: Any, *others: Any
+        self, kind: str, i: int, given: Any, x: Stream, period: Any, *others: Any
     ) -> Any:
         """Layer i of a period: `layer` as `store.scan` calls it."""
         first_index, router = period

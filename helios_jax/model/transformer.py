@@ -13,8 +13,10 @@ from jaxtyping import Array, Float, Int
 
 from helios_jax import config
 from helios_jax.arch import weights
+from helios_jax.model import depth_average
 from helios_jax.model.attention import first_values
-from helios_jax.model.block import Layers, LayerStats, Shared
+from helios_jax.model.block import Layers, LayerStats, Shared, Stream
+from helios_jax.model.depth_average import Averaged
 from helios_jax.model.gmu import input_eps
 from helios_jax.model.hyper import merged, spread
 from helios_jax.model.layers import Einsum, Embed, RMSNorm, scaled
@@ -41,6 +43,10 @@ class Transformer(nn.Module):
         model = self.model
         dtype = jnp.dtype(model.compute_dtype)
         self.embed = Embed(weights.embedding(model), dtype)
+        if model.num_averages:
+            row = weights.depth_weights(model)
+            init = depth_average.initial(row, model)
+            self.depth_weights = self.param(row.name, init, row.shape, jnp.float32)
         if model.prefix_kinds:
             self.prefix = Layers(model, model.prefix_kinds, self.platform)
         self.periods = nn.scan(
@@ -85,7 +91,8 @@ class Transformer(nn.Module):
             if first:
                 x, statistics['prefix'] = self.prefix(x, 0, *args)
             x, statistics['periods'] = self.periods(x, indices, *args)
-            x = self.final_norm(merged(model, x), input_eps(model, 2 * model.num_layers + 1))
+            x = merged(model, x.x if isinstance(x, Averaged) else x)
+            x = self.final_norm(x, input_eps(model, 2 * model.num_layers + 1))
         else:
             variables = {'periods': self.periods.variables, 'norm': self.final_norm.variables}
             if first:
@@ -96,20 +103,24 @@ class Transformer(nn.Module):
             self.unembedding_weight()
         return x, {group: layers for group, layers in statistics.items() if layers}
 
-    def begin(self, tokens: Int[Array, 'B T']) -> tuple[Float[Array, 'B T nD'], Shared]:
+    def begin(self, tokens: Int[Array, 'B T']) -> tuple[Stream, Shared]:
         """Returns the stream below the first layer, and what every layer reads beside it."""
         model = self.model
         x_0 = constrain(self.embed(tokens), 'batch', 'length', 'stream')
-        x, kept = spread(model, x_0), x_0 if model.gmu.adds_embedding else None
+        x: Stream = spread(model, x_0)
+        shared = Shared(x_0 if model.gmu.adds_embedding else None)
+        if model.num_averages:
+            alpha = depth_average.table(model, self.depth_weights)
+            x, shared = depth_average.begun(x_0, alpha), shared._replace(depth_weights=alpha)
         if not model.value_residual or self.is_initializing():
-            return x, Shared(kept)
+            return x, shared
         if model.prefix_kinds:
             layer = nn.unbox(self.prefix.variables['params']['layer_0'])
         else:
             stacked = nn.unbox(self.periods.variables['params']['layer_0'])
             layer = jax.tree.map(lambda weights: weights[0], stacked)
         x_hat = scaled(x_0, layer['attention_norm']['scale'], input_eps(model, 1))
-        return x, Shared(kept, first_values(model, layer['attention'], x_hat))
+        return x, shared._replace(first_values=first_values(model, layer['attention'], x_hat))
 
     def unembedding_weight(self) -> Float[Array, 'D V']:
         """float32; V is padded."""

@@ -11,6 +11,7 @@ from helios_jax.memory import policy
 from helios_jax.plan import saved
 from helios_jax.plan.arguments import layer_weights, local
 from helios_jax.plan.measured import (
+    AVERAGE_STREAMS,
     EMBEDDING_STREAMS,
     HYPER_STREAMS,
     IN_A_PART,
@@ -42,6 +43,7 @@ def _layer(placement: Placement, kind: str) -> int:
     if model.value_residual:
         values = (model.num_kv_heads, model.head_dim), ('kv_heads', 'head_dim')
         elements += EMBEDDING_STREAMS.value * tokens * placement.elements(*values)
+    elements += AVERAGE_STREAMS.value * model.num_averages * stream
     elements += HYPER_STREAMS.value * (model.gmu.num_streams - 1) * stream
     recomputed = set(saved.recomputed_by_backward(placement, kind, table)).intersection(
         ('q', 'k', 'v', 'attention_output', 'attention_update', 'mlp_update')

@@ -66,6 +66,13 @@ HYPER_STREAMS = Measured(
     '2026-11-30',
     "libtpu 0.0.42's peaks of steps for v5e, full, 4 streams of all forms: jax 0.10.2",
 )
+AVERAGE_STREAMS = Measured(
+    3,
+    '[B T D] more for each depth-weighted average: its gradient, which all layers below read, and '
+    'copies of it',
+    '2026-11-30',
+    "peaks of XLA's gradients for a CPU, residual, full, 2 to 16 averages of 16 layers: jax 0.10.2",
+)
 REPLAYED_STREAMS = Measured(
     7,
     "[B T D] while an MLP in parts runs again, whole: both sublayers' x̂, the stream between them "
@@ -90,6 +97,7 @@ HYPER = Measured(3, '[B T D] of each of n streams, and one more of the update', 
 STATIC_HYPER = Measured(2, 'the same of static coefficients', *_TRACED_HYPER)
 OUTPUT_NORM = Measured(2, '[B T D] of the norm of an output', *_TRACED)
 SILU = Measured(3, '[B T F] of a SiLU', *_TRACED)
+AVERAGED = Measured(1, '[B T D] of a layer’s output, which averages multiply', *_TRACED_HYPER)
 # Seconds.
 HOST_FRACTION = Measured(
     0.75, "of PCIe 5's 64 GB/s: a state fetched and written back, one after the other", *_H100
@@ -103,6 +111,11 @@ EMBEDDING_PASSES = Measured(
     5,
     "times that a sublayer reads or writes x₀: 1 forward, 1 again; backward it and its gradients' "
     'sum, read and written',
+    *_COUNTED,
+)
+AVERAGE_PASSES = Measured(
+    6,
+    'times that a layer reads or writes each depth-weighted average: 2 forward, 4 backward',
     *_COUNTED,
 )
 HOP_SECONDS = Measured(

@@ -13,6 +13,7 @@ from helios_jax.arch.tensors import NAMES, TENSORS
 from helios_jax.arch.weights import shared_mlp_dim
 from helios_jax.memory import policy
 from helios_jax.plan.measured import (
+    AVERAGED,
     GATE,
     HYPER,
     NORM,
@@ -147,7 +148,8 @@ def _graph(placement: Placement, kind: str, table: dict[str, str]) -> Graph:
             sources['mlp_input'] = ('middle', *(['mlp_gate'] if of_streams else []))
             sources |= _feed_forward(placement, kind)
         read += [*inputs, f'{name}_gate'] if inputs else []
-        read += [update] if unit.kind != 'residual' or unit.normalizes else []
+        joined = name == 'mlp' and model.num_averages > 0  # averages read a layer's output
+        read += [update] if unit.kind != 'residual' or unit.normalizes or joined else []
         # The gate's gradient is d y · (u − x) of a mix, d y · u of a sum.
         read += [stream] if unit.kind in ('convex', 'highway') else []
     read += ['middle', 'mlp_input', 'gate_up']
@@ -251,7 +253,9 @@ def _everything(placement: Placement, kind: str) -> list[SavedTensor]:
         each = STATIC_HYPER if model.gmu.hyper == 'static' else HYPER
         gate = each.value * model.gmu.streams + 1
     gate += OUTPUT_NORM.value if model.gmu.normalizes else 0
+    averaged = AVERAGED.value if model.num_averages else 0
     wide = {
+        'averages': averaged * stream,
         'norms': 2 * NORM.value * stream,
         'gates': 2 * gate * stream,
         'SiLU': SILU.value * inside,

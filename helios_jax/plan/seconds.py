@@ -14,6 +14,7 @@ from helios_jax.arch.weights import all_weights
 from helios_jax.chips import Chip
 from helios_jax.plan.arguments import local
 from helios_jax.plan.measured import (
+    AVERAGE_PASSES,
     EMBEDDING_PASSES,
     HOST_FRACTION,
     HYPER_PASSES,
@@ -155,7 +156,8 @@ def _memory_bytes(placement: Placement, planned: StepMemory, reached: Speeds) ->
     if model.gmu.kind == 'hyper':
         gates = 2 * HYPER_PASSES.value * model.gmu.streams
     added = 2 * EMBEDDING_PASSES.value if model.gmu.adds_embedding else 0
-    passes = reached.stream_passes.value + gates + added
+    averages = AVERAGE_PASSES.value * model.num_averages
+    passes = reached.stream_passes.value + gates + added + averages
     within, dense = 0, 0
     for kind, number in model.kind_counts.items():
         elements = number * inside(placement, kind)

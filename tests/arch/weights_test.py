@@ -32,6 +32,7 @@ GMUS = [
         )
     ),
     config.GMU(embedding='on', stream_scale='on'),
+    config.GMU(dwa='2x1'),
     *(
         config.GMU(kind='hyper', hyper=form, streams=3, normalize_output='on')
         for form in ('static', 'dynamic', 'constrained')

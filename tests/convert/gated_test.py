@@ -80,8 +80,8 @@ MODELS = {
         ),
     },
     'residual': {
-        'gmu': config.GMU(kind='residual', stream_scale='on'), 'norm_scale': 'depth',
-        'qkv_bias': True, 'value_residual': True,
+        'gmu': config.GMU(kind='residual', stream_scale='on', dwa='2x1'),
+        'norm_scale': 'depth', 'qkv_bias': True, 'value_residual': True,
     },
     'ntk': {
         'rope': config.Rope(base=543.0, trained_length=5, scaling='ntk', factor=2.0),

@@ -38,7 +38,7 @@ HYPER = dataclasses.replace(
 # With û the size of the lowest layer's values would have no gradient but rounding.
 VALUES = dataclasses.replace(
     DENSE, num_layers=2, value_residual=True, norm_scale='depth',
-    gmu=config.GMU(normalize_output='off', stream_scale='on'),
+    gmu=config.GMU(normalize_output='off', stream_scale='on', dwa='1x1'),
 )  # fmt: skip
 MIXED = dataclasses.replace(MOE, prefix='', period='dense,moe', num_layers=6)
 # What a period of MIXED, one dense layer and one of experts, stores under each name.
@@ -117,8 +117,11 @@ def equations(jaxpr):
 
 @pytest.mark.parametrize(
     'model',
-    [DENSE, *(pytest.param(model, marks=pytest.mark.slow) for model in (MOE, MIXED, HYPER))],
-    ids=['dense', 'moe', 'mixed', 'hyper'],
+    [
+        DENSE,
+        *(pytest.param(model, marks=pytest.mark.slow) for model in (MOE, MIXED, HYPER, VALUES)),
+    ],
+    ids=['dense', 'moe', 'mixed', 'hyper', 'values'],
 )
 def test_every_policy_computes_the_same_jaxpr(model):
     args = jax.eval_shape(lambda: arguments(model))

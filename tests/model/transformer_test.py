@@ -56,6 +56,7 @@ GMUS = [
     for gate in (GATES if config.GMU(kind=kind).has_gate else GATES[:1])
     for normalize in ('on', 'off')
 ]
+GMUS += [{'kind': 'residual', 'dwa': '3x2'}]
 GMUS += [
     {'kind': 'hyper', 'hyper': form, 'normalize_output': normalize}
     for form, normalize in (('static', 'off'), ('dynamic', 'on'), ('constrained', 'off'))

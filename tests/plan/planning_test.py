@@ -12,6 +12,7 @@ from helios_jax.errors import UserError
 from helios_jax.parallel import mesh as meshes
 from helios_jax.plan import changes, planning, search
 from helios_jax.plan.compiler import compiled
+from helios_jax.plan.measured import AVERAGE_STREAMS
 from helios_jax.plan.planning import plan
 from helios_jax.train import state as states
 
@@ -140,6 +141,18 @@ def test_an_embedding_that_layers_add_is_passed_over_in_every_sublayer(kind, chi
     assert added.memory - plain.memory == pytest.approx((passed + updated) / rate)
     assert added.step > plain.step
     assert added.flops == plain.flops
+
+
+def test_averages_over_depth_have_a_gradient_each_and_are_passed_over():
+    cfg = large()
+    period = cfg.model.num_layers // 2
+    plain, averaged = (
+        plan(config.replace(cfg, {'model.gmu.dwa': dwa}), V5E, 16) for dwa in ('off', f'1x{period}')
+    )
+    tokens = cfg.train.batch_rows * cfg.data.row_length // 16
+    stream = 2 * tokens * cfg.model.embed_dim
+    assert averaged.memory.working - plain.memory.working == 2 * AVERAGE_STREAMS.value * stream
+    assert averaged.seconds.memory > plain.seconds.memory
 
 
 def test_an_average_of_the_parameters_is_counted_where_the_moments_lie():

@@ -129,6 +129,7 @@ GMUS = [
     config.GMU(kind='convex', gate='static', normalize_output='off'),
     config.GMU(kind='convex', gate_input='input'),
     config.GMU(kind='additive', gate_input='output'),
+    config.GMU(kind='residual', dwa='1x1'),
     config.GMU(kind='hyper', hyper='static', streams=3),
     config.GMU(kind='hyper', hyper='dynamic', normalize_output='on'),
     config.GMU(kind='hyper', hyper='constrained', streams=2),

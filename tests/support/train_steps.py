@@ -18,7 +18,7 @@ LINEAR = config.Optimizer(
 MUON = dataclasses.replace(LINEAR, name='muon', learning_rate=0.02)
 PATTERNS = {
     'dense': {
-        'period': 'dense', 'gmu': config.GMU(stream_scale='on'), 'norm_scale': 'depth',
+        'period': 'dense', 'gmu': config.GMU(stream_scale='on', dwa='1x2'), 'norm_scale': 'depth',
         'value_residual': True,
     },
     'moe': {'prefix': 'dense', 'period': 'moe', 'gmu': config.GMU(embedding='on')},
