@@ -81,6 +81,7 @@ class Train:
     eval_rows: int = 256  # rows of one evaluation; 0 takes all
     long_length: int = 0  # tokens of longer held-out rows, which are scored as well; 0: none
     long_method: str = 'dynamic'  # how positions stretch to them: none | pi | ntk | yarn | dynamic
+    layer_gradients: bool = True  # compute each layer's gradient at the end, for the report
     checkpoint_every: int = 200  # steps between checkpoints; 0: at the end only
     keep_checkpoints: int = 3  # the latest ones; the best is kept besides
     profile_steps: int = 0  # steps to profile, from the tenth on

@@ -15,7 +15,7 @@ from helios_jax import config, display
 from helios_jax.arch import rules
 from helios_jax.data import baselines, pipeline
 from helios_jax.data.rows import Mixture
-from helios_jax.evaluate import figures, sublayers
+from helios_jax.evaluate import figures, gradients, sublayers
 from helios_jax.evaluate.generate import generate
 from helios_jax.evaluate.length_settings import stretched
 from helios_jax.evaluate.perplexity import evaluate
@@ -115,21 +115,29 @@ def write_report(run: Run, state: states.TrainState, held_out: dict[str, float])
 
 
 def observe(run: Run, state: states.TrainState) -> dict[str, Any]:
-    """Computes `sublayers.figures` on the fewest held-out rows that devices and processes share.
+    """Computes figures of sublayers on the fewest held-out rows that devices and processes share.
 
-    Means over a row's tokens and channels are exact enough to draw. Rows are whole, as in training:
-    a kernel may refuse shorter ones. That is at most a batch of `score`.
+    They are those of `sublayers.figures`, and of `gradients.figures` beside them unless
+    train.layer_gradients is off. Means over a row's tokens and channels are exact enough to draw.
+    Rows are whole, as in training: a kernel may refuse shorter ones. That is at most a batch of
+    `score`, and of a step.
     """
     cfg, mesh = run.config, run.setup.mesh
     num_rows = _shared(run, 1)
     validation = run.data.validation
     batch = next(pipeline.eval_batches(validation, batch_rows=num_rows, num_rows=num_rows))
-    return sublayers.figures(
-        Transformer(cfg.model),
-        readable(run, state, ema=bool(cfg.train.ema)),
-        pipeline.to_global(batch, sharding.sharding(mesh, ('batch', 'length'))),
-        documents_apart=cfg.data.documents_apart,
+    batch = pipeline.to_global(batch, sharding.sharding(mesh, ('batch', 'length')))
+    given = readable(run, state, ema=bool(cfg.train.ema)), batch
+    model = Transformer(cfg.model, cfg.memory)
+    observed = sublayers.figures(model, *given, documents_apart=cfg.data.documents_apart)
+    if not cfg.train.layer_gradients:
+        return observed
+    options = compiler_options_of(cfg, jax.local_devices()[0], mesh.size)
+    found = gradients.figures(
+        model, *given, documents_apart=cfg.data.documents_apart, compiler_options=options
     )
+    joined = [a | b for a, b in zip(observed['sublayers'], found, strict=True)]
+    return observed | {'sublayers': joined}
 
 
 def show(final: dict[str, float], prompt: str, sample: str, path: epath.Path) -> None:

@@ -391,3 +391,14 @@ def test_longer_rows_are_scored_as_the_restored_model_scores_them(method, tmp_pa
     found = held_out(longer, row_length=80, num_rows=num_rows)
     assert figures['long_bits_per_byte'] == pytest.approx(found['bits_per_byte'], rel=1e-5)
     assert figures['long_bits_per_byte'] != pytest.approx(figures['bits_per_byte'], rel=1e-3)
+
+
+@pytest.mark.slow
+def test_a_run_ends_with_the_gradients_of_its_layers(tmp_path, small):
+    """Of the running average, with rows and weights over all devices, by the run's own policy."""
+    settings = {'train.num_steps': 2, 'train.ema': 0.5, 'memory.policy': 'fp8'}
+    loop.train(config.replace(small, settings | {'train.layer_gradients': True}), tmp_path)
+    rows = json.loads((tmp_path / 'layers.json').read_text())['sublayers']
+    assert [row['sublayer'] for row in rows] == ['attention', 'mlp'] * small.model.num_layers
+    for name in ('stream_rms', 'stream_gradient', 'weights_gradient'):
+        assert all(row[name] > 0 for row in rows)
