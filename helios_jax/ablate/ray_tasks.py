@@ -40,7 +40,7 @@ OBJECT_STORE_BYTES = 2**27  # of a cluster of one's own: tasks pass exit codes
 
 
 class Share(NamedTuple):
-    """How a cluster is divided among runs."""
+    """Division of a cluster among runs."""
 
     workers: int  # runs at a time
     cpus: int  # of each run
@@ -84,14 +84,14 @@ def cluster(
         ray.shutdown()
 
 
-def start(base: str, share: Share, worker: int, variant: 'Variant', log: BinaryIO) -> 'Task':
+def start(base: str, share: Share, worker: int, variant: 'Variant', log: BinaryIO) -> 'RayRun':
     """Starts a training as a task; a `Starter` once `base` and `share` are given."""
     from helios_jax.ablate.variants import command  # which loads JAX
 
     return submit(share, ['-m', 'helios_jax', *command(variant, base)], os.path.abspath(log.name))
 
 
-def submit(share: Share, arguments: Sequence[str], log: str) -> 'Task':
+def submit(share: Share, arguments: Sequence[str], log: str) -> 'RayRun':
     """Hands a process to the cluster, as `run_python` takes it.
 
     Ray runs it once: what a lost node leaves undone is for the same study to go on with.
@@ -100,10 +100,10 @@ def submit(share: Share, arguments: Sequence[str], log: str) -> 'Task':
 
     options = {'num_cpus': share.cpus, 'num_gpus': share.gpus, 'max_retries': 0}
     task = ray.remote(run_python).options(**options)
-    return Task(task.remote(arguments, log, os.getcwd()), log)
+    return RayRun(task.remote(arguments, log, os.getcwd()), log)
 
 
-class Task:
+class RayRun:
     """A run on the cluster, with what a study asks of a `subprocess.Popen`."""
 
     def __init__(self, reference: Any, log: str) -> None:
