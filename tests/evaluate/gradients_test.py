@@ -115,7 +115,7 @@ def weights_norms(model: config.Model, by_params) -> list[float]:
 
 @pytest.mark.parametrize(
     'model',
-    [DENSE, pytest.param(with_gmu(kind='residual'), marks=pytest.mark.slow)],
+    [pytest.param(DENSE, marks=pytest.mark.slow), with_gmu(kind='residual')],
     ids=['gated', 'residual'],
 )
 def test_gradients_are_those_of_layers_written_out(model):
