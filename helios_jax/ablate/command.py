@@ -1,20 +1,26 @@
 """helios ablate: runs a study and reports on it."""
 
+import contextlib
 import dataclasses
 import functools
 import os
 import shlex
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from absl import flags
 
 from helios_jax import display, options
-from helios_jax.ablate import definition
+from helios_jax.ablate import definition, ray_tasks
 from helios_jax.ablate import design as designs
 from helios_jax.ablate import study as studies
-from helios_jax.errors import require
+from helios_jax.errors import one_of, require
 
+if TYPE_CHECKING:
+    from helios_jax.ablate.runs import Starter
+
+LAUNCHERS = ('local', 'ray')
 STUDY_HELP = """\
   --study=NAME|FILE.py
       The study: one of {names}; or a file of your own.
@@ -35,7 +41,12 @@ def ablate_command(argv: Sequence[str]) -> None:
     text = "Arms to run beside the baseline, by commas; '': all of the study's."
     flags.DEFINE_list('arms', [], text, flag_values=values)
     flags.DEFINE_bool('interval', True, 'Intervals, which need two seeds.', flag_values=values)
-    flags.DEFINE_integer('workers', 1, 'Runs at a time, a process each.', flag_values=values)
+    text = 'Runs at a time; 0: one, or with ray all that the cluster holds.'
+    flags.DEFINE_integer('workers', 0, text, flag_values=values)
+    text = 'What runs are: local processes; or ray, tasks on a Ray cluster.'
+    flags.DEFINE_string('launcher', 'local', text, flag_values=values)
+    text = 'Cluster for ray: HOST:PORT; auto: one here; local: one of its own.'
+    flags.DEFINE_string('ray_address', ray_tasks.LOCAL, text, flag_values=values)
     text = 'Time for it; whole seeds are dropped; 0: no end.'
     flags.DEFINE_float('budget_minutes', 0.0, text, flag_values=values)
     if options.wants_help(argv):
@@ -43,23 +54,47 @@ def ablate_command(argv: Sequence[str]) -> None:
         options.print_flags(values, STUDY_HELP.format(names=names))
     design, command = asked(values, argv)
     arms = designs.sized_arms(design, designs.vocab_sizes(design))
-    environment = dict(os.environ)
-    os.environ['JAX_PLATFORMS'] = 'cpu'  # the devices are for the runs, which are processes
-    from helios_jax.ablate import conduct, report, runs
-
-    environments = runs.environments(environment, values.workers)
     workdir = Path(values.workdir).expanduser()
-    results = conduct.conduct(
-        design,
-        arms,
-        workdir,
-        workers=values.workers,
-        budget_minutes=values.budget_minutes,
-        starter=functools.partial(runs.start, design.study.config, environments),
-        command=command,
-    )
+    with launched(values, design, workdir) as (starter, workers):
+        from helios_jax.ablate import conduct
+
+        results = conduct.conduct(
+            design,
+            arms,
+            workdir,
+            workers=workers,
+            budget_minutes=values.budget_minutes,
+            starter=starter,
+            command=command,
+        )
+    from helios_jax.ablate import report
+
     display.table(report.table(results))
     print(f'Report: {report.write(results, workdir)}')
+
+
+@contextlib.contextmanager
+def launched(
+    values: flags.FlagValues, design: designs.Design, workdir: Path
+) -> Iterator[tuple['Starter', int]]:
+    """Gives what starts a run, and how many run at a time, by the launcher that was asked for.
+
+    The devices are for the runs, which are other processes: this one has the CPU from here on.
+    """
+    environment, base = dict(os.environ), design.study.config
+    with contextlib.ExitStack() as stack:
+        if values.launcher == 'ray':
+            configs = list(design.configs.values())
+            place = (values.ray_address, base, configs, workdir.absolute(), values.workers)
+            starter, workers = stack.enter_context(ray_tasks.cluster(*place))
+        os.environ['JAX_PLATFORMS'] = 'cpu'
+        from helios_jax.ablate import runs
+
+        if values.launcher == 'local':
+            workers = values.workers or 1
+            environments = runs.environments(environment, workers)
+            starter = functools.partial(runs.start, base, environments)
+        yield starter, workers
 
 
 def asked(values: flags.FlagValues, argv: Sequence[str]) -> tuple[designs.Design, str]:
@@ -97,7 +132,12 @@ def check(values: flags.FlagValues, study: studies.Study) -> None:
         '://' not in workdir,
         f'--workdir={workdir}: a study is kept on a local disk; name a directory there.',
     )
-    require(values.workers > 0, f'--workers={values.workers} must be above 0.')
+    require(values.workers >= 0, f'--workers={values.workers} must be 0 or more.')
+    one_of('--launcher', values.launcher, LAUNCHERS)
+    require(
+        values.launcher == 'ray' or values.ray_address == ray_tasks.LOCAL,
+        f'--ray_address={values.ray_address} has no effect; say --launcher=ray as well.',
+    )
     require(seeds >= 0, f'--seeds={seeds} must be 0 or more.')
     require(
         values.budget_minutes >= 0,

@@ -21,6 +21,9 @@ GATES = {
     'mean gate of attention': ('attention', 'gate_mean'),
     'mean gate of mlp': ('mlp', 'gate_mean'),
     'root mean square of the stream': ('attention', 'stream_rms'),
+    'gradient in the stream': ('attention', 'stream_gradient'),
+    'gradient norm of weights of attention': ('attention', 'weights_gradient'),
+    'gradient norm of weights of mlp': ('mlp', 'weights_gradient'),
 }
 EXPERTS = {
     'router/load_max_over_mean': 'largest load of an expert ÷ mean load',
@@ -78,9 +81,15 @@ def experts(results: StudyResults) -> Figure:
 
 
 def gates(results: StudyResults) -> Figure:
-    """Draws each arm's mean gates, and its stream, by layer, over the seeds of its runs."""
-    figure, panels = plot.panels(len(GATES))
-    for axes, (label, (name, of)) in zip(panels, GATES.items(), strict=True):
+    """Draws each arm's gates, stream and gradients by layer, over the seeds of its runs."""
+    runs = [run for own in statistics.compared(results).values() for run in own.values()]
+    known = {
+        label: (name, of)
+        for label, (name, of) in GATES.items()
+        if any(layers.known(run.sublayers, of) for run in runs)
+    }
+    figure, panels = plot.panels(len(known))
+    for axes, (label, (name, of)) in zip(panels, known.items(), strict=True):
         means, ends = {}, {}
         for arm in statistics.compared(results):
             seeds = by_layer(results, arm, name, of)

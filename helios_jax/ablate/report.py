@@ -214,7 +214,8 @@ def _gates(results: StudyResults) -> Iterator[Section]:
         return
     caption = (
         'The trained models on the same held-out text, by layer; the stream is the one below a '
-        f'layer. Lines are means over seeds; {BANDS}.'
+        'layer, the gradient in it that of the summed loss behind its attention, the norm that of '
+        f'the mean loss. Lines are means over seeds; {BANDS}.'
     )
     tenths = [f'{n / BINS:g} to {(n + 1) / BINS:g}' for n in range(BINS)]
     head = ['arm', *(f'saturated in {name}' for name in NAMES), 'most in one sublayer', *tenths]

@@ -1,5 +1,6 @@
 """Runs a study: trainings as processes, several at a time, each resumable by itself.
 
+`start` makes them processes of this machine, `ray_tasks.start` tasks on a Ray cluster.
 A run that is done is not run again, and an unfinished one goes on where it stopped.
 """
 
@@ -9,7 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
-from typing import BinaryIO
+from typing import Any, BinaryIO, Protocol
 
 from etils import epath
 
@@ -90,7 +91,22 @@ class Budget:
         return not self._minutes or not self.longest or elapsed + needed <= 60 * self._minutes
 
 
-Starter = Callable[[int, Variant, BinaryIO], 'subprocess.Popen[bytes]']
+class Process(Protocol):
+    """Interface of a run's process, wherever it lies; as `subprocess.Popen` has it."""
+
+    returncode: Any  # None while it runs
+
+    def poll(self) -> int | None:
+        """Returns the exit code; None while it runs."""
+
+    def terminate(self) -> None:
+        """Asks the run to save and stop."""
+
+    def kill(self) -> None:
+        """Ends it at once."""
+
+
+Starter = Callable[[int, Variant, BinaryIO], Process]
 
 
 class Running:

@@ -1,9 +1,10 @@
-"""Settings of an evaluation at several lengths (lengths.py), without JAX."""
+"""Settings of an evaluation at longer rows than the trained ones, without JAX."""
 
 import dataclasses
 from collections.abc import Callable
 from typing import Any
 
+from helios_jax import config
 from helios_jax.errors import one_of, require
 
 # Settings of model.rope for rows that are s times as long as the trained length, 1 or more.
@@ -14,6 +15,13 @@ METHODS: dict[str, Callable[[float], dict[str, Any]]] = {
     'yarn': lambda s: {'scaling': 'static', 'factor': s},
     'dynamic': lambda s: {'scaling': 'dynamic', 'factor': 1.0},
 }
+
+
+def stretched(cfg: config.Config, method: str, length: int) -> config.Config:
+    """Returns a resolved config that stretches positions to rows of `length` tokens."""
+    factor = max(1.0, length / cfg.model.rope.trained_length)
+    rope = {'attention_factor': 0.0} | METHODS[method](factor)  # the m of another factor is wrong
+    return config.replace(cfg, {f'model.rope.{name}': value for name, value in rope.items()})
 
 
 @dataclasses.dataclass(frozen=True)

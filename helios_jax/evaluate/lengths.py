@@ -13,14 +13,14 @@ from typing import Any
 
 from etils import epath
 
-from helios_jax import config, display
+from helios_jax import display
 from helios_jax.data import corpora
 from helios_jax.data.lossy import Encoded
 from helios_jax.errors import UserError, require
-from helios_jax.evaluate import responses
+from helios_jax.evaluate import length_settings, responses
 from helios_jax.evaluate.generate import continued
 from helios_jax.evaluate.held_out import split
-from helios_jax.evaluate.length_settings import METHODS, Lengths
+from helios_jax.evaluate.length_settings import Lengths
 from helios_jax.evaluate.passkey import passkey
 from helios_jax.evaluate.prompts import Prompt, Puzzle, accuracy, fit
 from helios_jax.evaluate.ruler import TASKS
@@ -87,10 +87,7 @@ def measure(
 
 def stretched(restored: Restored, method: str, length: int) -> Restored:
     """Returns the model with the positions of one of METHODS, for rows of `length` tokens."""
-    factor = max(1.0, length / restored.model.model.rope.trained_length)
-    rope = {'attention_factor': 0.0} | METHODS[method](factor)  # the m of another factor is wrong
-    changes = {f'model.rope.{name}': value for name, value in rope.items()}
-    cfg = config.replace(restored.config, changes)
+    cfg = length_settings.stretched(restored.config, method, length)
     return restored._replace(model=Transformer(cfg.model), config=cfg)
 
 

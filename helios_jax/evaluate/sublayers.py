@@ -49,7 +49,7 @@ def figures(
     found = jax.device_get(
         summing()(variables, batch, model=model.model, documents_apart=documents_apart)
     )
-    return {'tokens': int(found['tokens']), 'sublayers': _in_order(model.model, found['layers'])}
+    return {'tokens': int(found['tokens']), 'sublayers': in_order(model.model, found['layers'])}
 
 
 @functools.cache
@@ -138,7 +138,8 @@ def quantile(share: Callable[[Array], Array], wanted: float) -> Float[Array, '']
     return jax.lax.fori_loop(0, HALVINGS, halve, (jnp.zeros(()), jnp.ones(())))[1]
 
 
-def _in_order(model: config.Model, layers: PyTree) -> list[dict[str, Any]]:
+def in_order(model: config.Model, layers: PyTree) -> list[dict[str, Any]]:
+    """Lists the sublayers, bottom first, from group and layer → sublayer → figure, stacked."""
     first, found = len(model.prefix_kinds), []
     for index in range(model.num_layers):
         if index < first:

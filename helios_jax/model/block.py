@@ -17,7 +17,7 @@ from helios_jax.model.attention import Attention
 from helios_jax.model.depth_average import Averaged, joined
 from helios_jax.model.gmu import GatedMemoryUnit, Norm, input_eps
 from helios_jax.model.hyper import HyperConnection
-from helios_jax.model.layers import RMSNorm, scaled
+from helios_jax.model.layers import RMSNorm, float32_or_wider, scaled
 from helios_jax.model.moe import MixtureOfExperts, Stats, SwiGLU
 from helios_jax.parallel.sharding import constrain
 
@@ -34,6 +34,18 @@ class Shared(NamedTuple):
 
 
 NOTHING = Shared()
+
+
+@jax.custom_vjp
+def probe(x: Array, number: Float[Array, '']) -> Array:
+    """Returns x; the gradient of the number, whatever that is, is Σ of squares of x's."""
+    return x
+
+
+probe.defvjp(
+    lambda x, number: (x, number),
+    lambda number, dx: (dx, jnp.sum(jnp.square(float32_or_wider(dx))).astype(number.dtype)),
+)
 
 
 class Block(nn.Module):
@@ -77,12 +89,17 @@ class Block(nn.Module):
         gate = partial(GatedMemoryUnit, model, backward_parts=parts, platform=self.platform)
         norm = self.norm('mlp', sublayer + 1)
         if write:
-            x = write(update)
+            x = self.probed('attention', write(update))
             h, write = connect('mlp', name='mlp_gmu')(x, sublayer + 1)
             x_hat = scaled(h, *norm)
         else:
             gated = gate(name_prefix='attention', name='attention_gmu')
-            x, x_hat = gated(x, x_hat, update, sublayer, norm, shared.x_0)
+            # Of a stream that is probed, what the norm reads must be behind the probe.
+            behind = None if self.has_variable('probes', 'attention') else norm
+            x, x_hat = gated(x, x_hat, update, sublayer, behind, shared.x_0)
+            if behind is None:
+                x = self.probed('attention', x)
+                x_hat = scaled(x, *norm)
 
         x_hat = checkpoint_name(x_hat, 'mlp_input')
         stats = None
@@ -93,13 +110,24 @@ class Block(nn.Module):
             update = mlp(x_hat)
         update = checkpoint_name(update, 'mlp_update')
         if write:
-            return write(update), stats
+            return self.probed('mlp', write(update)), stats
         gated = gate(name_prefix='mlp', name='mlp_gmu')
         x, _ = gated(x, x_hat, update, sublayer + 1, x_0=shared.x_0)
+        x = self.probed('mlp', x)
         if sums is not None:
             assert shared.depth_weights is not None, 'gmu.dwa needs the weights'
             return joined(model, sums, x, index, shared.depth_weights), stats
         return x, stats
+
+    @nn.nowrap
+    def probed(self, name: str, x: Array) -> Array:
+        """Returns the stream behind a sublayer.
+
+        With a number `name` in the collection `probes` its gradient becomes Σ (dloss/dx)².
+        """
+        if not self.has_variable('probes', name):
+            return x
+        return probe(x, self.get_variable('probes', name))
 
     @nn.nowrap
     def norm(self, name: str, sublayer: Any) -> Norm:

@@ -21,12 +21,18 @@ LINES = {
     'share of saturated gates': 'gate_saturated',
     'mean factor of the update': 'factor_mean',
     'root mean square of the stream': 'stream_rms',
+    'gradient in the stream': 'stream_gradient',
+    'gradient norm of the weights': 'weights_gradient',
 }
 # Figures with a number for each part → label of the parts' axis, and its end (`plot.shades`).
 SHADES = {'gate_histogram': ('gate of {}', 1.0), 'expert_load': ('expert', 0.0)}
 # A figure → what the caption says if it is drawn.
 SAID = {
     'stream_rms': 'The trained model on held-out text; the stream is the one below a sublayer.',
+    'stream_gradient': (
+        'The gradient in the stream is the root mean square of that of the summed loss, behind a '
+        'sublayer; the norm is that of the mean loss, in all weights of a sublayer.'
+    ),
     'gate_mean': (
         f'Gates are those of all tokens and channels: {BAND[1] - BAND[0]:.0%} of them lie within '
         f'the band; one below {SHUT} or above {OPEN} is saturated.'

@@ -59,15 +59,17 @@ def train(cfg: config.Config, workdir: epath.PathLike) -> dict[str, float]:
         own = resume.own_step(workdir, cfg, resume.ITEMS)
         with agreement.together() as facts:
             data = pipeline.prepare(cfg.data, tokenizer)
+            longer = pipeline.longer(cfg, tokenizer)
             facts['training data'] = data.train.fingerprint
             facts['validation data'] = data.validation.fingerprint
+            facts['longer validation data'] = longer.fingerprint if longer else ''
         if own:
             resume.require_same_data(workdir, cfg, data, own)
         checkpoints = checkpoint.Checkpoints(
             workdir / 'checkpoints', keep=cfg.train.keep_checkpoints
         )
         stack.enter_context(contextlib.closing(checkpoints))
-        run = Run(workdir, setup, tokenizer, data, checkpoints, held)
+        run = Run(workdir, setup, tokenizer, data, longer, checkpoints, held)
         stop = stack.enter_context(cluster.stop_on_signals())
         state, samples = resume.initial_state(setup, own, parent)
         state, held_out = run_steps(run, state, samples, stop)

@@ -17,6 +17,7 @@ from jaxtyping import PyTree
 from helios_jax import checkpoint, config
 from helios_jax.data import chat_template, pipeline
 from helios_jax.data import tokenizer as tokenizers
+from helios_jax.data.rows import Mixture
 from helios_jax.train import lock, report, update
 from helios_jax.train import state as states
 
@@ -39,6 +40,7 @@ class Run:
     setup: states.Setup
     tokenizer: tokenizers.Tokenizer
     data: pipeline.Prepared
+    longer: Mixture | None  # the held-out split in rows of train.long_length
     checkpoints: checkpoint.Checkpoints
     lock: lock.Lock
 

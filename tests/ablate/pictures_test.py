@@ -78,6 +78,9 @@ def test_gates_are_means_over_seeds_by_layer():
         )
     residual, convex = stream.lines
     assert residual.get_ydata().tolist() == [1, 2, 3, 4]
+    more = rows(stream_gradient=lambda layer, place: 3 * layer + place)
+    *_, gradient = pictures.gates(studies.results([studies.run('residual', sublayers=more)])).axes
+    assert gradient.lines[0].get_ydata().tolist() == [3, 6, 9, 12]
     assert convex.get_color() == attention.lines[0].get_color() != residual.get_color()
     drawn(figure)
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from helios_jax import config
+from helios_jax.ablate import runs
 from helios_jax.ablate.design import Design, design
 from helios_jax.ablate.study import Study
 from helios_jax.ablate.variants import Variant
@@ -74,14 +75,17 @@ class Starter:
         self.journal, self.failing, self.seconds = journal, failing, seconds
         self.started: list[str] = []  # labels of runs, whatever became of them
 
-    def __call__(self, worker: int, variant: Variant, log: BinaryIO) -> subprocess.Popen[bytes]:
+    def __call__(self, worker: int, variant: Variant, log: BinaryIO) -> runs.Process:
         self.started.append(variant.label)
         fails = str(variant.arm in self.failing)
         arguments = [str(variant.directory), str(self.journal), fails, str(self.seconds)]
         arguments.append(saved_config(variant))
         logged = map(json.dumps, lines(variant))
-        command = [sys.executable, '-S', '-E', '-c', PROGRAM, *arguments, *logged]
-        return subprocess.Popen(command, stdout=log, stderr=log)
+        return self.launch(['-S', '-E', '-c', PROGRAM, *arguments, *logged], log)
+
+    def launch(self, arguments: list[str], log: BinaryIO) -> runs.Process:
+        """Starts Python; another launcher does it elsewhere."""
+        return subprocess.Popen([sys.executable, *arguments], stdout=log, stderr=log)
 
     def events(self, event: str) -> list[str]:
         """The runs that had the event, in its order."""

@@ -78,3 +78,15 @@ def test_a_residual_network_shows_its_stream_alone():
     factors = layers.drawn(rows(factor_mean=lambda layer, place: -layer / 7)).axes[0]
     assert factors.get_ylabel() == 'mean factor of the update'
     assert factors.get_ylim()[0] < -4 / 7
+
+
+def test_gradients_are_drawn_beside_the_stream():
+    sizes = {'stream_gradient': 7, 'weights_gradient': 11}
+    made = {name: lambda layer, place, n=n: n * layer + place for name, n in sizes.items()}
+    figure = layers.drawn(rows(**made))
+    _, gradient, norm = figure.axes
+    assert gradient.get_ylabel() == 'gradient in the stream'
+    assert gradient.lines[1].get_ydata().tolist() == [8, 15, 22, 29]
+    assert norm.lines[0].get_ydata().tolist() == [11, 22, 33, 44]
+    assert 'gradient' in layers.caption(rows(**made)) and 'gradient' not in layers.caption(rows())
+    drawn(figure)
