@@ -102,7 +102,7 @@ def load(
     with ThreadPoolExecutor(threads) as pool:
         programs = {
             form: pool.submit(compiled, flat[piece.weight.name], *form)
-            for form, piece in {form_of(source, piece): piece for piece in source.pieces}.items()
+            for form, piece in {placing(source, piece): piece for piece in source.pieces}.items()
         }
         arrays = fresh(source, flat, seed)
         arrays |= zeros({name: shape for name, shape in flat.items() if name not in arrays})
@@ -112,7 +112,7 @@ def load(
         tensors = ahead(pool, source.tensors.read, places, threads)
         for pieces, tensor in zip(places.values(), tensors, strict=True):
             for piece in pieces:
-                key, place = piece.weight.name, programs[form_of(source, piece)].result()
+                key, place = piece.weight.name, programs[placing(source, piece)].result()
                 # Waiting bounds the copies that are on their way to a device.
                 arrays[key] = jax.block_until_ready(place(arrays[key], tensor, starts(piece)))
     model = Transformer(source.config.model)
@@ -180,16 +180,16 @@ def ahead(
         yield running.popleft().result()
 
 
-class Form(NamedTuple):
-    """What tensors that one program places have in common."""
+class Placing(NamedTuple):
+    """Properties that tensors share which one program places."""
 
     piece: Counterpart  # without its name and its place
     dtype: str
 
 
-def form_of(source: CheckedDirectory, piece: Counterpart) -> Form:
+def placing(source: CheckedDirectory, piece: Counterpart) -> Placing:
     alike = piece._replace(name='', place=(0,) * len(piece.place))
-    return Form(alike, source.tensors.found[piece.name].dtype)
+    return Placing(alike, source.tensors.found[piece.name].dtype)
 
 
 def starts(piece: Counterpart) -> tuple[np.int32, ...]:

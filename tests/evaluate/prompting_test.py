@@ -4,7 +4,6 @@ import dataclasses
 import json
 import random
 import re
-from typing import NamedTuple
 
 import numpy as np
 import pytest
@@ -19,6 +18,7 @@ from helios_jax.data.tokenizer import ByteTokenizer
 from helios_jax.errors import UserError
 from helios_jax.evaluate import benchmarks, command
 from helios_jax.evaluate.prompting import FEWSHOT_SEED, Prompting
+from helios_jax.evaluate.scores import TokenScores
 
 pytest.importorskip('lm_eval')
 
@@ -112,9 +112,16 @@ def test_prompts_are_what_the_settings_name_and_results_tell_them(
 
     def score(_, some, shape):
         asked.extend((bytes(before), bytes(after)) for before, after in some)
-        return [Scored(np.ones(len(after)), np.zeros(len(after), bool)) for _, after in some]
+        return [
+            TokenScores(np.ones(len(after), np.float32), np.zeros(len(after), bool))
+            for _, after in some
+        ]
+
+    def score_choices(_, some, batch):
+        return [score(_, [(one.context, choice) for choice in one.choices], batch) for one in some]
 
     monkeypatch.setattr(harness, 'score', score)
+    monkeypatch.setattr(harness, 'score_choices', score_choices)
     tasks = benchmarks.load(['quiz'], str(directory), prompting)
     found = benchmarks.run(restored, tasks, prompting=prompting, output=str(tmp_path))
     assert sorted(asked) == sorted(pairs(prompting))
@@ -131,11 +138,6 @@ def test_prompts_are_what_the_settings_name_and_results_tell_them(
         changed = prompting._replace(**{name: value})
         with pytest.raises(UserError, match='of other settings'):
             benchmarks.run(restored, tasks, prompting=changed, output=str(tmp_path))
-
-
-class Scored(NamedTuple):
-    nats: np.ndarray
-    likeliest: np.ndarray
 
 
 @pytest.mark.slow
