@@ -46,10 +46,18 @@ def table(results: Mapping[str, Any]) -> str:
 
 
 def plot(results: Mapping[str, Any]) -> bytes:
-    """Draws a PNG: each figure against the length, a line a method, and the trained length."""
-    figure = Figure(figsize=(10, 7.4), layout='constrained')
+    """Draws a PNG: each figure that was measured against the length, a line a method.
+
+    A dotted line stands at the trained length.
+    """
+    measured = {
+        name: label for name, label in PANELS.items() if any(row[name] for row in results['rows'])
+    }
+    num_rows = (len(measured) + 1) // 2
+    figure = Figure(figsize=(10, 3.7 * num_rows), layout='constrained')
     trained, lengths = results['trained_length'], sorted(results['lengths'])
-    for axes, (name, label) in zip(figure.subplots(2, 2).flat, PANELS.items(), strict=True):
+    for number, (name, label) in enumerate(measured.items(), 1):
+        axes = figure.add_subplot(num_rows, 2, number)
         positions = name == 'positions'
         for method, marker in zip(results['methods'], itertools.cycle('osv^Dx')):
             rows = [row for row in results['rows'] if row['method'] == method]
