@@ -109,15 +109,14 @@ def test_permutations_of_both_stand_beside_each_other(monkeypatch):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize('what', permutation.PERMUTATIONS)
-def test_permutations_are_bound_by_their_bytes_and_xlas_are_not(what):
+def test_permutations_are_bound_by_their_bytes_and_xlas_are_not():
     pytest.importorskip('libtpu', reason="needs libtpu: pip install 'helios_jax[tpu]'")
     problem = GroupedProblem(*SHAPES['e128'])
-    mine, peer = (
-        row for row in permutation.compare_rows('v5p', problem) if row['permutation'] == what
-    )
+    found = permutation.compare_rows('v5p', problem)
     rows, row_bytes = problem.num_rows, 2 * problem.embed_dim
     # Rows are read, and written, or laid out before.
     least = 2 * rows * row_bytes / CHIPS['v5p'].hbm_bytes_per_second
-    assert least < mine['seconds'] < 1.8 * least
-    assert peer['times_ours'] > 2.5
+    for what in permutation.PERMUTATIONS:
+        mine, peer = (row for row in found if row['permutation'] == what)
+        assert least < mine['seconds'] < 1.8 * least, what
+        assert peer['times_ours'] > 2.5, what
