@@ -98,7 +98,7 @@ class Attention(nn.Module):
             # Every slot up to a query's position has been written; causality hides the others.
             tokens = Tokens(positions, tokens.ids_of_queries, slots, jnp.ones_like(slots))
         implementation = model.attention
-        if goes_on and implementation != 'reference':
+        if cache_length and implementation != 'reference':
             implementation = 'auto'  # the one that is named for training may take no cache
         # Initialising needs shapes alone, and its tiny batch fits neither mesh nor kernel.
         out = q

@@ -115,7 +115,10 @@ def weights_norms(model: config.Model, by_params) -> list[float]:
 
 @pytest.mark.parametrize(
     'model',
-    [pytest.param(DENSE, marks=pytest.mark.slow), with_gmu(kind='residual')],
+    [
+        pytest.param(DENSE, marks=pytest.mark.long),
+        pytest.param(with_gmu(kind='residual'), marks=pytest.mark.slow),
+    ],
     ids=['gated', 'residual'],
 )
 def test_gradients_are_those_of_layers_written_out(model):
@@ -157,7 +160,7 @@ def test_weights_of_every_architecture_have_the_gradient_of_the_whole_model(mode
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize('policy', ['full', 'minimal'])
+@pytest.mark.parametrize('policy', ['full', pytest.param('minimal', marks=pytest.mark.long)])
 def test_a_memory_policy_changes_no_figure(policy):
     for row, expected in zip(found(DENSE, policy), found(DENSE), strict=True):
         for name in ('stream_gradient', 'weights_gradient'):

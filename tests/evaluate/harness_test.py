@@ -189,6 +189,7 @@ def test_equal_requests_are_asked_once():
     assert answers[:2] == answers[2:] and [len(pairs) for pairs in calls] == [2]
 
 
+@pytest.mark.slow
 def test_choices_of_one_context_are_scored_together():
     model, calls = asked(), []
     real = harness.score_choices

@@ -147,7 +147,7 @@ def test_value_and_gradient_are_those_of_the_papers_sums(form, policy):
             np.testing.assert_allclose(a, b, rtol=1e-9, atol=1e-10)
 
 
-@pytest.mark.parametrize('policy', ['full', pytest.param('minimal', marks=pytest.mark.slow)])
+@pytest.mark.parametrize('policy', ['full', pytest.param('minimal', marks=pytest.mark.long)])
 def test_a_layer_keeps_for_its_backward_pass_what_it_keeps_without_averages(policy):
     def kept(form):
         model = network(form, config.Memory(policy))
