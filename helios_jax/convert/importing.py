@@ -1,13 +1,11 @@
 """Reads a Hugging Face directory onto a mesh, tensor by tensor.
 
-Pages of the next tensors come from the disk, and programs that turn them are compiled, in threads
-beside the one that places tensors.
+The next tensor comes from the disk, and programs that turn tensors are compiled, in threads beside
+the one that places them.
 """
 
-import collections
-import os
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Executor, ThreadPoolExecutor
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from typing import Any, NamedTuple, TypeVar
 
 import flax.linen as nn
@@ -87,7 +85,7 @@ def open_directory(
 def load(
     source: CheckedDirectory, *, mesh: jax.sharding.Mesh | None = None, seed: int = 0
 ) -> Restored:
-    """Reads the weights straight onto a mesh, float32; the host copies one tensor at a time.
+    """Reads the weights straight onto a mesh, float32; the host holds two tensors at a time.
 
     Args:
       mesh: all devices by default, as `restoring.restore`.
@@ -98,8 +96,7 @@ def load(
     """
     check_head(source)
     flat = shapes(source, mesh)
-    threads = min(8, os.cpu_count() or 1)
-    with ThreadPoolExecutor(threads) as pool:
+    with ThreadPoolExecutor() as pool:
         programs = {
             form: pool.submit(compiled, flat[piece.weight.name], *form)
             for form, piece in {placing(source, piece): piece for piece in source.pieces}.items()
@@ -109,12 +106,12 @@ def load(
         places: dict[str, list[Counterpart]] = {}
         for piece in source.pieces:
             places.setdefault(piece.name, []).append(piece)
-        tensors = ahead(pool, source.tensors.read, places, threads)
-        for pieces, tensor in zip(places.values(), tensors, strict=True):
-            for piece in pieces:
+        for name, tensor in ahead(pool, source.tensors.read, places):
+            for piece in places[name]:
                 key, place = piece.weight.name, programs[placing(source, piece)].result()
                 # Waiting bounds the copies that are on their way to a device.
                 arrays[key] = jax.block_until_ready(place(arrays[key], tensor, starts(piece)))
+            del tensor  # the next but one is read from here on
     model = Transformer(source.config.model)
     return Restored(model, _variables(arrays), source.files.tokenizer, source.config)
 
@@ -167,17 +164,16 @@ def initial(
     return jax.jit(made, out_shardings={n: shape.sharding for n, shape in wanted.items()})()
 
 
-def ahead(
-    pool: Executor, function: Callable[[T], R], items: Iterable[T], number: int
-) -> Iterator[R]:
-    """Yields what a function returns for each item, in order, while it runs for the next ones."""
-    running: collections.deque[Any] = collections.deque()
+def ahead(pool: Executor, function: Callable[[T], R], items: Iterable[T]) -> Iterator[tuple[T, R]]:
+    """Yields each item with what a function returns for it, which runs for the next one already."""
+    running: tuple[T, Future[R]] | None = None
     for item in items:
-        running.append(pool.submit(function, item))
-        if len(running) > number:
-            yield running.popleft().result()
-    while running:
-        yield running.popleft().result()
+        following = item, pool.submit(function, item)
+        if running:
+            yield running[0], running[1].result()
+        running = following
+    if running:
+        yield running[0], running[1].result()
 
 
 class Placing(NamedTuple):

@@ -5,8 +5,10 @@ A tensor is a view of its file, which is mapped: the system can drop its pages.
 
 import json
 import math
+import os
 import re
 from collections.abc import Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
 import ml_dtypes
@@ -23,6 +25,7 @@ SINGLE = 'model.safetensors'
 INDEX = 'model.safetensors.index.json'
 DTYPES = {'F32': np.float32, 'F16': np.float16, 'BF16': ml_dtypes.bfloat16}
 BLOCK = 2**18  # values that a cache holds
+THREADS = min(8, os.cpu_count() or 1)  # that read a tensor, each some of its pages
 # Tables that old checkpoints carry, which follow from config.json.
 IGNORED = re.compile(r'model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq')
 
@@ -152,8 +155,15 @@ def is_finite(x: np.ndarray) -> bool:
     """True if a tensor has neither NaN nor infinity, which bits tell in a third of the time."""
     bits = x.reshape(-1).view(f'u{x.itemsize}')
     infinity = int(np.array(np.inf, x.dtype).view(bits.dtype)) << 1  # without the sign
-    blocks = (bits[i : i + BLOCK] << 1 for i in range(0, bits.size, BLOCK))
-    return all(int(block.max()) < infinity for block in blocks)
+
+    def below(part: np.ndarray) -> bool:
+        blocks = (part[i : i + BLOCK] << 1 for i in range(0, part.size, BLOCK))
+        return all(int(block.max()) < infinity for block in blocks)
+
+    if bits.size <= BLOCK:
+        return below(bits)
+    with ThreadPoolExecutor(THREADS) as pool:
+        return all(pool.map(below, np.array_split(bits, THREADS)))
 
 
 def shards(
