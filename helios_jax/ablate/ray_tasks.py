@@ -98,6 +98,7 @@ def submit(share: Share, arguments: Sequence[str], log: str) -> 'RayRun':
     """
     import ray
 
+    Path(stop_file(log)).unlink(missing_ok=True)  # of a study that was killed while it stopped
     options = {'num_cpus': share.cpus, 'num_gpus': share.gpus, 'max_retries': 0}
     task = ray.remote(run_python).options(**options)
     return RayRun(task.remote(arguments, log, os.getcwd()), log)
@@ -118,18 +119,17 @@ class RayRun:
             try:
                 self.returncode = ray.get(self._reference)
             except ray.exceptions.TaskCancelledError:
-                self.returncode = -signal.SIGTERM
+                self.returncode = -signal.SIGKILL
             except ray.exceptions.RayError as error:
                 self.returncode = 1
                 with open(self._log, 'a') as file:
                     file.write(f'\nhelios: Ray lost the run: {_first_line(error)}\n')
+            Path(stop_file(self._log)).unlink(missing_ok=True)
         return self.returncode
 
     def terminate(self) -> None:
-        """Asks the run to save and stop."""
-        import ray
-
-        ray.cancel(self._reference)
+        """Asks the run to save and stop, by a file: `ray.cancel` may pass by a task that starts."""
+        Path(stop_file(self._log)).touch()
 
     def kill(self) -> None:
         import ray
@@ -137,13 +137,22 @@ class RayRun:
         ray.cancel(self._reference, force=True)
 
 
+def stop_file(log: str) -> str:
+    """Names the file that asks the run of this log to stop."""
+    return f'{log}.stop'
+
+
 def run_python(arguments: Sequence[str], log: str, directory: str) -> int:
     """Runs a Python process on a node, as a task; returns its exit code.
+
+    It gets SIGTERM once there is a `stop_file`, and does not start where there is one already.
 
     Args:
       log: file that its output is added to.
       directory: that it starts in; the study's, so that a relative path means the same.
     """
+    if os.path.exists(stop_file(log)):
+        return -signal.SIGTERM
     with open(log, 'ab') as file:
         process = subprocess.Popen(
             [sys.executable, *arguments],
@@ -154,9 +163,8 @@ def run_python(arguments: Sequence[str], log: str, directory: str) -> int:
             start_new_session=True,
         )
     try:
-        while process.poll() is None:
-            time.sleep(POLL_SECONDS)  # ray.cancel interrupts between two instructions alone
-    except KeyboardInterrupt:
+        while process.poll() is None and not os.path.exists(stop_file(log)):
+            time.sleep(POLL_SECONDS)
         process.terminate()
         process.wait()
     finally:
