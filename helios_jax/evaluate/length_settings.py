@@ -19,9 +19,13 @@ METHODS: dict[str, Callable[[float], dict[str, Any]]] = {
 
 def stretched(cfg: config.Config, method: str, length: int) -> config.Config:
     """Returns a resolved config that stretches positions to rows of `length` tokens."""
-    factor = max(1.0, length / cfg.model.rope.trained_length)
-    rope = {'attention_factor': 0.0} | METHODS[method](factor)  # the m of another factor is wrong
-    return config.replace(cfg, {f'model.rope.{name}': value for name, value in rope.items()})
+    trained = cfg.model.rope.trained_length
+    rope = METHODS[method](max(1.0, length / trained))
+    rope |= {'attention_factor': 0.0}  # the m of another factor is wrong
+    changes: dict[str, Any] = {f'model.rope.{name}': value for name, value in rope.items()}
+    # Rows that static YaRN was trained on may be longer: no other scaling is to be trained on them.
+    changes['data.row_length'] = min(cfg.data.row_length, trained)
+    return config.replace(cfg, changes)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -143,6 +143,16 @@ def test_a_model_that_is_right_has_all_and_one_that_never_is_has_nothing(
         assert (less.shape[0] < 0.6 * png.shape[0]) == (len(left_out) == 2)
 
 
+@pytest.mark.parametrize('method', METHODS)
+def test_a_model_that_learnt_longer_rows_with_static_yarn_is_stretched_by_every_method(method):
+    made = tiny_restored.restored()
+    rope = {'model.rope.scaling': 'static', 'model.rope.factor': 4.0, 'data.row_length': 4 * 64}
+    learnt = made._replace(config=config.replace(made.config, rope))
+    found = lengths.stretched(learnt, method, 320).model.model.rope
+    assert found == lengths.stretched(made, method, 320).model.model.rope
+    assert found.trained_length == 64
+
+
 @pytest.mark.slow
 def test_prompts_of_a_batch_are_continued_as_each_by_itself():
     made = tiny_restored.restored()
