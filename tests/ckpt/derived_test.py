@@ -20,6 +20,7 @@ from helios_jax.train import resume
 pytestmark = pytest.mark.usefixtures('quick_compilation')
 
 
+@pytest.mark.slow
 def test_an_average_is_the_float64_mean_rounded_once(original, tmp_path):
     before = entries(original)
     new = tmp_path / 'mean'

@@ -170,7 +170,7 @@ def test_the_networks_layers_read_the_averages():
 @pytest.mark.parametrize(
     ('form', 'gmu'),
     [
-        (FORMS[0], config.GMU()),
+        pytest.param(FORMS[0], config.GMU(), marks=pytest.mark.slow),
         *(pytest.param(form, RESIDUAL, marks=pytest.mark.long) for form in FORMS[1:]),
     ],
     ids=['convex', *map(str, FORMS[1:])],

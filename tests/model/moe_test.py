@@ -112,8 +112,7 @@ def objective(y, stats, real):
 @pytest.mark.parametrize(
     'case',
     [
-        'top_one_sigmoid',
-        *(pytest.param(name, marks=pytest.mark.slow) for name in SLOW),
+        *(pytest.param(name, marks=pytest.mark.slow) for name in ('top_one_sigmoid', *SLOW)),
         # What the first of these has together.
         *(pytest.param(name, marks=pytest.mark.long) for name in ('tight', 'sigmoid', 'shared')),
     ],

@@ -44,6 +44,7 @@ def test_slots_and_sources_are_inverse_and_sorted_by_expert(chosen, capacity):
         np.testing.assert_array_equal(slots, pairs)
 
 
+@pytest.mark.slow
 @settings(max_examples=10)
 @given(choices, st.sampled_from([0, 2]))
 def test_dispatch_and_combine_are_indexing_with_its_gradient(chosen, capacity):
