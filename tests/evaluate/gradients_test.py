@@ -167,7 +167,7 @@ def test_a_memory_policy_changes_no_figure(policy):
             assert row[name] == pytest.approx(expected[name], rel=1e-5)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_mesh_changes_no_figure():
     """Rows, tokens, weights and experts are spread over eight devices."""
     model = dataclasses.replace(MIXED, moe=dataclasses.replace(MIXED.moe, num_experts=4))

@@ -109,7 +109,12 @@ def trained(cfg: config.Config, sizes, num_devices):
     [
         pytest.param('dense', {}, {}, 'cpu', id='device'),
         pytest.param(
-            'moe', {**ON_HOST, 'train.microbatches': 2}, {'fsdp': 2, 'expert': 4}, 'cpu', id='host'
+            'moe',
+            {**ON_HOST, 'train.microbatches': 2},
+            {'fsdp': 2, 'expert': 4},
+            'cpu',
+            id='host',
+            marks=pytest.mark.long,
         ),
         pytest.param('dense', MOMENTS_ON_HOST, {}, 'gpu', id='programs', marks=pytest.mark.long),
     ],

@@ -379,7 +379,7 @@ def test_the_chat_template_of_a_run_travels_with_it_and_must_not_change(small, t
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize('method', ['yarn', 'none'])
+@pytest.mark.parametrize('method', ['yarn', pytest.param('none', marks=pytest.mark.long)])
 def test_longer_rows_are_scored_as_the_restored_model_scores_them(method, tmp_path, small):
     settings = {'train.long_length': 80, 'train.long_method': method, 'train.num_steps': 2}
     cfg = config.replace(small, settings | {'train.ema': 0.5})
