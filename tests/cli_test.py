@@ -119,7 +119,7 @@ def test_explain_prints_every_setting_or_those_that_are_named(capsys):
     cli.main(['explain'])
     lines = capsys.readouterr().out.splitlines()
     described = config.describe()
-    assert len(lines) == 2 * len(described) < 250
+    assert len(lines) == 2 * len(described) < 240
     assert lines[::2] == [f'{name} = {default}' for name, (default, _) in described.items()]
     assert all(line.startswith('    ') and line.strip() for line in lines[1::2])
     cli.main(['explain', 'model.gmu'])

@@ -114,7 +114,7 @@ def test_every_field_is_explained_in_one_line_and_there_are_few():
     count = sum(
         not dataclasses.is_dataclass(f.type) for s in sections() for f in dataclasses.fields(s)
     )
-    assert len(described) == count < 125
+    assert len(described) == count < 120
     for name, (_, comment) in described.items():
         assert comment.strip() and '\n' not in comment, name
     assert dict(defaults()).keys() == described.keys()
@@ -147,19 +147,6 @@ def test_a_comment_is_that_of_its_fields_last_line_whatever_the_field_holds():
         ({'model': {'num_layers': 'four'}}, r"config\.model\.num_layers='four' .* int"),
         ({'model': {'num_layers': 4.0}}, r'config\.model\.num_layers=4\.0 .* int'),
         ({'train': {'tensorboard': 1}}, r'config\.train\.tensorboard=1 .* bool'),
-        (
-            {'train': {'long_length': 60}, 'data': {'row_length': 64}},
-            r'train\.long_length=60 must exceed data\.row_length=64',
-        ),
-        ({'train': {'long_method': 'yarm'}}, r"train\.long_method='yarm' .* 'yarn'\?"),
-        (
-            {
-                'train': {'long_length': 99},
-                'data': {'row_length': 64},
-                'model': {'rope': {'scaling': 'static', 'factor': 4.0, 'trained_length': 16}},
-            },
-            r'train\.long_method=dynamic reads .*trained_length=16, but .*=64; take yarn',
-        ),
         ({'model': 3}, r'config\.model must be a mapping'),
         ({'train': {'num_steps': True}}, r'config\.train\.num_steps=True .* int'),
     ],

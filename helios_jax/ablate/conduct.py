@@ -45,13 +45,10 @@ def conduct(
         process conducts it; text that cannot be used. All before anything runs.
       KeyboardInterrupt: after SIGINT or SIGTERM, once every run has saved.
     """
-    made = design.configs
     with lock.hold(epath.Path(workdir)) as held:
         definition.require_same(design, workdir)
-        for cfg in {(c.data, c.train.long_length): c for c in made.values()}.values():
-            tokenizer = loaded(cfg.data)
-            pipeline.prepare(cfg.data, tokenizer)
-            pipeline.longer(cfg, tokenizer)
+        for data in dict.fromkeys(cfg.data for cfg in design.configs.values()):
+            pipeline.prepare(data, loaded(data))
         held.begin()
         definition.write(design, workdir)
         budget = runs.Budget(budget_minutes, workers)

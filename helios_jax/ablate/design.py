@@ -8,7 +8,7 @@ from typing import Any
 
 from helios_jax import config
 from helios_jax.ablate.records import Arm
-from helios_jax.ablate.study import LONG, Study
+from helios_jax.ablate.study import Study
 from helios_jax.arch import flops, weights
 from helios_jax.errors import UserError, nearest, require
 
@@ -49,7 +49,7 @@ def design(name: str, study: Study, base: config.Config, seeds: int) -> Design:
       base: the study's config, with every override.
     Raises:
       UserError: an arm that sets an unknown field or a value that is refused, naming the arm; one
-        that sets the seed; two arms that are the same; one that does not report the metric.
+        that sets the seed; two arms that are the same.
     """
     configs: dict[str, config.Config] = {}
     for arm, values in study.arms.items():
@@ -65,10 +65,6 @@ def design(name: str, study: Study, base: config.Config, seeds: int) -> Design:
         require(
             not like,
             f'arms {like!r} and {arm!r} are the same config; change a setting, or drop one.',
-        )
-        require(
-            study.metric != LONG or made.train.long_length > 0,
-            f'arm {arm!r} reports no {LONG}, which the study compares; set train.long_length.',
         )
         configs[arm] = made
     return Design(name, study, base, seeds, configs)

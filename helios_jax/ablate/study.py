@@ -14,8 +14,7 @@ from typing import Any
 from helios_jax import options
 from helios_jax.errors import nearest, one_of, require
 
-LONG = 'eval/long_bits_per_byte'  # of runs with train.long_length
-METRICS = ('eval/bits_per_byte', 'eval/loss', 'eval/perplexity', LONG)  # lower is better
+METRICS = ('eval/bits_per_byte', 'eval/loss', 'eval/perplexity')  # of every run; lower is better
 EQUAL = ('tokens', 'parameters', 'flops')
 RATE = 'optimizer.learning_rate'
 SEARCH_SEED = 1000  # added to the first seed: the search's run is none of the comparison's

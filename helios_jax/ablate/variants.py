@@ -92,7 +92,13 @@ def failure(variant: Variant) -> str:
 def command(variant: Variant, base: str) -> list[str]:
     """Arguments of `helios` that train the variant: what differs from the config `base`."""
     changes = options.overrides(options.load_config(base), variant.config)
-    return ['train', f'--config={base}', f'--workdir={variant.directory}', *changes]
+    return [
+        'train',
+        f'--config={base}',
+        f'--workdir={variant.directory}',
+        '--layer_gradients',
+        *changes,
+    ]
 
 
 def is_open(variant: Variant) -> bool:

@@ -84,16 +84,11 @@ def check_batch(cfg: config.Config, mesh: Any) -> None:
     label = f'batch of one microbatch (train.batch_rows={cfg.train.batch_rows})'
     check(label, (rows, cfg.data.row_length), ('batch', 'length'), mesh)
     halves = 2 * mesh.shape['context']
-    lengths = {
-        'data.row_length': cfg.data.row_length,
-        'train.long_length': cfg.train.long_length,
-    }
-    for name, length in lengths.items():
-        require(
-            halves == 2 or length % halves == 0,
-            f'{name}={length} must be a multiple of {halves}, twice mesh.context: each device '
-            'takes two blocks of a row.',
-        )
+    require(
+        halves == 2 or cfg.data.row_length % halves == 0,
+        f'data.row_length={cfg.data.row_length} must be a multiple of {halves}, twice '
+        'mesh.context: each device takes two blocks of a row.',
+    )
     check_parts(cfg, mesh)
 
 

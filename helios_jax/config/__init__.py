@@ -67,18 +67,6 @@ class Config:
             f'tokens, more than trained_length={rope.trained_length}; use static to train at this '
             'length.',
         )
-        long, length = self.train.long_length, self.data.row_length
-        require(
-            long == 0 or long > length,
-            f'train.long_length={long} must exceed data.row_length={length}, or be 0 (none).',
-        )
-        grows = long > 0 and self.train.long_method in ('ntk', 'dynamic')
-        require(
-            not grows or length <= (rope.trained_length or math.inf),
-            f'train.long_method={self.train.long_method} reads what learnt rows of at most '
-            f'model.rope.trained_length={rope.trained_length}, but data.row_length={length}; take '
-            'yarn.',
-        )
 
     def resolve(self, vocab_size: int) -> 'Config':
         """Fills what depends on other settings: V from the tokenizer, L_train from the rows."""

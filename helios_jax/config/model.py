@@ -10,8 +10,6 @@ from helios_jax.errors import at_least_zero, one_of, positive, require
 MOST_LAYERS = 10_000  # far above any model: what lies beyond is a typing error
 LAYER_KINDS = ('dense', 'moe', 'dense_window', 'moe_window')
 SCALINGS = ('none', 'static', 'dynamic', 'linear', 'llama3', 'ntk')
-# Ways of stretching positions to longer rows; evaluate/length_settings has a row for each.
-STRETCHINGS = ('none', 'pi', 'ntk', 'yarn', 'dynamic')
 ATTENTION = ('tpu', 'cudnn', 'reference')  # kernels/attention has a row for each
 
 

@@ -3,7 +3,6 @@
 import dataclasses
 from typing import Any
 
-from helios_jax.config.model import STRETCHINGS
 from helios_jax.errors import at_least_zero, fraction, one_of, positive, require
 
 # What a saved activation becomes, and those that keep every bit.
@@ -79,9 +78,6 @@ class Train:
     log_every: int = 10  # steps between metric lines
     eval_every: int = 200  # steps between evaluations; 0: at the end only
     eval_rows: int = 256  # rows of one evaluation; 0 takes all
-    long_length: int = 0  # tokens of longer held-out rows, which are scored as well; 0: none
-    long_method: str = 'dynamic'  # how positions stretch to them: none | pi | ntk | yarn | dynamic
-    layer_gradients: bool = True  # compute each layer's gradient at the end, for the report
     checkpoint_every: int = 200  # steps between checkpoints; 0: at the end only
     keep_checkpoints: int = 3  # the latest ones; the best is kept besides
     profile_steps: int = 0  # steps to profile, from the tenth on
@@ -100,7 +96,6 @@ class Train:
         at_least_zero(
             'train', self, 'eval_every', 'eval_rows', 'checkpoint_every', 'profile_steps', 'z_loss'
         )
-        one_of('train.long_method', self.long_method, STRETCHINGS)
         require(
             0 <= self.ema < 1,
             f'train.ema={self.ema} must be 0 (off) or a decay below 1, such as 0.999.',

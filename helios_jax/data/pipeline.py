@@ -69,18 +69,6 @@ def prepare(data: config.Data, tokenizer: Tokenizer, *, rebuild: bool = False) -
     return Prepared(**mixtures)
 
 
-def longer(cfg: config.Config, tokenizer: Tokenizer) -> Mixture | None:
-    """Packs the held-out split into rows of `train.long_length` tokens; None where that is 0.
-
-    Raises:
-      UserError: as `prepare` says.
-    """
-    if not cfg.train.long_length:
-        return None
-    data = dataclasses.replace(cfg.data, row_length=cfg.train.long_length)
-    return _mixtures(data.corpus, data, tokenizer, ['validation'], rebuild=False)['validation']
-
-
 def from_text(pattern: str, data: config.Data, tokenizer: Tokenizer) -> Mixture:
     """Packs every document of a corpus (such as a glob) as `data` says; none is held out.
 

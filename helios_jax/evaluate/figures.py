@@ -15,7 +15,6 @@ class Style(NamedTuple):
 FINAL = {
     'bits_per_byte': Style('held-out text', '{:.4f}', 'bits/byte'),
     'trained_bits_per_byte': Style('held-out text, trained weights', '{:.4f}', 'bits/byte'),
-    'long_bits_per_byte': Style('held-out text in longer rows', '{:.4f}', 'bits/byte'),
     'lost_fraction': Style('left out: bytes that the tokenizer loses', '{:.2%}'),
     'gzip_bits_per_byte': Style('gzip -9 on it', '{:.4f}', 'bits/byte'),
     'order0_bits_per_byte': Style('byte frequencies on it', '{:.4f}', 'bits/byte'),
@@ -35,7 +34,6 @@ STEP = {
     'loss': 'loss {:.4f}',
     'eval/loss': 'held-out loss {:.4f} nats/token',
     'eval/bits_per_byte': '{:.4f} bits/byte',
-    'eval/long_bits_per_byte': '{:.4f} in longer rows',
     'eval/lost_fraction': '(without the {:.2%} of bytes that the tokenizer loses)',
     'learning_rate': 'lr {:.2e}',
     'gradient_norm': 'grad {:.3g}',

@@ -1,10 +1,9 @@
-"""Settings of an evaluation at longer rows than the trained ones, without JAX."""
+"""Settings of an evaluation at several lengths (lengths.py), without JAX."""
 
 import dataclasses
 from collections.abc import Callable
 from typing import Any
 
-from helios_jax import config
 from helios_jax.errors import one_of, require
 
 # Settings of model.rope for rows that are s times as long as the trained length, 1 or more.
@@ -15,17 +14,6 @@ METHODS: dict[str, Callable[[float], dict[str, Any]]] = {
     'yarn': lambda s: {'scaling': 'static', 'factor': s},
     'dynamic': lambda s: {'scaling': 'dynamic', 'factor': 1.0},
 }
-
-
-def stretched(cfg: config.Config, method: str, length: int) -> config.Config:
-    """Returns a resolved config that stretches positions to rows of `length` tokens."""
-    trained = cfg.model.rope.trained_length
-    rope = METHODS[method](max(1.0, length / trained))
-    rope |= {'attention_factor': 0.0}  # the m of another factor is wrong
-    changes: dict[str, Any] = {f'model.rope.{name}': value for name, value in rope.items()}
-    # Rows that static YaRN was trained on may be longer: no other scaling is to be trained on them.
-    changes['data.row_length'] = min(cfg.data.row_length, trained)
-    return config.replace(cfg, changes)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -13,14 +13,14 @@ from typing import Any
 
 from etils import epath
 
-from helios_jax import display
+from helios_jax import config, display
 from helios_jax.data import corpora
 from helios_jax.data.lossy import Encoded
 from helios_jax.errors import UserError, require
-from helios_jax.evaluate import length_settings, responses
+from helios_jax.evaluate import responses
 from helios_jax.evaluate.generate import continued
 from helios_jax.evaluate.held_out import split
-from helios_jax.evaluate.length_settings import Lengths
+from helios_jax.evaluate.length_settings import METHODS, Lengths
 from helios_jax.evaluate.passkey import passkey
 from helios_jax.evaluate.prompts import Prompt, Puzzle, accuracy, fit
 from helios_jax.evaluate.ruler import TASKS
@@ -87,7 +87,13 @@ def measure(
 
 def stretched(restored: Restored, method: str, length: int) -> Restored:
     """Returns the model with the positions of one of METHODS, for rows of `length` tokens."""
-    cfg = length_settings.stretched(restored.config, method, length)
+    trained = restored.model.model.rope.trained_length
+    rope = METHODS[method](max(1.0, length / trained))
+    rope |= {'attention_factor': 0.0}  # the m of another factor is wrong
+    changes: dict[str, Any] = {f'model.rope.{name}': value for name, value in rope.items()}
+    # Rows that static YaRN was trained on may be longer: no other scaling is to be trained on them.
+    changes['data.row_length'] = min(restored.config.data.row_length, trained)
+    cfg = config.replace(restored.config, changes)
     return restored._replace(model=Transformer(cfg.model), config=cfg)
 
 

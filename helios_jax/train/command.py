@@ -22,6 +22,8 @@ def train_command(
     flags.DEFINE_string('workdir', '', 'Directory that the run is kept in.', flag_values=values)
     flags.DEFINE_bool('dry_run', False, 'Describe the run and touch nothing.', flag_values=values)
     flags.DEFINE_integer('num_devices', 1, 'Devices that --dry_run assumes.', flag_values=values)
+    text = "Report each layer's gradient at the end, too."
+    flags.DEFINE_bool('layer_gradients', False, text, flag_values=values)
     cfg = options.parse_config(values, argv)
     if values.dry_run:
         dry_run(cfg, values.num_devices)
@@ -34,7 +36,7 @@ def train_command(
     cluster.start()
     from helios_jax.train import loop
 
-    loop.train(with_policy(cfg), values.workdir)
+    loop.train(with_policy(cfg), values.workdir, layer_gradients=values.layer_gradients)
 
 
 def dry_run(cfg: config.Config, num_devices: int) -> None:

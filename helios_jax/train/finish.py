@@ -11,13 +11,11 @@ import rich.text
 from etils import epath
 from jaxtyping import PyTree
 
-from helios_jax import config, display
+from helios_jax import display
 from helios_jax.arch import rules
 from helios_jax.data import baselines, pipeline
-from helios_jax.data.rows import Mixture
 from helios_jax.evaluate import figures, gradients, sublayers
 from helios_jax.evaluate.generate import generate
-from helios_jax.evaluate.length_settings import stretched
 from helios_jax.evaluate.perplexity import evaluate
 from helios_jax.model.transformer import Transformer
 from helios_jax.parallel import sharding
@@ -30,7 +28,7 @@ SAMPLE_TOKENS = 400
 
 
 def score(run: Run, state: states.TrainState) -> dict[str, float]:
-    """Computes held-out loss and bits per byte; in longer rows too, if the config asks for them.
+    """Computes held-out loss and bits per byte.
 
     Of the running average where there is one, as `helios eval` does; those of the parameters
     themselves stand beside them, as `trained_loss` and `trained_bits_per_byte`.
@@ -43,39 +41,19 @@ def score(run: Run, state: states.TrainState) -> dict[str, float]:
 
 
 def _score(run: Run, variables: PyTree) -> dict[str, float]:
-    cfg, validation = run.config, run.data.validation
-    found = _score_rows(run, cfg.model, variables, validation, cfg.train.batch_rows)
-    if run.longer:
-        length = cfg.train.long_length
-        model = stretched(cfg, cfg.train.long_method, length).model
-        batch_rows = _shared(run, cfg.train.batch_rows * cfg.data.row_length // length)
-        longer = _score_rows(run, model, variables, run.longer, batch_rows)
-        found['long_bits_per_byte'] = longer['bits_per_byte']
-    return found
-
-
-def _score_rows(
-    run: Run, model: config.Model, variables: PyTree, mixture: Mixture, batch_rows: int
-) -> dict[str, float]:
-    """Scores rows of as much text as `train.eval_rows` rows of training have."""
     cfg = run.config
-    num_rows = -(-cfg.train.eval_rows * cfg.data.row_length // mixture.row_length)
-    batches = pipeline.eval_batches(mixture, batch_rows=batch_rows, num_rows=num_rows)
     rows = sharding.sharding(run.setup.mesh, ('batch', 'length'))
+    batches = pipeline.eval_batches(
+        run.data.validation, batch_rows=cfg.train.batch_rows, num_rows=cfg.train.eval_rows
+    )
     return evaluate(
-        Transformer(model),
+        Transformer(cfg.model),
         variables,
         (pipeline.to_global(batch, rows) for batch in batches),
         eos_id=run.tokenizer.eos_id,
         documents_apart=cfg.data.documents_apart,
-        lost_fraction=mixture.lost_fraction,
+        lost_fraction=run.data.validation.lost_fraction,
     )
-
-
-def _shared(run: Run, num_rows: int) -> int:
-    """Rounds rows up to a number, above 0, that devices and processes share evenly."""
-    share = math.lcm(rules.shards(run.setup.mesh, 'batch'), jax.process_count())
-    return max(1, -(-num_rows // share)) * share
 
 
 def write_report(run: Run, state: states.TrainState, held_out: dict[str, float]) -> None:
@@ -117,20 +95,20 @@ def write_report(run: Run, state: states.TrainState, held_out: dict[str, float])
 def observe(run: Run, state: states.TrainState) -> dict[str, Any]:
     """Computes figures of sublayers on the fewest held-out rows that devices and processes share.
 
-    They are those of `sublayers.figures`, and of `gradients.figures` beside them unless
-    train.layer_gradients is off. Means over a row's tokens and channels are exact enough to draw.
+    They are those of `sublayers.figures`, and of `gradients.figures` beside them if the run
+    was asked for them. Means over a row's tokens and channels are exact enough to draw.
     Rows are whole, as in training: a kernel may refuse shorter ones. That is at most a batch of
     `score`, and of a step.
     """
     cfg, mesh = run.config, run.setup.mesh
-    num_rows = _shared(run, 1)
+    num_rows = math.lcm(rules.shards(mesh, 'batch'), jax.process_count())
     validation = run.data.validation
     batch = next(pipeline.eval_batches(validation, batch_rows=num_rows, num_rows=num_rows))
     batch = pipeline.to_global(batch, sharding.sharding(mesh, ('batch', 'length')))
     given = readable(run, state, ema=bool(cfg.train.ema)), batch
     model = Transformer(cfg.model, cfg.memory)
     observed = sublayers.figures(model, *given, documents_apart=cfg.data.documents_apart)
-    if not cfg.train.layer_gradients:
+    if not run.layer_gradients:
         return observed
     options = compiler_options_of(cfg, jax.local_devices()[0], mesh.size)
     found = gradients.figures(

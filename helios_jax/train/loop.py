@@ -32,12 +32,16 @@ from helios_jax.train.step import compile_step, few_documents
 log = logging.getLogger(__name__)
 
 
-def train(cfg: config.Config, workdir: epath.PathLike) -> dict[str, float]:
+def train(
+    cfg: config.Config, workdir: epath.PathLike, *, layer_gradients: bool = False
+) -> dict[str, float]:
     """Trains to the end, or until told to stop, and returns the last held-out metrics.
 
     SIGTERM or SIGINT finishes the step, saves and returns what there is ({} before the first
     evaluation).
 
+    Args:
+      layer_gradients: compute each layer's gradient at the end, for the report.
     Raises:
       UserError: anything in config, data or workdir that cannot be used, before any compute; a loss
         that is no longer finite, with every checkpoint left intact.
@@ -59,17 +63,15 @@ def train(cfg: config.Config, workdir: epath.PathLike) -> dict[str, float]:
         own = resume.own_step(workdir, cfg, resume.ITEMS)
         with agreement.together() as facts:
             data = pipeline.prepare(cfg.data, tokenizer)
-            longer = pipeline.longer(cfg, tokenizer)
             facts['training data'] = data.train.fingerprint
             facts['validation data'] = data.validation.fingerprint
-            facts['longer validation data'] = longer.fingerprint if longer else ''
         if own:
             resume.require_same_data(workdir, cfg, data, own)
         checkpoints = checkpoint.Checkpoints(
             workdir / 'checkpoints', keep=cfg.train.keep_checkpoints
         )
         stack.enter_context(contextlib.closing(checkpoints))
-        run = Run(workdir, setup, tokenizer, data, longer, checkpoints, held)
+        run = Run(workdir, setup, tokenizer, data, checkpoints, held, layer_gradients)
         stop = stack.enter_context(cluster.stop_on_signals())
         state, samples = resume.initial_state(setup, own, parent)
         state, held_out = run_steps(run, state, samples, stop)

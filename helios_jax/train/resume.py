@@ -26,7 +26,6 @@ ITEMS = ('params', 'optimizer', 'router', 'ema')  # the items of the state in a 
 # rounding and for num_steps, where the learning rate's schedule ends.
 FREE_TO_CHANGE = (
     'train.num_steps', 'train.log_every', 'train.eval_every', 'train.eval_rows',
-    'train.long_length', 'train.long_method', 'train.layer_gradients',
     'train.checkpoint_every', 'train.keep_checkpoints', 'train.profile_steps', 'train.tensorboard',
     'train.compilation_cache', 'train.compiler_options', 'train.microbatches', 'train.init_from',
     'mesh.', 'memory.', 'data.cache_dir', 'data.num_workers', 'data.tokenizer',

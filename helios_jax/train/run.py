@@ -17,7 +17,6 @@ from jaxtyping import PyTree
 from helios_jax import checkpoint, config
 from helios_jax.data import chat_template, pipeline
 from helios_jax.data import tokenizer as tokenizers
-from helios_jax.data.rows import Mixture
 from helios_jax.train import lock, report, update
 from helios_jax.train import state as states
 
@@ -40,9 +39,9 @@ class Run:
     setup: states.Setup
     tokenizer: tokenizers.Tokenizer
     data: pipeline.Prepared
-    longer: Mixture | None  # the held-out split in rows of train.long_length
     checkpoints: checkpoint.Checkpoints
     lock: lock.Lock
+    layer_gradients: bool = False  # compute each layer's gradient at the end, for the report
 
     @property
     def config(self) -> config.Config:

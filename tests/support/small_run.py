@@ -35,7 +35,7 @@ def make_config(root: Path) -> config.Config:
         optimizer=config.Optimizer(learning_rate=1e-2, warmup_steps=3),
         train=config.Train(
             num_steps=30, batch_rows=8, log_every=1, eval_every=7, eval_rows=11,
-            checkpoint_every=5, tensorboard=False, compilation_cache='', layer_gradients=False,
+            checkpoint_every=5, tensorboard=False, compilation_cache='',
         ),
         memory=config.Memory(policy='none'),
     )  # fmt: skip

@@ -20,7 +20,6 @@ from helios_jax import checkpoint, config, restoring
 from helios_jax.checkpoint import manifest
 from helios_jax.data import pipeline
 from helios_jax.errors import UserError
-from helios_jax.evaluate import lengths
 from helios_jax.evaluate.held_out import held_out
 from helios_jax.train import lock, loop, resume
 from helios_jax.train import step as steps
@@ -379,25 +378,10 @@ def test_the_chat_template_of_a_run_travels_with_it_and_must_not_change(small, t
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize('method', ['yarn', pytest.param('none', marks=pytest.mark.long)])
-def test_longer_rows_are_scored_as_the_restored_model_scores_them(method, tmp_path, small):
-    settings = {'train.long_length': 80, 'train.long_method': method, 'train.num_steps': 2}
-    cfg = config.replace(small, settings | {'train.ema': 0.5})
-    figures = loop.train(cfg, tmp_path)
-    lines = [json.loads(line) for line in (tmp_path / 'metrics.jsonl').read_text().splitlines()]
-    assert lines[-1]['eval/long_bits_per_byte'] == figures['long_bits_per_byte']
-    longer = lengths.stretched(restoring.restore(tmp_path), method, 80)
-    num_rows = -(-cfg.train.eval_rows * cfg.data.row_length // 80)
-    found = held_out(longer, row_length=80, num_rows=num_rows)
-    assert figures['long_bits_per_byte'] == pytest.approx(found['bits_per_byte'], rel=1e-5)
-    assert figures['long_bits_per_byte'] != pytest.approx(figures['bits_per_byte'], rel=1e-3)
-
-
-@pytest.mark.slow
 def test_a_run_ends_with_the_gradients_of_its_layers(tmp_path, small):
     """Of the running average, with rows and weights over all devices, by the run's own policy."""
     settings = {'train.num_steps': 2, 'train.ema': 0.5, 'memory.policy': 'fp8'}
-    loop.train(config.replace(small, settings | {'train.layer_gradients': True}), tmp_path)
+    loop.train(config.replace(small, settings), tmp_path, layer_gradients=True)
     rows = json.loads((tmp_path / 'layers.json').read_text())['sublayers']
     assert [row['sublayer'] for row in rows] == ['attention', 'mlp'] * small.model.num_layers
     for name in ('stream_rms', 'stream_gradient', 'weights_gradient'):

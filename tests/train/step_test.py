@@ -277,12 +277,6 @@ def test_what_a_mesh_does_not_divide_is_refused_before_compiling(sizes, microbat
         states.create(dataclasses.replace(cfg, train=train), mesh_of(sizes, 8))
 
 
-def test_longer_rows_that_the_mesh_does_not_divide_are_refused_before_compiling():
-    cfg = config.replace(settings('moe'), {'train.long_length': 30})
-    with pytest.raises(UserError, match=r'train\.long_length=30 must be a multiple of 4'):
-        states.create(cfg, mesh_of({'context': 2, 'fsdp': 4}, 8))
-
-
 def test_documents_are_counted_where_a_gpu_would_wait_for_it(monkeypatch):
     packed = config.Data(packing='best_fit')
     batch = random_batch(0)._replace(segment_ids=np.array([[1, 1, 2, 0], [1, 2, 3, 4]]))
