@@ -41,8 +41,8 @@ def ablate_command(argv: Sequence[str]) -> None:
     text = "Arms to run beside the baseline, by commas; '': all of the study's."
     flags.DEFINE_list('arms', [], text, flag_values=values)
     flags.DEFINE_bool('interval', True, 'Intervals, which need two seeds.', flag_values=values)
-    text = 'Runs at a time; 0: one, or with ray all that the cluster holds.'
-    flags.DEFINE_integer('workers', 0, text, flag_values=values)
+    text = 'Runs at a time; without it one, with ray all that the cluster holds.'
+    flags.DEFINE_integer('workers', None, text, flag_values=values)
     text = 'What runs are: local processes; or ray, tasks on a Ray cluster.'
     flags.DEFINE_string('launcher', 'local', text, flag_values=values)
     text = 'Cluster for ray: HOST:PORT; auto: one here; local: one of its own.'
@@ -132,7 +132,8 @@ def check(values: flags.FlagValues, study: studies.Study) -> None:
         '://' not in workdir,
         f'--workdir={workdir}: a study is kept on a local disk; name a directory there.',
     )
-    require(values.workers >= 0, f'--workers={values.workers} must be 0 or more.')
+    workers: int | None = values.workers
+    require(workers is None or workers > 0, f'--workers={workers} must be above 0.')
     one_of('--launcher', values.launcher, LAUNCHERS)
     require(
         values.launcher == 'ray' or values.ray_address == ray_tasks.LOCAL,

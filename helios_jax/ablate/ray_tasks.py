@@ -49,7 +49,7 @@ class Share(NamedTuple):
 
 @contextlib.contextmanager
 def cluster(
-    address: str, base: str, configs: Sequence[config.Config], workdir: Path, workers: int
+    address: str, base: str, configs: Sequence[config.Config], workdir: Path, workers: int | None
 ) -> Iterator[tuple['Starter', int]]:
     """Joins a Ray cluster, or starts one on this machine; leaves or ends it afterwards.
 
@@ -58,7 +58,7 @@ def cluster(
       base: the config that the study's are variants of.
       configs: those of the study's runs.
       workdir: of the study; an absolute path.
-      workers: runs at a time; 0: as many as the cluster holds.
+      workers: runs at a time; None: as many as the cluster holds.
     Yields:
       A starter for `runs.run_groups`, and the number of runs at a time.
     Raises:
@@ -178,7 +178,7 @@ def mesh_devices(configs: Sequence[config.Config]) -> int:
     return max(math.prod(size for size in each if size > 0) for each in sizes)
 
 
-def divided(nodes: Sequence[Mapping[str, float]], workers: int, devices: int) -> Share:
+def divided(nodes: Sequence[Mapping[str, float]], workers: int | None, devices: int) -> Share:
     """Divides a cluster among runs.
 
     Where there are GPUs a run has as many as its mesh asks for, one by default, and so many runs
@@ -187,7 +187,7 @@ def divided(nodes: Sequence[Mapping[str, float]], workers: int, devices: int) ->
 
     Args:
       nodes: the resources of each, by Ray's names.
-      workers: runs at a time; 0: as many as the cluster holds.
+      workers: runs at a time; None: as many as the cluster holds.
       devices: that a run's mesh asks for.
     Raises:
       UserError: no node has that many GPUs, or a CPU.

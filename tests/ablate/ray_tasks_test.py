@@ -26,16 +26,16 @@ GPUS, CPUS = {'CPU': 24.0, 'GPU': 8.0, 'memory': 1e11}, {'CPU': 6.0}
 
 def test_a_run_has_the_gpus_of_its_mesh_or_a_share_of_the_cpus():
     divided = ray_tasks.divided
-    assert divided([GPUS, CPUS, {'CPU': 5.0, 'GPU': 3.0}], 0, 1) == (11, 1, 1)
-    assert divided([GPUS, CPUS, {'CPU': 5.0, 'GPU': 3.0}], 0, 2) == (5, 1, 2)
+    assert divided([GPUS, CPUS, {'CPU': 5.0, 'GPU': 3.0}], None, 1) == (11, 1, 1)
+    assert divided([GPUS, CPUS, {'CPU': 5.0, 'GPU': 3.0}], None, 2) == (5, 1, 2)
     assert divided([GPUS], 3, 2) == (3, 1, 2)
-    assert divided([CPUS, {'CPU': 10.0}, {}], 0, 4) == (2, 6, 0)  # a node each
+    assert divided([CPUS, {'CPU': 10.0}, {}], None, 4) == (2, 6, 0)  # a node each
     assert divided([CPUS, {'CPU': 10.0}], 5, 4) == (5, 2, 0)
     assert divided([CPUS], 7, 1) == (7, 1, 0)  # what finds no room waits in Ray's queue
     with pytest.raises(UserError, match=r'asks for 9 GPUs, and no node .* more than 8'):
-        divided([GPUS, CPUS], 0, 9)
+        divided([GPUS, CPUS], None, 9)
     with pytest.raises(UserError, match='no node of the Ray cluster has CPUs'):
-        divided([{'memory': 1e9}], 0, 1)
+        divided([{'memory': 1e9}], None, 1)
 
 
 def test_a_mesh_asks_for_the_axes_that_it_numbers():
