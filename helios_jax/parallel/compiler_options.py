@@ -73,6 +73,12 @@ OPTIONS = (
         )
     ),
     Option(
+        'xla_tpu_prefer_async_allgather_to_allreduce', True, TPUS, MODEL,
+        'A gather over many chips stays one. Otherwise each puts its part into zeros, and an '
+        'all-reduce that nothing goes on beside adds them up.',
+        'v5p:4x4x4 waits for 0.01 and not 34.0 GiB in its loops: 2.418 to 2.292 s',
+    ),
+    Option(
         f'{ON_SPARSE_CORES}_nd_reduce_scatter', True, ('v5e', 'v5p', 'v6e'), (STEP,),
         "A gradient's sum over all of a torus is a reduce-scatter, also on v5e's TensorCores, and "
         'not a sum that each device gets whole.',

@@ -123,7 +123,7 @@ def trained(cfg: config.Config, sizes: dict[str, int], num_devices: int):
         pytest.param('dense', LINEAR, {}, 1, marks=pytest.mark.slow),
         pytest.param('moe', LINEAR, SPLIT, 8, marks=pytest.mark.long),
         pytest.param('moe', MUON, {}, 1, marks=pytest.mark.long),
-        pytest.param('dense', MUON, {'fsdp': 4, 'tensor': 2}, 8, marks=pytest.mark.slow),
+        pytest.param('dense', MUON, {'fsdp': 4, 'tensor': 2}, 8, marks=pytest.mark.long),
     ],
     ids=['dense-adamw-1', 'moe-adamw-8', 'moe-muon-1', 'dense-muon-8'],
 )
