@@ -10,8 +10,11 @@ class UserError(ValueError):
 
 
 def nearest(name: str, names: Iterable[str]) -> str:
-    """Returns ` Did you mean 'x'?` for the closest of `names`, or an empty string."""
-    close = difflib.get_close_matches(name, list(names), n=1, cutoff=0.5)
+    """Returns ` Did you mean 'x'?` for the closest of `names`; '' if none is close or it is one."""
+    names = list(names)
+    if name in names:  # messages are written before it is known that they are needed
+        return ''
+    close = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
     return f' Did you mean {close[0]!r}?' if close else ''
 
 

@@ -8,6 +8,7 @@ readers of the schema and for users who ask, where `field(metadata=…)` would b
 
 import ast
 import dataclasses
+import functools
 import inspect
 import io
 import math
@@ -21,7 +22,7 @@ import ml_collections
 from helios_jax.config.gmu import GMU
 from helios_jax.config.model import Model, MoE, Rope
 from helios_jax.config.run import Actions, Data, Memory, Mesh, Optimizer, Train
-from helios_jax.errors import nearest, require, within_int32
+from helios_jax.errors import UserError, nearest, require, within_int32
 
 __all__ = [
     'GMU',
@@ -134,7 +135,8 @@ def from_dict(values: Any, cls: Any = Config, path: str = 'config') -> Any:
     Raises:
       UserError: a key that `cls` lacks (with the nearest name), or a value that it refuses.
     """
-    require(hasattr(values, 'items'), f'{path} must be a mapping, got {values!r}.')
+    if not hasattr(values, 'items'):  # a ConfigDict takes long to write
+        raise UserError(f'{path} must be a mapping, got {values!r}.')
     fields = {f.name: f for f in dataclasses.fields(cls)}
     built = {}
     for key, value in values.items():
@@ -162,6 +164,7 @@ def describe(cls: Any = Config, prefix: str = '') -> dict[str, tuple[str, str]]:
     return described
 
 
+@functools.cache
 def _comments(cls: Any) -> dict[str, str]:
     """Reads the comment at the end of each field's last line."""
     source = textwrap.dedent(inspect.getsource(cls))
