@@ -191,6 +191,7 @@ def run_groups(
                 budget.longest = max(budget.longest, run.end(stopped))
                 if held(run.variant) and not stopped:  # a run left behind was first
                     waiting.append(run.variant)
+                    left.append(run.variant)
                     continue
                 ended += 1
                 display.say(f'{run.variant.label}: {told(run.variant)} ({ended} of {total})')
