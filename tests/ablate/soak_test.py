@@ -45,7 +45,7 @@ if write.__name__ == 'write':
 """
 STEP = re.compile(r'steps (\d+) to \d+, each of|step (\d+)/\d+  loss')
 TIMED = ('speed-up in seconds', 'step')  # columns of the report
-NUMBER = re.compile(r'\d+(\.\d+)?(e[+-]?\d+)?')
+NUMBER = re.compile(r'\d+(\.\d+)?(e-\d+)?(?= ×| to |\)| s$)')  # not of '1 of 3 seeds'
 
 
 def ready(place: Place, pid: int, phase: str, how: str, draw: random.Random) -> Callable[[], bool]:
