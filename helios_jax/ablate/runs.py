@@ -130,7 +130,8 @@ class Running:
         """
         code = self.process.returncode
         ended = code in (0, 130, -signal.SIGINT, -signal.SIGTERM)
-        if not (stopped or ended or finished(self.variant) or held(self.variant)):
+        # Who held it may end in between: `finished` comes last.
+        if not (stopped or ended or held(self.variant) or finished(self.variant)):
             content = self._log.read_bytes()[self._logged :].decode(errors='replace')
             written = [line.strip() for line in content.splitlines() if line.strip()]
             ours = [line for line in written if line.startswith('helios: ')]
@@ -150,7 +151,8 @@ def run_groups(
 ) -> list[Sequence[Variant]]:
     """Runs what is neither done nor failed, `workers` at a time, each group whole or not at all.
 
-    A run that a killed study left behind is waited for.
+    Runs that a killed study left behind are waited for: until they end the workers' devices are
+    theirs.
 
     Args:
       starter: starts the process of a run, whose output goes to the file, for a worker (from 0).
@@ -164,6 +166,9 @@ def run_groups(
     waiting: list[Variant] = []
     running: list[Running] = []
     ended, stopped = 0, False
+    left = [variant for group in later for variant in group if held(variant)]
+    for variant in left:
+        display.say(f'{variant.label}: waiting for its process, which was there before')
     try:
         while waiting or later or running:
             if stop.signal and not stopped:
@@ -176,7 +181,8 @@ def run_groups(
                 else:
                     dropped, later = later, []
             waiting = [variant for variant in waiting if is_open(variant)]
-            for worker, variant in due(waiting, running, workers):
+            left = [variant for variant in left if held(variant)]
+            for worker, variant in [] if left else due(waiting, running, workers):
                 waiting.remove(variant)
                 running.append(Running(worker, variant, starter))
             time.sleep(POLL_SECONDS)
@@ -185,6 +191,7 @@ def run_groups(
                 budget.longest = max(budget.longest, run.end(stopped))
                 if held(run.variant) and not stopped:  # a run left behind was first
                     waiting.append(run.variant)
+                    left.append(run.variant)
                     continue
                 ended += 1
                 display.say(f'{run.variant.label}: {told(run.variant)} ({ended} of {total})')
@@ -200,5 +207,6 @@ def due(
     """Pairs workers that have nothing to do with runs that no other process writes."""
     busy = {run.worker for run in running}
     idle = [worker for worker in range(workers) if worker not in busy]
-    free = [variant for variant in waiting if not held(variant)] if idle else []
+    # Who held it may end in between: `is_open` comes last.
+    free = [variant for variant in waiting if idle and not held(variant) and is_open(variant)]
     return list(zip(idle, free, strict=False))

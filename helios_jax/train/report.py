@@ -11,7 +11,7 @@ import numpy as np
 from etils import epath
 from matplotlib.figure import Figure
 
-from helios_jax import plot
+from helios_jax import paths, plot
 from helios_jax.evaluate import figures
 from helios_jax.train import layers, metrics
 
@@ -87,7 +87,7 @@ def write(
         f'## Config\n\n{_markdown(flat(config_dict), "setting")}',
     ]
     path = workdir / 'report.md'
-    path.write_text('\n\n'.join(sections) + '\n')
+    paths.write_whole(path, ('\n\n'.join(sections) + '\n').encode())  # where it is, a run is done
     return path
 
 

@@ -147,7 +147,7 @@ def test_the_command_says_how_to_repeat_itself(base, tmp_path, monkeypatch, caps
 
 
 @pytest.mark.slow
-def test_a_killed_study_of_real_trainings_goes_on_beside_the_run_that_it_left(base, tmp_path):
+def test_a_killed_study_of_real_trainings_goes_on_after_the_run_that_it_left(base, tmp_path):
     small_run.write_config(base, tmp_path / 'small.py')
     diverges = {'optimizer.learning_rate': 1e9, 'optimizer.clip_norm': 0.0}
     study = made_up_study.write_study(

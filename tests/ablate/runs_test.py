@@ -16,6 +16,7 @@ from helios_jax.parallel import cluster
 from helios_jax.train import lock
 
 RATES = (1e-3, 2e-3, 3e-3)
+REFUSED = ['-S', '-E', '-c', 'raise SystemExit(2)']  # as a run whose workdir another one writes
 
 
 @pytest.fixture(autouse=True)
@@ -130,20 +131,65 @@ def test_a_signal_stops_what_runs_and_starts_no_more(tmp_path):
 
 
 def test_a_run_that_a_killed_study_left_behind_is_waited_for(tmp_path):
-    group = seeds(tmp_path)[0][:1]
-    (variant,) = group
+    groups = seeds(tmp_path)
+    variant = groups[1][0]
     variant.directory.mkdir(parents=True)
     starter = made_up_study.Starter(tmp_path / 'journal')
     with (variant.directory / lock.NAME).open('w') as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         assert variants.held(variant)
-        worker = threading.Thread(target=run, args=([group], starter))
+        worker = threading.Thread(target=run, args=(groups, starter))
         worker.start()
         time.sleep(0.2)
-        assert starter.events('start') == []
+        assert starter.started == []  # not beside it, either: its worker's device is taken
         (variant.directory / 'report.md').write_text('done')
-    worker.join(10)
-    assert not worker.is_alive() and starter.events('start') == []
+    worker.join(30)
+    assert not worker.is_alive()
+    assert sorted(starter.started) == sorted(
+        v.label for group in groups for v in group if v != variant
+    )
+
+
+def test_a_run_left_behind_that_locks_late_is_waited_for_too(tmp_path):
+    group = seeds(tmp_path)[0]
+    starter, refused = made_up_study.Starter(tmp_path / 'journal'), []
+    group[0].directory.mkdir(parents=True)
+    with (group[0].directory / lock.NAME).open('w') as file:
+
+        def start(worker, variant, log):
+            if refused:
+                return starter(worker, variant, log)
+            fcntl.flock(file, fcntl.LOCK_EX)
+            refused.append(variant)
+            return starter.launch(REFUSED, log)
+
+        worker = threading.Thread(target=run, args=([group], start, 1))
+        worker.start()
+        time.sleep(0.5)
+        assert refused == group[:1] and starter.started == []
+        (group[0].directory / 'report.md').write_text('done')
+    worker.join(30)
+    assert not worker.is_alive() and variants.failure(group[0]) == ''
+    assert starter.started == [variant.label for variant in group[1:]]
+
+
+def test_a_run_that_ends_while_it_is_looked_at_is_not_repeated(tmp_path, monkeypatch):
+    (variant,) = group = seeds(tmp_path)[0][:1]
+    variant.directory.mkdir(parents=True)
+
+    def ends(variant):  # its report is written just before its lock is let go
+        (variant.directory / 'report.md').write_text('done')
+        return False
+
+    monkeypatch.setattr(runs, 'held', ends)
+    starter = made_up_study.Starter(tmp_path / 'journal')
+    assert run([group], starter) == [] and starter.started == []
+    (variant.directory / 'report.md').unlink()
+    with (tmp_path / 'output').open('wb') as log:
+        running = runs.Running(0, variant, lambda *_: starter.launch(REFUSED, log))
+    running.process.wait()
+    running.end(stopped=False)
+    assert variants.told(variant) == 'done' and variants.failure(variant) == ''
 
 
 def test_a_budget_drops_whole_seeds(tmp_path):

@@ -4,6 +4,7 @@ import json
 import jax
 import pytest
 from drawings import pixels
+from etils import epath
 from made_up_layers import gated
 
 from helios_jax import plot
@@ -47,6 +48,16 @@ def test_report_holds_every_figure_and_setting(tmp_path):
     assert [row for row in rows if row not in text.splitlines()] == []
     assert '```text\ndef f():\n    return 1\n```\n' in text
     assert '](curves.png)' in text
+
+
+def test_a_report_is_there_whole_or_not_at_all(tmp_path, monkeypatch):
+    def killed(path, target):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(type(epath.Path(tmp_path)), 'replace', killed)
+        write(tmp_path)
+    assert not (tmp_path / 'report.md').exists()
 
 
 def test_layers_are_shown_where_a_run_left_their_figures(tmp_path):
