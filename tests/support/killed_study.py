@@ -115,8 +115,9 @@ class Watch(threading.Thread):
             for pid in self.place.alive():
                 with contextlib.suppress(OSError):
                     for file in Path(f'/proc/{pid}/fd').iterdir():
-                        if file.lstat().st_mode & 0o200 and 'metrics.jsonl' in os.readlink(file):
-                            now[os.readlink(file)].add(pid)
+                        path = Path(os.readlink(file))  # or the one that it replaces it by
+                        if file.lstat().st_mode & 0o200 and 'metrics.jsonl' in path.name:
+                            now[str(path.parent)].add(pid)
             self.most_runs = max(self.most_runs, len(now))
             for run, pids in now.items():
                 self.most_writers = max(self.most_writers, len(pids))
