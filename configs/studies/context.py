@@ -31,8 +31,10 @@ def get_study() -> Study:
             'ramp_2_to_1': {'model.rope.beta_fast': 2.0},
             'base_1k': {'model.rope.base': 1e3},
             'base_100k': {'model.rope.base': 1e5},
-            'windows_3_of_4': WINDOWS | {'model.period': ','.join(['dense_window'] * 3 + ['dense'])},
-            'windows_7_of_8': WINDOWS | {'model.period': ','.join(['dense_window'] * 7 + ['dense'])},
+            'windows_3_of_4': WINDOWS
+            | {'model.period': ','.join(['dense_window'] * 3 + ['dense'])},
+            'windows_7_of_8': WINDOWS
+            | {'model.period': ','.join(['dense_window'] * 7 + ['dense'])},
         },
         lengths=(1024, 2048, 4096, 8192),
         methods=('none', 'pi', 'ntk', 'yarn', 'dynamic'),

@@ -141,7 +141,7 @@ def command(variant: Variant, base: str) -> list[str]:
       base: a config; what differs from it is set.
     """
     if finished(variant):
-        return _scoring(variant)
+        return scoring(variant)
     changes = options.overrides(options.load_config(base), variant.config)
     return [
         'train',
@@ -152,7 +152,8 @@ def command(variant: Variant, base: str) -> list[str]:
     ]
 
 
-def _scoring(variant: Variant) -> list[str]:
+def scoring(variant: Variant) -> list[str]:
+    """Arguments of `helios` that score a trained variant on the study's longer rows."""
     wanted = variant.lengths
     assert wanted is not None
     return [
