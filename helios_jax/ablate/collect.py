@@ -14,10 +14,13 @@ from helios_jax import checkpoint
 from helios_jax.ablate import statistics
 from helios_jax.ablate.design import Design
 from helios_jax.ablate.records import Arm, Point, StudyResults, StudyRun
+from helios_jax.ablate.study import BARE
 from helios_jax.ablate.variants import (
     Variant,
     failure,
     finished,
+    scored,
+    scores,
     search_variants,
     seed_variants,
 )
@@ -27,6 +30,7 @@ from helios_jax.train.run import CONFIG_FILE
 GIB = 2**30
 NOT_RUN = 'not run'
 RETRAIN = 'it was trained at a learning rate of {}, which is not the best one now; remove {}'
+UNSCORED = 'stopped before its end, or not begun'
 NO_RATE = 'no learning rate of the search gave a finished run'
 
 
@@ -105,9 +109,9 @@ def read_run(variant: Variant, design: Design, arm: Arm) -> StudyRun:
     without = lambda state, reason: _without_result(
         variant.arm, seed, rate, state, reason, swept=variant.swept
     )
-    if reason := failure(variant):
-        return without('failed', reason)
     if not finished(variant):
+        if reason := failure(variant):
+            return without('failed', reason)
         begun = variant.directory.exists()
         return without('missing', 'stopped before its end' if begun else NOT_RUN)
     trained = json.loads((variant.directory / CONFIG_FILE).read_text())['optimizer']
@@ -135,7 +139,23 @@ def read_run(variant: Variant, design: Design, arm: Arm) -> StudyRun:
         series=series,
         sublayers=tuple(layers.read(variant.directory)),
         swept=variant.swept,
+        longer=read_longer(variant),
+        unscored='' if scored(variant) else failure(variant) or UNSCORED,
     )
+
+
+def read_longer(variant: Variant) -> dict[tuple[str, int], float]:
+    """Maps method and length to the bits per byte of a run's sliding windows.
+
+    Rows of the run's own length are in it once: there, no method changes anything.
+    """
+    own = variant.config.data.row_length
+    return {
+        (row['method'], row['length']): math.nan if value is None else float(value)
+        for row in scores(variant)
+        for value in [row['sliding_bits_per_byte']]
+        if row['length'] > own or row['method'] == BARE
+    }
 
 
 def read_points(
@@ -191,5 +211,5 @@ def _without_result(
     arm: str, seed: int, rate: float, state: str, reason: str, *, swept: bool
 ) -> StudyRun:
     return StudyRun(
-        arm, seed, rate, state, reason, math.nan, 0.0, 0, 0.0, 0, (), {}, (), swept=swept
+        arm, seed, rate, state, reason, math.nan, 0.0, 0, 0.0, 0, (), {}, (), swept, {}, ''
     )  # fmt: skip

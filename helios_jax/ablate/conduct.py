@@ -1,6 +1,6 @@
 """Conducts a study, from its design to its results.
 
-    compare with study.json → prepare text → search learning rates → run seeds → collect
+    compare with study.json → prepare text → search learning rates → run and score seeds → collect
 
 Each step starts from what lies in the workdir, so that a study goes on by being started again.
 """
@@ -17,6 +17,7 @@ from helios_jax.ablate.design import CLOSE, Design, loaded
 from helios_jax.ablate.records import Arm, StudyResults
 from helios_jax.ablate.study import EQUAL
 from helios_jax.data import pipeline
+from helios_jax.evaluate.lengths import long_documents
 from helios_jax.parallel import cluster
 from helios_jax.train import lock
 
@@ -42,13 +43,17 @@ def conduct(
       budget_minutes: time for it; searches and seeds that do not fit are left out. 0: no end.
     Raises:
       UserError: another study was begun in `workdir`, or this one with other settings; another
-        process conducts it; text that cannot be used. All before anything runs.
+        process conducts it; text that cannot be used, or is shorter than the longest row. All
+        before anything runs.
       KeyboardInterrupt: after SIGINT or SIGTERM, once every run has saved.
     """
     with lock.hold(epath.Path(workdir)) as held:
         definition.require_same(design, workdir)
-        for data in dict.fromkeys(cfg.data for cfg in design.configs.values()):
+        read = {(cfg.data, design.lengths(arm)): arm for arm, cfg in design.configs.items()}
+        for data, longer in read:
             pipeline.prepare(data, loaded(data))
+            if longer:
+                long_documents(data, loaded(data), longer)
         held.begin()
         definition.write(design, workdir)
         budget = runs.Budget(budget_minutes, workers)

@@ -15,6 +15,7 @@ from helios_jax.errors import require
 FILE = 'study.json'
 # Settings that say where something lies, or how fast it is made.
 FREE_TO_CHANGE = ('data.cache_dir', 'data.num_workers', 'train.compilation_cache')
+GROWING = ('seeds', 'lengths', 'methods')  # what finished runs need not be repeated for
 
 
 def read(workdir: Path) -> dict[str, Any]:
@@ -66,7 +67,7 @@ def require_same(made: Design, workdir: Path) -> None:
     grown = {name: now['arms'].get(name) for name in before['arms']}
     was, is_now = (_flat(values) for values in (before, now | {'arms': grown}))
     for name in sorted({*was, *is_now}):
-        free = name == 'seeds' or name.removeprefix('config.') in FREE_TO_CHANGE
+        free = name in GROWING or name.removeprefix('config.') in FREE_TO_CHANGE
         require(
             free or was.get(name) == is_now.get(name),
             f'{name}={is_now.get(name)!r}, but {workdir} was begun with {was.get(name)!r}; set it '

@@ -11,6 +11,7 @@ from helios_jax.ablate.records import Arm
 from helios_jax.ablate.study import Study
 from helios_jax.arch import flops, weights
 from helios_jax.errors import UserError, nearest, require
+from helios_jax.evaluate.length_settings import Lengths
 
 CLOSE = 0.05  # parameters and FLOPs that differ by this share at most count as equal
 
@@ -28,6 +29,7 @@ class Design:
     def definition(self) -> dict[str, Any]:
         """Returns what study.json holds: all that decides what runs compute."""
         study = self.study
+        longer = {'lengths': list(study.lengths), 'methods': list(study.methods)}
         return {
             'study': self.name,
             'question': study.question,
@@ -39,7 +41,25 @@ class Design:
             'equal': list(study.equal),
             'arms': {name: dict(values) for name, values in study.arms.items()},
             'config': dataclasses.asdict(self.base),
+            **(longer if study.lengths else {}),
         }
+
+    def lengths(self, arm: str) -> Lengths | None:
+        """Returns how an arm's runs are scored on longer rows; None if the study has none.
+
+        The arm's own rows are scored too, for comparison, and windows move on by half of one.
+        """
+        if not self.study.lengths:
+            return None
+        cfg = self.configs[arm]
+        own = cfg.data.row_length
+        return Lengths(
+            (own, *self.study.lengths),
+            self.study.methods,
+            trials=0,
+            stride=max(1, own // 2),
+            batch_rows=cfg.train.batch_rows,
+        )
 
 
 def design(name: str, study: Study, base: config.Config, seeds: int) -> Design:
@@ -49,7 +69,8 @@ def design(name: str, study: Study, base: config.Config, seeds: int) -> Design:
       base: the study's config, with every override.
     Raises:
       UserError: an arm that sets an unknown field or a value that is refused, naming the arm; one
-        that sets the seed; two arms that are the same.
+        that sets the seed; two arms that are the same; an arm whose own rows are no shorter than
+        one of the study's lengths, or that is trained with stretched positions beside them.
     """
     configs: dict[str, config.Config] = {}
     for arm, values in study.arms.items():
@@ -59,6 +80,7 @@ def design(name: str, study: Study, base: config.Config, seeds: int) -> Design:
         )
         try:
             made = changed(base, values)
+            _check_lengths(study, made)
         except UserError as error:
             raise UserError(f'arm {arm!r}: {error}') from error
         like = next((other for other, cfg in configs.items() if cfg == made), '')
@@ -68,6 +90,21 @@ def design(name: str, study: Study, base: config.Config, seeds: int) -> Design:
         )
         configs[arm] = made
     return Design(name, study, base, seeds, configs)
+
+
+def _check_lengths(study: Study, cfg: config.Config) -> None:
+    own, scaling = cfg.data.row_length, cfg.model.rope.scaling
+    for length in study.lengths:
+        require(
+            length > own,
+            f'lengths has {length}, which must exceed data.row_length={own}, the rows of training; '
+            'change one.',
+        )
+    require(
+        not study.lengths or scaling == 'none',
+        f'model.rope.scaling={scaling!r}, which the methods of longer rows would replace; set it '
+        "to 'none', or drop lengths and methods.",
+    )
 
 
 def changed(base: config.Config, values: Mapping[str, Any]) -> config.Config:

@@ -85,7 +85,7 @@ def cluster(
 
 
 def start(base: str, share: Share, worker: int, variant: 'Variant', log: BinaryIO) -> 'RayRun':
-    """Starts a training as a task; a `Starter` once `base` and `share` are given."""
+    """Starts a training, or a scoring, as a task; a `Starter` once `base` and `share` are given."""
     from helios_jax.ablate.variants import command  # which loads JAX
 
     return submit(share, ['-m', 'helios_jax', *command(variant, base)], os.path.abspath(log.name))
@@ -154,6 +154,8 @@ def run_python(arguments: Sequence[str], log: str, directory: str) -> int:
     if os.path.exists(stop_file(log)):
         return -signal.SIGTERM
     with open(log, 'ab') as file:
+        with contextlib.suppress(BlockingIOError):  # a child of an earlier process may still write
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # and the process with it
         process = subprocess.Popen(
             [sys.executable, *arguments],
             stdin=subprocess.DEVNULL,

@@ -34,6 +34,8 @@ class StudyRun:
     series: Mapping[str, tuple[tuple[float, float], ...]]  # figure → (step, value) of its lines
     sublayers: tuple[Mapping[str, Any], ...]  # figures of each (train.layers); () if not known
     swept: bool  # part of the learning-rate search, not of the comparison
+    longer: Mapping[tuple[str, int], float]  # (method, tokens of a row) → bits per byte
+    unscored: str  # why it lacks the longer rows that the study asks for, one line; else ''
 
 
 @dataclasses.dataclass(frozen=True)

@@ -14,17 +14,17 @@ import numpy as np
 from etils import epath
 
 from helios_jax import plot
-from helios_jax.ablate import page, pictures, statistics
+from helios_jax.ablate import long_rows, page, pictures, statistics
 from helios_jax.ablate.page import Grid, Picture, Section, Verbatim
 from helios_jax.ablate.records import Arm, StudyResults, StudyRun
 from helios_jax.ablate.speedup import BUDGETS, speed_up
-from helios_jax.ablate.statistics import ALIKE, BETTER, UNKNOWN, WORSE, Comparison, Estimate
+from helios_jax.ablate.statistics import ALIKE, BETTER, UNKNOWN, WORSE, Comparison
+from helios_jax.ablate.wording import NONE, digits, ends, plus_minus, with_ends
 from helios_jax.evaluate import figures
 from helios_jax.evaluate.sublayers import BINS, NAMES, OPEN, SHUT
 from helios_jax.train.report import flat
 
 STUDY = 'study.json'  # a study's resolved definition, in its workdir
-NONE = '–'  # in a table, where nothing is known
 CHANCE = 0.8  # with which a difference that the verdict calls detectable is found
 BANDS = 'bands reach from the lowest seed to the highest'
 GIB = 2**30
@@ -61,7 +61,7 @@ def verdict(results: StudyResults) -> list[str]:
     comparisons = statistics.compare(results)
     lines = [
         f'{c.arm} is {c.verdict} than {base} by {abs(c.difference.mean):.4f} {unit} (95% interval '
-        f'of the difference: {_ends(c.difference)}; corrected p {c.corrected_p:.2g}; '
+        f'of the difference: {ends(c.difference)}; corrected p {c.corrected_p:.2g}; '
         f'{len(c.seeds)} seeds).'
         for c in comparisons
         if c.verdict in (BETTER, WORSE)
@@ -85,14 +85,6 @@ def verdict(results: StudyResults) -> list[str]:
     return lines + _noise(results, [c for c in comparisons if c.verdict != UNKNOWN])
 
 
-def plus_minus(estimate: Estimate) -> str:
-    """Formats a mean with half of its 95% interval, if it has one."""
-    if math.isnan(estimate.mean):
-        return NONE
-    half = estimate.high - estimate.mean
-    return f'{estimate.mean:.4f}' + ('' if math.isnan(half) else f' ± {half:.4f}')
-
-
 def _noise(results: StudyResults, tested: list[Comparison]) -> list[str]:
     if not tested:
         return []
@@ -113,6 +105,7 @@ def _sections(results: StudyResults, workdir: epath.Path) -> Iterator[Section]:
         drawn = plot.png(pictures.curves(results))
         caption = f'Means where all seeds were measured; {BANDS}.'
         yield Section('Held-out curves', [Picture('curves.png', drawn, caption)])
+    yield from long_rows.sections(results)
     if statistics.searches(results):
         yield Section('Learning rates', _rates(results))
     yield from _training(results)
@@ -167,7 +160,7 @@ def _row(results: StudyResults, arm: Arm, found: Comparison | None) -> list[str]
     peak = max((run.peak_bytes for run in own.values()), default=0)
     compared = [NONE] * 3
     if found:
-        compared = [_with_ends(found.difference), _digits(found.corrected_p), found.verdict]
+        compared = [with_ends(found.difference), digits(found.corrected_p), found.verdict]
     return [
         arm.name, str(len(own)), ', '.join(rates) or NONE, f'{arm.parameters:,}',
         f'{arm.flops_per_token:.3g}',
@@ -182,7 +175,7 @@ def _rates(results: StudyResults) -> list[str | Grid | Picture]:
     rows = []
     for arm, runs in statistics.searches(results).items():
         tried = statistics.rates(runs)
-        values = ', '.join(f'{rate:g}: {_digits(value)}' for rate, value in tried.items())
+        values = ', '.join(f'{rate:g}: {digits(value)}' for rate, value in tried.items())
         chosen, remark = NONE, 'no run finished'
         if any(map(math.isfinite, tried.values())):
             best = statistics.best_rate(runs)
@@ -273,22 +266,7 @@ def _series(run: StudyRun, name: str) -> tuple[tuple[float, float], ...]:
 
 
 def _compared_in_words(found: Comparison) -> str:
-    return f'{_with_ends(found.difference)}: {found.verdict}'
-
-
-def _with_ends(estimate: Estimate) -> str:
-    if math.isnan(estimate.mean):
-        return NONE
-    ends = '' if math.isnan(estimate.low) else f' ({_ends(estimate)})'
-    return f'{estimate.mean:+.4f}{ends}'
-
-
-def _ends(estimate: Estimate) -> str:
-    return f'{estimate.low:+.4f} to {estimate.high:+.4f}'
-
-
-def _digits(value: float) -> str:
-    return NONE if math.isnan(value) else f'{value:.4g}'
+    return f'{with_ends(found.difference)}: {found.verdict}'
 
 
 def _sha256(content: bytes) -> str:

@@ -1,9 +1,12 @@
 """Runs a study: trainings as processes, several at a time, each resumable by itself.
 
 `start` makes them processes of this machine, `ray_tasks.start` tasks on a Ray cluster.
-A run that is done is not run again, and an unfinished one goes on where it stopped.
+A run that is done is not run again, and an unfinished one goes on where it stopped. Where the study
+asks for longer rows, another process of the same worker scores each run once it is trained.
 """
 
+import contextlib
+import fcntl
 import math
 import signal
 import subprocess
@@ -18,9 +21,12 @@ from helios_jax import display, paths, process
 from helios_jax.ablate.variants import (
     Variant,
     command,
+    failure_file,
     finished,
     held,
     is_open,
+    log_file,
+    scored,
     told,
 )
 from helios_jax.parallel import cluster
@@ -36,7 +42,7 @@ def start(
     variant: Variant,
     log: BinaryIO,
 ) -> subprocess.Popen[bytes]:
-    """Starts a training.
+    """Starts a training, or the scoring of a trained run.
 
     Args:
       base: the config that the study's are variants of.
@@ -45,6 +51,8 @@ def start(
 
     It has a session of its own: Ctrl-C on a terminal reaches the study alone, which passes it on.
     """
+    with contextlib.suppress(BlockingIOError):  # a child of an earlier process may still write
+        fcntl.flock(log, fcntl.LOCK_EX | fcntl.LOCK_NB)  # and the process with it: `held`
     return subprocess.Popen(
         [sys.executable, '-m', 'helios_jax', *command(variant, base)],
         stdin=subprocess.DEVNULL,
@@ -110,15 +118,20 @@ Starter = Callable[[int, Variant, BinaryIO], Process]
 
 
 class Running:
-    """A run's process and its log."""
+    """A run's process and its log.
 
-    def __init__(self, worker: int, variant: Variant, starter: Starter) -> None:
+    Args:
+      begin: when the worker took the run up; now, unless that was for its training before.
+    """
+
+    def __init__(self, worker: int, variant: Variant, starter: Starter, begin: float = 0.0) -> None:
         variant.directory.parent.mkdir(parents=True, exist_ok=True)
         self.worker, self.variant = worker, variant
-        self._log = variant.beside('.log')
+        self.trains = not finished(variant)
+        self._log = log_file(variant)
         self._logged = self._log.stat().st_size if self._log.exists() else 0
-        self._begin = time.monotonic()
-        display.say(f'{variant.label}: training, {self._log}')
+        self.begin = begin or time.monotonic()
+        display.say(f'{variant.label}: {"training" if self.trains else "scoring"}, {self._log}')
         with self._log.open('ab') as file:
             self.process = starter(worker, variant, file)
 
@@ -130,15 +143,16 @@ class Running:
         """
         code = self.process.returncode
         ended = code in (0, 130, -signal.SIGINT, -signal.SIGTERM)
-        # Who held it may end in between: `finished` comes last.
-        if not (stopped or ended or held(self.variant) or finished(self.variant)):
+        done = finished if self.trains else scored
+        # Who held it may end in between: `done` comes last.
+        if not (stopped or ended or held(self.variant) or done(self.variant)):
             content = self._log.read_bytes()[self._logged :].decode(errors='replace')
             written = [line.strip() for line in content.splitlines() if line.strip()]
             ours = [line for line in written if line.startswith('helios: ')]
             reason = ([process.ending(code), *written[-1:], *ours[-1:]])[-1]
             line = ' '.join(reason.removeprefix('helios: ').split())
-            paths.write_whole(epath.Path(self.variant.beside('.failed')), f'{line}\n'.encode())
-        return time.monotonic() - self._begin
+            paths.write_whole(epath.Path(failure_file(self.variant)), f'{line}\n'.encode())
+        return time.monotonic() - self.begin
 
 
 def run_groups(
@@ -189,7 +203,11 @@ def run_groups(
             for run in [run for run in running if run.process.poll() is not None]:
                 running.remove(run)
                 budget.longest = max(budget.longest, run.end(stopped))
-                if held(run.variant) and not stopped:  # a run left behind was first
+                if run.trains and finished(run.variant) and is_open(run.variant) and not stopped:
+                    running.append(Running(run.worker, run.variant, starter, run.begin))
+                    continue
+                if is_open(run.variant) and held(run.variant) and not stopped:
+                    # A run left behind was first.
                     waiting.append(run.variant)
                     left.append(run.variant)
                     continue

@@ -6,8 +6,8 @@ done, of a finite value and not of a learning-rate search are compared; `left_ou
 
 import collections
 import math
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 from jaxtyping import Float
@@ -19,6 +19,7 @@ from helios_jax.errors import require
 CONFIDENCE = 0.95
 BETTER, WORSE, ALIKE = 'better', 'worse', 'no difference found'
 UNKNOWN = 'fewer than two common seeds'
+Key = TypeVar('Key')
 SPIKE_WINDOW, SPIKE_DEVIATIONS = 20, 5  # lines of metrics.jsonl; median absolute deviations
 
 
@@ -30,15 +31,24 @@ class Estimate(NamedTuple):
     high: float
 
 
+class Finding(NamedTuple):
+    """What paired differences say, of values of which the lower are better."""
+
+    difference: Estimate
+    p: float  # of the two-sided paired t test; NaN for fewer than two seeds
+    corrected_p: float  # by Holm's method, for all that were tested together
+    verdict: str  # BETTER, WORSE, ALIKE or UNKNOWN
+
+
 class Comparison(NamedTuple):
-    """An arm against the baseline, over the seeds that both have."""
+    """An arm against the baseline, over the seeds that both have, as `Finding`."""
 
     arm: str
     seeds: tuple[int, ...]
     difference: Estimate  # arm − baseline
-    p: float  # of the two-sided paired t test; NaN for fewer than two seeds
-    corrected_p: float  # by Holm's method, for all comparisons of the study
-    verdict: str  # BETTER, WORSE, ALIKE or UNKNOWN
+    p: float
+    corrected_p: float  # for all comparisons of the study
+    verdict: str
 
 
 class NoiseFloor(NamedTuple):
@@ -119,19 +129,26 @@ def differences(results: StudyResults) -> dict[str, dict[int, float]]:
 
 def compare(results: StudyResults) -> list[Comparison]:
     """Compares each arm but the baseline with it, in the order of the arms."""
-    found = {arm: np.array([*own.values()]) for arm, own in differences(results).items()}
-    tested = [arm for arm, own in found.items() if len(own) >= 2]
-    p = np.array([paired_p(found[arm]) for arm in tested])
+    found = differences(results)
+    tested = findings({arm: [*own.values()] for arm, own in found.items()})
+    return [Comparison(arm, tuple(own), *tested[arm]) for arm, own in found.items()]
+
+
+def findings(differences: Mapping[Key, Sequence[float]]) -> dict[Key, Finding]:
+    """Tests paired differences, a value a seed, and corrects for how many are tested together."""
+    samples = {key: np.array(values, float) for key, values in differences.items()}
+    tested = [key for key, values in samples.items() if len(values) >= 2]
+    p = np.array([paired_p(samples[key]) for key in tested])
     p_of = dict(zip(tested, zip(p, holm(p), strict=True), strict=True))
-    comparisons = []
-    for arm, own in differences(results).items():
-        mean = estimate(found[arm])
-        alone, corrected = map(float, p_of.get(arm, (math.nan, math.nan)))
+    found = {}
+    for key, values in samples.items():
+        mean = estimate(values)
+        alone, corrected = map(float, p_of.get(key, (math.nan, math.nan)))
         verdict = UNKNOWN if math.isnan(corrected) else ALIKE
         if corrected < 1 - CONFIDENCE:
             verdict = BETTER if mean.mean < 0 else WORSE
-        comparisons.append(Comparison(arm, tuple(own), mean, alone, corrected, verdict))
-    return comparisons
+        found[key] = Finding(mean, alone, corrected, verdict)
+    return found
 
 
 def ranking(results: StudyResults) -> list[tuple[str, ...]]:

@@ -13,9 +13,11 @@ from typing import Any
 
 from helios_jax import options
 from helios_jax.errors import nearest, one_of, require
+from helios_jax.evaluate.length_settings import METHODS
 
 METRICS = ('eval/bits_per_byte', 'eval/loss', 'eval/perplexity')  # of every run; lower is better
 EQUAL = ('tokens', 'parameters', 'flops')
+BARE = 'none'  # of METHODS: positions as they were trained
 RATE = 'optimizer.learning_rate'
 SEARCH_SEED = 1000  # added to the first seed: the search's run is none of the comparison's
 
@@ -38,6 +40,8 @@ class Study:
     learning_rates: tuple[float, ...] = ()  # grid of a search; empty: those of the configs
     search: str = 'each'  # each arm takes its own best rate, or all the one of the baseline
     equal: tuple[str, ...] = ('tokens',)  # what arms have in common: EQUAL
+    lengths: tuple[int, ...] = ()  # longer rows that finished runs are scored on, tokens
+    methods: tuple[str, ...] = ()  # of stretching positions to them: METHODS, `none` among them
 
     def __post_init__(self) -> None:
         require(bool(self.question), 'question is empty; say in a sentence what the study asks.')
@@ -58,6 +62,7 @@ class Study:
             one_of('equal', name, EQUAL)
         require(self.seeds > 0, f'seeds={self.seeds} must be 1 or more.')
         self._check_rates()
+        self._check_lengths()
 
     def _check_rates(self) -> None:
         rates = self.learning_rates
@@ -79,6 +84,21 @@ class Study:
         require(
             not setting,
             f'arm {"".join(setting[:1])!r} sets {RATE}, which learning_rates searches; drop one.',
+        )
+
+    def _check_lengths(self) -> None:
+        for name, other in (('lengths', 'methods'), ('methods', 'lengths')):
+            given = getattr(self, name)
+            require(
+                not given or bool(getattr(self, other)),
+                f'{name}={given} means nothing without {other}; name some, or drop {name}.',
+            )
+            require(len(set(given)) == len(given), f'{name}={given} names one twice; name it once.')
+        for method in self.methods:
+            one_of('methods', method, METHODS)
+        require(
+            not self.methods or BARE in self.methods,
+            f'methods={self.methods} lacks {BARE!r}, which the others are compared with; add it.',
         )
 
 

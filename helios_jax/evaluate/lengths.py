@@ -16,6 +16,7 @@ from etils import epath
 from helios_jax import config, display
 from helios_jax.data import corpora
 from helios_jax.data.lossy import Encoded
+from helios_jax.data.tokenizer import Tokenizer
 from helios_jax.errors import UserError, require
 from helios_jax.evaluate import responses
 from helios_jax.evaluate.generate import continued
@@ -59,7 +60,7 @@ def measure(
       UserError: no document is as long as the longest row; as `held_out.held_out`; `output` has
         answers of another model.
     """
-    texts = long_documents(restored, wanted, trained_on)
+    texts = long_documents(restored.config.data, restored.tokenizer, wanted, trained_on)
     path = epath.Path(output).expanduser() / responses.FILE if output else None
     known = responses.Responses(path, responses.identity(restored) if path else '')
     answer = answer or functools.partial(greedy, known=known)
@@ -98,17 +99,27 @@ def stretched(restored: Restored, method: str, length: int) -> Restored:
 
 
 def long_documents(
-    restored: Restored, wanted: Lengths, trained_on: Mapping[str, Any] | None = None
+    data: config.Data,
+    tokenizer: Tokenizer,
+    wanted: Lengths,
+    trained_on: Mapping[str, Any] | None = None,
 ) -> list[Encoded]:
-    """Encodes the first documents that are as long as the longest row, and cuts them to it."""
-    data, longest = restored.config.data, max(wanted.lengths) - 1  # BOS is the other token
+    """Encodes the first documents that are as long as the longest row, and cuts them to it.
+
+    Args:
+      data: of the run; `wanted.text` is read in the place of its held-out split, if there is one.
+    Raises:
+      UserError: as `measure`.
+    """
+    longest = max(wanted.lengths) - 1  # BOS is the other token
     where = f'--text={wanted.text}' if wanted.text else f'the held-out split of {data.corpus}'
     found: list[Encoded] = []
     most = 0
-    for text in corpora.texts(wanted.text) if wanted.text else held_out(restored, trained_on):
+    own = held_out(data, tokenizer, trained_on)
+    for text in corpora.texts(wanted.text) if wanted.text else own:
         if len(text.encode()) < longest:
             continue
-        (encoded,) = restored.tokenizer.encode_with_bytes([text])
+        (encoded,) = tokenizer.encode_with_bytes([text])
         require(
             encoded.kept == text or wanted.allow_lossy_tokenizer or data.allow_lossy_tokenizer,
             f'the tokenizer loses some of {where}, whose bits per byte would then count only what '
@@ -122,15 +133,18 @@ def long_documents(
             break
     require(
         len(found) > 0,
-        f'--lengths has {longest + 1}, but no document of {where} has so many tokens'
-        f'{f" (the longest: {most})" if most else ""}; name longer ones with --text.',
+        f'no document of {where} has the {longest + 1} tokens of the longest row'
+        f'{f" (its longest: {most})" if most else ""}; ask for shorter rows, or name a text with '
+        'longer documents.',
     )
     return found
 
 
-def held_out(restored: Restored, trained_on: Mapping[str, Any] | None) -> Iterator[str]:
+def held_out(
+    data: config.Data, tokenizer: Tokenizer, trained_on: Mapping[str, Any] | None
+) -> Iterator[str]:
     """Yields the documents that the run held out, prompts joined to the text."""
-    for rows in split(restored.config.data, restored.tokenizer, trained_on).corpora:
+    for rows in split(data, tokenizer, trained_on).corpora:
         for shard in rows.documents.shards():
             for document in shard:
                 yield document.prompt + document.text

@@ -45,7 +45,8 @@ def perplexity(
       batch_tokens: tokens at a time, about.
       known: scores that are there already, and where new ones go.
     Returns:
-      `perplexity`, `tokens`; `bits_per_byte` and `positions` (a list of `Bin`) of the first rows.
+      `perplexity`, `sliding_bits_per_byte`, `tokens`, of all rows; `bits_per_byte` and `positions`
+      (a list of `Bin`) of the first rows.
     """
     bos_id = restored.tokenizer.bos_id
     rows: list[Pair] = []
@@ -70,8 +71,10 @@ def perplexity(
         count = len(rows[index][1])
         num_bytes[1 : 1 + count] += texts[number].num_bytes[:count]
     tokens = sum(len(after) for _, after in rows)
+    text_bytes = sum(int(text.num_bytes.sum(dtype=np.int64)) for text in texts)
     return {
         'perplexity': math.exp(min(nats / tokens, 700)),
+        'sliding_bits_per_byte': nats / math.log(2) / text_bytes,
         'tokens': tokens,
         'bits_per_byte': float(bits.sum() / num_bytes.sum()),
         'positions': [one._asdict() for one in bins(bits, num_bytes)],

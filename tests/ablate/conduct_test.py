@@ -112,6 +112,43 @@ def test_one_process_conducts_a_study(base, tmp_path):
         conducted(made, tmp_path / 'run', starter)
 
 
+def test_text_that_is_too_short_for_the_longest_row_is_refused_before_anything_runs(base, tmp_path):
+    starter = made_up_study.Starter(tmp_path / 'journal')
+    made = made_up_study.make(base, lengths=(64, 5000), methods=('none',))
+    with pytest.raises(
+        UserError, match=r'no document of the held-out split of .* has the 5000 tok'
+    ):
+        conducted(made, tmp_path / 'w', starter)
+    assert starter.started == [] and not (tmp_path / 'w').exists()
+
+
+def test_finished_runs_are_scored_once_also_when_a_study_asks_for_it_later(base, tmp_path):
+    starter = made_up_study.Starter(tmp_path / 'journal', failing=('deep',))
+    conducted(made_up_study.make(base), tmp_path / 'w', starter)
+    assert len(starter.events('start')) == 6 and starter.events('score') == []
+    assert 'lengths' not in json.loads((tmp_path / 'w' / definition.FILE).read_text())
+    starter.unscored = ('gated',)
+    longer = {'lengths': (64,), 'methods': ('none', 'pi')}
+    results = conducted(made_up_study.make(base, **longer), tmp_path / 'w', starter)
+    assert len(starter.events('start')) == 6 and len(starter.events('score')) == 4
+    states = {(run.arm, run.state, run.unscored, len(run.longer)) for run in results.runs}
+    line = 'the loss is nan at step 3; lower the learning rate.'
+    assert states == {
+        ('plain', 'done', '', 3), ('gated', 'done', 'the GPU has no room.', 0),
+        ('deep', 'failed', '', 0),
+    }  # fmt: skip
+    assert {run.reason for run in results.runs if run.arm == 'deep'} == {line}
+    conducted(made_up_study.make(base, **longer), tmp_path / 'w', starter)
+    assert len(starter.events('score')) == 4
+    # Other lengths are scored in the place of these.
+    longer['lengths'] = (64, 96)
+    results = conducted(made_up_study.make(base, **longer), tmp_path / 'w', starter)
+    assert len(starter.events('score')) == 6  # what failed waits for somebody to remove its line
+    plain = [run.longer for run in results.runs if run.arm == 'plain']
+    assert [*plain[0]] == [('none', 32), ('none', 64), ('none', 96), ('pi', 64), ('pi', 96)]
+    assert plain[0]['pi', 96] == pytest.approx(2 + 2 / 2)
+
+
 def test_a_corpus_that_is_not_there_is_refused_before_anything_runs(base, tmp_path):
     gone = config.replace(base, {'data.corpus': str(tmp_path / 'none' / '*.txt')})
     starter = made_up_study.Starter(tmp_path / 'journal')
@@ -151,8 +188,9 @@ def test_a_killed_study_of_real_trainings_goes_on_after_the_run_that_it_left(bas
     small_run.write_config(base, tmp_path / 'small.py')
     diverges = {'optimizer.learning_rate': 1e9, 'optimizer.clip_norm': 0.0}
     study = made_up_study.write_study(
-        tmp_path / 'mine.py', config=str(tmp_path / 'small.py'), arms={'a': {}, 'b': diverges}
-    )
+        tmp_path / 'mine.py', config=str(tmp_path / 'small.py'), arms={'a': {}, 'b': diverges},
+        lengths=(80,), methods=('none', 'dynamic'),
+    )  # fmt: skip
     flags = [f'--study={study}', f'--workdir={tmp_path}/w', '--seeds=1', '--nointerval']
     command = [sys.executable, '-m', 'helios_jax', 'ablate', *flags]
     environment = os.environ | {'JAX_DISABLE_MOST_OPTIMIZATIONS': '1'}
@@ -168,4 +206,9 @@ def test_a_killed_study_of_real_trainings_goes_on_after_the_run_that_it_left(bas
     assert steps == list(range(1, 31))
     assert (tmp_path / 'w/a/seed_0.log').read_text().count('Training ') == 1
     assert re.match('the loss is (nan|inf) at step', (tmp_path / 'w/b/seed_0.failed').read_text())
-    assert 'the loss is' in (tmp_path / 'w/report.md').read_text()
+    report = (tmp_path / 'w/report.md').read_text()
+    assert 'the loss is' in report
+    scores = json.loads((tmp_path / 'w/a/seed_0/lengths/lengths.json').read_text())['rows']
+    own, bare, _, dynamic = (row['sliding_bits_per_byte'] for row in scores)
+    assert f'| a | 32 | none | 1 | {own:.4f} |' in report and 1 < own < bare
+    assert f'| a | 80 | dynamic | 1 | {dynamic:.4f} | {dynamic - bare:+.4f} |' in report

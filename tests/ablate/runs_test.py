@@ -3,6 +3,8 @@
 import collections
 import fcntl
 import random
+import subprocess
+import sys
 import threading
 import time
 from pathlib import Path
@@ -10,6 +12,7 @@ from pathlib import Path
 import made_up_study
 import pytest
 
+from helios_jax import config
 from helios_jax.ablate import collect, runs, variants
 from helios_jax.ablate.design import sized_arms
 from helios_jax.parallel import cluster
@@ -190,6 +193,60 @@ def test_a_run_that_ends_while_it_is_looked_at_is_not_repeated(tmp_path, monkeyp
     running.process.wait()
     running.end(stopped=False)
     assert variants.told(variant) == 'done' and variants.failure(variant) == ''
+
+
+LONGER = {'lengths': (512,), 'methods': ('none', 'yarn')}
+
+
+def test_a_worker_scores_a_run_that_it_has_trained_and_the_others_go_on(tmp_path):
+    groups = seeds(tmp_path, **LONGER)
+    starter = made_up_study.Starter(tmp_path / 'journal', failing=('gated',), unscored=('deep',))
+    run(groups, starter)
+    assert sorted(starter.events('score')) == sorted(
+        str(v.directory) for group in groups for v in group if v.arm != 'gated'
+    )
+    told = {v.label: variants.told(v) for group in groups for v in group}
+    assert told['plain/seed_1'] == 'done'
+    assert told['deep/seed_1'] == 'trained, but its scoring failed: the GPU has no room.'
+    assert told['gated/seed_1'].startswith('failed: the loss is nan')
+    (groups[0][2].directory / 'lengths.failed').unlink()
+    (groups[0][0].directory / 'lengths' / 'lengths.json').write_text('{"torn')
+    run(groups, made_up_study.Starter(tmp_path / 'journal'))
+    assert {variants.told(v) for v in groups[0] if v.arm != 'gated'} == {'done'}
+    assert len(starter.events('start')) == 6 and len(starter.events('score')) == 4 + 2
+
+
+def test_a_finished_run_is_scored_by_what_the_study_asks_for():
+    changes = {'data.row_length': 40, 'train.batch_rows': 24}
+    made = made_up_study.make(base=config.replace(config.Config(), changes), **LONGER)
+    variant = variants.seed_variants(made, Path('w'), {'deep': 2e-3})[1][0]
+    assert variants.command(variant, 'tiny')[0] == 'train'
+    assert variants.scoring(variant) == [
+        'eval', '--checkpoint=w/deep/seed_1', '--lengths=40,512', '--methods=none,yarn',
+        '--trials=0', '--stride=20', '--batch_rows=24', '--output=w/deep/seed_1/lengths',
+    ]  # fmt: skip
+    made = made_up_study.make(learning_rates=RATES, **LONGER)
+    assert {v.lengths for v in variants.search_variants(made, Path('w'))[0]} == {None}
+
+
+def test_a_scoring_that_a_killed_study_left_behind_is_waited_for(tmp_path):
+    (variant,) = group = seeds(tmp_path, **LONGER)[0][:1]
+    variant.directory.mkdir(parents=True)
+    (variant.directory / 'report.md').write_text('done')
+    assert not variants.held(variant)
+    left = [sys.executable, '-S', '-c', 'input()']
+    with variants.log_file(variant).open('ab') as log:
+        fcntl.flock(log, fcntl.LOCK_EX)
+        process = subprocess.Popen(left, stdin=subprocess.PIPE, stdout=log)
+    assert variants.held(variant)  # though who locked it has closed it
+    starter = made_up_study.Starter(tmp_path / 'journal')
+    worker = threading.Thread(target=run, args=([group], starter))
+    worker.start()
+    time.sleep(0.2)
+    assert starter.started == []
+    process.communicate()
+    worker.join(10)
+    assert starter.started == [variant.label] and variants.scored(variant)
 
 
 def test_a_budget_drops_whole_seeds(tmp_path):

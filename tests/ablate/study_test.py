@@ -11,6 +11,8 @@ from helios_jax import config, options
 from helios_jax.ablate import design as designs
 from helios_jax.ablate import study as studies
 
+BY_NONE = {'methods': ('none',)}
+
 REFUSED = {
     'no question': ({'question': ''}, [], 'question is empty; say'),
     'no plain name': ({'arms': {'a': {}, '../b': {}}}, [], r"arm '\.\./b' names a directory; use"),
@@ -65,6 +67,33 @@ REFUSED = {
     ),
     'search': ({'search': 'all'}, [], "search='all' is not one of 'each', 'baseline'"),
     'what is equal': ({'equal': ('param',)}, [], "equal='param'.*'parameters'"),
+    'lengths alone': ({'lengths': (512,)}, [], r'lengths=\(512,\) means nothing without methods'),
+    'methods alone': ({'methods': ('none',)}, [], r"methods=\('none',\) means .* without lengths"),
+    'unknown method': (
+        {'lengths': (512,), 'methods': ('none', 'yarm')},
+        [],
+        "methods='yarm' is not one of .*Did you mean 'yarn'",
+    ),
+    'nothing to compare': (
+        {'lengths': (512,), 'methods': ('yarn',)},
+        [],
+        r"methods=\('yarn',\) lacks 'none', which the others are compared with; add it",
+    ),
+    'length twice': (
+        {'lengths': (512, 512), **BY_NONE},
+        [],
+        r'lengths=\(512, 512\) names one twice',
+    ),
+    'length of training': (
+        {'lengths': (512, 300), **BY_NONE},
+        ['--config.data.row_length=300'],
+        "arm 'a': lengths has 300, which must exceed data.row_length=300, the rows of training",
+    ),
+    'stretched in training': (
+        {'lengths': (512,), 'arms': {'a': {}, 'b': {'model.rope.scaling': 'static'}}, **BY_NONE},
+        [],
+        "arm 'b': model.rope.scaling='static', which the methods .* would replace; set",
+    ),
     'more tokens': (
         {'arms': {'a': {}, 'b': {'train.num_steps': 601}}},
         [],

@@ -64,13 +64,14 @@ def test_the_runs_own_split_is_scored(restored, prepared):
 
 
 def test_lengths_read_the_documents_of_the_runs_own_split(restored, prepared, tmp_path):
-    texts = list(lengths.held_out(restored, prepared.contents))
+    source = (restored.config.data, restored.tokenizer, prepared.contents)
+    texts = list(lengths.held_out(*source))
     assert sum(len(text.encode()) for text in texts) == prepared.validation.num_bytes
     assert len(texts) == len(set(texts)) and set(texts) < set(TEXTS)
     for path in sorted((tmp_path / 'text').iterdir())[:9]:
         path.unlink()
     with pytest.raises(UserError, match='is not the one that the run held out'):
-        next(lengths.held_out(restored, prepared.contents))
+        next(lengths.held_out(*source))
 
 
 def test_another_split_than_the_runs_is_refused(restored, prepared, tmp_path):

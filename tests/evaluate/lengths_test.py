@@ -57,6 +57,9 @@ def test_perplexity_is_that_of_windows_one_by_one_and_positions_add_up_to_the_wh
     assert found['tokens'] == 220
     expected = math.exp(sum(nats for nats, _ in direct) / 220)
     np.testing.assert_allclose(found['perplexity'], expected, rtol=1e-5)
+    every_byte = sum(range(121)) + sum(range(101))
+    sliding_bits = 220 * math.log2(expected) / every_byte
+    np.testing.assert_allclose(found['sliding_bits_per_byte'], sliding_bits, rtol=1e-5)
     bits = sum(first for _, first in direct) / math.log(2)
     num_bytes = 2 * np.arange(1, length)
     np.testing.assert_allclose(found['bits_per_byte'], bits.sum() / num_bytes.sum(), rtol=1e-5)
@@ -249,9 +252,10 @@ def test_what_cannot_be_measured_is_one_line(arguments, message, capsys):
 
 
 def test_a_corpus_without_a_long_document_is_refused(corpus):
-    with pytest.raises(UserError, match=r'--lengths has 5000, but no document of --text=\S+ has'):
-        lengths.long_documents(tiny_restored.restored(), Lengths((512, 5000), text=corpus))
-    texts = lengths.long_documents(tiny_restored.restored(), Lengths((512,), text=corpus))
+    source = (tiny_restored.restored().config.data, ByteTokenizer())
+    with pytest.raises(UserError, match=r'no document of --text=\S+ has the 5000 tokens of the lo'):
+        lengths.long_documents(*source, Lengths((512, 5000), text=corpus))
+    texts = lengths.long_documents(*source, Lengths((512,), text=corpus))
     assert [(len(text.ids), len(text.num_bytes)) for text in texts] == [(511, 511)] * 3
 
 
@@ -261,8 +265,8 @@ class LosingTokenizer(ByteTokenizer):
 
 
 def test_a_tokenizer_that_loses_text_is_refused_unless_it_is_allowed(corpus):
-    made = tiny_restored.restored()._replace(tokenizer=LosingTokenizer())
+    source = (tiny_restored.restored().config.data, LosingTokenizer())
     with pytest.raises(UserError, match=r'loses some of --text=.*--allow_lossy_tokenizer'):
-        lengths.long_documents(made, Lengths((512,), text=corpus))
+        lengths.long_documents(*source, Lengths((512,), text=corpus))
     allowed = Lengths((512,), text=corpus, allow_lossy_tokenizer=True)
-    assert len(lengths.long_documents(made, allowed)) == 3
+    assert len(lengths.long_documents(*source, allowed)) == 3

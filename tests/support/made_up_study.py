@@ -1,5 +1,6 @@
 """A study whose runs are very small programs that write what a training would."""
 
+import dataclasses
 import json
 import subprocess
 import sys
@@ -8,7 +9,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from helios_jax import config
-from helios_jax.ablate import runs
+from helios_jax.ablate import runs, variants
 from helios_jax.ablate.design import Design, design
 from helios_jax.ablate.study import Study
 from helios_jax.ablate.variants import Variant
@@ -16,24 +17,36 @@ from helios_jax.ablate.variants import Variant
 ARMS = {'plain': {'model.gmu.kind': 'residual'}, 'gated': {}, 'deep': {'model.num_layers': 5}}
 STEPS = 6
 
-# Writes events to a journal: a start, and the end if it comes to that.
-PROGRAM = """
-import json, os, sys, time
+# Both write events to a journal: a start, and the end if it comes to that.
+BEGIN = """
+import os, sys, time
 directory, journal, fails, seconds, config, *lines = sys.argv[1:]
 def tell(event):
     file = os.open(journal, os.O_WRONLY | os.O_APPEND | os.O_CREAT)
     os.write(file, f'{event} {directory}\\n'.encode())
     os.close(file)
+"""
+PROGRAM = f"""{BEGIN}
 tell('start')
 time.sleep(float(seconds))
 os.makedirs(directory, exist_ok=True)
 if fails == 'True':
     print('helios: the loss is nan at step 3; lower the learning rate.', file=sys.stderr)
     sys.exit(2)
-open(f'{directory}/metrics.jsonl', 'w').write('\\n'.join(lines) + '\\n')
-open(f'{directory}/config.json', 'w').write(config)
+open(f'{{directory}}/metrics.jsonl', 'w').write('\\n'.join(lines) + '\\n')
+open(f'{{directory}}/config.json', 'w').write(config)
 tell('end')
-open(f'{directory}/report.md', 'w').write('done')
+open(f'{{directory}}/report.md', 'w').write('done')
+"""
+SCORING = f"""{BEGIN}
+tell('score')
+time.sleep(float(seconds))
+if fails == 'True':
+    print('helios: the GPU has no room.', file=sys.stderr)
+    sys.exit(2)
+os.makedirs(f'{{directory}}/lengths', exist_ok=True)
+open(f'{{directory}}/lengths/lengths.json', 'w').write(lines[0])
+tell('scored')
 """
 
 
@@ -56,6 +69,20 @@ def lines(variant: Variant) -> list[dict[str, Any]]:
     return found
 
 
+def scores(variant: Variant) -> str:
+    """What a scoring leaves: worse in longer rows, but less so by other methods than `none`."""
+    wanted = variant.lengths
+    assert wanted is not None
+    own, seed = variant.config.data.row_length, variant.config.train.seed
+    rows = [
+        {'method': method, 'length': length, 'sliding_bits_per_byte': 2 + seed / 100 + worse}
+        for number, method in enumerate(wanted.methods, 1)
+        for length in wanted.lengths
+        for worse in [(length / own - 1) / number + seed / 1000 / number]
+    ]
+    return json.dumps(dataclasses.asdict(wanted) | {'documents': 3, 'rows': rows})
+
+
 def saved_config(variant: Variant) -> str:
     """What of a run's config.json is read."""
     rate = variant.config.optimizer.learning_rate
@@ -68,20 +95,30 @@ class Starter:
     Args:
       journal: file that runs write their starts and ends to.
       failing: arms that fail.
-      seconds: that each run takes.
+      seconds: that each run takes, and each scoring.
+      unscored: arms whose scoring fails.
     """
 
-    def __init__(self, journal: Path, failing: tuple[str, ...] = (), seconds: float = 0.02):
+    def __init__(
+        self,
+        journal: Path,
+        failing: tuple[str, ...] = (),
+        seconds: float = 0.02,
+        unscored: tuple[str, ...] = (),
+    ):
         self.journal, self.failing, self.seconds = journal, failing, seconds
+        self.unscored = unscored
         self.started: list[str] = []  # labels of runs, whatever became of them
 
     def __call__(self, worker: int, variant: Variant, log: BinaryIO) -> runs.Process:
         self.started.append(variant.label)
-        fails = str(variant.arm in self.failing)
+        trained = variants.finished(variant)
+        fails = str(variant.arm in (self.unscored if trained else self.failing))
         arguments = [str(variant.directory), str(self.journal), fails, str(self.seconds)]
         arguments.append(saved_config(variant))
-        logged = map(json.dumps, lines(variant))
-        return self.launch(['-S', '-E', '-c', PROGRAM, *arguments, *logged], log)
+        left = [scores(variant)] if trained else map(json.dumps, lines(variant))
+        program = SCORING if trained else PROGRAM
+        return self.launch(['-S', '-E', '-c', program, *arguments, *left], log)
 
     def launch(self, arguments: list[str], log: BinaryIO) -> runs.Process:
         """Starts Python; another launcher does it elsewhere."""

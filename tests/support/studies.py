@@ -8,7 +8,7 @@ TOKENS, FLOPS, SECONDS = 7000, 3e12, 50.0  # of a whole run
 def run(arm, seed=1, value=2.0, *, rate=1e-3, state='done', reason='', points=(), **fields):
     """A run that spent TOKENS, FLOPS and SECONDS, unless told otherwise."""
     given = {'tokens': TOKENS, 'flops': FLOPS, 'seconds': SECONDS, 'peak_bytes': 0, 'series': {}}
-    given['sublayers'] = ()
+    given |= {'sublayers': (), 'longer': {}, 'unscored': ''}
     return StudyRun(
         arm, seed, rate, state, reason, value, points=tuple(points),
         **({**given, 'swept': False} | fields),
