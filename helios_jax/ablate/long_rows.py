@@ -22,7 +22,7 @@ UNIT = 'bits/byte'
 
 
 class Place(NamedTuple):
-    """Where a value stands in the table."""
+    """Place of a value in the table."""
 
     arm: str
     length: int  # tokens of a row

@@ -32,7 +32,7 @@ class Estimate(NamedTuple):
 
 
 class Finding(NamedTuple):
-    """What paired differences say, of values of which the lower are better."""
+    """Verdict on paired differences of values; the lower values are better."""
 
     difference: Estimate
     p: float  # of the two-sided paired t test; NaN for fewer than two seeds
