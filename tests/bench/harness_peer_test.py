@@ -15,7 +15,7 @@ MODEL = config.Model(
 )  # fmt: skip
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_both_score_the_same_requests_alike(capsys):
     for name in ('torch', 'transformers', 'accelerate', 'lm_eval'):
         pytest.importorskip(name)

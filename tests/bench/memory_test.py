@@ -24,7 +24,7 @@ def rows(tmp_path_factory):
     return measured
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_policies_differ_in_what_they_save_and_not_in_the_loss(rows):
     assert len({row['loss_bits'] for row in rows.values()}) == 1
     assert np.isfinite(rows['full']['loss'])

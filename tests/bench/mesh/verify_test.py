@@ -9,7 +9,7 @@ from helios_jax.bench.mesh import verify
 pytestmark = pytest.mark.usefixtures('quick_compilation')
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_two_devices_train_as_one_and_one_goes_on_with_what_they_saved(monkeypatch):
     monkeypatch.setattr(jax, 'device_count', lambda: 2)
     monkeypatch.setattr(verify.cluster, 'enable_compilation_cache', lambda _: None)
