@@ -38,7 +38,7 @@ def test_policies_differ_in_what_they_save_and_not_in_the_loss(rows):
         assert (row['device'], row['jax']) == (jax.devices()[0].device_kind, jax.__version__)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_cosines_are_with_the_first_policy(rows):
     assert 'least_cosine' not in rows['minimal']
     assert rows['full']['least_cosine'] == pytest.approx(1, abs=1e-5)
