@@ -4,13 +4,13 @@ helios ablate --study=context --workdir=runs/context
 
 Models of 25M parameters learn rows of 512 bytes of Python's standard library, and read held-out
 rows of up to sixteen times that, with each method of stretching positions. The first three arms
-train alike: their ramps are YaRN's alone, from frequencies that stay to those that are stretched.
-Minutes a run on an accelerator.
+train alike: they differ in the ramp of YaRN, which leads from the frequencies that it keeps to
+those that it stretches. For an accelerator.
 """
 
 from helios_jax.ablate.study import Study
 
-WINDOWS = {'model.window': 256}
+WINDOW = {'model.window': 256}
 
 
 def get_study() -> Study:
@@ -31,10 +31,8 @@ def get_study() -> Study:
             'ramp_2_to_1': {'model.rope.beta_fast': 2.0},
             'base_1k': {'model.rope.base': 1e3},
             'base_100k': {'model.rope.base': 1e5},
-            'windows_3_of_4': WINDOWS
-            | {'model.period': ','.join(['dense_window'] * 3 + ['dense'])},
-            'windows_7_of_8': WINDOWS
-            | {'model.period': ','.join(['dense_window'] * 7 + ['dense'])},
+            'windows_3_of_4': WINDOW | {'model.period': 3 * 'dense_window,' + 'dense'},
+            'windows_7_of_8': WINDOW | {'model.period': 7 * 'dense_window,' + 'dense'},
         },
         lengths=(1024, 2048, 4096, 8192),
         methods=('none', 'pi', 'ntk', 'yarn', 'dynamic'),

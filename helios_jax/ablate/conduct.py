@@ -49,8 +49,8 @@ def conduct(
     """
     with lock.hold(epath.Path(workdir)) as held:
         definition.require_same(design, workdir)
-        read = {(cfg.data, design.lengths(arm)): arm for arm, cfg in design.configs.items()}
-        for data, longer in read:
+        texts = ((cfg.data, design.lengths(arm)) for arm, cfg in design.configs.items())
+        for data, longer in dict.fromkeys(texts):
             pipeline.prepare(data, loaded(data))
             if longer:
                 long_documents(data, loaded(data), longer)
